@@ -1,0 +1,55 @@
+# Two commands: `make demo` and `make test`. Both install what requirements.lock pins into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: env dev demo test unit slow check format bench docs lock clean
+
+env: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	touch $@
+
+dev: $(VENV)/.developing
+$(VENV)/.developing: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	touch $@
+
+demo: env
+	$(BIN)/silotune demo
+
+test: dev
+	$(BIN)/pytest tests/unit tests/integration --doctest-modules src/silotune
+
+unit: dev
+	$(BIN)/pytest tests/unit
+
+slow: dev
+	$(BIN)/pytest tests/slow -m slow
+
+check: dev
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/basedpyright
+
+format: dev
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+bench: dev
+	$(BIN)/python benchmarks/floor.py
+
+docs: dev
+	$(BIN)/python docs/build_recipe_reference.py
+
+# The lock is made anew on purpose only: newest versions inside pyproject's ranges, torch as named.
+lock:
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --quiet torch==2.13.0 -e '.[dev]'
+	.lock-venv/bin/python -m pip freeze --exclude-editable --exclude silotune \
+	  | sed 's/+[a-z0-9.]*$$//' | grep -v '@' > requirements.lock
+	rm -rf .lock-venv
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

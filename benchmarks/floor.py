@@ -1,0 +1,123 @@
+"""`make bench`: the demo's training through silotune, against a plain loop over the same batches.
+
+Tokens per second from the first to the last round: base loaded, data tokenised, scoring left out;
+everything else is in (adapter swaps, optimizer, updates to disk, aggregation, checkpoints). The two
+alternate in one process, so that a drift of the machine hits both. The last line is the ratio.
+
+    python benchmarks/floor.py [--pairs 3] [key=value ...]
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import plain_loop
+import torch
+
+import silotune
+from silotune.client import Worker
+from silotune.config import build_algorithm
+from silotune.launch import peak_memory_bytes
+from silotune.models import load_model, num_base_loads, read_adapter, write_adapter
+from silotune.progress import Progress, human_bytes
+from silotune.rounds import run_rounds
+from silotune.runtime.inprocess import InProcessClients
+from silotune.sources import resolve
+from silotune.store import RunFolder
+from silotune.tasks.instruct import INSTRUCT, set_template
+from silotune.types import ServerState
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--pairs", type=int, default=3)
+    options.add_argument("--recipe", default="hospitals")
+    options.add_argument("overrides", nargs="*", metavar="key=value")
+    args = options.parse_args()
+    checked = silotune.check(args.recipe, [*args.overrides, "evaluate.every=0"])
+    run = checked.run
+    torch.set_num_threads(run.runtime.threads)
+    loaded = load_model(run.model, run.adapter, seed=run.seed, device="cpu")
+    set_template(loaded.tokenizer)
+    start = read_adapter(loaded)
+    recorded: list[plain_loop.PaddedBatch] = []
+
+    def collate(examples):
+        batch = INSTRUCT.collate(examples)
+        recorded.append(plain_loop.PaddedBatch(batch.ids, batch.positions, batch.targets))
+        return batch
+
+    task = replace(INSTRUCT, collate=collate)
+    worker = Worker(loaded, task, run, build_algorithm(run.algorithm))
+
+    def ours(place: Path) -> tuple[float, list[dict]]:
+        folder = RunFolder.create(place, run)
+        clients = InProcessClients(worker, checked.rows, folder, Progress())
+        write_adapter(loaded, start)
+        state = ServerState(0, start, worker.algorithm.init(start, len(clients.names())))
+        recorded.clear()
+        began = time.perf_counter()
+        run_rounds(
+            run,
+            state,
+            algorithm=worker.algorithm,
+            clients=clients,
+            folder=folder,
+            progress=Progress(),
+        )
+        return time.perf_counter() - began, folder.metrics()
+
+    # the first steps of a process touch memory for the first time; they count for neither side
+    rows = next(iter(checked.rows.values())).train[: run.train.batch_size]
+    warm = task.collate(INSTRUCT.prepare(rows, loaded.tokenizer, run.train.max_length).examples)
+    task.loss(loaded, warm).loss_sum.backward()
+
+    print(f"machine: {platform.processor() or platform.machine()}, {run.runtime.threads} threads, ")
+    print(f"torch {torch.__version__}, base {run.model.name} in {loaded.dtype}")
+    floor_model, ratios = None, []
+    with tempfile.TemporaryDirectory() as scratch:
+        for pair in range(args.pairs):
+            seconds, rows = ours(Path(scratch) / str(pair))
+            trained = [row for row in rows if row["event"] == "train"]
+            tokens = sum(row["num_tokens"] for row in trained)
+            if floor_model is None:
+                num_bytes = sum(r["bytes_up"] + r["bytes_down"] for r in trained) / run.rounds
+                print(
+                    f"base-model loads {num_base_loads()}, bytes per round {human_bytes(num_bytes)}"
+                )
+                print(f"peak memory {human_bytes(peak_memory_bytes())} (before the floor's model)")
+                floor_model = plain_loop.build(
+                    str(resolve(run.model.name)),
+                    loaded.dtype,
+                    rank=run.adapter.rank,
+                    alpha=int(run.adapter.alpha),
+                    dropout=run.adapter.dropout,
+                    targets=list(run.adapter.targets or ()),
+                )
+                plain_loop.train(floor_model, [recorded[:1]], [1e-3])
+            at, parts = 0, []
+            for row in trained:
+                steps = int(row["num_steps"])
+                parts.append(recorded[at : at + steps])
+                at += steps
+            assert at == len(recorded), "the floor must get every batch"
+            floor_seconds = plain_loop.train(floor_model, parts, [row["lr"] for row in trained])
+            ratios.append(floor_seconds / seconds)
+            inside = sum(row["seconds_training"] for row in trained)
+            outside = (seconds - inside) / len(trained)
+            print(f"  outside the steps: {outside:.3f} s per client and round")
+            print(
+                f"pair {pair + 1}: {tokens} tokens, silotune {tokens / seconds:.1f} tokens/s, "
+                f"floor {tokens / floor_seconds:.1f} tokens/s, ratio {ratios[-1]:.3f}",
+                flush=True,
+            )
+    print(f"floor ratio {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

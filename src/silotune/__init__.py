@@ -1,0 +1,48 @@
+"""silotune: fine-tune one language model across many data holders whose rows never leave them.
+
+>>> import silotune
+>>> sorted(silotune.shipped_recipes())
+['hospitals']
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from silotune.config import RunConfig, load_recipe, shipped_recipes
+    from silotune.errors import SilotuneError
+    from silotune.launch import Run, base_folder, check, run
+    from silotune.progress import PlainProgress, Progress
+
+# Resolved when first used: importing silotune costs no torch.
+_HOMES = {
+    "PlainProgress": "silotune.progress",
+    "Progress": "silotune.progress",
+    "Run": "silotune.launch",
+    "RunConfig": "silotune.config",
+    "SilotuneError": "silotune.errors",
+    "base_folder": "silotune.launch",
+    "check": "silotune.launch",
+    "load_recipe": "silotune.config",
+    "run": "silotune.launch",
+    "shipped_recipes": "silotune.config",
+}
+
+__all__ = [
+    "PlainProgress",
+    "Progress",
+    "Run",
+    "RunConfig",
+    "SilotuneError",
+    "base_folder",
+    "check",
+    "load_recipe",
+    "run",
+    "shipped_recipes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'silotune' has no attribute '{name}'")

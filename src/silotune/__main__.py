@@ -1,0 +1,5 @@
+"""`python -m silotune` is `silotune`."""
+
+from silotune.cli import app
+
+app()

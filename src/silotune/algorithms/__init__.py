@@ -1,0 +1,27 @@
+"""The algorithms by the name that a recipe uses. One file per paper; adding one is a line here."""
+
+from collections.abc import Callable
+from typing import Any
+
+from silotune.algorithms.base import Algorithm, AlgorithmConfig
+from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.algorithms.fedopt import (
+    FedAdagradConfig,
+    FedAdamConfig,
+    FedAvgMConfig,
+    FedYogiConfig,
+    fedadagrad,
+    fedadam,
+    fedavgm,
+    fedyogi,
+)
+from silotune.algorithms.fedprox import FedProxConfig, fedprox
+
+ALGORITHMS: dict[str, tuple[type[AlgorithmConfig], Callable[[Any], Algorithm]]] = {
+    "fedavg": (FedAvgConfig, fedavg),
+    "fedprox": (FedProxConfig, fedprox),
+    "fedavgm": (FedAvgMConfig, fedavgm),
+    "fedadagrad": (FedAdagradConfig, fedadagrad),
+    "fedadam": (FedAdamConfig, fedadam),
+    "fedyogi": (FedYogiConfig, fedyogi),
+}

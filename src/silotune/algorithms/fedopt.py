@@ -1,0 +1,129 @@
+"""Server optimizers: the clients' mean change serves as the gradient of an optimizer on the server.
+
+FedAdagrad, FedYogi, FedAdam: Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2.
+arXiv:2003.00295
+FedAvgM: Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated
+Visual Classification", section 4. arXiv:1909.06335
+As published: no bias correction, and the second moment starts at tau^2. Differs from the papers:
+the mean is weighted by examples unless `weights = "uniform"`; tensors without a change this round
+keep their moments.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from silotune.algorithms.base import Algorithm, AlgorithmConfig
+from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
+from silotune.tree import zeros_like
+from silotune.types import AdapterState, Change, ServerState
+
+
+class FedAvgMConfig(AlgorithmConfig):
+    """Settings of FedAvgM."""
+
+    server_lr: float = Field(default=1.0, gt=0)
+    """Step size on the momentum. At momentum 0.9 a constant change is amplified up to ten times."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Heavy-ball factor beta: v = beta v + change. At 0 this is FedAvg."""
+
+
+class FedAdagradConfig(AlgorithmConfig):
+    """Settings of FedAdagrad."""
+
+    server_lr: float = Field(default=1e-2, gt=0)
+    """Step size eta."""
+    beta1: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the first moment; the paper uses 0 for FedAdagrad."""
+    tau: float = Field(default=1e-3, gt=0)
+    """Floor under the square root, and the start of the second moment (tau squared)."""
+
+
+class FedAdamConfig(AlgorithmConfig):
+    """Settings of FedAdam."""
+
+    server_lr: float = Field(default=1e-2, gt=0)
+    """Step size eta."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the second moment."""
+    tau: float = Field(default=1e-3, gt=0)
+    """Floor under the square root, and the start of the second moment (tau squared)."""
+
+
+class FedYogiConfig(FedAdamConfig):
+    """Settings of FedYogi."""
+
+
+def fedavgm(cfg: FedAvgMConfig) -> Algorithm:
+    """Build FedAvgM: `v = momentum v + D`, `theta += server_lr v`."""
+
+    def init(adapter: AdapterState, _: int) -> dict[str, AdapterState]:
+        return {"momentum": zeros_like(adapter)}
+
+    def step(state: ServerState, change: Change) -> ServerState:
+        old = state.extra["momentum"]
+        new = {
+            n: (cfg.momentum * old[n].double() + d.double()).to(d.dtype)
+            for n, d in change.delta.items()
+        }
+        moved = move(state, new, server_lr=cfg.server_lr)
+        return replace(moved, extra={"momentum": {**old, **new}})
+
+    return replace(fedavg(FedAvgConfig(weights=cfg.weights)), name="fedavgm", step=step, init=init)
+
+
+def fedadagrad(cfg: FedAdagradConfig) -> Algorithm:
+    """Build FedAdagrad: `v += D^2`."""
+    return _adaptive("fedadagrad", cfg, lambda v, d: v + d.square())
+
+
+def fedadam(cfg: FedAdamConfig) -> Algorithm:
+    """Build FedAdam: `v = beta2 v + (1 - beta2) D^2`."""
+    return _adaptive("fedadam", cfg, lambda v, d: cfg.beta2 * v + (1 - cfg.beta2) * d.square())
+
+
+def fedyogi(cfg: FedYogiConfig) -> Algorithm:
+    """Build FedYogi: `v = v - (1 - beta2) D^2 sign(v - D^2)`."""
+
+    def second(v: Tensor, d: Tensor) -> Tensor:
+        square = d.square()
+        return v - (1 - cfg.beta2) * square * torch.sign(v - square)
+
+    return _adaptive("fedyogi", cfg, second)
+
+
+def _adaptive(
+    name: str,
+    cfg: FedAdagradConfig | FedAdamConfig,
+    second: Callable[[Tensor, Tensor], Tensor],
+) -> Algorithm:
+    """`m = beta1 m + (1 - beta1) D`, `v = second(v, D)`, `theta += eta m / (sqrt(v) + tau)`."""
+
+    def init(adapter: AdapterState, _: int) -> dict[str, AdapterState]:
+        # float64: v starts at tau^2 and takes in squares of deltas of 1e-5, which float32 would
+        # round away
+        start = {
+            n: torch.full(t.shape, cfg.tau**2, dtype=torch.float64) for n, t in adapter.items()
+        }
+        return {
+            "first_moment": {n: torch.zeros_like(t) for n, t in start.items()},
+            "second_moment": start,
+        }
+
+    def step(state: ServerState, change: Change) -> ServerState:
+        first, second_ = dict(state.extra["first_moment"]), dict(state.extra["second_moment"])
+        way: dict[str, Tensor] = {}
+        for n, delta in change.delta.items():
+            d = delta.double()
+            first[n] = cfg.beta1 * first[n] + (1 - cfg.beta1) * d
+            second_[n] = second(second_[n], d)
+            way[n] = (first[n] / (second_[n].sqrt() + cfg.tau)).to(delta.dtype)
+        moved = move(state, way, server_lr=cfg.server_lr)
+        return replace(moved, extra={"first_moment": first, "second_moment": second_})
+
+    return replace(fedavg(FedAvgConfig(weights=cfg.weights)), name=name, step=step, init=init)

@@ -1,0 +1,16 @@
+"""The command line: parse, call one public function, print. Heavy imports happen inside."""
+
+import typer
+
+from silotune.cli import after, run
+
+app = typer.Typer(
+    name="silotune",
+    help="Fine-tune one language model across many data holders whose rows never leave them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+run.register(app)
+after.register(app)

@@ -1,0 +1,60 @@
+"""What every command shares: errors and signals become exit codes, results go to stdout."""
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from silotune.errors import SilotuneError
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception, so that nothing mistakes it for one."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def errors_as_exit_codes() -> Iterator[None]:
+    """0 done, 1 the run failed, 2 a mistake in recipe or arguments, 128 + n ended by signal n."""
+
+    def stop(signum: int, _: Any) -> None:
+        raise Stopped(signum)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SilotuneError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except Stopped as stopped:
+        typer.echo(f"stopped by {signal.Signals(stopped.signum).name}", err=True)
+        raise typer.Exit(128 + stopped.signum) from None
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Header and rows, numbers aligned, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header, *body = rows
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, title in enumerate(header):
+        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)

@@ -1,0 +1,160 @@
+"""A client's half of a round, top to bottom. It runs where the rows are.
+
+What `train_round` returns first is all that leaves the client.
+"""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+from silotune.algorithms.base import Algorithm, LocalContext, LocalOutcome
+from silotune.config import RunConfig
+from silotune.data import ClientRows
+from silotune.errors import DataError
+from silotune.evaluate import build_eval_batches, evaluate
+from silotune.memory import ClientMemory
+from silotune.models import LoadedModel, read_adapter, write_adapter
+from silotune.seeds import derive, generator
+from silotune.tasks.base import Batch, Example, Task
+from silotune.train import build_batches, num_rows, plan_steps, round_lr, stream, train
+from silotune.tree import check_finite, size_bytes, subtract
+from silotune.types import Broadcast, Score, Update
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's rows, tokenised once per run."""
+
+    name: str
+    examples: tuple[Example, ...]
+    eval_batches: tuple[Batch, ...]
+    num_eval: int
+    num_cut: int
+    num_dropped: int
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a process holds once for all clients it serves: the model, the task, the recipe."""
+
+    loaded: LoadedModel
+    task: Task
+    run: RunConfig
+    algorithm: Algorithm
+
+
+def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
+    """Tokenise a client's rows.
+
+    Raises:
+        DataError: No train or no held-out row has an answer within `train.max_length` tokens.
+    """
+    limit, tokenizer = worker.run.train.max_length, worker.loaded.tokenizer
+    own = worker.task.prepare(rows.train, tokenizer, limit)
+    held_out = worker.task.prepare(rows.evaluation, tokenizer, limit)
+    for part, prepared in (("train", own), ("held-out", held_out)):
+        if not prepared.examples:
+            raise DataError(
+                f"client '{rows.name}': no {part} row has an answer within {limit} tokens.\n"
+                "  Raise train.max_length or shorten the prompts."
+            )
+    return ClientData(
+        name=rows.name,
+        examples=own.examples,
+        eval_batches=tuple(
+            build_eval_batches(held_out.examples, worker.task, worker.run.evaluate.batch_size)
+        ),
+        num_eval=len(held_out.examples),
+        num_cut=own.num_cut + held_out.num_cut,
+        num_dropped=own.num_dropped + held_out.num_dropped,
+    )
+
+
+def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: ClientMemory) -> Score:
+    """Score the received adapter, with the client's personal tensors, on its held-out rows."""
+    write_adapter(worker.loaded, {**broadcast.adapter, **memory.tensors.get("personal", {})})
+    return evaluate(
+        worker.loaded, data.eval_batches, worker.task, client=data.name, num_examples=data.num_eval
+    )
+
+
+def train_round(
+    worker: Worker, data: ClientData, broadcast: Broadcast, memory: ClientMemory
+) -> tuple[Update, ClientMemory]:
+    """Load what was received, score it, train on fresh own rows, and return the difference.
+
+    Args:
+        worker: The process's model; its adapter tensors are overwritten.
+        data: The client's rows.
+        broadcast: What the server sent.
+        memory: What this client kept from its last round. Not modified.
+
+    Returns:
+        The update, and what the client keeps for its next round.
+
+    Raises:
+        UpdateError: Training ended in NaN or infinity; nothing is sent or kept.
+    """
+    began = time.perf_counter()
+    run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
+    received_score = score(worker, data, broadcast, memory) if broadcast.score else None
+
+    # personal tensors are the client's own: what was received is only their first value
+    personal = memory.tensors.get("personal", {})
+    start = {**broadcast.adapter, **personal}
+    write_adapter(loaded, start)
+    context = LocalContext(
+        received={name: p.detach().clone() for name, p in loaded.parameters.items()},
+        extra=broadcast.extra,
+        memory=memory.tensors,
+    )
+    # fresh rows: the stream goes on where this client's last round ended
+    count = num_rows(run.train, len(data.examples))
+    flow = stream(len(data.examples), run.seed, data.name, start=memory.position)
+    rows = list(itertools.islice(flow, count))
+    order = generator(run.seed, "order", data.name, broadcast.round)
+    steps = plan_steps(rows, [e.ids.numel() for e in data.examples], run.train, order)
+    lr = round_lr(run.train, broadcast.round, run.rounds)
+    result = train(
+        loaded,
+        build_batches(steps, data.examples, worker.task),
+        worker.task,
+        run.train,
+        rule,
+        context,
+        round_=broadcast.round,
+        lr=lr,
+        seed=derive(run.seed, "dropout", data.name, broadcast.round),
+    )
+    after = read_adapter(loaded)
+    moved = subtract(after, start)
+    # here too, and not only at the server: what is wrong must not enter this client's own memory
+    check_finite(moved, who=f"client '{data.name}', round {broadcast.round}")
+    delta = {n: t for n, t in moved.items() if rule.trains(n, broadcast.round)}
+    outcome = rule.finish(delta, result.lr_sum, context) if rule.finish else LocalOutcome()
+    sent = {n: t for n, t in delta.items() if not rule.personal(n)}
+    kept = dict(outcome.memory)
+    if own := {n: after[n] for n in delta if rule.personal(n)}:
+        kept["personal"] = {**personal, **own}
+    update = Update(
+        client=data.name,
+        round=broadcast.round,
+        delta=sent,
+        num_examples=len(data.examples),
+        metrics={
+            "train_loss": result.train_loss,
+            "penalty": result.penalty,
+            "lr": lr,
+            "num_steps": result.num_steps,
+            "num_tokens": result.num_tokens,
+            "num_padded_tokens": result.num_padded_tokens,
+            "seconds_training": result.seconds,
+            "seconds": time.perf_counter() - began,
+        },
+        settings=dict(rule.settings),
+        extra=outcome.extra,
+        score=received_score,
+        bytes_down=size_bytes(broadcast.adapter) + sum(map(size_bytes, broadcast.extra.values())),
+        bytes_up=size_bytes(sent) + sum(map(size_bytes, outcome.extra.values())),
+    )
+    return update, ClientMemory(memory.position + count, kept)

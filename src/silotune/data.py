@@ -1,0 +1,381 @@
+"""A client's files -> checked, split rows.
+
+Every row is read and converted before a model is loaded, so that a mistake in the last line of a
+file costs seconds. Knows clients and the held-out part; not how files are read, tokens or models.
+Messages name file, line and column, never a value of a row; client names, which may come from a
+column, are the one exception.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field, model_validator
+
+from silotune.errors import ConfigError, DataError
+from silotune.files import Part, PlacedRow, locate, no_such_file, read_hub, read_place
+from silotune.partition import PartitionConfig, Shares, by_column, dirichlet, iid, names_in_column
+from silotune.rows import (
+    Conversation,
+    conversation,
+    did_you_mean,
+    is_missing,
+    list_columns,
+    parse_template,
+)
+from silotune.seeds import generator
+from silotune.types import Config
+
+HUB_ONLY = ("name", "split", "eval_split", "revision")
+"""Settings that only a data set on the hub understands."""
+
+
+class DataConfig(Config):
+    """Which rows are learned, and how they become conversations."""
+
+    path: str = Field(min_length=1)
+    """A named example (medquad_mini), a file, a folder, or a data set on the Hugging Face hub."""
+    eval_path: str | None = Field(default=None, min_length=1)
+    """A file or folder with the held-out rows, laid out like `path`, instead of `eval_fraction`."""
+    eval_split: str | None = Field(default=None, min_length=1)
+    """Split of a hub data set with the held-out rows, for instance "test", instead of
+    `eval_fraction`."""
+    eval_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of its rows that each client holds out for scoring, at least one row."""
+    name: str | None = Field(default=None, min_length=1)
+    """Configuration of a hub data set."""
+    split: str = Field(default="train", min_length=1)
+    """Split of a hub data set; a slice such as "train[:500]" is fine."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Commit or tag of a hub data set; a full commit makes a run repeatable."""
+    prompt: str | None = Field(default=None, min_length=1)
+    """Text with {column} holes that makes the user's turn, for rows in no known format."""
+    completion: str | None = Field(default=None, min_length=1)
+    """Text with {column} holes that makes the answer; goes with `prompt`."""
+    system: str | None = Field(default=None, min_length=1)
+    """System text in front of every conversation that has none."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """At most so many training rows per client, drawn with the run's seed."""
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "DataConfig":
+        mistakes: list[str] = []
+        # Compared with the default: a resolved recipe names every field and must stay readable.
+        given = [key for key in ("eval_path", "eval_split") if getattr(self, key) is not None]
+        given += ["eval_fraction"] * _is_moved(self, "eval_fraction")
+        if len(given) > 1:
+            count = "both" if len(given) == 2 else "all"
+            mistakes.append(f"give {' or '.join(given)}, not {count}")
+        if self.eval_path == self.path:
+            mistakes.append("eval_path is the same as path; held-out rows must not be trained on")
+        if self.eval_split is not None and _overlap(self.split, self.eval_split):
+            mistakes.append(
+                "eval_split shares rows with split; held-out rows must not be trained on"
+            )
+        if (self.prompt is None) != (self.completion is None):
+            mistakes.append("prompt and completion belong together; set both")
+        holes: dict[str, bool] = {}
+        for key, template in (("prompt", self.prompt), ("completion", self.completion)):
+            try:
+                holes[key] = any(column for _, column in parse_template(template or ""))
+            except ValueError as error:
+                mistakes.append(f"{key} {error}")
+        if self.completion is not None and holes.get("completion") is False:
+            mistakes.append("completion has no {column}, so every row would teach the same answer")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """One client's conversations, in file order. Neither part is empty."""
+
+    name: str
+    train: tuple[Conversation, ...]
+    evaluation: tuple[Conversation, ...]
+    """Held out: scored, never trained on."""
+
+
+def load_clients(
+    cfg: DataConfig, partition: PartitionConfig | None, *, seed: int
+) -> dict[str, ClientRows]:
+    """Read the rows of all clients of a simulation, check them, and hold out each client's part.
+
+    A client's split depends on the seed, its name and its own rows alone: a new client changes no
+    other.
+
+    Args:
+        cfg: Where the rows are and what they look like.
+        partition: How one data set becomes clients; absent when there is one file per client.
+        seed: The run's seed.
+
+    Returns:
+        The clients, sorted by name.
+
+    Raises:
+        DataError: Files, rows or columns cannot be used.
+        ConfigError: The settings do not fit the layout of the files.
+    """
+    train, held = _read_parts(cfg)
+    talks, held_talks = _convert_parts(train, held, cfg)
+    cut = partition is not None and (partition.by is not None or partition.kind is not None)
+    if train.files and cut:
+        raise ConfigError(
+            f"'{cfg.path}' holds one file per client, so [partition] has nothing to cut.\n"
+            "  Remove [partition], or set data.path to one file."
+        )
+    if train.files:
+        shares, held_shares = train.files, held.files if held else None
+    elif partition is not None and cut:
+        shares, held_shares = _cut(train, held, partition, seed=seed)
+    else:
+        raise _partition_is_needed(cfg, train.rows)
+    return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed)
+
+
+def load_client(cfg: DataConfig, name: str, *, seed: int) -> ClientRows:
+    """Read the rows of one real client, to which the whole data set belongs.
+
+    The held-out part is drawn as in `load_clients`, so a real client gets the split of its
+    simulation.
+
+    Raises:
+        DataError: Files, rows or columns cannot be used.
+        ConfigError: The settings do not fit the layout of the files.
+    """
+    train, held = _read_parts(cfg)
+    talks, held_talks = _convert_parts(train, held, cfg)
+    shares = {name: list(range(len(talks)))}
+    held_shares = None if held_talks is None else {name: list(range(len(held_talks)))}
+    return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed)[name]
+
+
+def fingerprint(clients: Mapping[str, ClientRows]) -> str:
+    """SHA-256 over all conversations in order, as 64 hex digits: what a run really saw."""
+    digest = hashlib.sha256()
+    for name in sorted(clients):
+        rows = clients[name]
+        digest.update(json.dumps([name, rows.train, rows.evaluation], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _read_parts(cfg: DataConfig) -> tuple[Part, Part | None]:
+    place = locate(cfg.path)
+    if place is None:
+        return _read_hub_parts(cfg)
+    foreign = [key for key in HUB_ONLY if _is_moved(cfg, key)]
+    if foreign:
+        raise ConfigError(
+            f"data.{', data.'.join(foreign)}: only for data sets on the hub, but "
+            f"'{cfg.path}' is here.\n  Remove the setting, or name a hub data set."
+        )
+    train, held = read_place(place)
+    if held is not None and (cfg.eval_path is not None or _is_moved(cfg, "eval_fraction")):
+        key = "eval_path" if cfg.eval_path is not None else "eval_fraction"
+        raise ConfigError(
+            f"data.{key}: '{cfg.path}' already holds its held-out rows in an eval file.\n"
+            f"  Remove data.{key}, or set data.path to the train file alone."
+        )
+    if cfg.eval_path is None:
+        return train, held
+    return train, _read_held_out(Path(cfg.eval_path).expanduser(), train)
+
+
+def _read_hub_parts(cfg: DataConfig) -> tuple[Part, Part | None]:
+    def read(split: str) -> Part:
+        return Part(read_hub(cfg.path, name=cfg.name, split=split, revision=cfg.revision))
+
+    train = read(cfg.split)
+    if cfg.eval_split is not None:
+        return train, read(cfg.eval_split)
+    if cfg.eval_path is not None:
+        return train, _read_held_out(Path(cfg.eval_path).expanduser(), train)
+    return train, None
+
+
+def _is_moved(cfg: DataConfig, key: str) -> bool:
+    return getattr(cfg, key) != DataConfig.model_fields[key].default
+
+
+def _overlap(split: str, other: str) -> bool:
+    """Whether two splits of the hub surely share rows: the same one, or the whole and a slice."""
+    return split == other or split.startswith(f"{other}[") or other.startswith(f"{split}[")
+
+
+def _read_held_out(place: Path, train: Part) -> Part:
+    if not place.exists():
+        raise no_such_file(place)
+    held, beside = read_place(place)
+    if beside is not None or bool(held.files) != bool(train.files):
+        layout = "a folder with one file per client" if train.files else "one file"
+        raise ConfigError(
+            f"data.eval_path: '{place}' is not laid out like data.path.\n  Give {layout}."
+        )
+    return held
+
+
+# --- converting and cutting -----------------------------------------------------------------------
+
+
+def _convert_parts(
+    train: Part, held: Part | None, cfg: DataConfig
+) -> tuple[list[Conversation], list[Conversation] | None]:
+    rows = [*train.rows, *(held.rows if held else [])]
+    talks = _convert(rows, cfg)
+    return talks[: len(train.rows)], talks[len(train.rows) :] if held else None
+
+
+def _convert(rows: Sequence[PlacedRow], cfg: DataConfig) -> list[Conversation]:
+    talks: list[Conversation] = []
+    problems: list[str] = []
+    for row in rows:
+        try:
+            talk = conversation(
+                row.columns,
+                where=row.where,
+                prompt=cfg.prompt,
+                completion=cfg.completion,
+                system=cfg.system,
+            )
+            talks.append(talk)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(_join_problems(problems))
+    return talks
+
+
+def _join_problems(problems: Sequence[str], shown: int = 5) -> str:
+    """The first lines of the first problems, then each way to mend them once."""
+    parts = [problem.partition("\n") for problem in problems[:shown]]
+    heads = [head for head, _, _ in parts]
+    if len(problems) > shown:
+        heads.append(f"and {len(problems) - shown} more rows")
+    return "\n".join([*heads, *dict.fromkeys(mend for _, _, mend in parts)])
+
+
+def _cut(
+    train: Part, held: Part | None, partition: PartitionConfig, *, seed: int
+) -> tuple[Shares, Shares | None]:
+    if partition.by is not None:
+        return (
+            by_column(*_column(train, partition.by, "partition.by")),
+            by_column(*_column(held, partition.by, "partition.by")) if held else None,
+        )
+    count = partition.num_clients or 1
+    at_least = 1 if held else 2  # each client needs a row to learn and one to hold out
+    if partition.label is None or partition.alpha is None:
+        return (
+            iid(len(train.rows), count, generator(seed, "partition"), at_least=at_least),
+            iid(len(held.rows), count, generator(seed, "partition", "held-out")) if held else None,
+        )
+    labels = names_in_column(*_column(train, partition.label, "partition.label"))
+    if held is None:
+        gen = generator(seed, "partition")
+        return dirichlet(labels, count, partition.alpha, gen, at_least=at_least), None
+    held_labels = names_in_column(*_column(held, partition.label, "partition.label"))
+    # One generator name for both: a client is to be scored on the mix of labels that it learns.
+    return (
+        dirichlet(labels, count, partition.alpha, generator(seed, "partition"), known=held_labels),
+        dirichlet(held_labels, count, partition.alpha, generator(seed, "partition"), known=labels),
+    )
+
+
+def _column(part: Part, column: str, setting: str) -> tuple[Sequence[object], str, list[str]]:
+    columns = dict.fromkeys(name for row in part.rows for name in row.columns)
+    if column not in columns:
+        raise DataError(
+            f"{setting} = '{column}': {part.rows[0].where} and the rows after it have no such "
+            f"column.{did_you_mean(column, columns)}\n  The columns are {list_columns(columns)}."
+        )
+    values = [row.columns.get(column) for row in part.rows]
+    return values, column, [row.where for row in part.rows]
+
+
+def _partition_is_needed(cfg: DataConfig, rows: Sequence[PlacedRow]) -> DataError:
+    fitting = _columns_for_clients(rows)
+    columns = f" (of these: {list_columns(fitting)})" if fitting else ""
+    return DataError(
+        f"'{cfg.path}' is one data set, and nothing says how it becomes clients.\n"
+        f'  Set [partition] by = "a column"{columns}, or kind = "iid" with num_clients,\n'
+        "  or set data.path to a folder with one file per client."
+    )
+
+
+def _columns_for_clients(rows: Sequence[PlacedRow]) -> list[str]:
+    """Columns with 2 to 100 values and at least two rows a value, as each client needs."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for column, value in row.columns.items():
+            values.setdefault(column, set()).add("" if is_missing(value) else str(value).strip())
+    most = min(100, len(rows) // 2)
+    return [c for c, seen in values.items() if 2 <= len(seen) <= most and "" not in seen]
+
+
+def _assemble(
+    talks: Sequence[Conversation],
+    shares: Shares,
+    held_talks: Sequence[Conversation] | None,
+    held_shares: Shares | None,
+    cfg: DataConfig,
+    *,
+    seed: int,
+) -> dict[str, ClientRows]:
+    if held_shares is not None:
+        _check_same_clients(shares, held_shares)
+    clients: dict[str, ClientRows] = {}
+    for name in sorted(shares):
+        own = shares[name]
+        if held_talks is None or held_shares is None:
+            own, aside = _hold_out(own, name, cfg.eval_fraction, generator(seed, "held-out", name))
+            evaluation = tuple(talks[n] for n in aside)
+        else:
+            evaluation = tuple(held_talks[n] for n in held_shares[name])
+        if cfg.max_rows is not None:
+            own, _ = _draw(own, cfg.max_rows, generator(seed, "max-rows", name))
+        clients[name] = ClientRows(name, tuple(talks[n] for n in own), evaluation)
+    return clients
+
+
+def _check_same_clients(shares: Shares, held_shares: Shares) -> None:
+    only_train = sorted(shares.keys() - held_shares.keys())
+    only_held = sorted(held_shares.keys() - shares.keys())
+    for names, has, lacks in (
+        (only_train, "train", "held-out"),
+        (only_held, "held-out", "train"),
+    ):
+        if names:
+            more = f" ({len(names)} clients lack them)" if len(names) > 1 else ""
+            raise DataError(
+                f"client '{names[0]}' has {has} rows, but no {lacks} rows{more}.\n"
+                "  Give each client both, or remove data.eval_path so that each holds out its own."
+            )
+
+
+def _hold_out(
+    own: list[int], name: str, fraction: float, gen: torch.Generator
+) -> tuple[list[int], list[int]]:
+    if len(own) < 2:
+        raise DataError(
+            f"client '{name}' has {len(own)} row, but needs at least 2: one to learn, one to hold "
+            "out.\n  Bring more rows for it, cut into fewer clients, or give data.eval_path."
+        )
+    # at least one, and never all: round(0.9 * 2) is 2
+    size = min(len(own) - 1, max(1, round(fraction * len(own))))
+    aside, rest = _draw(own, size, gen)
+    return rest, aside
+
+
+def _draw(rows: list[int], size: int, gen: torch.Generator) -> tuple[list[int], list[int]]:
+    """Draw `size` rows, or all if there are fewer. Both parts keep the order of the file."""
+    order = torch.randperm(len(rows), generator=gen).tolist()
+    chosen = set(order[:size])
+    drawn = [row for n, row in enumerate(rows) if n in chosen]
+    return drawn, [row for n, row in enumerate(rows) if n not in chosen]

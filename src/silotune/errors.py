@@ -1,0 +1,56 @@
+"""What can go wrong that a user can mend. Everything else is a bug and stays one.
+
+SilotuneError
+├── ConfigError      a mistake in a recipe, an override or an argument        (exit 2)
+├── DataError        a file, a column or a row that cannot be used            (exit 2)
+├── ModelError       a base model or an adapter that cannot be used           (exit 2)
+├── RunFolderError   a run folder that is missing, foreign, taken or damaged  (exit 2)
+├── UpdateError      what a client sent cannot be combined; the client is named
+├── QuorumError      too few usable updates in a round; the run stops         (exit 1)
+└── ClientTimeout    a client did not answer in time; it is named
+
+A message says what happened, where (client, round, tensor, file:key) and how to mend it. It holds
+names and shapes, never values of rows or updates.
+"""
+
+
+class SilotuneError(Exception):
+    """Base of all errors that a user can mend. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(SilotuneError):
+    """Mistakes in a recipe or in arguments, all of them together, one per line."""
+
+    exit_code = 2
+
+
+class DataError(SilotuneError):
+    """Rows that cannot be read, split or used."""
+
+    exit_code = 2
+
+
+class ModelError(SilotuneError):
+    """A base model or adapter that cannot be fetched, loaded or matched."""
+
+    exit_code = 2
+
+
+class RunFolderError(SilotuneError):
+    """A run folder that cannot be created, read or resumed."""
+
+    exit_code = 2
+
+
+class UpdateError(SilotuneError):
+    """One client's update cannot be combined with the others."""
+
+
+class QuorumError(SilotuneError):
+    """Fewer usable updates arrived than the recipe asks for."""
+
+
+class ClientTimeout(SilotuneError):
+    """A client did not deliver before the deadline."""

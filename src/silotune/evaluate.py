@@ -1,0 +1,71 @@
+"""How well a model predicts held-out rows: sums over tokens, and what follows from them."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from pydantic import Field
+
+from silotune.models import LoadedModel
+from silotune.tasks.base import Batch, Example, Task
+from silotune.types import Config, Score
+
+
+class EvaluateConfig(Config):
+    """Scoring on held-out rows."""
+
+    every: int = Field(default=1, ge=0)
+    """Rounds between scores of the adapter; base and final adapter are scored too. 0 switches
+    all of it off."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows in one forward pass; the score does not depend on it beyond rounding."""
+
+    def due(self, num_rounds: int, last: int) -> bool:
+        """Whether the adapter that has `num_rounds` rounds behind it, out of `last`, is scored."""
+        return self.every > 0 and (num_rounds % self.every == 0 or num_rounds == last)
+
+
+def build_eval_batches(examples: Sequence[Example], task: Task, batch_size: int) -> list[Batch]:
+    """All examples in batches of similar length, in an order that depends on nothing else."""
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].ids.numel(), i))
+    return [
+        task.collate([examples[i] for i in order[at : at + batch_size]])
+        for at in range(0, len(order), batch_size)
+    ]
+
+
+def evaluate(
+    loaded: LoadedModel, batches: Iterable[Batch], task: Task, *, client: str, num_examples: int
+) -> Score:
+    """Score the model as it stands. Dropout is off; nothing is changed.
+
+    Returns:
+        Sums over the batches' trained tokens: losses of several clients add up exactly.
+    """
+    loss_sum, num_tokens, num_correct = 0.0, 0, 0
+    loaded.model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            out = task.loss(loaded, batch)
+            loss_sum += float(out.loss_sum)
+            num_tokens += batch.num_trained
+            num_correct += int((out.logits.argmax(-1) == batch.targets.to(loaded.device)).sum())
+    return Score(client, loss_sum, num_tokens, num_correct, num_examples)
+
+
+def metrics(scores: Iterable[Score]) -> dict[str, float]:
+    """Loss (nats per token), perplexity and token accuracy over scores, weighted by tokens.
+
+    Clients hold different numbers of tokens; a mean of their means would let a small one count as
+    much as a large.
+    """
+    all_scores = list(scores)
+    num_tokens = sum(s.num_tokens for s in all_scores)
+    loss = sum(s.loss_sum for s in all_scores) / num_tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # above that a float overflows
+        "token_accuracy": sum(s.num_correct for s in all_scores) / num_tokens,
+        "num_tokens": num_tokens,
+        "num_examples": sum(s.num_examples for s in all_scores),
+    }

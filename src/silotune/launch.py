@@ -1,0 +1,391 @@
+"""A recipe in, a run out. What the commands do, Python does by these names."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from silotune.client import Worker
+from silotune.config import RunConfig, build_algorithm, load_recipe
+from silotune.data import ClientRows, fingerprint, load_clients
+from silotune.disk import write_atomically, write_json
+from silotune.errors import ConfigError, RunFolderError, SilotuneError
+from silotune.generate import answer
+from silotune.models import (
+    LoadedModel,
+    base_only,
+    load_model,
+    num_base_loads,
+    read_adapter,
+    save_adapter,
+    write_adapter,
+)
+from silotune.progress import Progress
+from silotune.report import model_card, summarise
+from silotune.rounds import run_rounds
+from silotune.runtime.inprocess import InProcessClients
+from silotune.sampling import cohort_size
+from silotune.sources import SOURCES, check_name, content_hash, is_hub_id, resolve
+from silotune.store import Row, RunFolder
+from silotune.tasks import TASKS
+from silotune.tasks.instruct import set_template
+from silotune.types import AdapterState, ServerState
+
+LIBRARIES = ("silotune", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe without mistakes, and the rows it names."""
+
+    run: RunConfig
+    rows: Mapping[str, ClientRows]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk."""
+
+    path: Path
+    loaded: LoadedModel | None = field(default=None, repr=False, compare=False)
+    """The model, still in memory, when the run was asked to keep it."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json: losses per client, bytes, seconds, fingerprint of the adapter."""
+        summary = RunFolder.open(self.path).read_json("summary.json")
+        if summary is None:
+            raise RunFolderError(
+                f"{self.path} is not finished.\n  Go on with it: silotune run --resume {self.path}"
+            )
+        return summary
+
+    @property
+    def metrics(self) -> list[Row]:
+        """metrics.jsonl: one row per round, client and event."""
+        return RunFolder.open(self.path).metrics()
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved recipe."""
+        return RunFolder.open(self.path).run
+
+    def adapter(self) -> AdapterState:
+        """The result's tensors by name, float32."""
+        return _read_result(self.path / "adapter")
+
+    def load(self) -> LoadedModel:
+        """The model with the result in it."""
+        loaded = self.loaded or _load(self.config)
+        write_adapter(loaded, self.adapter())
+        return loaded
+
+    def ask(self, question: str, *, base: bool = False, max_new_tokens: int = 128) -> str:
+        """Answer a question with the trained adapter, or with the base.
+
+        The system text and the template are those of training.
+        """
+        run = self.config
+        system = [{"role": "system", "content": run.data.system}] if run.data.system else []
+        messages = (*system, {"role": "user", "content": question})
+        whole = run.adapter.kind == "full"  # then the base is another model
+        loaded = _load(run) if base and whole else self.load()
+        with base_only(loaded) if base and not whole else contextlib.nullcontext():
+            return answer(loaded, messages, max_new_tokens=max_new_tokens)
+
+
+def _load(run: RunConfig) -> LoadedModel:
+    loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
+    set_template(loaded.tokenizer)
+    return loaded
+
+
+def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Checked:
+    """Find every mistake that shows without loading a model: recipe, model name, data, clients.
+
+    Raises:
+        ConfigError, ModelError, DataError: With what is wrong, where, and how to mend it.
+    """
+    run = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    check_name(run.model.name)
+    if run.model.revision is not None and not is_hub_id(run.model.name):
+        raise ConfigError(
+            f"model.revision = '{run.model.revision}' has no effect: '{run.model.name}' is not on "
+            "the hub.\n  Take it out, or give a hub id in model.name."
+        )
+    rows = load_clients(run.data, run.partition, seed=run.seed)
+    cohort_size(run.sampling, len(rows))
+    return Checked(run, rows)
+
+
+def run(
+    recipe: str | Path | RunConfig | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    progress: Progress | None = None,
+    keep_model: bool = False,
+) -> Run:
+    """Run a recipe, or go on with an interrupted run.
+
+    Args:
+        recipe: A shipped name, a TOML file or a config; with `resume` it may be left out.
+        overrides: Dotted `key=value` texts on top of it.
+        out: The run folder to create; by default runs/<time>-<recipe>. Never overwritten.
+        resume: A run folder to go on with. Its own recipe counts.
+        progress: Told what happens; silent by default.
+        keep_model: Leave the model in memory, in `Run.loaded`, for questions right after.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        SilotuneError: See errors.py. Whatever was finished stays in the run folder.
+    """
+    began = time.perf_counter()
+    folder, checked = _open(recipe, overrides, out=out, resume=resume)
+    progress = progress or Progress()
+    progress.note(f"run folder: {folder.path}")
+    with folder.locked():
+        try:
+            return _run(folder, checked, progress, began, keep_model=keep_model)
+        except BaseException as error:  # errors and signals alike are let through
+            if resume is None and _is_a_mistake(error) and not folder.has_begun():
+                # a resumed run keeps its recipe, so it would stop at the same mistake
+                progress.note("nothing was trained, so the run folder is removed")
+                folder.remove()
+            else:
+                progress.note(f"go on with: silotune run --resume {folder.path}")
+            raise
+
+
+def _open(
+    recipe: str | Path | RunConfig | None,
+    overrides: Sequence[str],
+    *,
+    out: Path | str | None,
+    resume: Path | str | None,
+) -> tuple[RunFolder, Checked]:
+    if resume is not None:
+        if out is not None:
+            raise ConfigError("give out or resume, not both.")
+        folder = RunFolder.open(Path(resume))
+        if recipe is not None:
+            given = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+            _check_same_recipe(given, folder)
+        elif overrides:
+            raise ConfigError(
+                "a resumed run keeps its recipe, so overrides have no place.\n"
+                "  Start a new run for other settings."
+            )
+        return folder, check(folder.run)
+    if recipe is None:
+        raise ConfigError("give a recipe, or a run folder to resume.")
+    checked = check(recipe, overrides)
+    name = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
+    place = Path(out) if out is not None else _free_place(name)
+    return RunFolder.create(place, checked.run), checked
+
+
+def _free_place(name: str) -> Path:
+    """runs/<time>-<name>, with a number behind it when two runs begin in one second."""
+    first = Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}"
+    others = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
+    return next(place for place in itertools.chain([first], others) if not place.exists())
+
+
+def _dotted(run: RunConfig) -> dict[str, Any]:
+    """All values of a recipe by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in run.model_dump(serialize_as_any=True).items():
+        inner = value if isinstance(value, dict) else None
+        flat |= {key: value} if inner is None else {f"{key}.{k}": v for k, v in inner.items()}
+    return flat
+
+
+def _is_a_mistake(error: BaseException) -> bool:
+    return isinstance(error, SilotuneError) and error.exit_code == ConfigError.exit_code
+
+
+def _check_same_recipe(given: RunConfig, folder: RunFolder) -> None:
+    old, new = _dotted(folder.run), _dotted(given)
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if different:
+        raise ConfigError(
+            f"the recipe differs from that of {folder.path} in: {', '.join(different)}.\n"
+            "  Leave the recipe out to go on with the run's own, or start a new run."
+        )
+
+
+def _run(
+    folder: RunFolder, checked: Checked, progress: Progress, began: float, *, keep_model: bool
+) -> Run:
+    if folder.read_json("summary.json") is not None:
+        return Run(folder.path)  # finished before: nothing is left to do
+    run, loads_before = checked.run, num_base_loads()
+    torch.set_num_threads(run.runtime.threads)
+    try:
+        worker, clients = _set_up(folder, checked, progress)
+        provenance = _provenance(folder, checked, worker.loaded)
+        state = folder.load_state() or _first_state(worker, len(clients.names()))
+        folder.rewind(state.round)
+        earlier = sum(row["seconds"] for row in folder.metrics() if row["event"] == "round")
+        progress.begin(run.rounds, state.round + 1)
+        state = run_rounds(
+            run,
+            state,
+            algorithm=worker.algorithm,
+            clients=clients,
+            folder=folder,
+            progress=progress,
+        )
+    finally:
+        progress.end()
+    result = _result(run, state, folder)
+    adapter = _save_result(worker, result, folder)
+    summary = summarise(
+        run,
+        folder.metrics(),
+        clients.num_rows(),
+        result_round=result.round,
+        measured={
+            "seconds_total": earlier + time.perf_counter() - began,
+            "base_model_loads": num_base_loads() - loads_before,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "adapter_sha256": file_sha256(adapter),
+        },
+    )
+    card = model_card(run, summary, provenance)
+    write_atomically(folder.path / "README.md", card.encode())
+    write_json(
+        folder.path / "summary.json", summary
+    )  # last: its presence says that the run is done
+    return Run(folder.path, worker.loaded if keep_model else None)
+
+
+def _set_up(
+    folder: RunFolder, checked: Checked, progress: Progress
+) -> tuple[Worker, InProcessClients]:
+    """Load the base, once, and tokenise every client's rows, once."""
+    run = checked.run
+    progress.note(f"loading {run.model.name}")
+    loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
+    if set_template(loaded.tokenizer):
+        progress.note(f"{run.model.name} brings no chat template: the plain one is used")
+    worker = Worker(loaded, TASKS["instruct"], run, build_algorithm(run.algorithm))
+    clients = InProcessClients(worker, checked.rows, folder, progress)
+    for text in clients.notes():
+        progress.note(text)
+    return worker, clients
+
+
+def _save_result(worker: Worker, result: ServerState, folder: RunFolder) -> Path:
+    write_adapter(worker.loaded, result.adapter)
+    name = worker.run.model.name
+    return folder.install("adapter", lambda part: save_adapter(worker.loaded, part, base_name=name))
+
+
+def _first_state(worker: Worker, num_clients: int) -> ServerState:
+    adapter = read_adapter(worker.loaded)
+    return ServerState(0, adapter, worker.algorithm.init(adapter, num_clients))
+
+
+def _result(run: RunConfig, last: ServerState, folder: RunFolder) -> ServerState:
+    """The state that becomes the result: the last, or with keep = "best" the best."""
+    best = folder.best_round() if run.checkpoint.keep == "best" else None
+    return last if best is None else folder.load_state(best) or last
+
+
+def _provenance(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dict[str, Any]:
+    """Write down what the run stands on; a resumed run must stand on the same."""
+    run = checked.run
+    source = SOURCES.get(run.model.name)
+    now = {
+        "run": str(folder.path),
+        "base": {
+            "name": run.model.name,
+            "description": source.what if source else run.model.name,
+            "sha256": content_hash(_folder_of_base(run)),
+            "revision": run.model.revision,
+        },
+        "data": {"path": run.data.path, "sha256": fingerprint(checked.rows)},
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "threads": run.runtime.threads,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    before = folder.read_json("provenance.json")
+    if before is None:
+        write_json(folder.path / "provenance.json", now)
+        return now
+    for part, key in (("data", "sha256"), ("base", "sha256")):
+        if before[part][key] != now[part][key]:
+            raise RunFolderError(
+                f"{folder.path}: the {part} has changed since the run began.\n"
+                f"  Restore it ({run.data.path if part == 'data' else run.model.name}), or start "
+                "a new run."
+            )
+    return before
+
+
+def _folder_of_base(run: RunConfig) -> Path:
+    """Where the base's files lie: a folder, or what the hub library keeps of a hub id."""
+    place = resolve(run.model.name)
+    if isinstance(place, Path):
+        return place
+    from transformers.utils.hub import cached_file
+
+    config = cached_file(place, "config.json", revision=run.model.revision)
+    assert config is not None, "the model was loaded a moment ago"
+    return Path(config).parent
+
+
+def _read_result(adapter: Path) -> dict[str, torch.Tensor]:
+    files = sorted(adapter.glob("*.safetensors"))
+    if not files:
+        raise RunFolderError(
+            f"{adapter} holds no result yet.\n"
+            f"  Go on with it: silotune run --resume {adapter.parent}"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        tensors |= load_file(path)
+    return tensors
+
+
+def file_sha256(adapter: Path) -> str:
+    """Sha256 over a result's safetensors files in name order; of one file as `sha256sum`."""
+    digest = hashlib.sha256()
+    for path in sorted(adapter.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size this process has had, and on a GPU the largest allocation there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def base_folder(name: str) -> str | Path:
+    """Where a `model.name` is found: the folder of a named source (fetched once), or the name."""
+    return resolve(name)

@@ -1,0 +1,316 @@
+"""Base model and adapter through PEFT: the only calls that read or write adapter weights.
+
+The base is loaded once per process and never per client or round; only the adapter's tensors are
+swapped. This file knows nothing of clients, rounds or the network.
+"""
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from silotune.errors import ModelError
+from silotune.seeds import derive
+from silotune.sources import resolve
+from silotune.tree import check_same_layout, layout_of
+from silotune.types import AdapterState, Config
+
+
+class ModelConfig(Config):
+    """The base model."""
+
+    name: str = "smollm2-135m-instruct"
+    """A named source, a folder in Hugging Face format, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base weights. auto: bfloat16 where the processor has it, else float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a fifth more time."""
+
+
+class AdapterConfig(Config):
+    """What is trained and sent."""
+
+    kind: Literal["lora", "full"] = "lora"
+    """lora trains small factors beside a frozen base; full trains all weights."""
+    rank: int = Field(default=8, ge=1)
+    """Rank of the LoRA factors."""
+    alpha: float = Field(default=16, gt=0)
+    """LoRA scaling: the product is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the LoRA factors during training."""
+    targets: tuple[str, ...] | None = None
+    """Names of the modules that get LoRA factors; absent: PEFT's choice for the model family."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model with its adapter, ready to train or answer."""
+
+    model: Any
+    """The PEFT model, or the plain model when all weights are trained."""
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    parameters: Mapping[str, nn.Parameter]
+    """The trained tensors by the name under which they are saved and sent."""
+    has_adapter: bool
+    """False when all weights are trained."""
+
+
+_num_base_loads = 0
+
+
+def num_base_loads() -> int:
+    """How often this process has loaded a base model."""
+    return _num_base_loads
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device named, or with "auto" the first of CUDA, MPS and CPU that works here.
+
+    Raises:
+        ModelError: The named device is not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[wanted]:
+        there = ", ".join(name for name, ok in available.items() if ok)
+        raise ModelError(
+            f"runtime.device = '{wanted}' is not available here.\n  Set one of: auto, {there}."
+        )
+    return torch.device(wanted)
+
+
+def pick_dtype(model: ModelConfig, adapter: AdapterConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the base weights.
+
+    With "auto" a frozen base is bfloat16 where the processor multiplies it natively: elsewhere
+    bfloat16 runs, but many times slower than float32. Weights that are trained themselves are
+    float32.
+    """
+    if model.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, model.dtype))
+    if adapter.kind == "full":
+        return torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(
+    model_cfg: ModelConfig, adapter_cfg: AdapterConfig, *, seed: int, device: str = "auto"
+) -> LoadedModel:
+    """Load a base model and put a fresh adapter on it.
+
+    Args:
+        model_cfg: Which base.
+        adapter_cfg: Which adapter.
+        seed: The adapter's first factors are drawn from (seed, "adapter"), the same at every
+            client.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Returns:
+        The model in evaluation mode on its device; adapter tensors are float32.
+
+    Raises:
+        ModelError: No such model, or no module of the targets' names in it.
+    """
+    global _num_base_loads
+    where = pick_device(device)
+    dtype = pick_dtype(model_cfg, adapter_cfg, where)
+    base, tokenizer = _load_base(model_cfg, dtype)
+    _num_base_loads += 1
+    if model_cfg.gradient_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    model = base.to(where)
+    if adapter_cfg.kind == "lora":
+        model = _with_lora(base, adapter_cfg, seed)
+    parameters = _trained_parameters(model, adapter_cfg.kind)
+    model.eval()
+    return LoadedModel(model, tokenizer, where, dtype, parameters, adapter_cfg.kind == "lora")
+
+
+def _load_base(cfg: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = resolve(cfg.name)
+    with quiet_libraries():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, revision=cfg.revision, trust_remote_code=False
+            )
+            base = AutoModelForCausalLM.from_pretrained(
+                place,
+                revision=cfg.revision,
+                dtype=dtype,
+                use_safetensors=True,  # other formats are pickles, which run code when read
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError) as error:
+            first_line = str(error).strip().split("\n", 1)[0]
+            raise ModelError(
+                f"model.name = '{cfg.name}' cannot be loaded: {first_line}\n"
+                "  Give a named source (smollm2-135m-instruct), a folder that holds config.json\n"
+                "  and safetensors, or a hub id that this machine can reach."
+            ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model.name = '{cfg.name}' has no fast tokenizer (tokenizer.json).\n"
+            "  The loss mask is placed by character offsets, which only fast tokenizers give."
+        )
+    return base, tokenizer
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Loading without progress bars of the libraries: a run shows its own progress."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21.2 still reads the old name of this attribute from transformers 5.23
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _with_lora(base: Any, cfg: AdapterConfig, seed: int) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=cfg.rank,
+        lora_alpha=cast(int, cfg.alpha),
+        lora_dropout=cfg.dropout,
+        target_modules=list(cfg.targets) if cfg.targets else None,
+        use_rslora=cfg.rslora,
+    )
+    _check_targets(base, cfg.targets)
+    with torch.random.fork_rng(devices=[]), quiet_libraries():
+        torch.manual_seed(derive(seed, "adapter"))
+        try:
+            return get_peft_model(base, lora)
+        except ValueError as error:
+            raise ModelError(
+                f"adapter: PEFT cannot place LoRA on this model: {error}\n"
+                '  Name the modules yourself: [adapter] targets = ["q_proj", "v_proj"].'
+            ) from error
+
+
+def _check_targets(base: Any, targets: tuple[str, ...] | None) -> None:
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if not list(module.children())
+    }
+    for target in targets or ():
+        last = target.rsplit(".", 1)[-1]
+        if last not in names:
+            near = difflib.get_close_matches(last, names, n=3, cutoff=0.4)
+            offer = (
+                f"Did you mean {', '.join(near)}?"
+                if near
+                else f"It has: {', '.join(sorted(names))}."
+            )
+            raise ModelError(f"adapter.targets: '{target}' is no module of this model.\n  {offer}")
+
+
+def _trained_parameters(model: Any, kind: str) -> dict[str, nn.Parameter]:
+    """Names as saved -> the live parameters, matched by storage: PEFT decides the names, not we."""
+    learning = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    if kind == "full":
+        saved = dict(model.named_parameters())  # tied weights appear once
+    else:
+        from peft import get_peft_model_state_dict
+
+        saved = get_peft_model_state_dict(model)
+    found = {name: learning[t.data_ptr()] for name, t in sorted(saved.items())}
+    assert len(found) == len(learning), "a trained tensor is not saved, or one is saved twice"
+    return found
+
+
+def read_adapter(loaded: LoadedModel) -> dict[str, Tensor]:
+    """A float32 copy of the trained tensors, on the CPU."""
+    return {
+        name: p.detach().to("cpu", torch.float32, copy=True)
+        for name, p in loaded.parameters.items()
+    }
+
+
+@torch.no_grad()
+def write_adapter(loaded: LoadedModel, state: AdapterState) -> None:
+    """Overwrite the trained tensors. Names and shapes must be the model's own.
+
+    Raises:
+        UpdateError: They are not.
+    """
+    expected = layout_of(loaded.parameters)
+    given = {
+        name: t.to(loaded.parameters[name].dtype) if name in expected else t
+        for name, t in state.items()
+    }
+    check_same_layout(given, expected, who="adapter for this model")
+    for name, p in loaded.parameters.items():
+        p.copy_(given[name])
+
+
+@contextmanager
+def base_only(loaded: LoadedModel) -> Iterator[None]:
+    """The untouched base: inside, the adapter is off. Not for models trained as a whole."""
+    with loaded.model.disable_adapter():
+        yield
+
+
+def save_adapter(loaded: LoadedModel, folder: Path, *, base_name: str) -> None:
+    """Write what the model now holds: a PEFT folder, or with full fine-tuning a plain model folder.
+
+    Args:
+        loaded: The model with the adapter to save already written into it.
+        folder: Created; `PeftModel.from_pretrained(base, folder)` reads it.
+        base_name: What the folder calls its base: the recipe's `model.name`, never a path of this
+            machine.
+    """
+    with quiet_libraries():
+        if loaded.has_adapter:
+            for config in loaded.model.peft_config.values():
+                config.base_model_name_or_path = base_name
+                config.inference_mode = True
+        loaded.model.save_pretrained(folder, safe_serialization=True)
+        loaded.tokenizer.save_pretrained(folder)
+    # PEFT writes a card full of empty headings; the run's own card stands one level up
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def num_parameters(loaded: LoadedModel) -> tuple[int, int]:
+    """Trained and all parameters."""
+    trained = sum(p.numel() for p in loaded.parameters.values())
+    return trained, sum(p.numel() for p in loaded.model.parameters())
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a model name may be shown to others: a named source or a hub id, not a path."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None

@@ -1,0 +1,263 @@
+"""The server's half of a run: THE main loop. Network, algorithm and disk are arguments."""
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from silotune.algorithms.base import Algorithm, expected_extra, expected_layout
+from silotune.config import RunConfig
+from silotune.errors import QuorumError, UpdateError
+from silotune.evaluate import metrics
+from silotune.progress import Progress
+from silotune.sampling import num_needed, sample
+from silotune.seeds import generator
+from silotune.store import Row, RunFolder, Spool
+from silotune.tree import check_finite, check_same_layout, l2_norm
+from silotune.types import (
+    Arrival,
+    Broadcast,
+    Clients,
+    Failure,
+    Layout,
+    Score,
+    ServerState,
+    Settings,
+    Update,
+)
+
+
+def run_rounds(
+    run: RunConfig,
+    state: ServerState,
+    *,
+    algorithm: Algorithm,
+    clients: Clients,
+    folder: RunFolder,
+    progress: Progress,
+) -> ServerState:
+    """Run the rounds that are left, and score the last adapter.
+
+    Args:
+        run: The recipe.
+        state: Where to begin: round 0 with the first adapter, or a checkpoint.
+        algorithm: How many deltas become one change.
+        clients: The data holders. The only argument that may cross a network.
+        folder: Where updates, checkpoints and metrics go.
+        progress: Told what happens; decides nothing.
+
+    Returns:
+        The state after the last round.
+
+    Raises:
+        QuorumError: Too few usable updates; what was done so far is kept and can be resumed.
+    """
+    for r in range(state.round + 1, run.rounds + 1):
+        began = time.perf_counter()
+        # 1. Who takes part: drawn from (seed, round), so a resumed run asks the same clients.
+        cohort = sample(clients.names(), run.sampling, generator(run.seed, "sampling", r))
+        progress.begin_round(r, cohort)
+        scoring = run.evaluate.due(r - 1, run.rounds)
+        broadcast = _broadcast(state, r, algorithm, score=scoring)
+        # 2. Let them train. The only line of this loop that may cross a network; updates come as
+        # they arrive, and
+        #    those that a crash left on disk are not asked for again.
+        spool = folder.spool(r)
+        done = set(spool.names())
+        waiting = [name for name in cohort if name not in done]
+        arrivals = clients.train(waiting, broadcast)
+        # 3. Check them one at a time and spool them: what cannot be combined must not touch
+        # anything.
+        expected = what_is_expected(algorithm, state, waiting)
+        failures = accept(arrivals, spool, expected, progress)
+        check_quorum(run, r, cohort, spool, failures)
+        # 4. Whoever was not asked scores the adapter all the same, so that every curve is over all
+        # clients.
+        absent = [name for name in clients.names() if name not in cohort] if scoring else []
+        scores = list(clients.evaluate(absent, broadcast)) if absent else []
+        # 5. Many deltas become one change (folded in name order, one in memory at a time); the
+        # server's step.
+        change = algorithm.combine(state, spool)
+        state = algorithm.step(state, change)
+        # 6. Write it down; a crash after this line loses nothing.
+        rows = round_rows(r, cohort, spool, failures, scores, seconds=time.perf_counter() - began)
+        folder.save(state, rows)
+        progress.end_round(r, rows)
+    if run.evaluate.due(run.rounds, run.rounds):
+        last = _broadcast(state, run.rounds + 1, algorithm, score=True)
+        progress.begin_scoring(clients.names())
+        folder.rewind(run.rounds)  # a resumed run may have scored it before
+        folder.append_metrics(score_rows(run.rounds, clients.evaluate(clients.names(), last)))
+    return state
+
+
+def _broadcast(state: ServerState, round_: int, algorithm: Algorithm, *, score: bool) -> Broadcast:
+    extra = {name: state.extra[name] for name in algorithm.broadcasts}
+    return Broadcast(round_, state.adapter, extra, score=score)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the answers of a round must be."""
+
+    round: int
+    clients: Sequence[str]
+    layout: Layout
+    extra: Mapping[str, Layout]
+    settings: Settings
+
+
+def what_is_expected(algorithm: Algorithm, state: ServerState, clients: Sequence[str]) -> Expected:
+    """What `clients` must answer in the round after `state`."""
+    layout, extra = expected_layout(algorithm, state), expected_extra(algorithm, state)
+    return Expected(state.round + 1, clients, layout, extra, algorithm.local.settings)
+
+
+def accept(
+    arrivals: Iterable[Arrival], spool: Spool, expected: Expected, progress: Progress
+) -> list[Failure]:
+    """Check each arrival and spool it, or refuse it by name. Nothing wrong reaches the sum.
+
+    Returns:
+        The clients without a usable update: those that a runtime reported, those refused here,
+        and those that never answered.
+    """
+    failures: list[Failure] = []
+    open_: set[str] = set(expected.clients)
+    for arrival in arrivals:
+        if isinstance(arrival, Update):
+            try:
+                check_update(arrival, expected, open_)
+            except UpdateError as error:
+                arrival = Failure(arrival.client, expected.round, "refused", str(error))
+        if isinstance(arrival, Failure):
+            failures.append(arrival)
+            progress.client_failed(arrival)
+        else:
+            open_.remove(arrival.client)
+            spool.add(arrival)
+            progress.client_done(arrival)
+    for silent in sorted(open_ - {failure.client for failure in failures}):
+        failures.append(Failure(silent, expected.round, "no answer", "the client did not answer"))
+        progress.client_failed(failures[-1])
+    return failures
+
+
+def check_update(update: Update, expected: Expected, open_: Collection[str]) -> None:
+    """Refuse an update that cannot be combined with the others.
+
+    Args:
+        update: As it came.
+        expected: What it must be.
+        open_: Clients whose answer is still awaited.
+
+    Raises:
+        UpdateError: From a client that was not asked or has answered; of another round; wrong
+            names, shapes or dtypes; NaN or infinity; no examples; other constants of the local
+            rule than the server's, for instance another mu.
+    """
+    who = f"client '{update.client}', round {expected.round}"
+    if update.client not in open_:
+        known = update.client in expected.clients
+        why = "has answered already" if known else "was not asked in this round"
+        raise UpdateError(f"{who}: {why}.\n  Its update is not used.")
+    if update.round != expected.round:
+        raise UpdateError(
+            f"{who}: answers round {update.round}, the server is in round {expected.round}.\n"
+            "  A late update is not used."
+        )
+    check_same_layout(update.delta, expected.layout, who=who)
+    check_finite(update.delta, who=who)
+    if update.extra.keys() != expected.extra.keys():
+        raise UpdateError(
+            f"{who}: brings {sorted(update.extra) or 'nothing'} beside its delta, the server's "
+            f"algorithm expects {sorted(expected.extra) or 'nothing'}.\n"
+            "  Use the same recipe at this client."
+        )
+    for key, layout in expected.extra.items():
+        check_same_layout(update.extra[key], layout, who=f"{who}, {key}")
+        check_finite(update.extra[key], who=f"{who}, {key}")
+    if update.num_examples < 1:
+        raise UpdateError(f"{who}: no examples, so its update has no weight.\n  Check its data.")
+    if dict(update.settings) != dict(expected.settings):
+        raise UpdateError(
+            f"{who}: trained with {dict(update.settings) or 'no settings'}, the server's algorithm "
+            f"has {dict(expected.settings) or 'none'}.\n  Use the same recipe at this client."
+        )
+
+
+def check_quorum(
+    run: RunConfig, round_: int, cohort: Sequence[str], spool: Spool, failures: Sequence[Failure]
+) -> None:
+    """Stop the run when too few usable updates arrived.
+
+    Raises:
+        QuorumError: Names the clients that are missing, and why.
+    """
+    needed, arrived = num_needed(run.sampling, len(cohort)), len(spool)
+    if arrived >= needed:
+        return
+    reasons = "\n".join(f"  {f.client}: {f.code}: {first_line(f.place)}" for f in failures)
+    raise QuorumError(
+        f"round {round_}: {arrived} usable updates of {len(cohort)}, and sampling.quorum = "
+        f"{run.sampling.quorum:g} needs {needed}.\n{reasons}\n"
+        "  Mend these clients and resume: finished clients are not trained again. If the recipe\n"
+        "  is at fault, start a new run with another."
+    )
+
+
+def first_line(text: str) -> str:
+    """What happened, without how to mend it."""
+    return text.split("\n", 1)[0]
+
+
+# --- what is written down about a round -------------------------------------------------------
+
+
+def round_rows(
+    round_: int,
+    cohort: Sequence[str],
+    spool: Iterable[Update],
+    failures: Sequence[Failure],
+    scores: Sequence[Score | Failure],
+    *,
+    seconds: float,
+) -> list[Row]:
+    """A row per client that was asked, per score of the received adapter, and for the round."""
+    rows: list[Row] = []
+    received: list[Score | Failure] = list(scores)
+    for update in spool:
+        moved = l2_norm(update.delta)
+        rows.append(
+            {
+                "event": "train",
+                "round": round_,
+                "client": update.client,
+                "status": "ok" if moved > 0 else "did not move",
+                "num_examples": update.num_examples,
+                "delta_norm": moved,
+                "bytes_down": update.bytes_down,
+                "bytes_up": update.bytes_up,
+                **update.metrics,
+                **update.settings,
+            }
+        )
+        if update.score is not None:
+            received.append(update.score)
+    for f in failures:
+        row = {"event": "train", "round": round_, "client": f.client, "status": f.code}
+        rows.append({**row, "place": f.place})
+    rows += score_rows(round_ - 1, received)
+    rows.append({"event": "round", "round": round_, "num_asked": len(cohort), "seconds": seconds})
+    return rows
+
+
+def score_rows(num_rounds: int, scores: Iterable[Score | Failure]) -> list[Row]:
+    """Rows of held-out scores, in client-name order. `num_rounds` lie behind the scored adapter."""
+    rows: list[Row] = []
+    for score in sorted(scores, key=lambda s: s.client):
+        row: Row = {"event": "evaluate", "round": num_rounds, "client": score.client}
+        if isinstance(score, Failure):
+            rows.append({**row, "status": score.code, "place": score.place})
+        else:
+            rows.append({**row, "status": "ok", **metrics([score]), "bytes_down": score.size_bytes})
+    return rows

@@ -1,0 +1,306 @@
+"""The run folder: recipe, provenance, checkpoints, updates, metrics. Nothing is pickled.
+
+Every file appears whole or not at all: it is written beside its place, then renamed into it. So a
+kill at any moment leaves a folder that a later process can go on from. Drawn in docs/quickstart.md.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from silotune.config import RunConfig, parse, to_toml
+from silotune.disk import load_tensors, save_tensors, write_atomically
+from silotune.errors import RunFolderError
+from silotune.memory import folder_name
+from silotune.types import Score, ServerState, Update
+
+Row = dict[str, Any]
+
+
+class Spool:
+    """The accepted updates of one round, a file each, read one at a time in name order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, update: Update) -> None:
+        """Write an update down; from then on a crash does not lose it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"delta/{name}": t for name, t in update.delta.items()}
+        for key, state in update.extra.items():
+            tensors |= {f"extra/{key}/{name}": t for name, t in state.items()}
+        facts = {k: v for k, v in vars(update).items() if k not in ("delta", "extra", "score")}
+        facts["score"] = asdict(update.score) if update.score else None
+        path = self.folder / f"{folder_name(update.client)}.safetensors"
+        save_tensors(path, tensors, about={"update": json.dumps(facts)})
+
+    def names(self) -> list[str]:
+        """The clients whose updates are here, sorted."""
+        return sorted(self._paths())
+
+    def _paths(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found[json.loads(file.metadata()["update"])["client"]] = path
+            except (SafetensorError, KeyError, TypeError, ValueError):
+                path.unlink()  # cannot be ours whole: its client is asked again
+        return found
+
+    def __len__(self) -> int:
+        return len(self._paths())
+
+    def __iter__(self) -> Iterator[Update]:
+        for _, path in sorted(self._paths().items()):
+            yield _read_update(path)
+
+    def remove(self) -> None:
+        """Drop the round's updates: a checkpoint holds what they made."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_update(path: Path) -> Update:
+    tensors, about = load_tensors(path)
+    delta: dict[str, Tensor] = {}
+    extra: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, rest = name.split("/", 1)
+        if kind == "delta":
+            delta[rest] = tensor
+        else:
+            key, rest = rest.split("/", 1)
+            extra.setdefault(key, {})[rest] = tensor
+    facts = json.loads(about["update"])
+    score = Score(**facts.pop("score")) if facts["score"] else facts.pop("score")
+    return Update(delta=delta, extra=extra, score=score, **facts)
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path, run: RunConfig) -> None:
+        self.path = path
+        self.run = run
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, path: Path, run: RunConfig) -> "RunFolder":
+        """Make a new run folder; it exists whole, with its recipe, or not at all.
+
+        Raises:
+            RunFolderError: Something is there already; nothing is overwritten.
+        """
+        if path.exists():
+            resume = f", or go on with it: silotune run --resume {path}"
+            is_run = (path / "recipe.toml").is_file()
+            raise RunFolderError(
+                f"{path} exists and is not overwritten.\n"
+                f"  Give another --out{resume if is_run else '.'}"
+            )
+        part = path.with_name(f".{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+            (part / "recipe.toml").write_text(to_toml(run), encoding="utf-8")
+            part.rename(path)
+        except OSError as error:
+            raise RunFolderError(
+                f"{path} cannot be created: {error.strerror}.\n  Give another --out."
+            ) from error
+        return cls(path, run)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run folder.
+
+        Raises:
+            RunFolderError: It is not one.
+        """
+        recipe = path / "recipe.toml"
+        if not recipe.is_file():
+            why = "it has no recipe.toml" if path.is_dir() else "there is no such folder"
+            raise RunFolderError(
+                f"{path} is not a run folder: {why}.\n"
+                "  Give the folder that a run printed, for instance runs/2026-01-31-120000-demo."
+            )
+        import tomllib
+
+        table = tomllib.loads(recipe.read_text(encoding="utf-8"))
+        return cls(path, parse(table, name=str(recipe)))
+
+    def has_begun(self) -> bool:
+        """Whether a round has left anything: an update, metrics or a checkpoint."""
+        return any((self.path / n).exists() for n in ("spool", "metrics.jsonl", "checkpoints"))
+
+    def remove(self) -> None:
+        """Drop the folder with all that is in it."""
+        shutil.rmtree(self.path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the lock goes with the process, also when it is killed.
+
+        Raises:
+            RunFolderError: Another process works in it.
+        """
+        try:
+            import fcntl
+        except (
+            ImportError
+        ):  # Windows: no advisory locks; two processes on one folder are the user's care
+            yield
+            return
+        with (self.path / "run.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"{self.path} is in use by another process.\n  Wait for it, or end it first."
+                ) from None
+            yield
+
+    # --- the running round
+
+    def spool(self, round_: int) -> Spool:
+        """The updates of a round."""
+        return Spool(self.path / "spool" / f"round-{round_:05d}")
+
+    def client_folder(self, client: str) -> Path:
+        """Where a simulated client keeps its own memory. A real client's is on its own machine."""
+        return self.path / "clients" / folder_name(client)
+
+    # --- checkpoints
+
+    def _checkpoints(self) -> dict[int, Path]:
+        folder = self.path / "checkpoints"
+        found = {
+            int(p.name.removeprefix("round-")): p for p in folder.glob("round-*") if p.is_dir()
+        }
+        return dict(sorted(found.items()))
+
+    def load_state(self, round_: int | None = None) -> ServerState | None:
+        """The state after a checkpointed round, by default the newest; None when there is none."""
+        found = self._checkpoints()
+        if not found:
+            return None
+        at = max(found) if round_ is None else round_
+        adapter, _ = load_tensors(found[at] / "adapter.safetensors")
+        flat, _ = load_tensors(found[at] / "extra.safetensors")
+        extra: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in flat.items():
+            purpose, name = key.split("/", 1)
+            extra.setdefault(purpose, {})[name] = tensor
+        return ServerState(at, adapter, extra)
+
+    def save(self, state: ServerState, rows: Iterable[Row]) -> None:
+        """Write a round down: its metrics and, when due, a checkpoint; drop what that replaces.
+
+        A crash before the checkpoint's rename repeats the round from its spooled updates; after it,
+        nothing is repeated. Metrics of a repeated round are cut off by `rewind`.
+        """
+        self.append_metrics(rows)
+        run = self.run
+        if state.round % run.checkpoint.every and state.round != run.rounds:
+            return
+        final = self.path / "checkpoints" / f"round-{state.round:05d}"
+        part = final.with_name(f".{final.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        about = {"round": str(state.round)}
+        save_tensors(part / "adapter.safetensors", state.adapter, about=about)
+        flat = {f"{key}/{n}": t for key, s in state.extra.items() for n, t in s.items()}
+        save_tensors(part / "extra.safetensors", flat, about=about)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        self._prune(state.round)
+
+    def _prune(self, newest: int) -> None:
+        keep = {newest}
+        if self.run.checkpoint.keep == "best" and (best := self.best_round()) is not None:
+            keep.add(best)
+        if self.run.checkpoint.keep != "all":
+            for round_, path in self._checkpoints().items():
+                if round_ not in keep:
+                    shutil.rmtree(path)
+        for spool in (self.path / "spool").glob("round-*"):
+            if int(spool.name.removeprefix("round-")) <= newest:
+                shutil.rmtree(spool)
+
+    def best_round(self) -> int | None:
+        """The checkpointed round whose adapter has the lowest held-out loss over all clients."""
+        scored = held_out_losses(self.metrics())
+        there = [r for r in self._checkpoints() if r in scored]
+        return min(there, key=lambda r: (scored[r], r), default=None)
+
+    # --- metrics
+
+    @property
+    def _metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def metrics(self) -> list[Row]:
+        """All rows written so far."""
+        if not self._metrics_path.exists():
+            return []
+        lines = self._metrics_path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def append_metrics(self, rows: Iterable[Row]) -> None:
+        """Add rows at the end of metrics.jsonl."""
+        with self._metrics_path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewind(self, round_: int) -> None:
+        """Forget metrics of rounds after `round_`, and a half-written line: they come again."""
+        if not self._metrics_path.exists():
+            return
+        kept: list[str] = []
+        for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line, cut off by a kill
+            # the adapter after round r is scored in round r + 1
+            behind = row["round"] + 1 if row["event"] == "evaluate" else row["round"]
+            if behind <= round_:
+                kept.append(line + "\n")
+        write_atomically(self._metrics_path, "".join(kept).encode())
+
+    # --- results
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the folder, or None when it is not there yet."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def install(self, name: str, build: Any) -> Path:
+        """Let `build(folder)` fill a folder, and put it into its place whole."""
+        final, part = self.path / name, self.path / f".{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        build(part)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        return final
+
+
+def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
+    """Held-out loss over all clients, weighted by tokens, by rounds behind the adapter."""
+    sums: dict[int, list[float]] = {}
+    for row in rows:
+        if row["event"] == "evaluate" and row["status"] == "ok":
+            total = sums.setdefault(row["round"], [0.0, 0.0])
+            total[0] += row["loss"] * row["num_tokens"]
+            total[1] += row["num_tokens"]
+    return {round_: loss / tokens for round_, (loss, tokens) in sorted(sums.items())}

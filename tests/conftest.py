@@ -1,0 +1,126 @@
+"""Tiny real things for tests: a random Llama of 2 layers, width 16 and byte tokens; and rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+# tiny tensors: a second thread only waits, and worker processes of tests share the two cores
+torch.set_num_threads(1)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(template: str | None = CHATML):
+    """Bytes as tokens, and two for ChatML; pad is the end token, as in many chat models."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|im_start|>": 0, "<|im_end|>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
+    inner = Tokenizer(BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def build_tiny_model(folder: Path, *, seed: int = 0, template: str | None = CHATML) -> Path:
+    """A random Llama in Hugging Face format."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer(template)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=1,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def hospital_rows(num_clients: int = 3, per_client: int = 8) -> list[dict]:
+    """Short questions and answers of uneven length, a column that names the client."""
+    return [
+        {
+            "source": f"hospital-{c}",
+            "question": f"What is {chr(97 + c)}{i}?",
+            "answer": f"It is {'very ' * (i % 4)}{chr(97 + c)}{i}.",
+        }
+        for c in range(num_clients)
+        for i in range(per_client + c)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def hospital_file(tmp_path) -> Path:
+    return write_jsonl(tmp_path / "hospitals.jsonl", hospital_rows())
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, tiny_model, hospital_file) -> Path:
+    """A whole recipe on the tiny model: seconds, not minutes."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f"""
+seed = 3
+rounds = 3
+[model]
+name = "{tiny_model}"
+[adapter]
+rank = 2
+alpha = 4
+dropout = 0.1
+targets = ["q_proj", "v_proj"]
+[data]
+path = "{hospital_file}"
+[partition]
+by = "source"
+[train]
+batch_size = 2
+local_steps = 2
+lr = 1e-2
+max_length = 128
+[runtime]
+device = "cpu"
+threads = 1
+""",
+        encoding="utf-8",
+    )
+    return path

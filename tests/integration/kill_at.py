@@ -1,0 +1,72 @@
+"""Runs a recipe and kills its own process with SIGKILL at a named point. Called by test_resume.py.
+
+python kill_at.py POINT RECIPE OUT
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import silotune
+from silotune import client, disk, rounds, store
+from silotune.runtime import inprocess
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_call(owner, name, number, *, after=False):
+    """Die at the `number`-th call of a function, before it begins or after it ends."""
+    real, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def wrapper(*args, **kwargs):
+        if next(calls) != number:
+            return real(*args, **kwargs)
+        if after:
+            real(*args, **kwargs)
+        return die()
+
+    setattr(owner, name, wrapper)
+
+
+def half_written(number):
+    """Die with half of the `number`-th safetensors file on disk."""
+    real, calls = disk.save_file, iter(range(1, 1000))
+
+    def wrapper(tensors, path, **kwargs):
+        real(tensors, path, **kwargs)
+        if next(calls) == number:
+            data = Path(path).read_bytes()
+            Path(path).write_bytes(data[: len(data) // 2])
+            die()
+
+    disk.save_file = wrapper
+
+
+# 3 clients, 3 rounds: a round writes a memory and an update per client, then adapter and extra of
+# its checkpoint: 8 files
+POINTS = {
+    "before the first client": lambda: on_call(client, "train", 1),
+    "in the first round": lambda: on_call(client, "train", 2),
+    "after training, before the memory": lambda: on_call(inprocess, "save_memory", 5),
+    "after the memory, before the spool": lambda: on_call(inprocess, "save_memory", 5, after=True),
+    "half of a memory": lambda: half_written(8 + 3),
+    "half of an update": lambda: half_written(8 + 4),
+    "before aggregation": lambda: on_call(rounds, "round_rows", 2),
+    "half of a checkpoint": lambda: half_written(8 + 7),
+    "between the files of a checkpoint": lambda: on_call(store, "save_tensors", 10),
+    "before a checkpoint is renamed": lambda: on_call(Path, "rename", 3),
+    "before old spools are dropped": lambda: on_call(store.RunFolder, "_prune", 2),
+    "while the last adapter is scored": lambda: on_call(rounds, "score_rows", 4),
+    "before the summary": lambda: on_call(silotune.launch, "summarise", 1),
+}
+
+
+if __name__ == "__main__":
+    import silotune.launch
+
+    point, recipe, out = sys.argv[1:]
+    POINTS[point]()
+    silotune.run(recipe, out=out)

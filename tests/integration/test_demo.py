@@ -1,0 +1,22 @@
+"""The README's demo command, shortened: the named model is fetched and all else is real."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_command_runs(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "silotune", "demo", "rounds=1", "train.local_steps=1"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for text in ("held-out loss", "NINDS", "question", "federated ", "adapter:", "in training"):
+        assert text in done.stdout
+    assert "round 1/1" in done.stderr  # progress goes to stderr, results to stdout
+    assert "round 1/1" not in done.stdout
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["base_model_loads"] == 1
+    assert len(summary["clients"]) == 5

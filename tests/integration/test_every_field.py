@@ -1,0 +1,181 @@
+"""Every field of a recipe acts: moved from its default it changes the result or is refused."""
+
+import json
+
+import pytest
+
+import silotune
+from silotune.config import known_keys, load_recipe, sections
+from silotune.errors import ConfigError, SilotuneError
+from tests.conftest import build_tiny_model
+
+# key=value -> what must differ from the plain run
+CHANGES_THE_ADAPTER = [
+    "seed=4",
+    "rounds=2",
+    "model.dtype=bfloat16",
+    "adapter.kind=full",
+    "adapter.rank=3",
+    "adapter.alpha=9",
+    "adapter.dropout=0.5",
+    'adapter.targets=["k_proj"]',
+    "adapter.rslora=true",
+    "data.eval_fraction=0.5",
+    "data.max_rows=3",
+    'data.prompt="{source}: {question}"; data.completion="{answer}"',
+    'data.system="Be brief."',
+    "sampling.fraction=0.5",
+    "sampling.num_clients=2",
+    "train.batch_size=3",
+    "train.accumulation=2",
+    "train.local_steps=3",
+    "train.local_steps=none; train.local_epochs=1",
+    "train.optimizer=sgd",
+    "train.lr=1e-3",
+    "train.schedule=cosine",
+    "train.schedule=cosine; train.lr_min=1e-3",
+    "train.schedule=cosine; train.compat=flowertune",
+    "train.warmup_steps=1",
+    "train.weight_decay=0.5",
+    "train.clip_norm=1e-3",
+    "train.max_length=40",
+    "algorithm.name=fedavgm",
+    "algorithm.weights=uniform",
+    "algorithm.server_lr=0.5",
+    "partition.by=none; partition.kind=iid; partition.num_clients=4",
+    "partition.by=none; partition.kind=dirichlet; partition.num_clients=3; partition.alpha=1.0"
+    "; partition.label=source",
+]
+CHANGES_WHAT_IS_WRITTEN = [
+    "evaluate.every=0",
+    "checkpoint.every=2",
+    "checkpoint.keep=all",
+    "checkpoint.keep=best",
+]
+IS_REFUSED_HERE = ["sampling.timeout_s=1e-9", "runtime.device=cuda", "model.revision=main"]
+ELSEWHERE = {
+    "data.path": "every test",
+    "model.name": "below",
+    "data.eval_path": "test_data",
+    "data.eval_split": "test_data",
+    "data.name": "test_data",
+    "data.split": "test_data",
+    "data.revision": "test_data",
+    "model.gradient_checkpointing": "test_run, and below",
+    "evaluate.batch_size": "below: it changes speed and memory only",
+    "runtime.threads": "below: it may change the last bits only",
+    "runtime.name": "has one value yet",
+    "sampling.quorum": "test_rounds",
+}
+ALL = [*CHANGES_THE_ADAPTER, *CHANGES_WHAT_IS_WRITTEN, *IS_REFUSED_HERE]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model):
+    from tests.conftest import hospital_rows, write_jsonl
+
+    folder = tmp_path_factory.mktemp("fields")
+    data = write_jsonl(folder / "rows.jsonl", hospital_rows())
+    recipe = folder / "plain.toml"
+    recipe.write_text(
+        f"""
+rounds = 3
+partition.by = "source"
+runtime = {{ device = "cpu", threads = 1 }}
+model.name = "{tiny_model}"
+adapter = {{ rank = 2, dropout = 0.1, targets = ["q_proj", "v_proj"] }}
+data.path = "{data}"
+train = {{ batch_size = 2, local_steps = 2, lr = 1e-2, max_length = 128 }}
+"""
+    )
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def plain(place, tmp_path_factory):
+    return silotune.run(place, out=tmp_path_factory.mktemp("plain") / "run")
+
+
+def words(overrides: str) -> list[str]:
+    """Overrides that belong together are written in one line, with semicolons between them."""
+    return overrides.split("; ")
+
+
+def test_every_key_is_covered_by_this_file_or_named_elsewhere():
+    changed = {word.partition("=")[0] for line in ALL for word in words(line)}
+    keys = {k for k in known_keys() if k not in sections()}
+    assert keys - changed - set(ELSEWHERE) - {"algorithm.name"} == set()
+
+
+@pytest.mark.parametrize("overrides", CHANGES_THE_ADAPTER)
+def test_the_field_changes_the_adapter(place, plain, tmp_path, overrides):
+    changed = silotune.run(place, words(overrides), out=tmp_path / "run")
+    assert changed.summary["adapter_sha256"] != plain.summary["adapter_sha256"]
+
+
+def shape_of(run) -> str:
+    """What lies in the folder, without its numbers."""
+    kept = sorted(p.name for p in (run.path / "checkpoints").iterdir())
+    events = [(r["event"], r["round"], r.get("client")) for r in run.metrics]
+    return json.dumps([kept, events, run.summary["result_round"]])
+
+
+@pytest.mark.parametrize("overrides", CHANGES_WHAT_IS_WRITTEN)
+def test_the_field_changes_what_is_written(place, plain, tmp_path, overrides):
+    # the best of these rounds is not the last, so that "best" shows
+    high = ["train.lr=3.0"] if "keep=best" in overrides else []
+    before = silotune.run(place, high, out=tmp_path / "before") if high else plain
+    changed = silotune.run(place, [*words(overrides), *high], out=tmp_path / "run")
+    middle = "checkpoint.every" in overrides  # only visible while the run goes on
+    assert middle or shape_of(changed) != shape_of(before)
+
+
+@pytest.mark.parametrize("overrides", IS_REFUSED_HERE)
+def test_the_field_is_refused_where_it_cannot_be_fulfilled(place, tmp_path, overrides):
+    with pytest.raises(SilotuneError):
+        silotune.run(place, words(overrides), out=tmp_path / "run")
+
+
+def test_a_revision_of_something_that_is_not_on_the_hub_is_a_mistake(place):
+    with pytest.raises(ConfigError, match=r"model.revision.*has no effect"):
+        silotune.check(place, ["model.revision=main"])
+
+
+def test_another_base_gives_another_adapter(place, plain, tmp_path):
+    other = build_tiny_model(tmp_path / "other", seed=5)
+    changed = silotune.run(place, [f"model.name={other}"], out=tmp_path / "run")
+    assert changed.summary["adapter_sha256"] != plain.summary["adapter_sha256"]
+
+
+def test_gradient_checkpointing_reaches_the_model(tiny_model):
+    from silotune.models import AdapterConfig, ModelConfig, load_model
+
+    for wanted in (True, False):
+        cfg = ModelConfig(name=str(tiny_model), gradient_checkpointing=wanted)
+        loaded = load_model(cfg, AdapterConfig(targets=("q_proj",)), seed=1, device="cpu")
+        assert loaded.model.get_base_model().is_activation_checkpointing == wanted
+
+
+def test_the_batch_size_of_scoring_changes_the_batches_and_not_the_score(place, plain, tmp_path):
+    changed = silotune.run(place, ["evaluate.batch_size=1"], out=tmp_path / "run")
+    assert changed.summary["adapter_sha256"] == plain.summary["adapter_sha256"]
+    for name, c in changed.summary["clients"].items():
+        same = plain.summary["clients"][name]
+        assert c["federated_loss"] == pytest.approx(same["federated_loss"], rel=1e-5)
+
+
+def test_threads_are_set_and_recorded(place, tmp_path):
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        done = silotune.run(place, ["runtime.threads=2", "rounds=1"], out=tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((done.path / "provenance.json").read_text())["threads"] == 2
+
+
+def test_the_last_override_wins(place):
+    run = load_recipe(place, ["train.lr=1e-5", "train.lr=2e-5"])
+    assert run.train.lr == 2e-5

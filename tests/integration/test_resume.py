@@ -1,0 +1,108 @@
+"""kill -9 at named points, then resume: the same adapter, byte for byte."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import silotune
+from tests.integration.kill_at import POINTS
+
+HERE = Path(__file__).parent
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model):
+    """The recipe, and the run that nobody interrupted."""
+    from tests.conftest import hospital_rows, write_jsonl
+
+    place = tmp_path_factory.mktemp("whole")
+    data = write_jsonl(place / "rows.jsonl", hospital_rows())
+    recipe = place / "tiny.toml"
+    recipe.write_text(
+        f"""
+rounds = 3
+algorithm.name = "fedadam"
+partition.by = "source"
+runtime = {{ device = "cpu", threads = 1 }}
+model.name = "{tiny_model}"
+adapter = {{ rank = 2, dropout = 0.1, targets = ["q_proj", "v_proj"] }}
+data.path = "{data}"
+train = {{ batch_size = 2, local_steps = 2, lr = 1e-2, max_length = 128 }}
+"""
+    )
+    return recipe, silotune.run(recipe, out=place / "whole")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path, point):
+    recipe, untouched = whole
+    out = tmp_path / "run"
+    killed = subprocess.run(
+        [sys.executable, str(HERE / "kill_at.py"), point, str(recipe), str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = silotune.run(resume=out)
+    assert (out / ADAPTER).read_bytes() == (untouched.path / ADAPTER).read_bytes()
+    same = ("clients", "bytes_up", "bytes_down", "tokens_trained", "result_round")
+    assert {k: done.summary[k] for k in same} == {k: untouched.summary[k] for k in same}
+    rows = [(r["event"], r["round"], r.get("client")) for r in done.metrics]
+    assert len(rows) == len(set(rows))
+    leftovers = [p for p in out.rglob("*") if p.name.endswith(".part")]
+    assert not leftovers
+
+
+def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkeypatch):
+    recipe, _ = whole
+    out = tmp_path / "run"
+    args = [sys.executable, str(HERE / "kill_at.py"), "half of an update", str(recipe), str(out)]
+    assert subprocess.run(args, capture_output=True).returncode == -signal.SIGKILL
+    from silotune.runtime import inprocess
+
+    asked = []
+    real = inprocess.train_round
+
+    def train_round(worker, data, broadcast, memory):
+        asked.append((broadcast.round, data.name))
+        return real(worker, data, broadcast, memory)
+
+    monkeypatch.setattr(inprocess, "train_round", train_round)
+    silotune.run(resume=out)
+    # it dies in the second update of round 2: the first one stays
+    assert asked[:2] == [(2, "hospital-1"), (2, "hospital-2")]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_cleanly_and_it_resumes(whole, tmp_path, name):
+    recipe, _ = whole
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "silotune", "run", str(recipe), "rounds=400"]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoints" / "round-00001").exists():
+        assert time.monotonic() < deadline, "no round within 60 s"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert f"stopped by {name}" in errors
+    assert f"--resume {out}" in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody of its group is left
+    assert not (out / "summary.json").exists()
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["round"] in (0, 1)

@@ -1,0 +1,34 @@
+"""The full demo as a user runs it: real model, real rows, own cache. Minutes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(1800)
+def test_the_demo_improves_every_hospital(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "silotune", "demo", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["clients"]) == ["CancerGov", "GARD", "GHR", "NIDDK", "NINDS"]
+    for name, client in summary["clients"].items():
+        assert client["federated_loss"] < client["base_loss"], name
+    assert summary["base_model_loads"] == 1
+    one = 460_800 * 4  # LoRA rank 8 on q and v of SmolLM2-135M, float32
+    assert summary["bytes_up"] == 2 * 5 * one
+    assert summary["bytes_down"] == 3 * 5 * one
+    for text in ("held-out loss", "question", "base ", "federated ", "adapter:", "in training"):
+        assert text in done.stdout
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from silotune.sources import model_folder
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder("smollm2-135m-instruct"))
+    PeftModel.from_pretrained(base, str(out / "adapter"))
