@@ -247,7 +247,8 @@ def _trained_parameters(model: Any, kind: str) -> dict[str, nn.Parameter]:
     else:
         from peft import get_peft_model_state_dict
 
-        saved = get_peft_model_state_dict(model)
+        # False: "auto" asks the hub for the base's config, by whatever name the base has
+        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     found = {name: learning[t.data_ptr()] for name, t in sorted(saved.items())}
     assert len(found) == len(learning), "a trained tensor is not saved, or one is saved twice"
     return found
@@ -299,7 +300,9 @@ def save_adapter(loaded: LoadedModel, folder: Path, *, base_name: str) -> None:
             for config in loaded.model.peft_config.values():
                 config.base_model_name_or_path = base_name
                 config.inference_mode = True
-        loaded.model.save_pretrained(folder, safe_serialization=True)
+            loaded.model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
     # PEFT writes a card full of empty headings; the run's own card stands one level up
     (folder / "README.md").unlink(missing_ok=True)

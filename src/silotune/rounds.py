@@ -58,24 +58,20 @@ def run_rounds(
         progress.begin_round(r, cohort)
         scoring = run.evaluate.due(r - 1, run.rounds)
         broadcast = _broadcast(state, r, algorithm, score=scoring)
-        # 2. Let them train. The only line of this loop that may cross a network; updates come as
-        # they arrive, and
+        # 2. Let them train: the only line that may cross a network. Updates come as they arrive;
         #    those that a crash left on disk are not asked for again.
         spool = folder.spool(r)
         done = set(spool.names())
         waiting = [name for name in cohort if name not in done]
         arrivals = clients.train(waiting, broadcast)
-        # 3. Check them one at a time and spool them: what cannot be combined must not touch
-        # anything.
+        # 3. Check one at a time, then spool: what cannot be combined must not touch anything.
         expected = what_is_expected(algorithm, state, waiting)
         failures = accept(arrivals, spool, expected, progress)
         check_quorum(run, r, cohort, spool, failures)
-        # 4. Whoever was not asked scores the adapter all the same, so that every curve is over all
-        # clients.
+        # 4. Whoever was not asked scores the adapter too, so that every curve is over all clients.
         absent = [name for name in clients.names() if name not in cohort] if scoring else []
         scores = list(clients.evaluate(absent, broadcast)) if absent else []
-        # 5. Many deltas become one change (folded in name order, one in memory at a time); the
-        # server's step.
+        # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
         change = algorithm.combine(state, spool)
         state = algorithm.step(state, change)
         # 6. Write it down; a crash after this line loses nothing.

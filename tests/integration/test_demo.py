@@ -17,6 +17,7 @@ def test_the_demo_command_runs(tmp_path):
         assert text in done.stdout
     assert "round 1/1" in done.stderr  # progress goes to stderr, results to stdout
     assert "round 1/1" not in done.stdout
+    assert "Warning" not in done.stderr  # once, saving asked the hub for a named source
     summary = json.loads((out / "summary.json").read_text())
     assert summary["base_model_loads"] == 1
     assert len(summary["clients"]) == 5
