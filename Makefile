@@ -48,7 +48,7 @@ lock:
 	$(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/python -m pip install --quiet torch==2.13.0 -e '.[dev]'
 	.lock-venv/bin/python -m pip freeze --exclude-editable --exclude silotune \
-	  | sed 's/+[a-z0-9.]*$$//' | grep -v '@' > requirements.lock
+	  | sed 's/+[a-z0-9.]*$$//' | grep -v '@' | LC_ALL=C sort -f > requirements.lock
 	rm -rf .lock-venv
 
 clean:
