@@ -93,23 +93,23 @@ def hospital_file(tmp_path) -> Path:
     return write_jsonl(tmp_path / "hospitals.jsonl", hospital_rows())
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path, tiny_model, hospital_file) -> Path:
-    """A whole recipe on the tiny model: seconds, not minutes."""
-    path = tmp_path / "tiny.toml"
+def write_tiny_recipe(folder: Path, model: Path, *, algorithm: str = "fedavg") -> Path:
+    """A whole recipe on the tiny model, and rows beside it: seconds, not minutes."""
+    data = write_jsonl(folder / "hospitals.jsonl", hospital_rows())
+    path = folder / "tiny.toml"
     path.write_text(
         f"""
 seed = 3
 rounds = 3
 [model]
-name = "{tiny_model}"
+name = "{model}"
 [adapter]
 rank = 2
 alpha = 4
 dropout = 0.1
 targets = ["q_proj", "v_proj"]
 [data]
-path = "{hospital_file}"
+path = "{data}"
 [partition]
 by = "source"
 [train]
@@ -117,6 +117,8 @@ batch_size = 2
 local_steps = 2
 lr = 1e-2
 max_length = 128
+[algorithm]
+name = "{algorithm}"
 [runtime]
 device = "cpu"
 threads = 1

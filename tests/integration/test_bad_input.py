@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from silotune.cli import app
 from silotune.config import load_recipe
 from silotune.store import RunFolder
-from tests.conftest import hospital_rows, write_jsonl
+from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +26,10 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def recipe(here, tiny_recipe) -> Path:
-    text = tiny_recipe.read_text().replace("rounds = 3", "rounds = 1")
-    (here / "my.toml").write_text(text)
-    tiny_recipe.unlink()
-    return here / "my.toml"
+def recipe(here, tiny_model) -> Path:
+    tiny = write_tiny_recipe(here, tiny_model)
+    tiny.write_text(tiny.read_text().replace("rounds = 3", "rounds = 1"))
+    return tiny.rename(here / "my.toml")
 
 
 def silotune(*words):

@@ -7,7 +7,7 @@ import pytest
 import silotune
 from silotune.config import known_keys, load_recipe, sections
 from silotune.errors import ConfigError, SilotuneError
-from tests.conftest import build_tiny_model
+from tests.conftest import build_tiny_model, write_tiny_recipe
 
 # key=value -> what must differ from the plain run
 CHANGES_THE_ADAPTER = [
@@ -72,23 +72,7 @@ ALL = [*CHANGES_THE_ADAPTER, *CHANGES_WHAT_IS_WRITTEN, *IS_REFUSED_HERE]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_model):
-    from tests.conftest import hospital_rows, write_jsonl
-
-    folder = tmp_path_factory.mktemp("fields")
-    data = write_jsonl(folder / "rows.jsonl", hospital_rows())
-    recipe = folder / "plain.toml"
-    recipe.write_text(
-        f"""
-rounds = 3
-partition.by = "source"
-runtime = {{ device = "cpu", threads = 1 }}
-model.name = "{tiny_model}"
-adapter = {{ rank = 2, dropout = 0.1, targets = ["q_proj", "v_proj"] }}
-data.path = "{data}"
-train = {{ batch_size = 2, local_steps = 2, lr = 1e-2, max_length = 128 }}
-"""
-    )
-    return recipe
+    return write_tiny_recipe(tmp_path_factory.mktemp("fields"), tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import silotune
+from tests.conftest import write_tiny_recipe
 from tests.integration.kill_at import POINTS
 
 HERE = Path(__file__).parent
@@ -20,23 +21,8 @@ ADAPTER = Path("adapter") / "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model):
     """The recipe, and the run that nobody interrupted."""
-    from tests.conftest import hospital_rows, write_jsonl
-
     place = tmp_path_factory.mktemp("whole")
-    data = write_jsonl(place / "rows.jsonl", hospital_rows())
-    recipe = place / "tiny.toml"
-    recipe.write_text(
-        f"""
-rounds = 3
-algorithm.name = "fedadam"
-partition.by = "source"
-runtime = {{ device = "cpu", threads = 1 }}
-model.name = "{tiny_model}"
-adapter = {{ rank = 2, dropout = 0.1, targets = ["q_proj", "v_proj"] }}
-data.path = "{data}"
-train = {{ batch_size = 2, local_steps = 2, lr = 1e-2, max_length = 128 }}
-"""
-    )
+    recipe = write_tiny_recipe(place, tiny_model, algorithm="fedadam")
     return recipe, silotune.run(recipe, out=place / "whole")
 
 

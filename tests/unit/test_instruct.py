@@ -56,6 +56,23 @@ def test_ids_are_those_of_the_chat_template_itself(tokenizer, question, reply):
     assert example.ids.tolist() == list(own)
 
 
+def test_the_mask_is_that_of_a_template_that_marks_its_answers_itself():
+    """The independent oracle: transformers' own mask from {% generation %} blocks."""
+    marked = build_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = talk("Why?", "So.", "And now?", "Nothing more, é.")
+    (example,) = prepare([row], marked, 512).examples
+    own = marked.apply_chat_template(
+        list(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert example.ids.tolist() == list(own["input_ids"])
+    assert example.trained.int().tolist() == list(own["assistant_masks"])
+
+
 def test_a_prompt_at_inference_has_the_ids_it_had_in_training(tokenizer):
     row = talk("Why?", "So.")
     (example,) = prepare([row], tokenizer, 512).examples
