@@ -5,7 +5,6 @@ swapped. This file knows nothing of clients, rounds or the network.
 """
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -306,14 +305,3 @@ def save_adapter(loaded: LoadedModel, folder: Path, *, base_name: str) -> None:
         loaded.tokenizer.save_pretrained(folder)
     # PEFT writes a card full of empty headings; the run's own card stands one level up
     (folder / "README.md").unlink(missing_ok=True)
-
-
-def num_parameters(loaded: LoadedModel) -> tuple[int, int]:
-    """Trained and all parameters."""
-    trained = sum(p.numel() for p in loaded.parameters.values())
-    return trained, sum(p.numel() for p in loaded.model.parameters())
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a model name may be shown to others: a named source or a hub id, not a path."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -132,8 +133,6 @@ class RunFolder:
                 f"{path} is not a run folder: {why}.\n"
                 "  Give the folder that a run printed, for instance runs/2026-01-31-120000-demo."
             )
-        import tomllib
-
         table = tomllib.loads(recipe.read_text(encoding="utf-8"))
         return cls(path, parse(table, name=str(recipe)))
 
