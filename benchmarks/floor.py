@@ -21,8 +21,13 @@ import torch
 import silotune
 from silotune.client import Worker
 from silotune.config import build_algorithm
-from silotune.launch import peak_memory_bytes
-from silotune.models import load_model, num_base_loads, read_adapter, write_adapter
+from silotune.models import (
+    load_model,
+    num_base_loads,
+    peak_memory_bytes,
+    read_adapter,
+    write_adapter,
+)
 from silotune.progress import Progress, human_bytes
 from silotune.rounds import run_rounds
 from silotune.runtime.inprocess import InProcessClients

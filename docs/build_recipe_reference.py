@@ -55,7 +55,8 @@ def build() -> str:
         parts += ["## [algorithm]\n", ALGORITHM]
         for name, choice in ALGORITHM_CONFIGS.items():
             fields = {key: f for key, f in choice.model_fields.items() if key != "name"}
-            parts += [f'### name = "{name}"\n', _about(choice), _table(fields)]
+            shown = name.replace("<", "\\<")  # a page would take <module> for a tag
+            parts += [f'### name = "{shown}"\n', _about(choice), _table(fields)]
     return "\n".join(parts)
 
 
@@ -86,6 +87,8 @@ def type_text(annotation: Any) -> str:
         return " or ".join(type_text(t) for t in inner if t is not type(None))
     if origin in (tuple, list):
         return f"list of {type_text(inner[0])}s"
+    if origin is dict:
+        return f"table of {type_text(inner[1])}"
     return NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -98,6 +101,8 @@ def default_text(field: FieldInfo) -> str:
     value = field.default
     if value is None:
         return "absent"
+    if value == {}:
+        return "empty"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):

@@ -6,13 +6,14 @@ What `train_round` returns first is all that leaves the client.
 import itertools
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from silotune.algorithms.base import Algorithm, LocalContext, LocalOutcome
 from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.errors import DataError
 from silotune.evaluate import build_eval_batches, evaluate
-from silotune.memory import ClientMemory
+from silotune.memory import ClientMemory, load_memory, save_memory
 from silotune.models import LoadedModel, read_adapter, write_adapter
 from silotune.seeds import derive, generator
 from silotune.tasks.base import Batch, Example, Task
@@ -76,6 +77,26 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
     return evaluate(
         worker.loaded, data.eval_batches, worker.task, client=data.name, num_examples=data.num_eval
     )
+
+
+def take_part(worker: Worker, data: ClientData, broadcast: Broadcast, own: Path) -> Update:
+    """One training message, answered: memory in, round, memory out.
+
+    Args:
+        worker: The process's model.
+        data: The client's rows.
+        broadcast: What the server sent.
+        own: The client's own folder, where its memory lies.
+
+    Raises:
+        UpdateError: Training ended in NaN or infinity; nothing is sent or kept.
+    """
+    memory = load_memory(own, broadcast.round)
+    update, memory = train_round(worker, data, broadcast, memory)
+    # before the update counts: asked again after a crash, the client starts from the older memory
+    oldest = broadcast.round - worker.run.checkpoint.every
+    save_memory(own, broadcast.round, memory, keep_from=oldest)
+    return update
 
 
 def train_round(

@@ -5,6 +5,7 @@ no data.
 """
 
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -15,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
 import tomli_w
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+    field_validator,
+)
 
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import Algorithm, AlgorithmConfig
@@ -49,15 +58,52 @@ def usable_threads() -> int:
 
 
 class RuntimeConfig(Config):
-    """Where the clients run."""
+    """Where the clients run. What each runtime is for: docs/runtimes.md."""
 
-    name: Literal["in-process"] = "in-process"
-    """in-process: one after the other in this process, sharing one base model."""
+    name: Literal["in-process", "flower-simulation", "flower"] = "in-process"
+    """in-process: one after the other in this process, sharing one base model. flower-simulation:
+    Flower's engine on Ray, several processes or GPUs. flower: Flower's deployment engine, each
+    client in processes of its own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes the first of cuda, mps and cpu that is there."""
     threads: int = Field(default_factory=usable_threads, ge=1)
-    """Processor threads; by default all that this process may use. Part of what makes a run
-    repeatable."""
+    """Processor threads of every process that trains; by default all that this process may use.
+    Part of what makes a run repeatable."""
+    client_cpus: int | None = Field(default=None, ge=1)
+    """flower-simulation: processors that Ray sets aside for one client at a time; `threads` when
+    absent."""
+    client_gpus: float | None = Field(default=None, ge=0)
+    """flower-simulation: GPUs for one client at a time; 0.25 lets four share one. Absent: none."""
+    ray_address: str | None = Field(default=None, min_length=1)
+    """flower-simulation: an existing Ray cluster, for instance 10.0.0.1:6379. All its machines must
+    see the run folder, the data and the base model under the same paths."""
+    host: str = "127.0.0.1"
+    """flower: where the server listens. Only this machine's loopback addresses yet."""
+    join_timeout_s: float = Field(default=180.0, gt=0)
+    """flower and flower-simulation: seconds in which the clients have to report at the start."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Every pair (key, why it cannot be)."""
+        mine = {
+            "flower-simulation": ("client_cpus", "client_gpus", "ray_address", "join_timeout_s"),
+            "flower": ("host", "join_timeout_s"),
+        }
+        for key in ("client_cpus", "client_gpus", "ray_address", "host", "join_timeout_s"):
+            moved = getattr(self, key) != RuntimeConfig.model_fields[key].default
+            if moved and key not in mine.get(self.name, ()):
+                where = " or ".join(f"'{name}'" for name, keys in mine.items() if key in keys)
+                yield f"runtime.{key}", f"has an effect with runtime.name = {where} only"
+        if self.host not in ("127.0.0.1", "localhost", "::1"):
+            yield (
+                "runtime.host",
+                f"'{self.host}' is refused: beyond loopback the engine's control interface would "
+                "be open to everyone who reaches the port, and without TLS and client keys the "
+                "adapters could be read and forged. Use 127.0.0.1",
+            )
+        if self.name == "flower-simulation" and self.device == "mps":
+            yield "runtime.device", "'mps' cannot be shared by Ray's processes; use in-process"
+        if self.client_gpus and self.device == "cpu":
+            yield "runtime.client_gpus", "asks for GPUs that runtime.device = 'cpu' does not use"
 
 
 def _named(name: str, cfg: type[AlgorithmConfig]) -> type[AlgorithmConfig]:
@@ -66,14 +112,58 @@ def _named(name: str, cfg: type[AlgorithmConfig]) -> type[AlgorithmConfig]:
     return create_model(cfg.__name__, __base__=cfg, __doc__=cfg.__doc__, name=field)
 
 
+FLOWER = "flower:<module>.<Class>"
+"""Stands for the names of all Flower strategies, in messages and documents too."""
+FLOWER_EXAMPLE = "A strategy is named as in flower:flwr.serverapp.strategy.FedYogi."
+FLOWER_NAME = r"flower:[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
+NOT_OPTIONS = {
+    "fraction_train": "[sampling] rules who takes part",
+    "min_train_nodes": "[sampling] rules who takes part",
+    "min_available_nodes": "[sampling] rules who takes part",
+    "fraction_evaluate": "[evaluate] rules who scores",
+    "min_evaluate_nodes": "[evaluate] rules who scores",
+    "weighted_by_key": "algorithm.weights rules how clients are weighted",
+}
+"""Arguments of Flower's strategies that other keys of a recipe stand for."""
+
+
+class FlowerStrategyConfig(AlgorithmConfig):
+    """Settings of a Flower strategy, as in flower:flwr.serverapp.strategy.FedYogi.
+
+    The class is imported where the server runs, never at a client. Needs silotune[flower].
+    """
+
+    name: str = Field(pattern=f"^{FLOWER_NAME}$")
+    """The path of the strategy's class: any module that Python finds, Flower's or your own."""
+    options: dict[str, bool | int | float | str] = Field(default={})
+    """Arguments of the class by their own names, as in options.eta = 0.01."""
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _only_options(cls, given: Any) -> Any:
+        for key, value in cast(dict[str, Any], given).items() if isinstance(given, dict) else ():
+            if key in NOT_OPTIONS:
+                raise ValueError(f"'{key}' is no option: {NOT_OPTIONS[key]}")
+            if not isinstance(value, (int, float, str)):  # true and false are integers in Python
+                raise ValueError(f"'{key}' should be a number, a text, true or false")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"'{key}' should be a finite number")
+        return cast(Any, given)
+
+
 def _chosen(section: Any) -> str:
-    """The algorithm that an [algorithm] table, or a config object, names."""
+    """The algorithm that an [algorithm] table, or a config object, names; one for all of Flower."""
     if isinstance(section, dict):
-        return str(cast(dict[str, Any], section).get("name", "fedavg"))
-    return str(getattr(section, "name", ""))
+        name = str(cast(dict[str, Any], section).get("name", "fedavg"))
+    else:
+        name = str(getattr(section, "name", ""))
+    return FLOWER if re.fullmatch(FLOWER_NAME, name) else name
 
 
-ALGORITHM_CONFIGS = {name: _named(name, cfg) for name, (cfg, _) in ALGORITHMS.items()}
+ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {
+    **{name: _named(name, cfg) for name, (cfg, _) in ALGORITHMS.items()},
+    FLOWER: FlowerStrategyConfig,
+}
 
 if TYPE_CHECKING:
     AnyAlgorithmConfig = AlgorithmConfig
@@ -104,6 +194,7 @@ class RunConfig(Config):
         """Every pair (key, why it cannot be) that no single section can see."""
         if self.checkpoint.keep == "best" and self.evaluate.every == 0:
             yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
+        yield from self.runtime.contradictions()
         if self.adapter.kind == "full" and self.model.dtype in ("float16", "bfloat16"):
             yield (
                 "model.dtype",
@@ -112,7 +203,7 @@ class RunConfig(Config):
 
 
 def build_algorithm(cfg: AlgorithmConfig) -> Algorithm:
-    """The algorithm that a recipe names."""
+    """One of our own algorithms; runtime.flower_strategy.algorithm_of builds Flower's too."""
     return ALGORITHMS[_chosen(cfg)][1](cfg)
 
 
@@ -265,7 +356,7 @@ def _take_out(table: dict[str, Any], where: tuple[str, ...]) -> None:
 def _where(loc: Sequence[int | str]) -> tuple[str, ...]:
     """A pydantic location as a recipe's key: without the tag of a chosen algorithm."""
     parts = [str(part) for part in loc]
-    if parts[:1] == ["algorithm"] and len(parts) > 1 and parts[1] in ALGORITHMS:
+    if parts[:1] == ["algorithm"] and len(parts) > 1 and parts[1] in ALGORITHM_CONFIGS:
         del parts[1]
     return tuple(parts)
 
@@ -274,10 +365,14 @@ def _explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str
     key = ".".join(where)
     match item["type"]:
         case "extra_forbidden":
+            chosen = _chosen(table.get("algorithm", {}))
             others = [n for n, cfg in ALGORITHM_CONFIGS.items() if where[-1] in cfg.model_fields]
+            if where[0] == "algorithm" and chosen == FLOWER:
+                near = did_you_mean(where[-1], FlowerStrategyConfig.model_fields)
+                return f"{key}: unknown key.{near} The strategy's are in algorithm.options."
             if where[0] == "algorithm" and others:
-                return f"{key}: is a key of {', '.join(others)}, not of {_chosen(table[where[0]])}."
-            near = nearest_key(key, _chosen(table.get("algorithm", {})))
+                return f"{key}: is a key of {', '.join(others)}, not of {chosen}."
+            near = nearest_key(key, chosen)
             return f"{key}: unknown key." + (f" Did you mean {near}?" if near else "")
         case "missing":
             return f"{key}: is missing."
@@ -288,9 +383,12 @@ def _explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str
             chosen = _chosen(cast(dict[str, Any], section))
             return (
                 f"{key}.name: there is no algorithm '{chosen}'.{did_you_mean(chosen, ALGORITHMS)} "
-                f"There are: {', '.join(ALGORITHMS)}."
+                f"There are: {', '.join(ALGORITHM_CONFIGS)}."
+                + (f" {FLOWER_EXAMPLE}" if re.match("flower|flwr", chosen.lower()) else "")
             )
-        case "model_type":
+        case "string_pattern_mismatch":
+            return f"{key}: is not the path of a class. {FLOWER_EXAMPLE}"
+        case "model_type" | "dict_type":
             return f"{key}: is a section; set single keys of it, as in {key}.key = value."
         case "tuple_type":
             return f'{key}: should be a list, for instance ["q_proj", "v_proj"].'

@@ -1,11 +1,14 @@
 """Files that appear whole or not at all: written beside their place, then renamed into it."""
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -52,3 +55,67 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} is damaged: {error}\n"
             "  Remove its folder and resume; the run goes on from what is left."
         ) from error
+
+
+# --- many tensors as a few rows of numbers ----------------------------------------------------
+
+
+def save_rows(path: Path, tensors: Mapping[str, Tensor], *, about: str, sync: bool) -> None:
+    """Write tensors whole or not at all, as one row of numbers per dtype in a safetensors file.
+
+    For files that come by the thousand: an adapter has hundreds of small tensors, and in a file
+    each of them costs as much as a row.
+
+    Args:
+        path: Its place.
+        tensors: What it holds, by name.
+        about: A text that belongs to them.
+        sync: Wait until the disk has it. Without, the file outlives this process however that
+            ends, but not a loss of power; see `boot_id`.
+    """
+    layout: dict[str, list[tuple[str, list[int]]]] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        layout.setdefault(dtype, []).append((name, list(tensor.shape)))
+        parts.setdefault(dtype, []).append(tensor.reshape(-1))
+    rows = {dtype: torch.cat(own) for dtype, own in parts.items()}
+    part = path.with_name(path.name + ".part")
+    save_file(rows, part, metadata={"layout": json.dumps(layout), "about": about})
+    if sync:
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load_rows(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Undo `save_rows`.
+
+    Raises:
+        RunFolderError: The file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            known = file.metadata()
+            rows = {dtype: file.get_tensor(dtype) for dtype in file.keys()}  # noqa: SIM118
+        tensors: dict[str, Tensor] = {}
+        for dtype, own in json.loads(known["layout"]).items():
+            pieces = rows[dtype].split([math.prod(shape) for _, shape in own])
+            for (name, shape), piece in zip(own, pieces, strict=True):
+                tensors[name] = piece.view(shape)
+        return tensors, known["about"]
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RunFolderError(
+            f"{path} is damaged: {error}\n  Remove it and resume; its client is asked again."
+        ) from error
+
+
+def boot_id() -> str:
+    """A word that is another one after every start of this machine; empty where there is none.
+
+    A file that was not waited for is whole as long as the machine has not been started anew since.
+    """
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""

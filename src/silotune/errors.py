@@ -6,6 +6,8 @@ SilotuneError
 ├── ModelError       a base model or an adapter that cannot be used           (exit 2)
 ├── RunFolderError   a run folder that is missing, foreign, taken or damaged  (exit 2)
 ├── UpdateError      what a client sent cannot be combined; the client is named
+├── Declined         a client's own limits do not allow what a recipe asks for
+├── EngineError      a process that a runtime started did not do its part      (exit 1)
 ├── QuorumError      too few usable updates in a round; the run stops         (exit 1)
 └── ClientTimeout    a client did not answer in time; it is named
 
@@ -46,6 +48,14 @@ class RunFolderError(SilotuneError):
 
 class UpdateError(SilotuneError):
     """One client's update cannot be combined with the others."""
+
+
+class Declined(SilotuneError):
+    """A client does not take part. The text names keys and limits, so the server may read it."""
+
+
+class EngineError(SilotuneError):
+    """A process of the engine ended, or did not answer; the log is named."""
 
 
 class QuorumError(SilotuneError):

@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,32 +14,50 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from silotune.client import Worker
-from silotune.config import RunConfig, build_algorithm, load_recipe
+from silotune.client_config import (
+    is_client_folder,
+    load_client_config,
+    load_client_configs,
+    own_rows,
+)
+from silotune.config import RunConfig, load_recipe
 from silotune.data import ClientRows, fingerprint, load_clients
 from silotune.disk import write_atomically, write_json
 from silotune.errors import ConfigError, RunFolderError, SilotuneError
+from silotune.files import locate
 from silotune.generate import answer
 from silotune.models import (
     LoadedModel,
     base_only,
+    folder_of_base,
     load_model,
     num_base_loads,
     read_adapter,
     save_adapter,
     write_adapter,
 )
+from silotune.partition import PartitionConfig
 from silotune.progress import Progress
 from silotune.report import model_card, summarise
-from silotune.rounds import run_rounds
-from silotune.runtime.inprocess import InProcessClients
+from silotune.runtime import flower_engine, inprocess
+from silotune.runtime.flower_engine import check_installed
+from silotune.runtime.flower_strategy import algorithm_of
+from silotune.runtime.job import Job
+from silotune.runtime.strategy_check import check_algorithm, strategy_warnings
 from silotune.sampling import cohort_size
 from silotune.sources import SOURCES, check_name, content_hash, is_hub_id, resolve
 from silotune.store import Row, RunFolder
-from silotune.tasks import TASKS
 from silotune.tasks.instruct import set_template
 from silotune.types import AdapterState, ServerState
 
+RUNTIMES = {
+    "in-process": inprocess.drive,
+    "flower-simulation": flower_engine.drive,
+    "flower": flower_engine.drive,
+}
+"""What runs a job's rounds, by `runtime.name`."""
+NOT_MET = {"num_train": 0, "num_eval": 0}
+"""Rows of a client that never answered."""
 LIBRARIES = ("silotune", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
 
 
@@ -50,6 +67,8 @@ class Checked:
 
     run: RunConfig
     rows: Mapping[str, ClientRows]
+    warnings: Sequence[str] = ()
+    """What is allowed and may surprise."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +123,10 @@ class Run:
             return answer(loaded, messages, max_new_tokens=max_new_tokens)
 
 
-def _load(run: RunConfig) -> LoadedModel:
+def _load(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
     loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
-    set_template(loaded.tokenizer)
+    if set_template(loaded.tokenizer) and progress is not None:
+        progress.note(f"{run.model.name} brings no chat template: the plain one is used")
     return loaded
 
 
@@ -123,9 +143,30 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
             f"model.revision = '{run.model.revision}' has no effect: '{run.model.name}' is not on "
             "the hub.\n  Take it out, or give a hub id in model.name."
         )
-    rows = load_clients(run.data, run.partition, seed=run.seed)
-    cohort_size(run.sampling, len(rows))
-    return Checked(run, rows)
+    if run.runtime.name != "in-process":
+        check_installed(run)
+    rows = _rows(run)
+    check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
+    return Checked(run, rows, strategy_warnings(run.algorithm))
+
+
+def _rows(run: RunConfig) -> Mapping[str, ClientRows]:
+    """All clients' rows: from the recipe's data, or by the clients' own configurations."""
+    place = locate(run.data.path)
+    if place is None or not is_client_folder(place):
+        return load_clients(run.data, run.partition, seed=run.seed)
+    if run.runtime.name != "flower":
+        raise ConfigError(
+            f"data.path = '{run.data.path}' holds clients' own configurations, and these count "
+            "in deployment only.\n  Set runtime.name = 'flower', or give the rows themselves."
+        )
+    if run.partition is not None and run.partition != PartitionConfig():
+        raise ConfigError(
+            f"data.path = '{run.data.path}' holds clients' own configurations, so [partition] has "
+            "nothing to cut.\n  Remove [partition]."
+        )
+    owners = [load_client_config(path) for path in load_client_configs(place).values()]
+    return {own.name: own_rows(run, own) for own in owners}
 
 
 def run(
@@ -234,35 +275,37 @@ def _run(
     if folder.read_json("summary.json") is not None:
         return Run(folder.path)  # finished before: nothing is left to do
     run, loads_before = checked.run, num_base_loads()
-    torch.set_num_threads(run.runtime.threads)
+    for text in checked.warnings:
+        progress.note(f"warning: {text}")
+    progress.note(f"loading {run.model.name}")
+    loaded = _load(run, progress)
+    provenance = _provenance(folder, checked, loaded)
+    state = folder.load_state() or _first_state(run, loaded, len(checked.rows))
+    earlier = sum(r["seconds"] for r in folder.metrics() if r["event"] == "round")
+    trains_here = run.runtime.name == "in-process"
+    base_sha256 = provenance["base"]["sha256"]
+    job = Job(
+        run, state, checked.rows, folder, progress, base_sha256, loaded if trains_here else None
+    )
+    if not trains_here:
+        loaded = None  # the engine's processes need the memory
     try:
-        worker, clients = _set_up(folder, checked, progress)
-        provenance = _provenance(folder, checked, worker.loaded)
-        state = folder.load_state() or _first_state(worker, len(clients.names()))
-        folder.rewind(state.round)
-        earlier = sum(row["seconds"] for row in folder.metrics() if row["event"] == "round")
-        progress.begin(run.rounds, state.round + 1)
-        state = run_rounds(
-            run,
-            state,
-            algorithm=worker.algorithm,
-            clients=clients,
-            folder=folder,
-            progress=progress,
-        )
+        measured = RUNTIMES[run.runtime.name](job)
     finally:
         progress.end()
-    result = _result(run, state, folder)
-    adapter = _save_result(worker, result, folder)
+    loaded = loaded or _load(run)
+    result = _result(run, folder)
+    adapter = _save_result(loaded, run, result, folder)
     summary = summarise(
         run,
         folder.metrics(),
-        clients.num_rows(),
+        {name: measured.num_rows.get(name, NOT_MET) for name in job.names},
         result_round=result.round,
         measured={
+            "runtime": run.runtime.name,
             "seconds_total": earlier + time.perf_counter() - began,
-            "base_model_loads": num_base_loads() - loads_before,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "base_model_loads": num_base_loads() - loads_before + measured.base_model_loads,
+            "peak_memory_bytes": measured.peak_memory_bytes,
             "adapter_sha256": file_sha256(adapter),
         },
     )
@@ -271,40 +314,28 @@ def _run(
     write_json(
         folder.path / "summary.json", summary
     )  # last: its presence says that the run is done
-    return Run(folder.path, worker.loaded if keep_model else None)
+    return Run(folder.path, loaded if keep_model else None)
 
 
-def _set_up(
-    folder: RunFolder, checked: Checked, progress: Progress
-) -> tuple[Worker, InProcessClients]:
-    """Load the base, once, and tokenise every client's rows, once."""
-    run = checked.run
-    progress.note(f"loading {run.model.name}")
-    loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
-    if set_template(loaded.tokenizer):
-        progress.note(f"{run.model.name} brings no chat template: the plain one is used")
-    worker = Worker(loaded, TASKS["instruct"], run, build_algorithm(run.algorithm))
-    clients = InProcessClients(worker, checked.rows, folder, progress)
-    for text in clients.notes():
-        progress.note(text)
-    return worker, clients
+def _save_result(
+    loaded: LoadedModel, run: RunConfig, result: ServerState, folder: RunFolder
+) -> Path:
+    write_adapter(loaded, result.adapter)
+    name = run.model.name
+    return folder.install("adapter", lambda part: save_adapter(loaded, part, base_name=name))
 
 
-def _save_result(worker: Worker, result: ServerState, folder: RunFolder) -> Path:
-    write_adapter(worker.loaded, result.adapter)
-    name = worker.run.model.name
-    return folder.install("adapter", lambda part: save_adapter(worker.loaded, part, base_name=name))
+def _first_state(run: RunConfig, loaded: LoadedModel, num_clients: int) -> ServerState:
+    adapter = read_adapter(loaded)
+    return ServerState(0, adapter, algorithm_of(run.algorithm).init(adapter, num_clients))
 
 
-def _first_state(worker: Worker, num_clients: int) -> ServerState:
-    adapter = read_adapter(worker.loaded)
-    return ServerState(0, adapter, worker.algorithm.init(adapter, num_clients))
-
-
-def _result(run: RunConfig, last: ServerState, folder: RunFolder) -> ServerState:
+def _result(run: RunConfig, folder: RunFolder) -> ServerState:
     """The state that becomes the result: the last, or with keep = "best" the best."""
     best = folder.best_round() if run.checkpoint.keep == "best" else None
-    return last if best is None else folder.load_state(best) or last
+    result = folder.load_state(best)
+    assert result is not None, "the last round is always a checkpoint"
+    return result
 
 
 def _provenance(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dict[str, Any]:
@@ -316,7 +347,7 @@ def _provenance(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dic
         "base": {
             "name": run.model.name,
             "description": source.what if source else run.model.name,
-            "sha256": content_hash(_folder_of_base(run)),
+            "sha256": content_hash(folder_of_base(run.model)),
             "revision": run.model.revision,
         },
         "data": {"path": run.data.path, "sha256": fingerprint(checked.rows)},
@@ -341,18 +372,6 @@ def _provenance(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dic
     return before
 
 
-def _folder_of_base(run: RunConfig) -> Path:
-    """Where the base's files lie: a folder, or what the hub library keeps of a hub id."""
-    place = resolve(run.model.name)
-    if isinstance(place, Path):
-        return place
-    from transformers.utils.hub import cached_file
-
-    config = cached_file(place, "config.json", revision=run.model.revision)
-    assert config is not None, "the model was loaded a moment ago"
-    return Path(config).parent
-
-
 def _read_result(adapter: Path) -> dict[str, torch.Tensor]:
     files = sorted(adapter.glob("*.safetensors"))
     if not files:
@@ -372,18 +391,6 @@ def file_sha256(adapter: Path) -> str:
     for path in sorted(adapter.glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident size this process has had, and on a GPU the largest allocation there."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def base_folder(name: str) -> str | Path:

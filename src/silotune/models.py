@@ -5,6 +5,7 @@ swapped. This file knows nothing of clients, rounds or the network.
 """
 
 import difflib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,6 +75,30 @@ _num_base_loads = 0
 def num_base_loads() -> int:
     """How often this process has loaded a base model."""
     return _num_base_loads
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size this process has had, and on a GPU the largest allocation there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def folder_of_base(cfg: ModelConfig) -> Path:
+    """Where the base's files lie: a folder, or what the hub library keeps of a hub id."""
+    place = resolve(cfg.name)
+    if isinstance(place, Path):
+        return place
+    from transformers.utils.hub import cached_file
+
+    config = cached_file(place, "config.json", revision=cfg.revision)
+    assert config is not None, "the model was loaded a moment ago"
+    return Path(config).parent
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -1,8 +1,9 @@
 """The server's half of a run: THE main loop. Network, algorithm and disk are arguments."""
 
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from silotune.algorithms.base import Algorithm, expected_extra, expected_layout
 from silotune.config import RunConfig
@@ -120,9 +121,12 @@ def accept(
     failures: list[Failure] = []
     open_: set[str] = set(expected.clients)
     for arrival in arrivals:
+        if arrival.round < expected.round:
+            why = f"its answer to round {arrival.round} came after the deadline and is not used"
+            arrival = Failure(arrival.client, arrival.round, "late", why)
         if isinstance(arrival, Update):
             try:
-                check_update(arrival, expected, open_)
+                arrival = check_update(arrival, expected, open_)
             except UpdateError as error:
                 arrival = Failure(arrival.client, expected.round, "refused", str(error))
         if isinstance(arrival, Failure):
@@ -132,13 +136,14 @@ def accept(
             open_.remove(arrival.client)
             spool.add(arrival)
             progress.client_done(arrival)
-    for silent in sorted(open_ - {failure.client for failure in failures}):
+    answered = {failure.client for failure in failures if failure.round == expected.round}
+    for silent in sorted(open_ - answered):
         failures.append(Failure(silent, expected.round, "no answer", "the client did not answer"))
         progress.client_failed(failures[-1])
     return failures
 
 
-def check_update(update: Update, expected: Expected, open_: Collection[str]) -> None:
+def check_update(update: Update, expected: Expected, open_: Collection[str]) -> Update:
     """Refuse an update that cannot be combined with the others.
 
     Args:
@@ -146,10 +151,13 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
         expected: What it must be.
         open_: Clients whose answer is still awaited.
 
+    Returns:
+        The update, with the norm of its delta among its metrics.
+
     Raises:
-        UpdateError: From a client that was not asked or has answered; of another round; wrong
-            names, shapes or dtypes; NaN or infinity; no examples; other constants of the local
-            rule than the server's, for instance another mu.
+        UpdateError: From a client that was not asked or has answered; of a round to come; wrong
+            names, shapes or dtypes; NaN or infinity; no examples; other constants of the local rule
+            than the server's, for instance another mu.
     """
     who = f"client '{update.client}', round {expected.round}"
     if update.client not in open_:
@@ -159,10 +167,12 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
     if update.round != expected.round:
         raise UpdateError(
             f"{who}: answers round {update.round}, the server is in round {expected.round}.\n"
-            "  A late update is not used."
+            "  Its update is not used."
         )
     check_same_layout(update.delta, expected.layout, who=who)
-    check_finite(update.delta, who=who)
+    norm = l2_norm(update.delta)
+    if not math.isfinite(norm):  # nor is it where one value is not
+        check_finite(update.delta, who=who)
     if update.extra.keys() != expected.extra.keys():
         raise UpdateError(
             f"{who}: brings {sorted(update.extra) or 'nothing'} beside its delta, the server's "
@@ -179,6 +189,7 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
             f"{who}: trained with {dict(update.settings) or 'no settings'}, the server's algorithm "
             f"has {dict(expected.settings) or 'none'}.\n  Use the same recipe at this client."
         )
+    return replace(update, metrics={**update.metrics, "delta_norm": norm})
 
 
 def check_quorum(
@@ -212,7 +223,7 @@ def first_line(text: str) -> str:
 def round_rows(
     round_: int,
     cohort: Sequence[str],
-    spool: Iterable[Update],
+    spool: Spool,
     failures: Sequence[Failure],
     scores: Sequence[Score | Failure],
     *,
@@ -221,16 +232,14 @@ def round_rows(
     """A row per client that was asked, per score of the received adapter, and for the round."""
     rows: list[Row] = []
     received: list[Score | Failure] = list(scores)
-    for update in spool:
-        moved = l2_norm(update.delta)
+    for update in spool.reports():
         rows.append(
             {
                 "event": "train",
                 "round": round_,
                 "client": update.client,
-                "status": "ok" if moved > 0 else "did not move",
+                "status": "ok" if update.metrics["delta_norm"] > 0 else "did not move",
                 "num_examples": update.num_examples,
-                "delta_norm": moved,
                 "bytes_down": update.bytes_down,
                 "bytes_up": update.bytes_up,
                 **update.metrics,

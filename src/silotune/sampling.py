@@ -23,8 +23,9 @@ class SamplingConfig(Config):
     """Number of clients that is asked in a round, instead of `fraction`."""
     quorum: float = Field(default=0.5, gt=0, le=1)
     """Share of the cohort whose updates must be usable, rounded up; with fewer the run stops."""
-    timeout_s: float | None = Field(default=None, gt=0)
-    """Seconds a round may take; clients that have not delivered by then are named and left out."""
+    timeout_s: float = Field(default=86400.0, gt=0)
+    """Seconds a round may take, by default a day; clients that have not delivered by then are named
+    and left out."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "SamplingConfig":

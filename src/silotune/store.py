@@ -7,18 +7,25 @@ kill at any moment leaves a folder that a later process can go on from. Drawn in
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from silotune.config import RunConfig, parse, to_toml
-from silotune.disk import load_tensors, save_tensors, write_atomically
+from silotune.disk import (
+    boot_id,
+    load_rows,
+    load_tensors,
+    save_rows,
+    save_tensors,
+    write_atomically,
+)
 from silotune.errors import RunFolderError
 from silotune.memory import folder_name
 from silotune.types import Score, ServerState, Update
@@ -27,50 +34,75 @@ Row = dict[str, Any]
 
 
 class Spool:
-    """The accepted updates of one round, a file each, read one at a time in name order."""
+    """The accepted updates of one round, a file each, read one at a time in name order.
+
+    A file is there once `add` returns, so that no end of this process, kill -9 included, loses it.
+    It does not wait for the disk, which would cost more than all other work on an update. A loss of
+    power could leave such a file with zeros for values; so a spool from before the machine was
+    started is dropped, and its clients are asked again. The checkpoint that makes a spool
+    unnecessary does wait for the disk.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._boot = folder / "boot"
+        self._reports: dict[str, Update] = {}
+        if not folder.is_dir():
+            return
+        # left by a process that ended in this round
+        if not self._boot.is_file() or self._boot.read_text(encoding="ascii") != boot_id():
+            self.remove()
+        for path in folder.glob("*.safetensors"):
+            try:
+                update = _read_update(path)
+            except (RunFolderError, LookupError, TypeError, ValueError):
+                path.unlink()  # cannot be ours whole: its client is asked again
+            else:
+                self._reports[update.client] = _without_tensors(update)
 
     def add(self, update: Update) -> None:
         """Write an update down; from then on a crash does not lose it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        here = boot_id()
+        if not self._boot.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._boot.write_text(here, encoding="ascii")
         tensors = {f"delta/{name}": t for name, t in update.delta.items()}
         for key, state in update.extra.items():
             tensors |= {f"extra/{key}/{name}": t for name, t in state.items()}
         facts = {k: v for k, v in vars(update).items() if k not in ("delta", "extra", "score")}
         facts["score"] = asdict(update.score) if update.score else None
-        path = self.folder / f"{folder_name(update.client)}.safetensors"
-        save_tensors(path, tensors, about={"update": json.dumps(facts)})
+        save_rows(self._path(update.client), tensors, about=json.dumps(facts), sync=not here)
+        self._reports[update.client] = _without_tensors(update)
+
+    def _path(self, client: str) -> Path:
+        return self.folder / f"{folder_name(client)}.safetensors"
 
     def names(self) -> list[str]:
         """The clients whose updates are here, sorted."""
-        return sorted(self._paths())
+        return sorted(self._reports)
 
-    def _paths(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
-        for path in self.folder.glob("*.safetensors"):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found[json.loads(file.metadata()["update"])["client"]] = path
-            except (SafetensorError, KeyError, TypeError, ValueError):
-                path.unlink()  # cannot be ours whole: its client is asked again
-        return found
+    def reports(self) -> list[Update]:
+        """The updates without their tensors, in name order: nothing is read from the disk."""
+        return [self._reports[client] for client in self.names()]
 
     def __len__(self) -> int:
-        return len(self._paths())
+        return len(self._reports)
 
     def __iter__(self) -> Iterator[Update]:
-        for _, path in sorted(self._paths().items()):
-            yield _read_update(path)
+        for client in self.names():
+            yield _read_update(self._path(client))
 
     def remove(self) -> None:
         """Drop the round's updates: a checkpoint holds what they made."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _without_tensors(update: Update) -> Update:
+    return replace(update, delta={}, extra={})
+
+
 def _read_update(path: Path) -> Update:
-    tensors, about = load_tensors(path)
+    tensors, about = load_rows(path)
     delta: dict[str, Tensor] = {}
     extra: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -80,7 +112,7 @@ def _read_update(path: Path) -> Update:
         else:
             key, rest = rest.split("/", 1)
             extra.setdefault(key, {})[rest] = tensor
-    facts = json.loads(about["update"])
+    facts = json.loads(about)
     score = Score(**facts.pop("score")) if facts["score"] else facts.pop("score")
     return Update(delta=delta, extra=extra, score=score, **facts)
 
@@ -91,7 +123,8 @@ class RunFolder:
     def __init__(self, path: Path, run: RunConfig) -> None:
         self.path = path
         self.run = run
-        self._lock: int | None = None
+        self.lock_fd: int | None = None
+        """While the folder is held. A process that inherits it holds the folder too."""
 
     @classmethod
     def create(cls, path: Path, run: RunConfig) -> "RunFolder":
@@ -138,7 +171,15 @@ class RunFolder:
 
     def has_begun(self) -> bool:
         """Whether a round has left anything: an update, metrics or a checkpoint."""
-        return any((self.path / n).exists() for n in ("spool", "metrics.jsonl", "checkpoints"))
+        begun = any((self.path / n).exists() for n in ("spool", "metrics.jsonl"))
+        return begun or any(round_ > 0 for round_ in self._checkpoints())
+
+    def run_id(self) -> str:
+        """A word that names this run alone, the same after a resume."""
+        path = self.path / "run-id"
+        if not path.exists():
+            write_atomically(path, secrets.token_hex(16).encode())
+        return path.read_text(encoding="utf-8")
 
     def remove(self) -> None:
         """Drop the folder with all that is in it."""
@@ -165,7 +206,11 @@ class RunFolder:
                 raise RunFolderError(
                     f"{self.path} is in use by another process.\n  Wait for it, or end it first."
                 ) from None
-            yield
+            self.lock_fd = file.fileno()
+            try:
+                yield
+            finally:
+                self.lock_fd = None
 
     # --- the running round
 
@@ -237,7 +282,7 @@ class RunFolder:
     def best_round(self) -> int | None:
         """The checkpointed round whose adapter has the lowest held-out loss over all clients."""
         scored = held_out_losses(self.metrics())
-        there = [r for r in self._checkpoints() if r in scored]
+        there = [r for r in self._checkpoints() if r in scored and r > 0]
         return min(there, key=lambda r: (scored[r], r), default=None)
 
     # --- metrics
@@ -255,8 +300,11 @@ class RunFolder:
 
     def append_metrics(self, rows: Iterable[Row]) -> None:
         """Add rows at the end of metrics.jsonl."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        if not lines:
+            return
         with self._metrics_path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
 

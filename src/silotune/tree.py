@@ -45,7 +45,9 @@ def check_same_layout(state: AdapterState, expected: Layout, *, who: str) -> Non
             "  Use the same model, adapter and algorithm at this client as at the server."
         )
     for name in sorted(expected):
-        _check_tensor(state[name], expected[name], f"{who}: '{name}'")
+        tensor, spec = state[name], expected[name]
+        if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+            _check_tensor(tensor, spec, f"{who}: '{name}'")
 
 
 def _check_tensor(tensor: Tensor, spec: TensorSpec, what: str) -> None:
@@ -69,6 +71,10 @@ def _check_tensor(tensor: Tensor, spec: TensorSpec, what: str) -> None:
 def check_finite(state: AdapterState, *, who: str) -> None:
     """Refuse a state that holds NaN or infinity; the message names the tensor."""
     for name in sorted(state):
+        # A sum is NaN or infinite as soon as one value is: one pass instead of three. It may also
+        # leave its dtype by itself; only then is each value looked at.
+        if math.isfinite(state[name].sum().item()):
+            continue
         if not bool(torch.isfinite(state[name]).all()):
             raise UpdateError(
                 f"{who}: '{name}' holds NaN or infinity.\n"
@@ -127,8 +133,14 @@ def weighted_mean(pairs: Iterable[tuple[float, AdapterState]]) -> dict[str, Tens
             layout = layout_of(state)
             sums = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in state.items()}
         check_same_layout(state, layout, who="weighted mean")
+        # A whole weight below 2^29 times a float32 is exact in float64, so one fused pass adds the
+        # same bits as two; a product that is rounded would be rounded only when added.
+        fused = float(weight).is_integer() and weight < 2**29
         for name, t in state.items():
-            sums[name] += weight * t.double()
+            if fused and t.dtype in (torch.float32, torch.float16, torch.bfloat16):
+                sums[name].add_(t, alpha=weight)
+            else:
+                sums[name].add_(weight * t.double())
         total += weight
     if layout is None or total <= 0.0:
         raise UpdateError(
@@ -139,7 +151,8 @@ def weighted_mean(pairs: Iterable[tuple[float, AdapterState]]) -> dict[str, Tens
 
 def l2_norm(state: AdapterState) -> float:
     """L2 norm over all tensors together, summed in float64 in name order."""
-    return sum(float(state[name].double().square().sum()) for name in sorted(state)) ** 0.5
+    wide = (state[name].double() for name in sorted(state))
+    return sum(float((d * d).sum()) for d in wide) ** 0.5
 
 
 def squared_distance(a: Mapping[str, Tensor], b: AdapterState) -> Tensor:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import silotune
 from silotune import client, disk, rounds, store
-from silotune.runtime import inprocess
 
 
 def die(*_, **__):
@@ -50,13 +49,13 @@ def half_written(number):
 POINTS = {
     "before the first client": lambda: on_call(client, "train", 1),
     "in the first round": lambda: on_call(client, "train", 2),
-    "after training, before the memory": lambda: on_call(inprocess, "save_memory", 5),
-    "after the memory, before the spool": lambda: on_call(inprocess, "save_memory", 5, after=True),
+    "after training, before the memory": lambda: on_call(client, "save_memory", 5),
+    "after the memory, before the spool": lambda: on_call(client, "save_memory", 5, after=True),
     "half of a memory": lambda: half_written(8 + 3),
     "half of an update": lambda: half_written(8 + 4),
     "before aggregation": lambda: on_call(rounds, "round_rows", 2),
     "half of a checkpoint": lambda: half_written(8 + 7),
-    "between the files of a checkpoint": lambda: on_call(store, "save_tensors", 10),
+    "between the files of a checkpoint": lambda: on_call(store, "save_tensors", 4),
     "before a checkpoint is renamed": lambda: on_call(Path, "rename", 3),
     "before old spools are dropped": lambda: on_call(store.RunFolder, "_prune", 2),
     "while the last adapter is scored": lambda: on_call(rounds, "score_rows", 4),

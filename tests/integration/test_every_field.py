@@ -51,7 +51,12 @@ CHANGES_WHAT_IS_WRITTEN = [
     "checkpoint.keep=all",
     "checkpoint.keep=best",
 ]
-IS_REFUSED_HERE = ["sampling.timeout_s=1e-9", "runtime.device=cuda", "model.revision=main"]
+IS_REFUSED_HERE = [
+    "sampling.timeout_s=1e-9",
+    "runtime.name=flower; runtime.host=0.0.0.0",
+    "runtime.device=cuda",
+    "model.revision=main",
+]
 ELSEWHERE = {
     "data.path": "every test",
     "model.name": "below",
@@ -63,7 +68,11 @@ ELSEWHERE = {
     "model.gradient_checkpointing": "test_run, and below",
     "evaluate.batch_size": "below: it changes speed and memory only",
     "runtime.threads": "below: it may change the last bits only",
-    "runtime.name": "has one value yet",
+    "runtime.name": "test_runtimes",
+    "runtime.client_cpus": "test_runtimes, test_flower_engine",
+    "runtime.client_gpus": "test_flower_engine: there is no GPU here",
+    "runtime.ray_address": "test_ray_cluster, in the slow tier",
+    "runtime.join_timeout_s": "test_flower_server",
     "sampling.quorum": "test_rounds",
     "checkpoint.every": "test_rounds: it shows only when a run is interrupted",
 }

@@ -51,16 +51,16 @@ def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkey
     out = tmp_path / "run"
     args = [sys.executable, str(HERE / "kill_at.py"), "half of an update", str(recipe), str(out)]
     assert subprocess.run(args, capture_output=True).returncode == -signal.SIGKILL
-    from silotune.runtime import inprocess
+    from silotune import client
 
     asked = []
-    real = inprocess.train_round
+    real = client.train_round
 
     def train_round(worker, data, broadcast, memory):
         asked.append((broadcast.round, data.name))
         return real(worker, data, broadcast, memory)
 
-    monkeypatch.setattr(inprocess, "train_round", train_round)
+    monkeypatch.setattr(client, "train_round", train_round)
     silotune.run(resume=out)
     # it dies in the second update of round 2: the first one stays
     assert asked[:2] == [(2, "hospital-1"), (2, "hospital-2")]

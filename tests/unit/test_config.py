@@ -181,7 +181,7 @@ def test_an_algorithm_must_exist_and_its_section_must_be_a_table():
     (only,) = mistakes(plain(algorithm__name="fedagv"))
     assert only == (
         "algorithm.name: there is no algorithm 'fedagv'. Did you mean 'fedavg'? "
-        f"There are: {', '.join(ALGORITHMS)}."
+        f"There are: {', '.join(ALGORITHM_CONFIGS)}."
     )
     assert mistakes(plain(algorithm="fedprox")) == [
         "algorithm: is a section. Name the algorithm with algorithm.name."
@@ -389,6 +389,12 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "checkpoint.keep": ("all", []),
     "runtime.device": ("cpu", []),
     "runtime.threads": ("31", []),
+    "runtime.name": ("flower", []),
+    "runtime.client_cpus": ("3", ["runtime.name=flower-simulation"]),
+    "runtime.client_gpus": ("0.25", ["runtime.name=flower-simulation"]),
+    "runtime.ray_address": ("10.0.0.1:6379", ["runtime.name=flower-simulation"]),
+    "runtime.host": ("localhost", ["runtime.name=flower"]),
+    "runtime.join_timeout_s": ("7.5", ["runtime.name=flower"]),
     "algorithm.weights": ("uniform", []),
     "algorithm.server_lr": ("0.5", []),
     "algorithm.mu": ("0.25", []),
@@ -397,11 +403,10 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "algorithm.beta2": ("0.5", []),
     "algorithm.tau": ("0.25", []),
 }
-HAVE_ONE_VALUE = {"runtime.name"}
 
 
 def keys_of(algorithm: str) -> set[str]:
-    return set(known_keys(algorithm)) - set(sections()) - {"algorithm.name"} - HAVE_ONE_VALUE
+    return set(known_keys(algorithm)) - set(sections()) - {"algorithm.name"}
 
 
 @pytest.mark.parametrize(

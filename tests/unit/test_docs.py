@@ -15,6 +15,7 @@ import pytest
 
 import silotune
 from silotune.algorithms import ALGORITHMS
+from silotune.client_config import ClientConfig
 from silotune.config import ALGORITHM_CONFIGS, RunConfig, load_recipe, parse, sections
 
 with warnings.catch_warnings():
@@ -82,8 +83,11 @@ def test_a_shipped_recipe_loads_and_begins_with_its_command(name):
 
 
 @pytest.mark.parametrize("text", snippets("toml"))
-def test_a_toml_snippet_is_a_recipe_or_a_part_of_one(text):
+def test_a_toml_snippet_is_a_recipe_or_a_part_of_one_or_a_client(text):
     table = tomllib.loads(text)
+    if "name" in table:
+        ClientConfig.model_validate(table)
+        return
     table.setdefault("rounds", 1)
     table.setdefault("data", {}).setdefault("path", "medquad_mini")
     parse(table)

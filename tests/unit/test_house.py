@@ -33,6 +33,7 @@ ORDER = [
     "config",
     "disk",
     "memory",
+    "client_config",
     "store",
     "progress",
     "report",

@@ -156,6 +156,25 @@ def test_weighted_mean_sums_in_float64_so_that_small_deltas_are_not_lost():
     assert abs(folded.item() / 1001 - exact) > 5e-9
 
 
+@pytest.mark.parametrize("weight", [1.0, 3.0, 2.0**29 - 1, 2.0**29, 2.0**29 + 1, 0.1, 1234.56789])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_weighted_mean_rounds_each_product_and_each_sum_apart(weight, dtype):
+    # Python floats fuse nothing: the oracle of the pass that adds and multiplies at once
+    gen = torch.Generator().manual_seed(0)
+    pairs = [
+        (w, {"a": (torch.randn(67, generator=gen, dtype=torch.float64) * 10.0**e).to(dtype)})
+        for w, e in ((weight, 0), (7.0, -3), (weight, 2), (5.0, 1))
+    ]
+    sums = [0.0] * 67
+    for w, state in pairs:
+        sums = [s + w * x for s, x in zip(sums, state["a"].tolist(), strict=True)]
+    total = weight + 7.0 + weight + 5.0
+    expected = torch.tensor([s / total for s in sums], dtype=torch.float64).to(dtype)
+    before = fingerprint(pairs)
+    assert torch.equal(weighted_mean(pairs)["a"], expected)
+    assert fingerprint(pairs) == before
+
+
 def test_weighted_mean_walks_a_generator_once_and_keeps_the_dtype():
     mean = weighted_mean((w, {"a": torch.ones(2, dtype=torch.bfloat16)}) for w in (1.0, 2.0))
     assert mean["a"].dtype == torch.bfloat16
@@ -329,6 +348,15 @@ def test_finite_states_pass_even_at_the_edge_of_float32():
     check_finite({"a": torch.tensor([3.4e38, -3.4e38, 0.0]), "empty": torch.ones(0)}, who=WHO)
 
 
+def test_finite_values_whose_sum_is_not_pass():
+    check_finite({"a": torch.full((9,), 3e38), "b": torch.full((9,), 6e4).half()}, who=WHO)
+
+
+def test_infinities_of_both_signs_do_not_cancel():
+    with pytest.raises(UpdateError, match="'a' holds NaN or infinity"):
+        check_finite({"a": torch.tensor([math.inf, 1.0, -math.inf])}, who=WHO)
+
+
 # --- norms and distances
 
 
@@ -341,6 +369,18 @@ def test_l2_norm_is_torchs_norm_of_the_concatenation(state):
 
 def test_l2_norm_of_nothing_is_zero():
     assert l2_norm({}) == 0.0
+
+
+def test_l2_norm_leaves_a_float64_state_untouched():
+    state = {"a": torch.tensor([3.0, -4.0], dtype=torch.float64)}
+    assert l2_norm(state) == 5.0
+    assert state["a"].tolist() == [3.0, -4.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_l2_norm_is_finite_only_where_every_value_is(bad):
+    # accept() looks at the values one by one only where the norm is not finite
+    assert not math.isfinite(l2_norm({"a": torch.ones(3), "b": torch.tensor([1.0, bad])}))
 
 
 def test_l2_norm_does_not_overflow_where_squares_leave_float32():

@@ -87,6 +87,8 @@ def check(recipe: Recipe, overrides: Overrides = None, json: AsJson = False) -> 
             return
         body = [(name, str(t), str(e)) for name, t, e in counts]
         print_table([("client", "train rows", "held-out rows"), *body])
+        for text in checked.warnings:
+            typer.echo(f"warning: {text}")
         typer.echo("no mistakes found")
 
 

@@ -8,14 +8,43 @@ for each client.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from silotune.client import ClientData, Worker, prepare_client, score, train_round
+import torch
+
+from silotune.client import ClientData, Worker, prepare_client, score, take_part
 from silotune.data import ClientRows
 from silotune.errors import ClientTimeout, UpdateError
-from silotune.memory import load_memory, save_memory
+from silotune.memory import load_memory
+from silotune.models import peak_memory_bytes
 from silotune.progress import Progress
+from silotune.rounds import run_rounds
+from silotune.runtime.flower_strategy import algorithm_of
+from silotune.runtime.job import Job, Measured
 from silotune.store import RunFolder
+from silotune.tasks import TASKS
 from silotune.tree import size_bytes
 from silotune.types import Arrival, Broadcast, Failure, Score
+
+
+def drive(job: Job) -> Measured:
+    """Run a job's rounds in this process."""
+    assert job.loaded is not None, "this runtime trains on the model it is given"
+    torch.set_num_threads(job.run.runtime.threads)
+    worker = Worker(job.loaded, TASKS["instruct"], job.run, algorithm_of(job.run.algorithm))
+    clients = InProcessClients(worker, job.rows, job.folder, job.progress)
+    for text in clients.notes():
+        job.progress.note(text)
+    job.folder.rewind(job.state.round)
+    job.progress.begin(job.run.rounds, job.state.round + 1)
+    run_rounds(
+        job.run,
+        job.state,
+        algorithm=worker.algorithm,
+        clients=clients,
+        folder=job.folder,
+        progress=job.progress,
+    )
+    # the base was loaded by whoever gave it, in this process
+    return Measured(clients.num_rows(), base_model_loads=0, peak_memory_bytes=peak_memory_bytes())
 
 
 class InProcessClients:
@@ -63,10 +92,9 @@ class InProcessClients:
 
     def train(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Arrival]:
         """Train one client after the other; one whose turn comes after the deadline is named."""
-        run = self.worker.run
-        began, limit = time.monotonic(), run.sampling.timeout_s
+        began, limit = time.monotonic(), self.worker.run.sampling.timeout_s
         for name in cohort:
-            if limit is not None and time.monotonic() - began > limit:
+            if time.monotonic() - began > limit:
                 late = ClientTimeout(
                     f"client '{name}', round {broadcast.round}: not begun within {limit:g} s.\n"
                     "  Raise sampling.timeout_s or ask fewer clients."
@@ -75,17 +103,10 @@ class InProcessClients:
                 continue
             self.progress.client_begins(name)
             own = self.folder.client_folder(name)
-            memory = load_memory(own, broadcast.round)
             try:
-                update, memory = train_round(self.worker, self.data[name], broadcast, memory)
+                yield take_part(self.worker, self.data[name], broadcast, own)
             except UpdateError as error:
                 yield Failure(name, broadcast.round, "training failed", str(error))
-                continue
-            # before the update counts: asked again after a crash, the client starts from the older
-            # memory
-            oldest = broadcast.round - run.checkpoint.every
-            save_memory(own, broadcast.round, memory, keep_from=oldest)
-            yield update
 
     def evaluate(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Score | Failure]:
         """Score one client after the other."""

@@ -1,0 +1,230 @@
+"""A client's own configuration: where its rows lie, and what it agrees to. It wins over the recipe.
+
+The server sends a recipe; this file decides what a real client makes of it. A recipe can name
+neither a path nor a device here, and cannot ask for more than the limits.
+"""
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from silotune.config import RunConfig, usable_threads
+from silotune.data import ClientRows, DataConfig, load_client
+from silotune.errors import ConfigError, Declined
+from silotune.memory import folder_name
+from silotune.sources import SOURCES, is_hub_id
+from silotune.types import Config
+
+LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
+"""Keys of [data] that say where rows are: a client never takes them from a recipe."""
+
+
+class LimitsConfig(Config):
+    """What a client agrees to. A recipe that asks for more is refused by this client."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in one round."""
+    max_rounds: int | None = Field(default=None, ge=1)
+    """Rounds in one run."""
+    models: tuple[str, ...] | None = None
+    """Base models that may be trained here, by the names that recipes use."""
+
+
+class OwnRuntimeConfig(Config):
+    """The client's own machine."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes the first of cuda, mps and cpu that is there."""
+    threads: int = Field(default_factory=usable_threads, ge=1)
+    """Processor threads."""
+    idle_s: float = Field(default=900, gt=0)
+    """Seconds without a message after which the resident worker ends and frees its memory."""
+    turn: str | None = None
+    """A file; clients on one machine that name the same file train one at a time."""
+
+
+class ClientConfig(Config):
+    """One client, as its own people describe it."""
+
+    name: str = Field(min_length=1)
+    """How this client is called in rounds and reports."""
+    state: str = "state"
+    """Folder for what this client keeps: its memory between rounds, and the worker's log."""
+    model: str | None = None
+    """Folder of this client's own copy of the base model."""
+    data: DataConfig
+    limits: LimitsConfig = LimitsConfig()
+    runtime: OwnRuntimeConfig = Field(default_factory=OwnRuntimeConfig)
+
+
+def load_client_config(path: Path) -> ClientConfig:
+    """Read a client's TOML file. Paths in it are read from its folder.
+
+    Raises:
+        ConfigError: All mistakes together.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        own = ClientConfig.model_validate(table)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}.\n  Mend the file.") from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}." for e in error.errors()]
+        raise ConfigError("\n  ".join([f"mistakes in {path}:", *lines])) from None
+    from_here = {
+        key: str(path.parent / value)
+        for key in ("path", "eval_path")
+        if (value := getattr(own.data, key)) and (path.parent / value).exists()
+    }
+    here: dict[str, Any] = {
+        "data": own.data.model_copy(update=from_here),
+        "state": str(path.parent / Path(own.state).expanduser()),
+    }
+    if own.model is not None:
+        here["model"] = str(path.parent / Path(own.model).expanduser())
+    if own.runtime.turn is not None:
+        turn = str(path.parent / Path(own.runtime.turn).expanduser())
+        here["runtime"] = own.runtime.model_copy(update={"turn": turn})
+    return own.model_copy(update=here)
+
+
+def is_client_folder(place: Path) -> bool:
+    """Whether a folder holds clients' configurations instead of rows."""
+    return place.is_dir() and any(place.glob("*.toml"))
+
+
+def load_client_configs(folder: Path) -> dict[str, Path]:
+    """The configurations in a folder, by the clients' names.
+
+    Raises:
+        ConfigError: A file is wrong, or two files give one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.toml")):
+        name = load_client_config(path).name
+        if name in found:
+            raise ConfigError(
+                f"{path} and {found[name]} both name their client '{name}'.\n  Rename one."
+            )
+        found[name] = path.absolute()
+    return dict(sorted(found.items()))
+
+
+def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
+    """The recipe as this client runs it: own rows, own machine, within its limits.
+
+    Raises:
+        Declined: The recipe asks for what this client does not allow; says which key.
+    """
+    refused: list[str] = []
+    limits = own.limits
+    if limits.models is not None and run.model.name not in limits.models:
+        refused.append(f"model.name = '{run.model.name}' is not in limits.models")
+    if limits.max_rounds is not None and run.rounds > limits.max_rounds:
+        refused.append(f"rounds = {run.rounds} is above limits.max_rounds = {limits.max_rounds}")
+    steps = run.train.local_steps
+    if limits.max_steps is not None and steps is not None and steps > limits.max_steps:
+        refused.append(f"train.local_steps = {steps} is above limits.max_steps")
+    if own.model is None and not _is_public(run.model.name):
+        refused.append("model.name is a path of the server; set model to this client's own copy")
+    if refused:
+        why = "\n  ".join(refused)
+        raise Declined(f"client '{own.name}' does not take part:\n  {why}")
+    machine = {"name": "in-process", "device": own.runtime.device, "threads": own.runtime.threads}
+    model = run.model if own.model is None else run.model.model_copy(update={"name": own.model})
+    return run.model_copy(
+        update={
+            "model": model,
+            "data": own_data(run, own),
+            "partition": None,
+            "runtime": run.runtime.model_copy(update=machine),
+        }
+    )
+
+
+def _is_public(name: str) -> bool:
+    """Whether a model's name means the same everywhere: a named source, or what may be a hub id."""
+    hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None
+    return name in SOURCES or (hub_id and is_hub_id(name))
+
+
+def check_steps(run: RunConfig, own: ClientConfig, num_train: int) -> None:
+    """Refuse passes over the rows that come to more steps than this client allows.
+
+    Raises:
+        Declined: Says how many steps it would be.
+    """
+    if own.limits.max_steps is None or run.train.local_steps is not None:
+        return
+    per_step = run.train.batch_size * run.train.accumulation
+    steps = math.ceil(num_train * (run.train.local_epochs or 1) / per_step)
+    if steps > own.limits.max_steps:
+        raise Declined(
+            f"client '{own.name}' does not take part:\n  {steps} steps in a round are above "
+            f"limits.max_steps = {own.limits.max_steps}"
+        )
+
+
+def own_data(run: RunConfig, own: ClientConfig) -> DataConfig:
+    """Where this client's rows are, by its own word, and what they look like, by either's."""
+    format_ = {k: v for k, v in run.data.model_dump().items() if k not in LOCATIONS}
+    mine = {k: getattr(own.data, k) for k in own.data.model_fields_set}
+    if {"eval_path", "eval_split"} & mine.keys():
+        format_.pop("eval_fraction")  # its held-out rows are chosen already
+    return DataConfig.model_validate({**format_, **mine})
+
+
+def own_rows(run: RunConfig, own: ClientConfig) -> ClientRows:
+    """This client's rows, read and split by its own configuration."""
+    return load_client(own_data(run, own), own.name, seed=run.seed)
+
+
+def write_client_configs(
+    folder: Path,
+    rows: Mapping[str, ClientRows],
+    run: RunConfig,
+    *,
+    model: str | None,
+    state: Callable[[str], Path],
+) -> dict[str, Path]:
+    """Give every client of a simulation a folder with its rows and its configuration.
+
+    Args:
+        folder: Created; one folder per client inside.
+        rows: All clients' rows.
+        run: The recipe; device and threads are copied.
+        model: Each client's own copy of the base, where it has one.
+        state: Where a client keeps what it needs again, by its name.
+
+    Returns:
+        The paths of the configurations by client name.
+    """
+    paths: dict[str, Path] = {}
+    for name, own in sorted(rows.items()):
+        place = folder / folder_name(name)
+        place.mkdir(parents=True)
+        for part, talks in (("train", own.train), ("eval", own.evaluation)):
+            lines = [json.dumps({"messages": talk}, ensure_ascii=False) + "\n" for talk in talks]
+            (place / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+        table: dict[str, Any] = {
+            "name": name,
+            "state": str(state(name).absolute()),
+            "data": {"path": "train.jsonl", "eval_path": "eval.jsonl"},
+            "runtime": {
+                "device": run.runtime.device,
+                "threads": run.runtime.threads,
+                "turn": str(folder / "turn"),
+            },
+        }
+        if model is not None:
+            table["model"] = model
+        paths[name] = place / "client.toml"
+        paths[name].write_text(tomli_w.dumps(table), encoding="utf-8")
+    return paths

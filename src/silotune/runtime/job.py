@@ -1,0 +1,45 @@
+"""What a runtime is given, and what it gives back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from silotune.config import RunConfig
+from silotune.data import ClientRows
+from silotune.models import LoadedModel
+from silotune.progress import Progress
+from silotune.store import RunFolder
+from silotune.types import ServerState
+
+
+@dataclass(frozen=True)
+class Job:
+    """The rounds of one run."""
+
+    run: RunConfig
+    state: ServerState
+    """Where to begin."""
+    rows: Mapping[str, ClientRows]
+    """Of all clients, as far as this machine may read them."""
+    folder: RunFolder
+    progress: Progress
+    base_sha256: str
+    """Of the server's base model: every client must have the same."""
+    loaded: LoadedModel | None = None
+    """The base with its adapter; only for a runtime that trains in this process."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All clients, sorted."""
+        return sorted(self.rows)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What only the training processes know."""
+
+    num_rows: Mapping[str, Mapping[str, int]]
+    """num_train and num_eval of each client that answered."""
+    base_model_loads: int
+    """By all processes together, without the server's own."""
+    peak_memory_bytes: int
+    """Of the largest process."""

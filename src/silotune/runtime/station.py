@@ -1,0 +1,130 @@
+"""What answers messages where the rows are: one process, one base model, any number of clients.
+
+In Flower's simulation every actor has one; in deployment every client has one of its own, in its
+resident worker. Errors become a code and a place: an exception's text may hold a client's rows, so
+it goes to the log on this side and never to the server.
+"""
+
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import silotune
+from silotune.client import ClientData, Worker, prepare_client, score, take_part
+from silotune.config import RunConfig
+from silotune.data import ClientRows
+from silotune.errors import Declined, SilotuneError, UpdateError
+from silotune.memory import load_memory
+from silotune.models import folder_of_base, load_model, num_base_loads, peak_memory_bytes
+from silotune.runtime import wire
+from silotune.runtime.flower_strategy import algorithm_of
+from silotune.runtime.parcel import Parcel
+from silotune.sources import content_hash
+from silotune.tasks import TASKS
+from silotune.tasks.instruct import set_template
+from silotune.types import Failure
+
+PACKAGE = Path(silotune.__file__).parent
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process finds what its clients own."""
+
+    run: RunConfig
+    """The recipe as it is run here."""
+    rows: Callable[[str], ClientRows]
+    """A client's rows, by its name."""
+    folder: Callable[[str], Path]
+    """The folder of what a client keeps, by its name."""
+
+
+class Station:
+    """The model, once, and the tokens of every client served so far."""
+
+    def __init__(self, place: Place) -> None:
+        """Load the base model.
+
+        Raises:
+            ModelError: It cannot be loaded here.
+        """
+        run = place.run
+        torch.set_num_threads(run.runtime.threads)
+        self.place = place
+        loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
+        set_template(loaded.tokenizer)
+        self.worker = Worker(loaded, TASKS["instruct"], run, algorithm_of(run.algorithm))
+        self.base_sha256 = content_hash(folder_of_base(run.model))
+        self.data: dict[str, ClientData] = {}
+
+    def answer(self, kind: str, client: str, parcel: Parcel) -> Parcel:
+        """Do what a message asks for. Raises what goes wrong; see `guarded`."""
+        data = self._data(client)
+        if kind == "query":
+            return self._report(data)
+        broadcast, own = wire.decode_broadcast(parcel), self.place.folder(client)
+        if kind == "train":
+            update = take_part(self.worker, data, broadcast, own)
+            return self._signed(wire.encode_update(update))
+        memory = load_memory(own, broadcast.round)
+        result = score(self.worker, data, broadcast, memory)
+        return self._signed(wire.encode_score(result, broadcast.round))
+
+    def _data(self, client: str) -> ClientData:
+        if client not in self.data:
+            self.data[client] = prepare_client(self.place.rows(client), self.worker)
+        return self.data[client]
+
+    def _report(self, data: ClientData) -> Parcel:
+        """What the server wants to know before the first round."""
+        about = {
+            "num_train": len(data.examples),
+            "num_eval": data.num_eval,
+            "num_cut": data.num_cut,
+            "num_dropped": data.num_dropped,
+            "base_sha256": self.base_sha256,
+            "dtype": str(self.worker.loaded.dtype),
+            "threads": torch.get_num_threads(),
+        }
+        return self._signed(Parcel({"report": about}))
+
+    def _signed(self, parcel: Parcel) -> Parcel:
+        """Say which process answered: the run's summary adds up loads and memory."""
+        about: dict[str, Any] = {
+            "id": f"{platform.node()}/{os.getpid()}",
+            "base_loads": num_base_loads(),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        return Parcel({**parcel.about, "process": about}, parcel.values)
+
+
+def guarded(work: Callable[[], Parcel], *, client: str, round_: int) -> Parcel:
+    """The answer, or the failure in its place. No exception leaves a client."""
+    try:
+        parcel = work()
+    except Exception as error:  # whatever it is, it is this client's
+        traceback.print_exc(file=sys.stderr)
+        parcel = wire.encode_failure(failure_from(error, client=client, round_=round_))
+    return Parcel({**parcel.about, "client": client}, parcel.values)
+
+
+def failure_from(error: BaseException, *, client: str, round_: int) -> Failure:
+    """Code and place of an error. Only texts that hold names and shapes alone are passed on."""
+    told = {UpdateError: "training failed", Declined: "declined"}
+    if type(error) in told:
+        return Failure(client, round_, told[type(error)], str(error)[:1000])
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).is_relative_to(PACKAGE)] or frames
+    where = "unknown place"
+    if ours:
+        last = ours[-1]
+        where = f"{Path(last.filename).name}:{last.lineno} in {last.name}"
+    known = "this client has the reason in its log" if isinstance(error, SilotuneError) else ""
+    return Failure(client, round_, type(error).__name__[:100], where[:1000], known)

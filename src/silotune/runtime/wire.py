@@ -1,0 +1,256 @@
+"""Our types <-> parcels. The one place where bytes on the wire are counted; always float32.
+
+Whatever arrives is checked here for form; what it means is checked by `rounds.accept`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from torch import Tensor
+
+from silotune.errors import UpdateError
+from silotune.runtime.parcel import Parcel, no_values
+from silotune.types import AdapterState, Broadcast, Failure, Score, Update
+
+Groups = Mapping[str, AdapterState]
+AnyForm = TypeVar("AnyForm", bound=BaseModel)
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""What a float holds exactly: a larger one could not be a weight."""
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Tensors(_Form):
+    tensors: list[tuple[str, str, Annotated[list[int], Field(max_length=64)]]]
+    """Group, name and shape of every tensor, in the order of the values. torch adds up tensors of
+    at most 64 dimensions."""
+
+
+class _Broadcast(_Tensors):
+    round: int = Field(ge=1)
+    score: bool
+
+
+class _Score(_Form):
+    loss_sum: float
+    num_tokens: Annotated[int, Field(ge=1, le=2**53)]
+    num_correct: Count
+    num_examples: Count
+
+
+class _Metrics(_Form):
+    """What every update says of its training. Other keys could write over those of a row."""
+
+    train_loss: FiniteFloat
+    penalty: FiniteFloat = 0.0
+    lr: FiniteFloat = 0.0
+    num_steps: Count = 0
+    num_tokens: Count
+    num_padded_tokens: Count = 0
+    seconds_training: FiniteFloat
+    seconds: FiniteFloat
+
+
+class _Update(_Tensors):
+    round: int
+    num_examples: Count
+    metrics: _Metrics
+    settings: dict[str, FiniteFloat]
+    score: _Score | None
+
+
+class _Failure(_Form):
+    round: int
+    code: str = Field(max_length=100)
+    place: str = Field(max_length=1000)
+    mend: str = Field(max_length=1000)
+
+
+class _Report(_Form):
+    num_train: Count
+    num_eval: Count
+    num_cut: Count
+    num_dropped: Count
+    base_sha256: str = Field(max_length=100)
+    dtype: str = Field(max_length=100)
+    threads: Count
+
+
+class _Process(_Form):
+    id: str = Field(max_length=1000)
+    base_loads: Count
+    peak_memory_bytes: Count
+
+
+# --- broadcasts -------------------------------------------------------------------------------
+
+
+def encode_broadcast(broadcast: Broadcast) -> Parcel:
+    """What every client of a cohort receives, as one parcel for all of them."""
+    extra = {f"extra/{purpose}": state for purpose, state in broadcast.extra.items()}
+    layout, values = _flatten({"adapter": broadcast.adapter, **extra})
+    about = {"round": broadcast.round, "score": broadcast.score, "tensors": layout}
+    return Parcel(about, values)
+
+
+def decode_broadcast(parcel: Parcel) -> Broadcast:
+    """Undo `encode_broadcast`.
+
+    Raises:
+        UpdateError: The parcel holds no broadcast.
+    """
+    form = _read(_Broadcast, parcel.about)
+    groups = _unflatten(form, parcel.values)
+    return Broadcast(form.round, groups.get("adapter", {}), _extra(groups), form.score)
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+def encode_update(update: Update) -> Parcel:
+    """An update without its client's name: the server knows whom it asked."""
+    extra = {f"extra/{purpose}": state for purpose, state in update.extra.items()}
+    layout, values = _flatten({"delta": update.delta, **extra})
+    about = {
+        "round": update.round,
+        "num_examples": update.num_examples,
+        "metrics": dict(update.metrics),
+        "settings": dict(update.settings),
+        "score": _score_facts(update.score) if update.score else None,
+        "tensors": layout,
+    }
+    return Parcel({"update": about}, values)
+
+
+def encode_score(score: Score, round_: int) -> Parcel:
+    """A score alone, in answer to an evaluate message."""
+    return Parcel({"score": _score_facts(score), "round": round_}, no_values())
+
+
+def encode_failure(failure: Failure) -> Parcel:
+    """A failure: code, place and mend; its client's name stays out, as in `encode_update`."""
+    facts = {k: v for k, v in asdict(failure).items() if k != "client"}
+    return Parcel({"failure": facts}, no_values())
+
+
+def decode_answer(parcel: Parcel, client: str, *, bytes_down: int) -> Update | Score | Failure:
+    """An update, a score or a failure.
+
+    Args:
+        parcel: As it came.
+        client: Whom the server asked.
+        bytes_down: What was sent to that client.
+
+    Raises:
+        UpdateError: The parcel holds none of the three.
+    """
+    about = parcel.about
+    if "failure" in about:
+        return Failure(client, **_read(_Failure, about["failure"]).model_dump())
+    if "score" in about:
+        facts = _read(_Score, about["score"]).model_dump()
+        return _checked(Score(client=client, **facts, size_bytes=bytes_down))
+    form = _read(_Update, about.get("update"))
+    groups = _unflatten(form, parcel.values)
+    facts = form.model_dump(exclude={"tensors", "score"}, exclude_unset=True)
+    score = None
+    if form.score is not None:
+        score = _checked(Score(client=client, **form.score.model_dump()))
+    return Update(
+        client=client,
+        delta=groups.get("delta", {}),
+        extra=_extra(groups),
+        score=score,
+        bytes_down=bytes_down,
+        bytes_up=parcel.values.nbytes,
+        **facts,
+    )
+
+
+def decode_report(parcel: Parcel, client: str) -> dict[str, Any] | Failure:
+    """What a client says of itself before the first round, or why it cannot take part.
+
+    Raises:
+        UpdateError: The parcel holds neither.
+    """
+    if "failure" in parcel.about:
+        return Failure(client, **_read(_Failure, parcel.about["failure"]).model_dump())
+    return _read(_Report, parcel.about.get("report")).model_dump()
+
+
+def decode_process(parcel: Parcel) -> dict[str, Any]:
+    """What the process that answered says of itself.
+
+    Raises:
+        UpdateError: It says nothing.
+    """
+    return _read(_Process, parcel.about.get("process")).model_dump()
+
+
+def _checked(score: Score) -> Score:
+    """A sum with NaN in it would spoil the curve of all clients."""
+    if not math.isfinite(score.loss_sum):
+        raise UpdateError(f"client '{score.client}': its held-out loss is not finite.")
+    return score
+
+
+def _score_facts(score: Score) -> dict[str, Any]:
+    return {k: v for k, v in asdict(score).items() if k not in ("client", "size_bytes")}
+
+
+# --- tensors ----------------------------------------------------------------------------------
+
+
+def _flatten(groups: Groups) -> tuple[list[tuple[str, str, list[int]]], np.ndarray]:
+    layout: list[tuple[str, str, list[int]]] = []
+    parts: list[Tensor] = []
+    for group, state in groups.items():
+        for name in sorted(state):
+            tensor = state[name]
+            assert tensor.dtype == torch.float32, f"{name} is {tensor.dtype}: only float32 is sent"
+            layout.append((group, name, list(tensor.shape)))
+            parts.append(tensor.detach().cpu().reshape(-1))
+    return layout, torch.cat(parts).numpy() if parts else no_values()
+
+
+def _unflatten(form: _Tensors, values: np.ndarray) -> dict[str, dict[str, Tensor]]:
+    if values.dtype != np.float32 or values.ndim != 1:
+        raise UpdateError(f"a message brings {values.dtype} numbers; only float32 is accepted.")
+    flat = torch.from_numpy(values.copy())  # the received bytes are read-only
+    groups: dict[str, dict[str, Tensor]] = {}
+    at = 0
+    for group, name, shape in form.tensors:
+        if any(size < 0 for size in shape) or name in groups.get(group, {}):
+            raise UpdateError(f"a message lists tensor '{name}' twice or with a negative size.")
+        size = math.prod(shape)
+        if at + size > flat.numel():
+            raise UpdateError(f"a message brings fewer numbers than its tensors need ('{name}').")
+        if math.prod(max(1, n) for n in shape) > 2**62:  # no numbers, and strides beyond 64 bits
+            raise UpdateError(f"a message gives '{name}' a shape that cannot be.")
+        groups.setdefault(group, {})[name] = flat[at : at + size].reshape(shape)
+        at += size
+    if at != flat.numel():
+        raise UpdateError("a message brings more numbers than its tensors need.")
+    return groups
+
+
+def _extra(groups: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {k.removeprefix("extra/"): v for k, v in groups.items() if k.startswith("extra/")}
+
+
+def _read(form: type[AnyForm], facts: object) -> AnyForm:
+    try:
+        return form.model_validate(facts)
+    except ValidationError as error:
+        keys = sorted({".".join(map(str, e["loc"][:2])) or "it" for e in error.errors()})
+        raise UpdateError(
+            f"a message cannot be read: {', '.join(keys[:5])}.\n"
+            "  Use the same silotune on both sides."
+        ) from None

@@ -1,0 +1,226 @@
+"""Flower's two engines give what the plain loop gives, and leave nothing behind. Real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tomli_w
+
+import silotune
+from silotune.config import usable_threads
+from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
+
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+ENGINES = ("flower-simulation", "flower")
+SHORT = ["rounds=2", "data.max_rows=4"]
+BEFORE = set(psutil.pids())
+FOLDERS_BEFORE = set(Path("/tmp").glob("silotune-*"))
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_model):
+    """Two clients instead of three: every client of a deployment is some processes more."""
+    place = tmp_path_factory.mktemp("runtimes")
+    path = write_tiny_recipe(place, tiny_model, algorithm="fedadam")
+    write_jsonl(place / "hospitals.jsonl", hospital_rows(num_clients=2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, tmp_path_factory):
+    """The same recipe in all three runtimes; one actor in simulation."""
+    place = tmp_path_factory.mktemp("runs")
+    one_actor = [f"runtime.client_cpus={usable_threads()}"]
+    return {
+        name: silotune.run(
+            recipe,
+            [*SHORT, f"runtime.name={name}", *(one_actor if name.endswith("simulation") else [])],
+            out=place / name,
+        )
+        for name in ("in-process", *ENGINES)
+    }
+
+
+def engine_processes() -> list[psutil.Process]:
+    """Whatever belongs to an engine, by its private folder or Flower's programs."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+            dead = process.status() == psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            continue
+        if (
+            not dead
+            and process.pid not in BEFORE
+            and any(word in line for word in ("/silotune-", "flower-", "flwr-"))
+        ):
+            found.append(process)
+    return found
+
+
+def private_folders() -> set[Path]:
+    return set(Path("/tmp").glob("silotune-*")) - FOLDERS_BEFORE
+
+
+def start(recipe: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "silotune", "run", str(recipe), *overrides, "--out", str(out)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name} within 150 s"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def wait_until_free(out: Path) -> None:
+    """Until the engine of a killed run is gone: its keeper holds the run folder that long."""
+    import fcntl
+
+    deadline = time.monotonic() + 60
+    with (out / "run.lock").open() as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the engine outlives its run"
+                time.sleep(0.1)
+            else:
+                return
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_gives_the_same_adapter_bit_for_bit(runs, engine):
+    ours, theirs = runs["in-process"].path, runs[engine].path
+    assert (ours / ADAPTER).read_bytes() == (theirs / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_writes_down_the_same_numbers(runs, engine):
+    timed = {"seconds", "seconds_training"}
+
+    def numbers(run):
+        rows = [{k: v for k, v in row.items() if k not in timed} for row in run.metrics]
+        return sorted(rows, key=lambda r: (r["round"], r["event"], r.get("client", "")))
+
+    assert numbers(runs[engine]) == numbers(runs["in-process"])
+    same = ("clients", "overall", "bytes_up", "bytes_down", "tokens_trained", "result_round")
+    ours, theirs = runs["in-process"].summary, runs[engine].summary
+    assert {k: theirs[k] for k in same} == {k: ours[k] for k in same}
+
+
+def test_no_round_loads_the_base_again(runs):
+    # the starting process loads it for the first adapter and for the result
+    assert runs["in-process"].summary["base_model_loads"] == 1
+    assert runs["flower-simulation"].summary["base_model_loads"] == 2 + 1  # one actor
+    assert runs["flower"].summary["base_model_loads"] == 2 + 2  # a worker for each client
+
+
+def test_nothing_is_left_behind(runs):
+    assert engine_processes() == []
+    assert private_folders() == set()
+    for engine in ENGINES:
+        left = {p.name for p in runs[engine].path.iterdir()}
+        assert left <= {p.name for p in runs["in-process"].path.iterdir()} | {"run-id"}
+
+
+def test_rows_of_a_rehearsal_do_not_stay_on_disk(runs):
+    secret = hospital_rows(num_clients=2)[0]["question"].encode()
+    for path in runs["flower"].path.rglob("*"):
+        assert not path.is_file() or secret not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(("engine", "name"), [(ENGINES[0], "SIGINT"), (ENGINES[1], "SIGTERM")])
+def test_a_signal_ends_the_engine_too(recipe, tmp_path, engine, name):
+    out = tmp_path / "run"
+    process = start(recipe, out, "rounds=400", f"runtime.name={engine}")
+    wait_for(out / "checkpoints" / "round-00001", process)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert f"stopped by {name}" in errors
+    assert f"--resume {out}" in errors
+    assert engine_processes() == []
+    assert private_folders() == set()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_run_resumes_to_the_same_bytes(recipe, runs, tmp_path, engine):
+    out = tmp_path / "run"
+    process = start(recipe, out, *SHORT, f"runtime.name={engine}")
+    wait_for(out / "checkpoints" / "round-00001", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_until_free(out)
+    assert engine_processes() == []  # the keeper ended what its dead starter could not
+    assert private_folders() == set()
+    assert not (out / "summary.json").exists()
+    silotune.run(resume=out)
+    assert (out / ADAPTER).read_bytes() == (runs["in-process"].path / ADAPTER).read_bytes()
+
+
+def test_a_run_without_quorum_fails_and_saves_no_adapter(recipe, tmp_path):
+    """Flower itself ends such a run with exit status 0 and an untrained adapter."""
+    out = tmp_path / "run"
+    process = start(recipe, out, "train.lr=1e20", "runtime.name=flower-simulation")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "QuorumError: round 1: 0 usable updates of 2" in errors
+    assert "hospital-0: training failed" in errors
+    assert not (out / "adapter").exists()
+    assert engine_processes() == []
+
+
+def test_clients_take_data_and_limits_from_their_own_configuration(tiny_model, tmp_path):
+    """One of three declines by its own limit; the others train on rows the server never names."""
+    clients = tmp_path / "clients"
+    for n in range(3):
+        own = clients / f"files-{n}"
+        own.mkdir(parents=True)
+        rows = [row for row in hospital_rows() if row["source"] == f"hospital-{n}"]
+        write_jsonl(own / "mine.jsonl", rows)
+        table = {
+            "name": f"hospital-{n}",
+            "state": f"state-{n}",
+            "model": str(tiny_model),
+            "data": {"path": f"files-{n}/mine.jsonl"},
+            "limits": {"max_steps": 1 if n == 1 else 2},
+            "runtime": {"device": "cpu", "threads": 1},
+        }
+        (clients / f"{n}.toml").write_text(tomli_w.dumps(table))
+    recipe = write_tiny_recipe(tmp_path, tiny_model)
+    process = start(
+        recipe,
+        tmp_path / "run",
+        "rounds=1",
+        "runtime.name=flower",
+        "partition.by=none",
+        f"data.path={clients}",
+    )
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "hospital-1: declined: client 'hospital-1' does not take part" in errors
+    assert "train.local_steps = 2 is above limits.max_steps" in errors
+    written = (tmp_path / "run" / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    trained = {r["client"]: r["status"] for r in rows if r["event"] == "train"}
+    assert trained == {"hospital-0": "ok", "hospital-1": "declined", "hospital-2": "ok"}
+    assert (clients / "state-0" / "worker.log").exists()
+    assert str(clients) not in written
+    assert "hospital-0" in output
