@@ -39,6 +39,8 @@ format: dev
 
 bench: dev
 	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/messages.py
+	$(BIN)/python benchmarks/runtimes.py
 
 docs: dev
 	$(BIN)/python docs/build_recipe_reference.py

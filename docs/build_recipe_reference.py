@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from silotune.client_config import ClientConfig, LimitsConfig, OwnRuntimeConfig
 from silotune.config import ALGORITHM_CONFIGS, RunConfig, sections
 
 PAGE = Path(__file__).parent / "recipe.md"
@@ -39,6 +40,13 @@ ALGORITHM = """\
 differs: [papers.md](papers.md).
 """
 
+CLIENT = """\
+## A client's own configuration
+
+Another TOML file, written by the client's own people; it wins over the recipe
+([runtimes.md](runtimes.md)). Its `[data]` takes the keys of a recipe's `[data]`.
+"""
+
 NAMES = {str: "text", int: "integer", float: "number", bool: "true or false"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -57,6 +65,12 @@ def build() -> str:
             fields = {key: f for key, f in choice.model_fields.items() if key != "name"}
             shown = name.replace("<", "\\<")  # a page would take <module> for a tag
             parts += [f'### name = "{shown}"\n', _about(choice), _table(fields)]
+    parts.append(CLIENT)
+    tables = {"data", "limits", "runtime"}
+    top = {name: f for name, f in ClientConfig.model_fields.items() if name not in tables}
+    parts += ["### Top level of a client\n", _table(top)]
+    for section, own in (("limits", LimitsConfig), ("runtime", OwnRuntimeConfig)):
+        parts += [f"### [{section}] of a client\n", _about(own), _table(own.model_fields)]
     return "\n".join(parts)
 
 

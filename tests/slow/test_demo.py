@@ -32,3 +32,18 @@ def test_the_demo_improves_every_hospital(tmp_path):
 
     base = AutoModelForCausalLM.from_pretrained(model_folder("smollm2-135m-instruct"))
     PeftModel.from_pretrained(base, str(out / "adapter"))
+
+
+@pytest.mark.timeout(1800)
+def test_one_round_of_the_demo_gives_the_same_adapter_in_every_runtime(tmp_path):
+    found = {}
+    for name in ("in-process", "flower-simulation", "flower"):
+        out = tmp_path / name
+        command = [sys.executable, "-m", "silotune", "run", "hospitals", "rounds=1", "--json"]
+        command += [f"runtime.name={name}", "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        found[name] = summary["adapter_sha256"], summary["clients"], summary["bytes_up"]
+    assert found["flower-simulation"] == found["in-process"]
+    assert found["flower"] == found["in-process"]

@@ -221,10 +221,12 @@ def clients_by(**own) -> dict[int, Client]:
 class Played:
     """A run on a grid, and what it left."""
 
-    def __init__(self, tmp_path, grid, run=None, names=NAMES, *, join=True):
+    def __init__(self, tmp_path, grid, run=None, names=NAMES, *, join=True, window=None):
         self.grid, self.run, self.heard = grid, run or recipe(), Heard()
         self.folder = RunFolder.create(tmp_path / "run", self.run)
-        self.clients = FlowerClients(grid, names, self.run, self.heard, base_sha256=BASE)
+        self.clients = FlowerClients(
+            grid, names, self.run, self.heard, base_sha256=BASE, window=window
+        )
         if join:
             self.clients.join()
 
@@ -1014,6 +1016,32 @@ def test_a_score_that_comes_late_is_not_taken_for_that_of_another_round(tmp_path
     assert len(rows) == len(set(rows)), "nobody is named twice"
 
 
+def test_a_late_score_of_an_earlier_adapter_is_not_one_of_the_last(tmp_path):
+    run = recipe(rounds=1, evaluate={"every": 1}, sampling__num_clients=2)
+    cohort = sample(NAMES, run.sampling, generator(run.seed, "sampling", 1))
+    name = min(set(NAMES) - set(cohort))
+    node = 11 + NAMES.index(name)
+    grid, held = Nodes(clients_by()), []
+    inner = grid.nodes[node]
+
+    def answer(message):
+        if message.metadata.message_type == "evaluate" and not held:
+            held.append((message, to_record(wire.encode_score(Score(name, 1e6, 1, 0, 1), 1))))
+            return None
+        if message.metadata.message_type == "evaluate":
+            grid.reply(*held[0])
+        return inner(message)
+
+    grid.nodes[node] = answer
+    played = play(tmp_path, grid, run)
+    assert played.status(0, "evaluate")[name] == "timeout"
+    last = played.rows("evaluate", round=1)
+    assert [(r["client"], r["loss"]) for r in last] == [(n, 1.5) for n in NAMES]
+    assert played.heard.notes == [
+        f"{name}: its answer to the evaluate message of round 1 came late"
+    ]
+
+
 def test_an_update_that_comes_while_the_last_adapter_is_scored_is_named(tmp_path):
     run = recipe(rounds=1, evaluate={"every": 1})
     grid, held = Nodes(clients_by()), []
@@ -1106,3 +1134,27 @@ def test_the_app_goes_on_where_a_checkpoint_ended(tmp_path):
     (tmp_path / "private" / "outcome.json").unlink()
     flower_server.app(again, context)
     assert not again.sent("train"), "all rounds are done"
+
+
+def test_with_a_window_everybody_is_asked_and_few_at_once(tmp_path):
+    class Counting(Nodes):
+        most = under_way = 0
+
+        def push_messages(self, messages):
+            ids = super().push_messages(messages)
+            self.under_way += len(ids)
+            self.most = max(self.most, self.under_way)
+            return ids
+
+        def pull_messages(self, message_ids):
+            found = super().pull_messages(message_ids)
+            self.under_way -= len(found)
+            return found
+
+    grid = Counting(clients_by())
+    run = recipe(runtime__join_timeout_s=30.0, sampling__timeout_s=30.0)
+    played = play(tmp_path / "few", grid, run, window=2)
+    assert grid.most == 2
+    assert played.status(1) == dict.fromkeys(NAMES, "ok")
+    whole = play(tmp_path / "all", clients_by(), run)
+    assert sha256(played.state.adapter) == sha256(whole.state.adapter)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from silotune.config import RunConfig
@@ -39,6 +39,9 @@ AT_ONCE = 16
 POLL_S = (0.02, 0.5)
 """Shortest and longest pause between two looks for replies."""
 NOT_REACHABLE = 5
+IN_SIMULATION = 128
+"""Messages under way at once in simulation. For every node Flower walks through all that are under
+way, so a thousand at once take it minutes; more than there are actors are of no use."""
 ENGINE_CODES = {
     1: "client app not loaded",
     2: "client app failed",
@@ -60,7 +63,8 @@ def main(grid: Grid, context: Context) -> None:
     folder, private = RunFolder(Path(settings["folder"]), run), Path(settings["private"])
     progress = FileProgress(private)
     names, base = json.loads(settings["clients"]), settings["base_sha256"]
-    clients = FlowerClients(grid, names, run, progress, base_sha256=base)
+    window = IN_SIMULATION if run.runtime.name == "flower-simulation" else None
+    clients = FlowerClients(grid, names, run, progress, base_sha256=base, window=window)
     error: BaseException | None = None
     try:
         clients.join()
@@ -110,6 +114,7 @@ class FlowerClients:
         progress: Progress,
         *,
         base_sha256: str = "",
+        window: int | None = None,
     ) -> None:
         """Nothing is sent yet; see `join`.
 
@@ -119,7 +124,9 @@ class FlowerClients:
             run: The recipe.
             progress: Told who joined.
             base_sha256: The server's base model; a client with another is not asked.
+            window: Messages under way at once; all when absent.
         """
+        self.window = window
         self.grid, self.run, self.progress = grid, run, progress
         self.base_sha256 = base_sha256
         self.reports: dict[str, dict[str, Any]] = {}
@@ -186,11 +193,11 @@ class FlowerClients:
         deadline = time.monotonic() + timeout_s
         asked: set[int] = set()
         while True:
-            new = sorted(set(self.grid.get_node_ids()) - self._met)
+            new = sorted(set(self.grid.get_node_ids()) - self._met)[: self._room()]
             self._met.update(new)
             asked.update(new)
             queries = [Asked("query", node, f"node {node}", 0) for node in new]
-            _, lost = self._send(queries, Parcel({}))
+            _, lost = self._send(queries, to_record(Parcel({})))
             for question, answer in [*lost, *self._take()]:
                 if question.kind == "query":
                     self._hear(question, answer)
@@ -302,11 +309,15 @@ class FlowerClients:
 
         Answers to older questions come too.
         """
-        deadline = time.monotonic() + timeout_s
-        waiting, lost = self._send(questions, parcel)
-        yield from lost
-        pause = POLL_S[0]
-        while waiting:
+        deadline, content = time.monotonic() + timeout_s, to_record(parcel)
+        waiting: dict[str, Asked] = {}
+        unsent, pause = list(questions), POLL_S[0]
+        while waiting or unsent:
+            room = self._room()
+            sent, lost = self._send(unsent[:room], content)
+            yield from lost
+            waiting |= sent
+            unsent = unsent[len(unsent) if room is None else room :]
             came = False
             for question, answer in self._take():
                 came = True
@@ -319,14 +330,17 @@ class FlowerClients:
             if waiting:
                 time.sleep(min(left, pause))
         late = f"no answer within {timeout_s:g} s (sampling.timeout_s)"
-        for question in waiting.values():
+        for question in [*waiting.values(), *unsent]:
             yield question, Failure(question.client, question.round, "timeout", late)
 
+    def _room(self) -> int | None:
+        """How many messages may be sent now; None for any number."""
+        return None if self.window is None else max(0, self.window - len(self._open))
+
     def _send(
-        self, questions: Sequence[Asked], parcel: Parcel
+        self, questions: Sequence[Asked], content: RecordDict
     ) -> tuple[dict[str, Asked], list[tuple[Asked, Failure]]]:
-        """Send one parcel to many: the questions by message, and those that could not be sent."""
-        content = to_record(parcel)
+        """Send one content to many: the questions by message, and those that could not be sent."""
         messages = [
             Message(content, q.node, q.kind, ttl=TTL_S, group_id=str(q.round)) for q in questions
         ]
