@@ -58,6 +58,17 @@ def summarise(
     }
 
 
+def cut_note(client: str, *, num_cut: int, num_dropped: int) -> str | None:
+    """What became of rows that are longer than `train.max_length`; None where none is."""
+    if not num_cut:
+        return None
+    lost = f", {num_dropped} of them with the whole answer: these are left out"
+    return (
+        f"{client}: {num_cut} rows are longer than train.max_length and lose their end"
+        f"{lost if num_dropped else ''}"
+    )
+
+
 def worse_off(summary: Mapping[str, Any]) -> list[str]:
     """Clients whose held-out loss is not lower than the base's."""
     return [

@@ -9,7 +9,7 @@ import itertools
 import json
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from silotune.config import RunConfig
 from silotune.errors import EngineError, SilotuneError, UpdateError
 from silotune.progress import Progress
+from silotune.report import cut_note
 from silotune.rounds import run_rounds
 from silotune.runtime import wire
 from silotune.runtime.flower_strategy import algorithm_of
@@ -179,8 +180,10 @@ class FlowerClients:
                 self.progress.note(
                     f"{name}: has not reported within {timeout_s:g} s (runtime.join_timeout_s)"
                 )
-            elif name in self.reports and (lost := _cut_note(name, self.reports[name])):
-                self.progress.note(lost)
+            elif name in self.reports:
+                counts = {key: self.reports[name][key] for key in ("num_cut", "num_dropped")}
+                if lost := cut_note(name, **counts):
+                    self.progress.note(lost)
 
     def _gather(self, names: Sequence[str], timeout_s: float, *, newcomers_only: bool) -> None:
         """Ask nodes that are new who they are, until all of `names` have reported.
@@ -394,12 +397,3 @@ def _decode(question: Asked, answer: Parcel | Failure) -> Update | Score | Failu
 def _engine_failure(question: Asked, code: int) -> Failure:
     meaning = ENGINE_CODES.get(code, "engine error")
     return Failure(question.client, question.round, meaning, f"Flower's error code {code}")
-
-
-def _cut_note(name: str, report: Mapping[str, Any]) -> str | None:
-    if not report.get("num_cut"):
-        return None
-    dropped = report.get("num_dropped")
-    lost = f", {dropped} of them with the whole answer: these are left out" if dropped else ""
-    cut = report["num_cut"]
-    return f"{name}: {cut} rows are longer than train.max_length and lose their end{lost}"

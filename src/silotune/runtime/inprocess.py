@@ -16,6 +16,7 @@ from silotune.errors import ClientTimeout, UpdateError
 from silotune.memory import load_memory
 from silotune.models import peak_memory_bytes
 from silotune.progress import Progress
+from silotune.report import cut_note
 from silotune.rounds import run_rounds
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
@@ -83,12 +84,9 @@ class InProcessClients:
     def notes(self) -> Iterator[str]:
         """What became of rows that are longer than `train.max_length`, one line per client."""
         for data in self.data.values():
-            if data.num_cut:
-                lost = f", {data.num_dropped} of them with the whole answer: these are left out"
-                yield (
-                    f"{data.name}: {data.num_cut} rows are longer than train.max_length and lose "
-                    f"their end{lost if data.num_dropped else ''}"
-                )
+            note = cut_note(data.name, num_cut=data.num_cut, num_dropped=data.num_dropped)
+            if note is not None:
+                yield note
 
     def train(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Arrival]:
         """Train one client after the other; one whose turn comes after the deadline is named."""
