@@ -30,7 +30,7 @@ from silotune.models import (
 )
 from silotune.progress import Progress, human_bytes
 from silotune.rounds import run_rounds
-from silotune.runtime.inprocess import InProcessClients
+from silotune.runtime.inprocess import InProcessClients, prepare_clients
 from silotune.sources import resolve
 from silotune.store import RunFolder
 from silotune.tasks.instruct import INSTRUCT, set_template
@@ -48,7 +48,7 @@ def main() -> None:
     run = checked.run
     torch.set_num_threads(run.runtime.threads)
     loaded = load_model(run.model, run.adapter, seed=run.seed, device="cpu")
-    set_template(loaded.tokenizer)
+    set_template(loaded.tokenizer, checked.run.data.template)
     start = read_adapter(loaded)
     recorded: list[plain_loop.PaddedBatch] = []
 
@@ -62,7 +62,9 @@ def main() -> None:
 
     def ours(place: Path) -> tuple[float, list[dict]]:
         folder = RunFolder.create(place, run)
-        clients = InProcessClients(worker, checked.rows, folder, Progress())
+        clients = InProcessClients(
+            worker, prepare_clients(checked.rows, worker), folder, Progress()
+        )
         write_adapter(loaded, start)
         state = ServerState(0, start, worker.algorithm.init(start, len(clients.names())))
         recorded.clear()

@@ -101,7 +101,10 @@ def hospital_file(tmp_path) -> Path:
 
 
 def write_tiny_recipe(folder: Path, model: Path, *, algorithm: str = "fedavg") -> Path:
-    """A whole recipe on the tiny model, and rows beside it: seconds, not minutes."""
+    """A whole recipe on the tiny model, and rows beside it: seconds, not minutes.
+
+    In float32, so that it is the same on processors with and without bfloat16.
+    """
     data = write_jsonl(folder / "hospitals.jsonl", hospital_rows())
     path = folder / "tiny.toml"
     path.write_text(
@@ -110,6 +113,7 @@ seed = 3
 rounds = 3
 [model]
 name = "{model}"
+dtype = "float32"
 [adapter]
 rank = 2
 alpha = 4
@@ -129,6 +133,9 @@ name = "{algorithm}"
 [runtime]
 device = "cpu"
 threads = 1
+[report]
+page = false
+samples = 0
 """,
         encoding="utf-8",
     )

@@ -2,13 +2,14 @@
 
 >>> import silotune
 >>> sorted(silotune.shipped_recipes())
-['hospitals']
+['hospitals', 'workshop']
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from silotune.arms import Comparison, compare
     from silotune.config import RunConfig, load_recipe, shipped_recipes
     from silotune.errors import SilotuneError
     from silotune.launch import Run, base_folder, check, run
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Resolved when first used: importing silotune costs no torch.
 _HOMES = {
+    "Comparison": "silotune.arms",
     "PlainProgress": "silotune.progress",
     "Progress": "silotune.progress",
     "Run": "silotune.launch",
@@ -23,12 +25,14 @@ _HOMES = {
     "SilotuneError": "silotune.errors",
     "base_folder": "silotune.launch",
     "check": "silotune.launch",
+    "compare": "silotune.arms",
     "load_recipe": "silotune.config",
     "run": "silotune.launch",
     "shipped_recipes": "silotune.config",
 }
 
 __all__ = [
+    "Comparison",
     "PlainProgress",
     "Progress",
     "Run",
@@ -36,6 +40,7 @@ __all__ = [
     "SilotuneError",
     "base_folder",
     "check",
+    "compare",
     "load_recipe",
     "run",
     "shipped_recipes",

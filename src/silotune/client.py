@@ -79,7 +79,9 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
     )
 
 
-def take_part(worker: Worker, data: ClientData, broadcast: Broadcast, own: Path) -> Update:
+def take_part(
+    worker: Worker, data: ClientData, broadcast: Broadcast, own: Path, *, count: int | None = None
+) -> Update:
     """One training message, answered: memory in, round, memory out.
 
     Args:
@@ -87,12 +89,13 @@ def take_part(worker: Worker, data: ClientData, broadcast: Broadcast, own: Path)
         data: The client's rows.
         broadcast: What the server sent.
         own: The client's own folder, where its memory lies.
+        count: Rows to train on; the recipe's number when absent.
 
     Raises:
         UpdateError: Training ended in NaN or infinity; nothing is sent or kept.
     """
     memory = load_memory(own, broadcast.round)
-    update, memory = train_round(worker, data, broadcast, memory)
+    update, memory = train_round(worker, data, broadcast, memory, count=count)
     # before the update counts: asked again after a crash, the client starts from the older memory
     oldest = broadcast.round - worker.run.checkpoint.every
     save_memory(own, broadcast.round, memory, keep_from=oldest)
@@ -100,7 +103,12 @@ def take_part(worker: Worker, data: ClientData, broadcast: Broadcast, own: Path)
 
 
 def train_round(
-    worker: Worker, data: ClientData, broadcast: Broadcast, memory: ClientMemory
+    worker: Worker,
+    data: ClientData,
+    broadcast: Broadcast,
+    memory: ClientMemory,
+    *,
+    count: int | None = None,
 ) -> tuple[Update, ClientMemory]:
     """Load what was received, score it, train on fresh own rows, and return the difference.
 
@@ -109,6 +117,7 @@ def train_round(
         data: The client's rows.
         broadcast: What the server sent.
         memory: What this client kept from its last round. Not modified.
+        count: Rows to train on; the recipe's number when absent.
 
     Returns:
         The update, and what the client keeps for its next round.
@@ -130,7 +139,8 @@ def train_round(
         memory=memory.tensors,
     )
     # fresh rows: the stream goes on where this client's last round ended
-    count = num_rows(run.train, len(data.examples))
+    if count is None:
+        count = num_rows(run.train, len(data.examples))
     flow = stream(len(data.examples), run.seed, data.name, start=memory.position)
     rows = list(itertools.islice(flow, count))
     order = generator(run.seed, "order", data.name, broadcast.round)

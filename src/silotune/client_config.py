@@ -175,6 +175,7 @@ def check_steps(run: RunConfig, own: ClientConfig, num_train: int) -> None:
 def own_data(run: RunConfig, own: ClientConfig) -> DataConfig:
     """Where this client's rows are, by its own word, and what they look like, by either's."""
     format_ = {k: v for k, v in run.data.model_dump().items() if k not in LOCATIONS}
+    format_.pop("label")  # only a simulation's report shows it
     mine = {k: getattr(own.data, k) for k in own.data.model_fields_set}
     if {"eval_path", "eval_split"} & mine.keys():
         format_.pop("eval_fraction")  # its held-out rows are chosen already

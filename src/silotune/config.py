@@ -106,6 +106,20 @@ class RuntimeConfig(Config):
             yield "runtime.client_gpus", "asks for GPUs that runtime.device = 'cpu' does not use"
 
 
+class ReportConfig(Config):
+    """What a run writes for people, beside its numbers."""
+
+    page: bool = True
+    """Write report.html at the end; `silotune report` writes it later too."""
+    samples: int = Field(default=3, ge=0)
+    """Held-out questions, one of each of the first clients, that base and result answer for the
+    report. Simulations only: a real client's rows are not the server's to show."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Where these answers are cut."""
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
+    """Also log every round to this tracker, through its own library, which has to be installed."""
+
+
 def _named(name: str, cfg: type[AlgorithmConfig]) -> type[AlgorithmConfig]:
     """An algorithm's own config with the key that chooses it in a recipe."""
     field: Any = (Literal[name], Field(name, description="Which algorithm; see docs/papers.md."))
@@ -172,6 +186,29 @@ else:
     AnyAlgorithmConfig = Annotated[Union[_tagged], Discriminator(_chosen)]  # noqa: UP007
 
 
+class CompareConfig(Config):
+    """What `silotune compare` trains beside the recipe. A run takes no notice of it."""
+
+    seeds: int = Field(default=3, ge=1)
+    """Each arm is trained with so many seeds, counted up from the recipe's."""
+    algorithms: tuple[AnyAlgorithmConfig, ...] = ()
+    """More federated arms beside the recipe's own: names, or as in
+    [{ name = "fedprox", mu = 0.1 }]."""
+    only: tuple[str, ...] = ()
+    """Clients whose lone adapter is scored on every client's rows, not on its own alone."""
+    max_new_tokens: int = Field(default=0, ge=0)
+    """Answer every held-out question and score the answers by ROUGE, cut at so many tokens. 0: no
+    answers, the loss only."""
+
+    @field_validator("algorithms", mode="before")
+    @classmethod
+    def _names_alone(cls, given: Any) -> Any:
+        if not isinstance(given, (list, tuple)):
+            return given
+        arms = cast(Sequence[Any], given)
+        return [{"name": arm} if isinstance(arm, str) else arm for arm in arms]
+
+
 class RunConfig(Config):
     """A recipe: everything that decides what a run computes."""
 
@@ -189,12 +226,17 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    report: ReportConfig = ReportConfig()
+    compare: CompareConfig = CompareConfig()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Every pair (key, why it cannot be) that no single section can see."""
         if self.checkpoint.keep == "best" and self.evaluate.every == 0:
             yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
         yield from self.runtime.contradictions()
+        arms = [self.algorithm, *self.compare.algorithms]
+        if any(arm in arms[:i] for i, arm in enumerate(arms)):
+            yield "compare.algorithms", "names an algorithm twice, or the recipe's own again"
         if self.adapter.kind == "full" and self.model.dtype in ("float16", "bfloat16"):
             yield (
                 "model.dtype",
@@ -356,9 +398,18 @@ def _take_out(table: dict[str, Any], where: tuple[str, ...]) -> None:
 def _where(loc: Sequence[int | str]) -> tuple[str, ...]:
     """A pydantic location as a recipe's key: without the tag of a chosen algorithm."""
     parts = [str(part) for part in loc]
-    if parts[:1] == ["algorithm"] and len(parts) > 1 and parts[1] in ALGORITHM_CONFIGS:
-        del parts[1]
+    tag = {"algorithm": 1, "compare": 3}.get(parts[0])  # compare.algorithms.0.<tag>
+    if tag is not None and len(parts) > tag and parts[tag] in ALGORITHM_CONFIGS:
+        del parts[tag]
     return tuple(parts)
+
+
+LISTS = {
+    "": '["one", "two"]',
+    "adapter.targets": '["q_proj", "v_proj"]',
+    "compare.algorithms": '["fedprox"]',
+}
+"""Examples of lists, by key."""
 
 
 def _explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
@@ -391,7 +442,7 @@ def _explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str
         case "model_type" | "dict_type":
             return f"{key}: is a section; set single keys of it, as in {key}.key = value."
         case "tuple_type":
-            return f'{key}: should be a list, for instance ["q_proj", "v_proj"].'
+            return f"{key}: should be a list, for instance {LISTS.get(key, LISTS[''])}."
         case "value_error":
             return f"{key}: {item['ctx']['error']}."
         case _:
@@ -440,6 +491,8 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "evaluate": EvaluateConfig,
         "checkpoint": CheckpointConfig,
         "runtime": RuntimeConfig,
+        "report": ReportConfig,
+        "compare": CompareConfig,
     }
 
 

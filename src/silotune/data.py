@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -57,8 +58,19 @@ class DataConfig(Config):
     """Text with {column} holes that makes the answer; goes with `prompt`."""
     system: str | None = Field(default=None, min_length=1)
     """System text in front of every conversation that has none."""
+    template: Literal["auto", "plain", "three-block"] = "auto"
+    """How a conversation becomes text, in training, scoring and answers alike. auto: the model's
+    own chat template, or plain where it has none. three-block: "### Instruction:" with the system
+    text, "### Input:" with the question, "### Response:"."""
     max_rows: int | None = Field(default=None, ge=1)
-    """At most so many training rows per client, drawn with the run's seed."""
+    """At most so many training rows per client, drawn with the seed."""
+    max_eval_rows: int | None = Field(default=None, ge=1)
+    """At most so many held-out rows per client, drawn with the seed."""
+    label: str | None = Field(default=None, min_length=1)
+    """A column whose mix at each client the report shows, for instance the kind of question."""
+    split_seed: int | None = Field(default=None, ge=0)
+    """Seed of the cut into clients and of the held-out rows; the run's seed when absent. Runs with
+    other seeds on the same held-out rows need it."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "DataConfig":
@@ -98,6 +110,8 @@ class ClientRows:
     train: tuple[Conversation, ...]
     evaluation: tuple[Conversation, ...]
     """Held out: scored, never trained on."""
+    labels: tuple[str, ...] = ()
+    """What data.label, or else partition.label, says of each train row; empty without one."""
 
 
 def load_clients(
@@ -120,6 +134,7 @@ def load_clients(
         DataError: Files, rows or columns cannot be used.
         ConfigError: The settings do not fit the layout of the files.
     """
+    seed = cfg.split_seed if cfg.split_seed is not None else seed
     train, held = _read_parts(cfg)
     talks, held_talks = _convert_parts(train, held, cfg)
     cut = partition is not None and (partition.by is not None or partition.kind is not None)
@@ -134,7 +149,16 @@ def load_clients(
         shares, held_shares = _cut(train, held, partition, seed=seed)
     else:
         raise _partition_is_needed(cfg, train.rows)
-    return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed)
+    labels = _labels(train, cfg, partition)
+    return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed, labels=labels)
+
+
+def _labels(train: Part, cfg: DataConfig, partition: PartitionConfig | None) -> list[str]:
+    if cfg.label is not None:
+        return names_in_column(*_column(train, cfg.label, "data.label"))
+    if partition is not None and partition.label is not None:
+        return names_in_column(*_column(train, partition.label, "partition.label"))
+    return []
 
 
 def load_client(cfg: DataConfig, name: str, *, seed: int) -> ClientRows:
@@ -147,11 +171,13 @@ def load_client(cfg: DataConfig, name: str, *, seed: int) -> ClientRows:
         DataError: Files, rows or columns cannot be used.
         ConfigError: The settings do not fit the layout of the files.
     """
+    seed = cfg.split_seed if cfg.split_seed is not None else seed
     train, held = _read_parts(cfg)
     talks, held_talks = _convert_parts(train, held, cfg)
     shares = {name: list(range(len(talks)))}
     held_shares = None if held_talks is None else {name: list(range(len(held_talks)))}
-    return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed)[name]
+    labels = _labels(train, cfg, None)
+    return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed, labels=labels)[name]
 
 
 def fingerprint(clients: Mapping[str, ClientRows]) -> str:
@@ -265,9 +291,11 @@ def _cut(
     train: Part, held: Part | None, partition: PartitionConfig, *, seed: int
 ) -> tuple[Shares, Shares | None]:
     if partition.by is not None:
+        shares = by_column(*_column(train, partition.by, "partition.by"))
+        held_shares = by_column(*_column(held, partition.by, "partition.by")) if held else None
         return (
-            by_column(*_column(train, partition.by, "partition.by")),
-            by_column(*_column(held, partition.by, "partition.by")) if held else None,
+            _only(shares, partition.only),
+            None if held_shares is None else _only(held_shares, partition.only),
         )
     count = partition.num_clients or 1
     at_least = 1 if held else 2  # each client needs a row to learn and one to hold out
@@ -286,6 +314,18 @@ def _cut(
         dirichlet(labels, count, partition.alpha, generator(seed, "partition"), known=held_labels),
         dirichlet(held_labels, count, partition.alpha, generator(seed, "partition"), known=labels),
     )
+
+
+def _only(shares: Shares, names: Sequence[str] | None) -> Shares:
+    if names is None:
+        return shares
+    for name in names:
+        if name not in shares:
+            raise DataError(
+                f"partition.only: there are no rows of '{name}'.{did_you_mean(name, shares)}\n"
+                f"  The clients are {list_columns(shares)}."
+            )
+    return {name: rows for name, rows in shares.items() if name in names}
 
 
 def _column(part: Part, column: str, setting: str) -> tuple[Sequence[object], str, list[str]]:
@@ -327,6 +367,7 @@ def _assemble(
     cfg: DataConfig,
     *,
     seed: int,
+    labels: Sequence[str],
 ) -> dict[str, ClientRows]:
     if held_shares is not None:
         _check_same_clients(shares, held_shares)
@@ -335,12 +376,21 @@ def _assemble(
         own = shares[name]
         if held_talks is None or held_shares is None:
             own, aside = _hold_out(own, name, cfg.eval_fraction, generator(seed, "held-out", name))
-            evaluation = tuple(talks[n] for n in aside)
+            held = [talks[n] for n in aside]
         else:
-            evaluation = tuple(held_talks[n] for n in held_shares[name])
+            held = [held_talks[n] for n in held_shares[name]]
         if cfg.max_rows is not None:
             own, _ = _draw(own, cfg.max_rows, generator(seed, "max-rows", name))
-        clients[name] = ClientRows(name, tuple(talks[n] for n in own), evaluation)
+        if cfg.max_eval_rows is not None:
+            gen = generator(seed, "max-eval-rows", name)
+            kept, _ = _draw(list(range(len(held))), cfg.max_eval_rows, gen)
+            held = [held[n] for n in kept]
+        clients[name] = ClientRows(
+            name,
+            tuple(talks[n] for n in own),
+            tuple(held),
+            tuple(labels[n] for n in own) if labels else (),
+        )
     return clients
 
 

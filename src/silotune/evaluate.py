@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
 from silotune.models import LoadedModel
@@ -27,11 +29,14 @@ class EvaluateConfig(Config):
 
 def build_eval_batches(examples: Sequence[Example], task: Task, batch_size: int) -> list[Batch]:
     """All examples in batches of similar length, in an order that depends on nothing else."""
-    order = sorted(range(len(examples)), key=lambda i: (examples[i].ids.numel(), i))
     return [
-        task.collate([examples[i] for i in order[at : at + batch_size]])
-        for at in range(0, len(order), batch_size)
+        task.collate([examples[i] for i in group]) for group in _by_length(examples, batch_size)
     ]
+
+
+def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].ids.numel(), i))
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
 def evaluate(
@@ -51,6 +56,39 @@ def evaluate(
             num_tokens += batch.num_trained
             num_correct += int((out.logits.argmax(-1) == batch.targets.to(loaded.device)).sum())
     return Score(client, loss_sum, num_tokens, num_correct, num_examples)
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """How well a model predicts one row."""
+
+    loss_sum: float
+    """Negative log-likelihood in nats over the row's trained tokens."""
+    num_tokens: int
+
+
+def score_each(
+    loaded: LoadedModel, examples: Sequence[Example], task: Task, *, batch_size: int
+) -> list[RowScore]:
+    """Score every example by itself, for comparisons row by row.
+
+    Returns:
+        One score per example, in their order. Their sums are those of `evaluate`, to rounding.
+    """
+    found: dict[int, RowScore] = {}
+    loaded.model.eval()
+    with torch.inference_mode():
+        for group in _by_length(examples, batch_size):
+            batch = task.collate([examples[i] for i in group])
+            logits = task.loss(loaded, batch).logits  # (num_trained, vocabulary)
+            nll = F.cross_entropy(logits, batch.targets.to(loaded.device), reduction="none")
+            row = batch.positions // batch.ids.shape[1]
+            sums = torch.zeros(len(group), dtype=torch.float64)
+            sums.index_add_(0, row, nll.double().cpu())
+            counts = torch.bincount(row, minlength=len(group))
+            for i, total, count in zip(group, sums.tolist(), counts.tolist(), strict=True):
+                found[i] = RowScore(total, count)
+    return [found[i] for i in range(len(examples))]
 
 
 def metrics(scores: Iterable[Score]) -> dict[str, float]:

@@ -7,13 +7,15 @@ import itertools
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 
+from silotune.card import model_card
+from silotune.client import ClientData
 from silotune.client_config import (
     is_client_folder,
     load_client_config,
@@ -23,9 +25,9 @@ from silotune.client_config import (
 from silotune.config import RunConfig, load_recipe
 from silotune.data import ClientRows, fingerprint, load_clients
 from silotune.disk import write_atomically, write_json
-from silotune.errors import ConfigError, RunFolderError, SilotuneError
+from silotune.errors import ConfigError, ModelError, RunFolderError, SilotuneError, UpdateError
 from silotune.files import locate
-from silotune.generate import answer
+from silotune.generate import Answer, answer, answers
 from silotune.models import (
     LoadedModel,
     base_only,
@@ -36,9 +38,12 @@ from silotune.models import (
     save_adapter,
     write_adapter,
 )
+from silotune.overview import describe_split
+from silotune.page import run_page
 from silotune.partition import PartitionConfig
-from silotune.progress import Progress
-from silotune.report import model_card, summarise
+from silotune.progress import Both, Progress
+from silotune.quality import question_of
+from silotune.report import summarise
 from silotune.runtime import flower_engine, inprocess
 from silotune.runtime.flower_engine import check_installed
 from silotune.runtime.flower_strategy import algorithm_of
@@ -48,6 +53,7 @@ from silotune.sampling import cohort_size
 from silotune.sources import SOURCES, check_name, content_hash, is_hub_id, resolve
 from silotune.store import Row, RunFolder
 from silotune.tasks.instruct import set_template
+from silotune.tracking import Tracker, check_tracker
 from silotune.types import AdapterState, ServerState
 
 RUNTIMES = {
@@ -56,6 +62,7 @@ RUNTIMES = {
     "flower": flower_engine.drive,
 }
 """What runs a job's rounds, by `runtime.name`."""
+F = TypeVar("F", bound=RunFolder)
 NOT_MET = {"num_train": 0, "num_eval": 0}
 """Rows of a client that never answered."""
 LIBRARIES = ("silotune", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
@@ -76,8 +83,6 @@ class Run:
     """A finished run on disk."""
 
     path: Path
-    loaded: LoadedModel | None = field(default=None, repr=False, compare=False)
-    """The model, still in memory, when the run was asked to keep it."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -95,6 +100,25 @@ class Run:
         return RunFolder.open(self.path).metrics()
 
     @property
+    def samples(self) -> list[dict[str, Any]]:
+        """Some held-out questions with what base and result answer; [] where none were asked."""
+        return RunFolder.open(self.path).read_json("samples.json") or []
+
+    def report(self) -> Path:
+        """Write report.html: the run on one page, without a network. Returns its path."""
+        folder = RunFolder.open(self.path)
+        page = run_page(
+            folder.run,
+            self.summary,
+            self.metrics,
+            folder.read_json("provenance.json"),
+            split=folder.read_json("split.json") or {},
+            samples=self.samples,
+        )
+        write_atomically(self.path / "report.html", page.encode())
+        return self.path / "report.html"
+
+    @property
     def config(self) -> RunConfig:
         """The resolved recipe."""
         return RunFolder.open(self.path).run
@@ -104,10 +128,34 @@ class Run:
         return _read_result(self.path / "adapter")
 
     def load(self) -> LoadedModel:
-        """The model with the result in it."""
-        loaded = self.loaded or _load(self.config)
-        write_adapter(loaded, self.adapter())
+        """The model with the result in it.
+
+        Raises:
+            RunFolderError: There is no result yet.
+            ModelError: The base is not the one that the adapter was trained on.
+        """
+        adapter = self.adapter()
+        self._check_base()
+        loaded = load_for(self.config)
+        try:
+            write_adapter(loaded, adapter)
+        except UpdateError as error:
+            raise ModelError(
+                f"{self.path / 'adapter'} does not fit {self.config.model.name}: {error}\n"
+                "  Restore the run's own recipe and adapter."
+            ) from error
         return loaded
+
+    def _check_base(self) -> None:
+        model = self.config.model
+        provenance = RunFolder.open(self.path).read_json("provenance.json")
+        if is_hub_id(model.name) and model.revision is None:
+            return  # the newest revision is what was asked for
+        if content_hash(folder_of_base(model)) != provenance["base"]["sha256"]:
+            raise ModelError(
+                f"{model.name} is not the base that {self.path} was trained on: its files have "
+                "changed.\n  Restore them, or train anew."
+            )
 
     def ask(self, question: str, *, base: bool = False, max_new_tokens: int = 128) -> str:
         """Answer a question with the trained adapter, or with the base.
@@ -118,14 +166,15 @@ class Run:
         system = [{"role": "system", "content": run.data.system}] if run.data.system else []
         messages = (*system, {"role": "user", "content": question})
         whole = run.adapter.kind == "full"  # then the base is another model
-        loaded = _load(run) if base and whole else self.load()
+        loaded = load_for(run) if base and whole else self.load()
         with base_only(loaded) if base and not whole else contextlib.nullcontext():
             return answer(loaded, messages, max_new_tokens=max_new_tokens)
 
 
-def _load(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
+def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
+    """A recipe's base with its first adapter, and a chat template."""
     loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
-    if set_template(loaded.tokenizer) and progress is not None:
+    if set_template(loaded.tokenizer, run.data.template) and progress is not None:
         progress.note(f"{run.model.name} brings no chat template: the plain one is used")
     return loaded
 
@@ -145,6 +194,7 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
         )
     if run.runtime.name != "in-process":
         check_installed(run)
+    check_tracker(run.report.tracker)
     rows = _rows(run)
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
     return Checked(run, rows, strategy_warnings(run.algorithm))
@@ -176,7 +226,6 @@ def run(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     progress: Progress | None = None,
-    keep_model: bool = False,
 ) -> Run:
     """Run a recipe, or go on with an interrupted run.
 
@@ -186,7 +235,6 @@ def run(
         out: The run folder to create; by default runs/<time>-<recipe>. Never overwritten.
         resume: A run folder to go on with. Its own recipe counts.
         progress: Told what happens; silent by default.
-        keep_model: Leave the model in memory, in `Run.loaded`, for questions right after.
 
     Returns:
         The finished run.
@@ -195,12 +243,12 @@ def run(
         SilotuneError: See errors.py. Whatever was finished stays in the run folder.
     """
     began = time.perf_counter()
-    folder, checked = _open(recipe, overrides, out=out, resume=resume)
+    folder, checked = open_folder(RunFolder, recipe, overrides, out=out, resume=resume)
     progress = progress or Progress()
     progress.note(f"run folder: {folder.path}")
     with folder.locked():
         try:
-            return _run(folder, checked, progress, began, keep_model=keep_model)
+            return run_in(folder, checked, progress, began=began)
         except BaseException as error:  # errors and signals alike are let through
             if resume is None and _is_a_mistake(error) and not folder.has_begun():
                 # a resumed run keeps its recipe, so it would stop at the same mistake
@@ -211,17 +259,23 @@ def run(
             raise
 
 
-def _open(
+def open_folder(
+    kind: type[F],
     recipe: str | Path | RunConfig | None,
     overrides: Sequence[str],
     *,
     out: Path | str | None,
     resume: Path | str | None,
-) -> tuple[RunFolder, Checked]:
+) -> tuple[F, Checked]:
+    """A new folder of this kind, or the one to resume, and its recipe, checked.
+
+    Raises:
+        ConfigError, ModelError, DataError, RunFolderError: See `check`, and the folder's.
+    """
     if resume is not None:
         if out is not None:
             raise ConfigError("give out or resume, not both.")
-        folder = RunFolder.open(Path(resume))
+        folder = kind.open(Path(resume))
         if recipe is not None:
             given = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
             _check_same_recipe(given, folder)
@@ -236,7 +290,7 @@ def _open(
     checked = check(recipe, overrides)
     name = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
     place = Path(out) if out is not None else _free_place(name)
-    return RunFolder.create(place, checked.run), checked
+    return kind.create(place, checked.run), checked
 
 
 def _free_place(name: str) -> Path:
@@ -269,31 +323,53 @@ def _check_same_recipe(given: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def _run(
-    folder: RunFolder, checked: Checked, progress: Progress, began: float, *, keep_model: bool
+def run_in(
+    folder: RunFolder,
+    checked: Checked,
+    progress: Progress,
+    *,
+    began: float,
+    loaded: LoadedModel | None = None,
+    data: Mapping[str, ClientData] | None = None,
 ) -> Run:
+    """Do what is left of a run in its folder, which the caller has locked.
+
+    Args:
+        folder: The run's.
+        checked: Its recipe and rows.
+        progress: Told what happens.
+        began: When this part of the run began, by `time.perf_counter`.
+        loaded: The base with the recipe's first adapter, where it is in memory already.
+        data: The rows as tokens, where they have been made already.
+    """
     if folder.read_json("summary.json") is not None:
         return Run(folder.path)  # finished before: nothing is left to do
     run, loads_before = checked.run, num_base_loads()
     for text in checked.warnings:
         progress.note(f"warning: {text}")
-    progress.note(f"loading {run.model.name}")
-    loaded = _load(run, progress)
-    provenance = _provenance(folder, checked, loaded)
+    if loaded is None:
+        progress.note(f"loading {run.model.name}")
+        loaded = load_for(run, progress)
+    provenance = provenance_of(folder, checked, loaded)
     state = folder.load_state() or _first_state(run, loaded, len(checked.rows))
     earlier = sum(r["seconds"] for r in folder.metrics() if r["event"] == "round")
     trains_here = run.runtime.name == "in-process"
     base_sha256 = provenance["base"]["sha256"]
-    job = Job(
-        run, state, checked.rows, folder, progress, base_sha256, loaded if trains_here else None
-    )
-    if not trains_here:
+    job = Job(run, state, checked.rows, folder, progress, base_sha256)
+    if trains_here:
+        job = replace(job, loaded=loaded, data=data)
+    else:
         loaded = None  # the engine's processes need the memory
+    tracker = _tracker(run, folder)
+    if tracker is not None:
+        job = replace(job, progress=Both(progress, tracker))
     try:
         measured = RUNTIMES[run.runtime.name](job)
+        if tracker is not None:
+            tracker.log_scores([r for r in folder.metrics() if r["round"] == run.rounds])
     finally:
-        progress.end()
-    loaded = loaded or _load(run)
+        job.progress.end()
+    loaded = loaded or load_for(run)
     result = _result(run, folder)
     adapter = _save_result(loaded, run, result, folder)
     summary = summarise(
@@ -309,12 +385,48 @@ def _run(
             "adapter_sha256": file_sha256(adapter),
         },
     )
-    card = model_card(run, summary, provenance)
+    split: dict[str, Any] = {}
+    if run.runtime.name != "flower":  # there, rows are the clients' own, also to look at
+        split = describe_split(checked.rows, loaded.tokenizer)
+        write_json(folder.path / "split.json", split)
+        write_json(folder.path / "samples.json", _sample(run, checked.rows, loaded))
+    card = model_card(run, summary, folder.metrics(), provenance, split=split)
     write_atomically(folder.path / "README.md", card.encode())
-    write_json(
-        folder.path / "summary.json", summary
-    )  # last: its presence says that the run is done
-    return Run(folder.path, loaded if keep_model else None)
+    # last but for the page, which is made of it: its presence says that the run is done
+    write_json(folder.path / "summary.json", summary)
+    done = Run(folder.path)
+    if run.report.page:
+        done.report()
+    return done
+
+
+def _tracker(run: RunConfig, folder: RunFolder) -> Tracker | None:
+    name = run.report.tracker
+    return None if name == "none" else Tracker(name, folder=folder.path, settings=_dotted(run))
+
+
+def _sample(
+    run: RunConfig, rows: Mapping[str, ClientRows], loaded: LoadedModel
+) -> list[dict[str, Any]]:
+    """Held-out questions of the first clients, answered by the base and by the result."""
+    asked = {
+        name: question_of(rows[name].evaluation[0]) for name in sorted(rows)[: run.report.samples]
+    }
+    talks, limit = [talk for talk, _ in asked.values()], run.report.max_new_tokens
+    said: dict[str, list[Answer]] = {}
+    if loaded.has_adapter:  # else the base is another model
+        with base_only(loaded):
+            said["base"] = answers(loaded, talks, max_new_tokens=limit)
+    said["federated"] = answers(loaded, talks, max_new_tokens=limit)
+    return [
+        {
+            "client": name,
+            "question": talk[-1]["content"],
+            "reference": reference,
+            "answers": {arm: own[i].text.strip() for arm, own in said.items()},
+        }
+        for i, (name, (talk, reference)) in enumerate(asked.items())
+    ]
 
 
 def _save_result(
@@ -338,7 +450,7 @@ def _result(run: RunConfig, folder: RunFolder) -> ServerState:
     return result
 
 
-def _provenance(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dict[str, Any]:
+def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dict[str, Any]:
     """Write down what the run stands on; a resumed run must stand on the same."""
     run = checked.run
     source = SOURCES.get(run.model.name)

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -172,6 +172,23 @@ def load_model(
     parameters = _trained_parameters(model, adapter_cfg.kind)
     model.eval()
     return LoadedModel(model, tokenizer, where, dtype, parameters, adapter_cfg.kind == "lora")
+
+
+def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> LoadedModel:
+    """Another seed's first LoRA adapter on the base that is already in memory.
+
+    Args:
+        loaded: From `load_model`; not to be used afterwards, since its adapter is taken off.
+        cfg: The adapter's configuration, of kind "lora".
+        seed: The new adapter's.
+
+    Returns:
+        What `load_model` with this seed would give, bit for bit, without loading anything.
+    """
+    assert loaded.has_adapter, "the weights of a fully trained base are not those that were loaded"
+    model = _with_lora(loaded.model.unload(), cfg, seed)
+    model.eval()
+    return replace(loaded, model=model, parameters=_trained_parameters(model, cfg.kind))
 
 
 def _load_base(cfg: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:

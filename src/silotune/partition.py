@@ -31,6 +31,8 @@ class PartitionConfig(Config):
     """Evenness of "dirichlet": 0.1 gives each label to few clients, 100 is close to "iid"."""
     label: str | None = Field(default=None, min_length=1)
     """Column that "dirichlet" shares out unevenly."""
+    only: tuple[str, ...] | None = None
+    """Of the clients that `by` makes, only these; the others' rows are not used."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "PartitionConfig":
@@ -47,6 +49,10 @@ class PartitionConfig(Config):
             mistakes.append('kind = "dirichlet" needs alpha and label')
         if self.kind != "dirichlet" and (self.alpha is not None or self.label is not None):
             mistakes.append('alpha and label belong to kind = "dirichlet"')
+        if self.only is not None and self.by is None:
+            mistakes.append("only chooses among the clients that by makes; set by")
+        if self.only is not None and len(set(self.only)) < max(1, len(self.only)):
+            mistakes.append("only names no client, or one twice")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self

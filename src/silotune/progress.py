@@ -47,6 +47,58 @@ class Progress:
         """Nothing more will come; also after an error."""
 
 
+class Both(Progress):
+    """Tells two progresses the same."""
+
+    def __init__(self, one: Progress, other: Progress) -> None:
+        self.both = (one, other)
+
+    def begin(self, rounds: int, first: int) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.begin(rounds, first)
+
+    def note(self, text: str) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.note(text)
+
+    def begin_round(self, round_: int, cohort: Sequence[str]) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.begin_round(round_, cohort)
+
+    def client_begins(self, client: str) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.client_begins(client)
+
+    def client_done(self, update: Update) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.client_done(update)
+
+    def client_failed(self, failure: Failure) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.client_failed(failure)
+
+    def end_round(self, round_: int, rows: Sequence[Row]) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.end_round(round_, rows)
+
+    def begin_scoring(self, clients: Sequence[str]) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.begin_scoring(clients)
+
+    def end(self) -> None:
+        """Tell both."""
+        for each in self.both:
+            each.end()
+
+
 def human_bytes(size: float) -> str:
     """1 843 200 -> '1.8 MB'. Decimal units, as on a bill."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -178,6 +230,7 @@ class _Clock:
 
     def begin(self, rounds: int, first: int) -> None:
         self.rounds, self.first, self.started = rounds, first, time.perf_counter()
+        self.bytes = 0
 
     def headline(self) -> str:
         done = self.round - self.first

@@ -1,6 +1,5 @@
-"""What a run says at its end: the summary as numbers, as a table, and as a model card."""
+"""What a run says at its end: the summary as numbers and as tables."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,87 +109,56 @@ def cost_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def model_card(run: RunConfig, summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    """README.md of a run folder: what was trained, on whose rows, with which result."""
-    header, *body = loss_table(summary)
-    table = [_md(header), _md(["---"] * len(header)), *map(_md, body)]
-    base = provenance["base"]
-    lost = worse_off(summary)
-    overall = summary["overall"]["federated_loss"]
-    lines = [
-        "---",
-        "library_name: peft" if run.adapter.kind == "lora" else "library_name: transformers",
-        f"base_model: {base['name']}",
-        "tags: [federated-learning, silotune]",
-        "---",
-        "",
-        f"# {base['name']}, fine-tuned by {len(summary['clients'])} clients",
-        "",
-        f"{base['description']}. {run.rounds} rounds of {summary['algorithm']}; "
-        f"{_what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
-        "float32 changes of the trained tensors, without secure aggregation and without "
-        "differential privacy, so whoever runs the server could learn about the rows from them.",
-        "",
-        "## Held-out loss (nats per token, lower is better)",
-        "",
-        *table,
-        "",
-        (
-            "Each client's own held-out rows; the last line is weighted by tokens"
-            + (f", perplexity {math.exp(overall):.1f}." if overall is not None else ".")
-        ),
-    ]
-    if lost:
-        lines += ["", f"**Not better than the base for: {', '.join(lost)}.**"]
-    lines += [
-        "",
-        "## Cost",
-        "",
-        *(f"- {line}" for line in cost_lines(summary)),
-        "",
-        "## Use",
-        "",
-        "```",
-        f'silotune ask {provenance["run"]} "your question"',
-        "```",
-        "",
-        *_python_use(run),
-        "",
-        "## Provenance",
-        "",
-        f"- data: {provenance['data']['path']}, sha256 of all rows {provenance['data']['sha256']}",
-        f"- base: {base['name']}, sha256 {base['sha256']}",
-        f"- adapter: sha256 {summary['adapter_sha256']}, after round {summary['result_round']}",
-        f"- seed {run.seed}; recipe in `recipe.toml`, versions in `provenance.json`, every round "
-        "and client in `metrics.jsonl`",
-    ]
-    return "\n".join(lines) + "\n"
+def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Header and rows: a round a line; its losses over all clients, bytes and seconds.
+
+    Args:
+        rows: metrics.jsonl.
+    """
+    held_out = held_out_losses(rows)
+    lines = [("round", "train loss", "held-out loss after it", "sent", "seconds")]
+    if 0 in held_out:
+        lines.append(("0 (base)", "-", f"{held_out[0]:.3f}", "-", "-"))
+    for last in (row for row in rows if row["event"] == "round"):
+        own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
+        trained = [row for row in own if "train_loss" in row]
+        tokens = sum(row["num_tokens"] for row in trained)
+        loss = sum(row["train_loss"] * row["num_tokens"] for row in trained) / max(1, tokens)
+        after = held_out.get(last["round"])
+        sent = sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in own)
+        lines.append(
+            (
+                str(last["round"]),
+                f"{loss:.3f}",
+                "-" if after is None else f"{after:.3f}",
+                human_bytes(sent),
+                f"{last['seconds']:.1f}",
+            )
+        )
+    return lines
 
 
-def _md(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def split_table(split: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: a client a line; its rows, lengths and commonest labels.
 
-
-def _what_is_trained(run: RunConfig) -> str:
-    a = run.adapter
-    if a.kind == "full":
-        return "all weights were trained"
-    where = ", ".join(a.targets) if a.targets else "the default modules of the model family"
-    return f"LoRA of rank {a.rank} (alpha {a.alpha:g}) on {where}"
-
-
-def _python_use(run: RunConfig) -> list[str]:
-    if run.adapter.kind == "full":
-        return ["`adapter/` is a model folder for `AutoModelForCausalLM.from_pretrained`."]
-    return [
-        "`adapter/` is a PEFT folder:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from silotune import base_folder",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'base = AutoModelForCausalLM.from_pretrained(base_folder("{run.model.name}"))',
-        'model = PeftModel.from_pretrained(base, "adapter")',
-        "```",
-    ]
+    Args:
+        split: As from `overview.describe_split`.
+    """
+    header = (
+        "client",
+        "train rows",
+        "held-out rows",
+        "tokens: median",
+        "95 %",
+        "longest",
+        "labels",
+    )
+    lines: list[tuple[str, ...]] = [header]
+    for name, own in split.items():
+        labels = [f"{label} {count}" for label, count in list(own["labels"].items())[:4]]
+        more = len(own["labels"]) - len(labels)
+        shown = ", ".join(labels) + (f" and {more} more" if more else "")
+        lengths = (f"{own['tokens'][key]:.0f}" for key in ("p50", "p95", "max"))
+        counts = (str(own["num_train"]), str(own["num_eval"]))
+        lines.append((name, *counts, *lengths, shown or "-"))
+    return lines

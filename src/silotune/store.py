@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -120,6 +120,11 @@ def _read_update(path: Path) -> Update:
 class RunFolder:
     """One run on disk."""
 
+    RECIPE = "recipe.toml"
+    """The file that makes a folder a run's."""
+    KIND = "run"
+    COMMAND = "silotune run"
+
     def __init__(self, path: Path, run: RunConfig) -> None:
         self.path = path
         self.run = run
@@ -127,15 +132,15 @@ class RunFolder:
         """While the folder is held. A process that inherits it holds the folder too."""
 
     @classmethod
-    def create(cls, path: Path, run: RunConfig) -> "RunFolder":
+    def create(cls, path: Path, run: RunConfig) -> Self:
         """Make a new run folder; it exists whole, with its recipe, or not at all.
 
         Raises:
             RunFolderError: Something is there already; nothing is overwritten.
         """
         if path.exists():
-            resume = f", or go on with it: silotune run --resume {path}"
-            is_run = (path / "recipe.toml").is_file()
+            resume = f", or go on with it: {cls.COMMAND} --resume {path}"
+            is_run = (path / cls.RECIPE).is_file()
             raise RunFolderError(
                 f"{path} exists and is not overwritten.\n"
                 f"  Give another --out{resume if is_run else '.'}"
@@ -144,7 +149,7 @@ class RunFolder:
         shutil.rmtree(part, ignore_errors=True)
         try:
             part.mkdir(parents=True)
-            (part / "recipe.toml").write_text(to_toml(run), encoding="utf-8")
+            (part / cls.RECIPE).write_text(to_toml(run), encoding="utf-8")
             part.rename(path)
         except OSError as error:
             raise RunFolderError(
@@ -153,18 +158,19 @@ class RunFolder:
         return cls(path, run)
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
+    def open(cls, path: Path) -> Self:
         """Open an existing run folder.
 
         Raises:
             RunFolderError: It is not one.
         """
-        recipe = path / "recipe.toml"
+        recipe = path / cls.RECIPE
         if not recipe.is_file():
-            why = "it has no recipe.toml" if path.is_dir() else "there is no such folder"
+            why = f"it has no {cls.RECIPE}" if path.is_dir() else "there is no such folder"
             raise RunFolderError(
-                f"{path} is not a run folder: {why}.\n"
-                "  Give the folder that a run printed, for instance runs/2026-01-31-120000-demo."
+                f"{path} is not a {cls.KIND} folder: {why}.\n"
+                f"  Give the folder that a {cls.KIND} printed, for instance "
+                "runs/2026-01-31-120000-demo."
             )
         table = tomllib.loads(recipe.read_text(encoding="utf-8"))
         return cls(path, parse(table, name=str(recipe)))

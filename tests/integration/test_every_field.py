@@ -7,6 +7,7 @@ import pytest
 import silotune
 from silotune.config import known_keys, load_recipe, sections
 from silotune.errors import ConfigError, SilotuneError
+from silotune.generate import answers
 from tests.conftest import build_tiny_model, write_tiny_recipe
 
 # key=value -> what must differ from the plain run
@@ -24,6 +25,9 @@ CHANGES_THE_ADAPTER = [
     "data.max_rows=3",
     'data.prompt="{source}: {question}"; data.completion="{answer}"',
     'data.system="Be brief."',
+    "data.template=plain",
+    "data.split_seed=5",
+    'partition.only=["hospital-0"]',
     "sampling.fraction=0.5",
     "sampling.num_clients=2",
     "train.batch_size=3",
@@ -50,11 +54,17 @@ CHANGES_WHAT_IS_WRITTEN = [
     "evaluate.every=0",
     "checkpoint.keep=all",
     "checkpoint.keep=best",
+    "report.page=true",
+    "report.samples=1",
+    "data.max_eval_rows=1",
+    "data.label=source",
+    "report.tracker=tensorboard",
 ]
 IS_REFUSED_HERE = [
     "sampling.timeout_s=1e-9",
     "runtime.name=flower; runtime.host=0.0.0.0",
     "runtime.device=cuda",
+    "report.tracker=wandb",
     "model.revision=main",
 ]
 ELSEWHERE = {
@@ -65,6 +75,11 @@ ELSEWHERE = {
     "data.name": "test_data",
     "data.split": "test_data",
     "data.revision": "test_data",
+    "report.max_new_tokens": "below",
+    "compare.seeds": "test_compare",
+    "compare.algorithms": "test_compare",
+    "compare.only": "test_compare",
+    "compare.max_new_tokens": "test_compare",
     "model.gradient_checkpointing": "test_run, and below",
     "evaluate.batch_size": "below: it changes speed and memory only",
     "runtime.threads": "below: it may change the last bits only",
@@ -109,6 +124,8 @@ def test_the_field_changes_the_adapter(place, plain, tmp_path, overrides):
 def shape_of(run) -> str:
     """What lies in the folder, without its numbers."""
     kept = sorted(p.name for p in (run.path / "checkpoints").iterdir())
+    kept += sorted(p.name for p in run.path.iterdir())
+    kept += [(run.path / name).read_text("utf-8") for name in ("split.json", "samples.json")]
     events = [(r["event"], r["round"], r.get("client")) for r in run.metrics]
     return json.dumps([kept, events, run.summary["result_round"]])
 
@@ -120,6 +137,19 @@ def test_the_field_changes_what_is_written(place, plain, tmp_path, overrides):
     before = silotune.run(place, high, out=tmp_path / "before") if high else plain
     changed = silotune.run(place, [*words(overrides), *high], out=tmp_path / "run")
     assert shape_of(changed) != shape_of(before)
+
+
+def test_the_length_of_shown_answers_is_that_of_the_recipe(place, tmp_path, monkeypatch):
+    asked = []
+
+    def count(loaded, talks, *, max_new_tokens):
+        asked.append(max_new_tokens)
+        return answers(loaded, talks, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr("silotune.launch.answers", count)
+    keys = ["rounds=1", "report.samples=1", "report.max_new_tokens=5"]
+    silotune.run(place, keys, out=tmp_path / "run")
+    assert asked == [5, 5]  # base and result
 
 
 @pytest.mark.parametrize("overrides", IS_REFUSED_HERE)

@@ -56,9 +56,9 @@ def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkey
     asked = []
     real = client.train_round
 
-    def train_round(worker, data, broadcast, memory):
+    def train_round(worker, data, broadcast, memory, **how):
         asked.append((broadcast.round, data.name))
-        return real(worker, data, broadcast, memory)
+        return real(worker, data, broadcast, memory, **how)
 
     monkeypatch.setattr(client, "train_round", train_round)
     silotune.run(resume=out)

@@ -21,7 +21,8 @@ def finished(tmp_path_factory, tiny_model):
     place = tmp_path_factory.mktemp("finished")
     data = write_jsonl(place / "rows.jsonl", hospital_rows())
     before = num_base_loads()
-    done = silotune.run(recipe_of(tiny_model, data), out=place / "run")
+    shown = {"report__page": True, "report__samples": 1}
+    done = silotune.run(recipe_of(tiny_model, data, **shown), out=place / "run")
     return done, num_base_loads() - before
 
 
@@ -29,12 +30,13 @@ def recipe_of(model, data, **changes):
     table = {
         "seed": 3,
         "rounds": 3,
-        "model": {"name": str(model)},
+        "model": {"name": str(model), "dtype": "float32"},
         "adapter": {"rank": 2, "alpha": 4, "dropout": 0.1, "targets": ["q_proj", "v_proj"]},
         "data": {"path": str(data)},
         "partition": {"by": "source"},
         "train": {"batch_size": 2, "local_steps": 2, "lr": 1e-2, "max_length": 128},
         "runtime": {"device": "cpu", "threads": 1},
+        "report": {"page": False, "samples": 0},
     }
     for key, value in changes.items():
         section, _, field = key.partition("__")
@@ -145,7 +147,7 @@ def test_the_model_card_says_what_was_trained_and_what_is_not_protected(finished
 
 def test_nothing_in_a_run_folder_is_a_pickle(finished):
     kinds = {p.suffix for p in finished[0].path.rglob("*") if p.is_file()}
-    assert kinds <= {".json", ".jsonl", ".toml", ".safetensors", ".md", ".jinja", ".lock"}
+    assert kinds <= {".json", ".jsonl", ".toml", ".safetensors", ".md", ".html", ".jinja", ".lock"}
 
 
 def test_ask_answers_with_the_adapter_or_the_base(finished):

@@ -97,6 +97,23 @@ def test_a_model_without_chat_template_gets_the_plain_one():
     assert bare.decode(example.ids).startswith("### User:\nWhy?\n\n### Assistant:\nSo.<|im_end|>")
 
 
+def test_the_three_block_template_is_the_workshops_prompt_with_an_end_token():
+    asked = build_tokenizer()
+    assert not set_template(asked, "three-block")
+    rows = ({"role": "system", "content": "Be true!"}, *talk("Why?", " So. "))
+    (example,) = prepare([rows], asked, 512).examples
+    prompt = "### Instruction:\nBe true!\n\n### Input:\nWhy?\n\n### Response:\n"
+    assert asked.decode(example.ids) == f"{prompt}So.<|im_end|>"
+    assert learned_text(asked, example) == "So.<|im_end|>"
+    assert render(asked, rows[:2], ask=True) == prompt
+
+
+def test_a_recipe_may_ask_for_the_plain_template_of_a_chat_model():
+    asked = build_tokenizer()
+    assert not set_template(asked, "plain")
+    assert asked.chat_template == PLAIN_TEMPLATE
+
+
 def test_a_models_own_chat_template_is_left_alone(tokenizer):
     assert not set_template(tokenizer)
     assert tokenizer.chat_template == CHATML

@@ -1,20 +1,24 @@
-"""Commands after a run: ask."""
+"""Commands after a run: ask, evaluate, report."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, print_json
+from silotune.cli.frame import errors_as_exit_codes, print_json, print_table
+
+RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(ask)
+    app.command()(evaluate)
+    app.command()(report)
 
 
 def ask(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunFolderArgument,
     question: Annotated[str, typer.Argument(help="What to ask.")],
     base: Annotated[bool, typer.Option("--base", help="Let the untouched base answer.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
@@ -29,3 +33,109 @@ def ask(
             print_json({"question": question, "answer": text, "base": base})
         else:
             typer.echo(text)
+
+
+def evaluate(
+    run: RunFolderArgument,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A suite, several times for several; lm-eval:<task> for a task of lm-eval. "
+            "Without one, the run's own held-out questions."
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SUITE=FILE", help="Read a suite from a local file, not the hub."),
+    ] = None,
+    leaderboard: Annotated[
+        bool,
+        typer.Option("--leaderboard", help="Also by the protocols of FlowerTune's leaderboards."),
+    ] = False,
+    instructions: Annotated[
+        Path | None,
+        typer.Option(help="JSON: suite -> the leaderboard's own instruction sentence."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one forward pass.")] = 16,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many questions a suite, drawn.")
+    ] = None,
+    base: Annotated[bool, typer.Option(help="Ask the untouched base too.")] = True,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option("--allow-code-execution", help="Let programs that the model wrote run here."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print scores.json.")] = False,
+) -> None:
+    """Put questions with known answers to a run and to its base."""
+    with errors_as_exit_codes():
+        import json as json_
+
+        from silotune.exam import ExamConfig, lm_eval_lines, quality_table, suite_table, take_exam
+        from silotune.launch import Run
+        from silotune.progress import pick_progress
+
+        cfg = ExamConfig(
+            suites=tuple(suite or ()),
+            data=_files(data or ()),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            limit=limit,
+            leaderboard=leaderboard,
+            instructions=_instructions(instructions),
+            base=base,
+            allow_code_execution=allow_code_execution,
+        )
+        place = take_exam(Run(run), cfg, progress=pick_progress())
+        scores = json_.loads((place / "scores.json").read_text(encoding="utf-8"))
+        if json:
+            print_json(scores)
+            return
+        if suite:
+            print_table(suite_table(scores))
+            for line in lm_eval_lines(scores):
+                typer.echo(line)
+        else:
+            print_table(quality_table(scores))
+        typer.echo(f"all answers: {place}")
+
+
+def _files(pairs: list[str] | tuple[str, ...]) -> dict[str, Path]:
+    from silotune.errors import ConfigError
+
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--data '{pair}': write SUITE=FILE, as in medqa=questions.jsonl.")
+        found[name] = Path(path)
+    return found
+
+
+def _instructions(path: Path | None) -> dict[str, str]:
+    import json
+
+    from silotune.errors import ConfigError
+
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--instructions {path}: cannot be read as JSON ({error}).") from error
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ConfigError(f'--instructions {path}: write {{"medqa": "Answer with a letter."}}.')
+    return found
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or comparison folder.")],
+) -> None:
+    """Write report.html: a run or a comparison on one page that needs no network."""
+    with errors_as_exit_codes():
+        from silotune.arms import Comparison, ComparisonFolder
+        from silotune.launch import Run
+
+        is_comparison = (run / ComparisonFolder.RECIPE).is_file()
+        typer.echo(Comparison(run).report() if is_comparison else Run(run).report())

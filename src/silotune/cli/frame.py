@@ -57,4 +57,5 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
         table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
     for row in body:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    wide = None if sys.stdout.isatty() else 240  # a pipe has no edge at which to fold
+    Console(highlight=False, markup=False, width=wide).print(table)

@@ -1,4 +1,4 @@
-"""Commands before and during a run: demo, run, check."""
+"""Commands before and during a run: demo, run, check, compare."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +9,7 @@ from silotune.cli.frame import errors_as_exit_codes, print_json, print_table
 from silotune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from silotune.arms import Comparison
     from silotune.launch import Run
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")]
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
     app.command()(run)
     app.command()(check)
+    app.command()(compare)
 
 
 def demo(overrides: Overrides = None, out: Out = None, json: AsJson = False) -> None:
@@ -35,9 +37,7 @@ def demo(overrides: Overrides = None, out: Out = None, json: AsJson = False) -> 
         import silotune
         from silotune.progress import pick_progress
 
-        done = silotune.run(
-            "hospitals", overrides or (), out=out, progress=pick_progress(), keep_model=True
-        )
+        done = silotune.run("hospitals", overrides or (), out=out, progress=pick_progress())
         if json:
             print_json(done.summary)
             return
@@ -61,14 +61,8 @@ def run(
         import silotune
         from silotune.progress import pick_progress
 
-        if recipe is not None and "=" in recipe and not Path(recipe).is_file():
-            overrides, recipe = [recipe, *(overrides or ())], None  # the first word is no recipe
-        if recipe is None and resume is None:
-            shipped = ", ".join(silotune.shipped_recipes())
-            raise ConfigError(f"give a recipe (shipped: {shipped}), or --resume FOLDER.")
-        done = silotune.run(
-            recipe, overrides or (), out=out, resume=resume, progress=pick_progress()
-        )
+        recipe, changed = _recipe_and_overrides(recipe, overrides, resume)
+        done = silotune.run(recipe, changed, out=out, resume=resume, progress=pick_progress())
         if json:
             print_json(done.summary)
         else:
@@ -92,6 +86,71 @@ def check(recipe: Recipe, overrides: Overrides = None, json: AsJson = False) -> 
         typer.echo("no mistakes found")
 
 
+def compare(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.")
+    ] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds per arm; the recipe says, else 3.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to create; by default runs/<time>-<recipe>.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Comparison to go on with; its own recipe counts.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print comparison.json.")] = False,
+) -> None:
+    """Was it worth joining? Base, each client alone, federated, centralized: on the same rows."""
+    with errors_as_exit_codes():
+        import silotune
+        from silotune.progress import pick_progress
+
+        recipe, changed = _recipe_and_overrides(recipe, overrides, resume)
+        if seeds is not None:
+            changed.append(f"compare.seeds={seeds}")
+        done = silotune.compare(recipe, changed, out=out, resume=resume, progress=pick_progress())
+        if json:
+            print_json(done.result)
+        else:
+            _print_comparison(done)
+
+
+def _recipe_and_overrides(
+    recipe: str | None, overrides: list[str] | None, resume: Path | None
+) -> tuple[str | None, list[str]]:
+    """What the words of a command are: with --resume the first one may be no recipe."""
+    import silotune
+
+    changed = list(overrides or ())
+    if recipe is not None and "=" in recipe and not Path(recipe).is_file():
+        recipe, changed = None, [recipe, *changed]
+    if recipe is None and resume is None:
+        shipped = ", ".join(silotune.shipped_recipes())
+        raise ConfigError(f"give a recipe (shipped: {shipped}), or --resume FOLDER.")
+    return recipe, changed
+
+
+def _print_comparison(done: "Comparison") -> None:
+    from silotune.comparison import cost_table, difference_table, score_table
+    from silotune.verdicts import comparison_verdict, worse_off_warnings
+
+    result = done.result
+    for metric in result["metrics"].values():
+        better = "lower" if metric["lower_is_better"] else "higher"
+        typer.echo(f"\n{metric['label']} ({metric['unit']}, {better} is better)\n")
+        print_table(score_table(result, metric["key"]))
+        typer.echo("\ndifference to training alone, with its 95 % interval\n")
+        print_table(difference_table(result, metric["key"]))
+    typer.echo(f"\ncost over {len(result['seeds'])} seed(s)\n")
+    print_table(cost_table(result))
+    typer.echo()
+    for line in [*comparison_verdict(result), *worse_off_warnings(result), *result["notes"]]:
+        typer.echo(line)
+    typer.echo(f"report: {done.path / 'report.html'}")
+
+
 def _print_result(done: "Run") -> None:
     from silotune.report import cost_lines, loss_table, worse_off
 
@@ -104,16 +163,14 @@ def _print_result(done: "Run") -> None:
     for line in cost_lines(summary):
         typer.echo(line)
     typer.echo(f"adapter: {done.path / 'adapter'}")
+    if done.config.report.page:
+        typer.echo(f"report: {done.path / 'report.html'}")
 
 
 def _print_answers(done: "Run") -> None:
-    """One held-out question, answered before and after, by the model that is still loaded."""
-    from silotune.launch import check
-
-    rows = check(done.config).rows
-    first = next(iter(rows.values())).evaluation[0]
-    question = next(m["content"] for m in first if m["role"] == "user")
-    typer.echo(f"\nquestion   {question}")
-    typer.echo(f"base       {done.ask(question, base=True, max_new_tokens=64)}")
-    typer.echo(f"federated  {done.ask(question, max_new_tokens=64)}")
+    """One held-out question, answered before and after."""
+    for sample in done.samples[:1]:
+        typer.echo(f"\nquestion   {sample['question']}")
+        for arm, text in sample["answers"].items():
+            typer.echo(f"{arm:<10} {text}")
     typer.echo(f'\nask it yourself: silotune ask {done.path} "your question"')

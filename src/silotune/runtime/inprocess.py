@@ -31,7 +31,8 @@ def drive(job: Job) -> Measured:
     assert job.loaded is not None, "this runtime trains on the model it is given"
     torch.set_num_threads(job.run.runtime.threads)
     worker = Worker(job.loaded, TASKS["instruct"], job.run, algorithm_of(job.run.algorithm))
-    clients = InProcessClients(worker, job.rows, job.folder, job.progress)
+    data = job.data or prepare_clients(job.rows, worker)
+    clients = InProcessClients(worker, data, job.folder, job.progress)
     for text in clients.notes():
         job.progress.note(text)
     job.folder.rewind(job.state.round)
@@ -48,25 +49,27 @@ def drive(job: Job) -> Measured:
     return Measured(clients.num_rows(), base_model_loads=0, peak_memory_bytes=peak_memory_bytes())
 
 
+def prepare_clients(rows: Mapping[str, ClientRows], worker: Worker) -> dict[str, ClientData]:
+    """Tokenise every client's rows, once for the process.
+
+    Raises:
+        DataError: A client has no usable row.
+    """
+    return {name: prepare_client(rows[name], worker) for name in sorted(rows)}
+
+
 class InProcessClients:
     """Fulfils `Clients` with a for loop."""
 
     def __init__(
         self,
         worker: Worker,
-        rows: Mapping[str, ClientRows],
+        data: Mapping[str, ClientData],
         folder: RunFolder,
         progress: Progress,
     ) -> None:
-        """Tokenise every client's rows, once for the run.
-
-        Raises:
-            DataError: A client has no usable row.
-        """
         self.worker = worker
-        self.data: dict[str, ClientData] = {
-            name: prepare_client(rows[name], worker) for name in sorted(rows)
-        }
+        self.data = data
         self.folder = folder
         self.progress = progress
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from silotune.client import ClientData
 from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.models import LoadedModel
@@ -26,6 +27,8 @@ class Job:
     """Of the server's base model: every client must have the same."""
     loaded: LoadedModel | None = None
     """The base with its adapter; only for a runtime that trains in this process."""
+    data: Mapping[str, ClientData] | None = None
+    """The same rows as tokens, when another run of this process has made them."""
 
     @property
     def names(self) -> Sequence[str]:

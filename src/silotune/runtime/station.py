@@ -59,7 +59,7 @@ class Station:
         torch.set_num_threads(run.runtime.threads)
         self.place = place
         loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
-        set_template(loaded.tokenizer)
+        set_template(loaded.tokenizer, run.data.template)
         self.worker = Worker(loaded, TASKS["instruct"], run, algorithm_of(run.algorithm))
         self.base_sha256 = content_hash(folder_of_base(run.model))
         self.data: dict[str, ClientData] = {}

@@ -58,6 +58,8 @@ class Prepared:
     """Rows longer than the limit: their end is missing."""
     num_dropped: int
     """Rows whose trained part lies beyond the limit altogether; not used."""
+    rows: tuple[int, ...] = ()
+    """Which row each example comes from."""
 
 
 @dataclass(frozen=True)

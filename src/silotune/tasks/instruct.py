@@ -30,13 +30,34 @@ PLAIN_TEMPLATE = (
 other."""
 
 
-def set_template(tokenizer: Any) -> bool:
-    """Give a tokenizer without a chat template the plain one. Returns whether that was needed."""
+THREE_BLOCK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ {'system': '### Instruction:', 'user': '### Input:', 'assistant': '### Response:'}"
+    "[message['role']] + '\n' + message['content'].strip() }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last %}{{ '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}"
+)
+"""Instruction (the system text), input (the question) and response, a blank line between them."""
+
+TEMPLATES = {"auto": None, "plain": PLAIN_TEMPLATE, "three-block": THREE_BLOCK_TEMPLATE}
+"""By the name that data.template uses; auto is the model's own, or plain where it has none."""
+
+
+def set_template(tokenizer: Any, name: str = "auto") -> bool:
+    """Give a tokenizer the template of a recipe; with "auto" the plain one if it has none.
+
+    Returns:
+        Whether the plain one had to stand in.
+    """
     if tokenizer.eos_token is None:
         raise ModelError(
             "the tokenizer has no end token, so the model could never learn to stop.\n"
             "  Use a model whose tokenizer defines eos_token."
         )
+    if TEMPLATES[name] is not None:
+        tokenizer.chat_template = TEMPLATES[name]
     if tokenizer.chat_template:
         return False
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -90,9 +111,9 @@ def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Pr
     encoded = tokenizer(
         [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
     )
-    examples, num_cut, num_dropped = [], 0, 0
-    for (_, spans), ids, offsets in zip(
-        rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    examples, kept, num_cut, num_dropped = [], [], 0, 0
+    for row, ((_, spans), ids, offsets) in enumerate(
+        zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ):
         starts = torch.tensor([start for start, _ in offsets])
         trained = torch.zeros(len(ids), dtype=torch.bool)
@@ -102,9 +123,10 @@ def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Pr
         num_cut += len(ids) > max_length
         if trained[:max_length].any():
             examples.append(Example(torch.tensor(ids[:max_length]), trained[:max_length]))
+            kept.append(row)
         else:
             num_dropped += 1
-    return Prepared(tuple(examples), num_cut, num_dropped)
+    return Prepared(tuple(examples), num_cut, num_dropped, tuple(kept))
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -1,0 +1,523 @@
+"""Was it worth joining? Trains and scores every arm of a comparison on the same held-out rows.
+
+Arms: the untouched base; each client alone, for exactly the rows and steps that it takes in the
+federated run; the federated run, with one algorithm or several; all rows in one place, for as many
+examples as all clients together. Seeds are paired: one seed gives every arm the same first adapter,
+cohorts and order of rows. All of it runs on one base in memory.
+
+A comparison is a folder of parts. A part that is finished, `part.json` says so, is never trained
+again; one that was interrupted goes on from its last round.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.card import comparison_card
+from silotune.client import ClientData, Worker, prepare_client, take_part
+from silotune.comparison import LOCAL, Scores, compare_arms
+from silotune.config import CompareConfig, RunConfig
+from silotune.data import ClientRows
+from silotune.disk import load_tensors, save_tensors, write_atomically, write_json
+from silotune.errors import ConfigError, RunFolderError
+from silotune.evaluate import score_each
+from silotune.generate import answers
+from silotune.launch import Checked, Run, load_for, open_folder, provenance_of, run_in
+from silotune.memory import folder_name, load_memory
+from silotune.models import LoadedModel, read_adapter, renew_adapter, save_adapter, write_adapter
+from silotune.overview import describe_split
+from silotune.page import comparison_page
+from silotune.progress import Progress, human_seconds
+from silotune.quality import judge, question_of
+from silotune.rows import Conversation, did_you_mean
+from silotune.runtime.inprocess import prepare_clients
+from silotune.store import Row, RunFolder
+from silotune.tasks import TASKS
+from silotune.tasks.base import Example
+from silotune.train import num_rows
+from silotune.tree import add
+from silotune.types import AdapterState, Broadcast
+
+
+class ComparisonFolder(RunFolder):
+    """One comparison on disk. It is no run: `silotune run --resume` refuses it."""
+
+    RECIPE = "comparison.toml"
+    KIND = "comparison"
+    COMMAND = "silotune compare"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison on disk."""
+
+    path: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """comparison.json: means, differences, intervals, verdicts, costs; see docs/compare.md."""
+        result = ComparisonFolder.open(self.path).read_json("comparison.json")
+        if result is None:
+            raise RunFolderError(
+                f"{self.path} is not finished.\n"
+                f"  Go on with it: silotune compare --resume {self.path}"
+            )
+        return result
+
+    def report(self) -> Path:
+        """Write report.html: the comparison on one page, without a network. Returns its path."""
+        folder, result = ComparisonFolder.open(self.path), self.result
+        page = comparison_page(
+            result,
+            run=folder.run,
+            provenance=folder.read_json("provenance.json"),
+            split=result["split"],
+            samples=result["samples"],
+        )
+        write_atomically(self.path / "report.html", page.encode())
+        return self.path / "report.html"
+
+
+def compare(
+    recipe: str | Path | RunConfig | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Train and score all arms, or go on with an interrupted comparison.
+
+    Args:
+        recipe: A shipped name, a TOML file or a config; its [compare] says what is compared.
+        overrides: Dotted `key=value` texts on top of it, for instance "compare.seeds=5".
+        out: The folder to create; by default runs/<time>-<recipe>. Never overwritten.
+        resume: A comparison to go on with. Its own recipe counts.
+        progress: Told what happens; silent by default.
+
+    Raises:
+        SilotuneError: See errors.py. Whatever was finished stays in the folder.
+    """
+    progress = progress or Progress()
+    folder, checked = open_folder(ComparisonFolder, recipe, overrides, out=out, resume=resume)
+    try:
+        _check(checked)
+        with folder.locked():
+            return _compare(folder, checked, progress)
+    except ConfigError:
+        if resume is None:
+            folder.remove()
+        raise
+    except BaseException:
+        progress.note(f"go on with: silotune compare --resume {folder.path}")
+        raise
+
+
+def _check(checked: Checked) -> None:
+    run = checked.run
+    if run.runtime.name == "flower":
+        raise ConfigError(
+            "runtime.name = 'flower' cannot be compared: the local and the centralized arm are "
+            "trained here, on the clients' rows.\n"
+            "  Set runtime.name = 'in-process' or 'flower-simulation'."
+        )
+    for name in run.compare.only:
+        if name not in checked.rows:
+            raise ConfigError(
+                f"compare.only: there is no client '{name}'.{did_you_mean(name, checked.rows)}\n"
+                f"  The clients are: {', '.join(sorted(checked.rows))}."
+            )
+
+
+def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> Comparison:
+    if folder.read_json("comparison.json") is not None:
+        return Comparison(folder.path)
+    bench = Bench(folder, checked, progress)
+    run = checked.run
+    bench.base()
+    for seed in seeds_of(run):
+        plan: Plan = {}
+        for arm, algorithm in federated_arms(run).items():
+            done = bench.federated(arm, algorithm, seed)
+            plan = plan or rows_trained(done.metrics, bench.data, run)
+        for client in bench.data:
+            bench.alone(client, seed, plan[client])
+        bench.centralized(seed, pooled(plan))
+    scores = bench.scores()
+    result = {
+        "name": folder.path.name,
+        "seeds": list(seeds_of(run)),
+        "base_name": run.model.name,
+        "result": "federated",
+        "arms": bench.costs(),
+        **compare_arms(
+            scores, num_train={n: len(d.examples) for n, d in bench.data.items()}, seed=run.seed
+        ),
+        "samples": bench.samples(scores),
+        "split": describe_split(checked.rows, bench.loaded.tokenizer),
+    }
+    write_atomically(folder.path / "README.md", comparison_card(result, run).encode())
+    write_json(folder.path / "comparison.json", result)
+    done = Comparison(folder.path)
+    if run.report.page:
+        done.report()
+    return done
+
+
+def seeds_of(run: RunConfig) -> range:
+    """The recipe's seed and those after it."""
+    return range(run.seed, run.seed + run.compare.seeds)
+
+
+def federated_arms(run: RunConfig) -> dict[str, Any]:
+    """Names of the federated arms and their algorithms; the recipe's own comes first."""
+    arms: dict[str, Any] = {"federated": run.algorithm}
+    for algorithm in run.compare.algorithms:
+        name = label = f"federated: {getattr(algorithm, 'name', '')}"
+        count = 2
+        while name in arms:  # the same algorithm with other settings
+            name, count = f"{label} {count}", count + 1
+        arms[name] = algorithm
+    return arms
+
+
+Plan = dict[str, dict[int, int]]
+"""Client -> round -> rows that it trained on in that round."""
+
+
+def rows_trained(metrics: Sequence[Row], data: Mapping[str, ClientData], run: RunConfig) -> Plan:
+    """What each client really did in a federated run; one that failed in a round did nothing."""
+    plan: Plan = {name: {} for name in data}
+    for row in metrics:
+        if row["event"] == "train" and "num_tokens" in row:
+            count = num_rows(run.train, len(data[row["client"]].examples))
+            plan[row["client"]][row["round"]] = count
+    return plan
+
+
+def pooled(plan: Plan) -> dict[int, int]:
+    """Round -> rows of all clients together."""
+    rounds = sorted({r for own in plan.values() for r in own})
+    return {r: sum(own.get(r, 0) for own in plan.values()) for r in rounds}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm took."""
+
+    tokens: int = 0
+    """Real tokens that were trained on, prompts included, padding excluded."""
+    examples: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    """Of training alone."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        sums = {key: value + getattr(other, key) for key, value in asdict(self).items()}
+        return Cost(**sums)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A client's held-out rows."""
+
+    examples: tuple[Example, ...]
+    talks: tuple[Conversation, ...]
+    """The same rows as text."""
+
+
+class Bench:
+    """One base in memory, the clients' tokens, and the folder of parts."""
+
+    def __init__(self, folder: ComparisonFolder, checked: Checked, progress: Progress) -> None:
+        self.folder, self.checked, self.progress = folder, checked, progress
+        self.run = run = checked.run
+        progress.note(f"comparison folder: {folder.path}")
+        progress.note(f"loading {run.model.name}")
+        self.loaded: LoadedModel = load_for(run, progress)
+        provenance_of(folder, checked, self.loaded)
+        self._first = (run.seed, read_adapter(self.loaded))
+        worker = self._worker(run)
+        self.data = prepare_clients(checked.rows, worker)
+        everything = [talk for name in self.data for talk in checked.rows[name].train]
+        held = [talk for name in self.data for talk in checked.rows[name].evaluation]
+        pool = ClientRows("centralized", tuple(everything), tuple(held))
+        self.pool = prepare_client(pool, worker)
+        self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
+        arms = 2 + len(self.data) + len(run.compare.algorithms)
+        self.num_parts, self.num_done = 1 + arms * run.compare.seeds, 0
+
+    def _worker(self, run: RunConfig) -> Worker:
+        """Trains as one client without a federation does: whatever it learns is the result."""
+        return Worker(self.loaded, TASKS["instruct"], run, fedavg(FedAvgConfig()))
+
+    def _held_out(self, talks: Sequence[Conversation]) -> HeldOut:
+        tokenizer, limit = self.loaded.tokenizer, self.run.train.max_length
+        prepared = TASKS["instruct"].prepare(talks, tokenizer, limit)
+        return HeldOut(prepared.examples, tuple(talks[row] for row in prepared.rows))
+
+    # --- arms
+
+    def base(self) -> None:
+        """Score the base as it came. A fresh LoRA adapter changes nothing: one factor is zero."""
+        self._part("base", "the base", lambda _: (self.first(self.run.seed), Cost()), self.data)
+
+    def federated(self, arm: str, algorithm: Any, seed: int) -> Run:
+        """Run the recipe with this algorithm and seed, as `silotune run` would."""
+        place = f"seed-{seed}/{folder_name(arm.replace(': ', '-'))}"
+        run = self._recipe(seed, algorithm=algorithm)
+        path = self.folder.path / place / "run"
+
+        def train(_: Path) -> tuple[AdapterState, Cost]:
+            opened = RunFolder.open(path) if path.exists() else RunFolder.create(path, run)
+            write_adapter(self.loaded, self.first(seed))
+            with opened.locked():
+                done = run_in(
+                    opened,
+                    replace(self.checked, run=run),
+                    self.progress,
+                    began=time.perf_counter(),
+                    loaded=self.loaded,
+                    data=self.data,
+                )
+            return done.adapter(), _cost_of_run(done, rows_trained(done.metrics, self.data, run))
+
+        self._part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
+        return Run(path)
+
+    def alone(self, client: str, seed: int, plan: Mapping[int, int]) -> None:
+        """One client without the others: the same rows, steps and learning rates."""
+        place = f"seed-{seed}/local/{folder_name(client)}"
+        scored = self.data if client in self.run.compare.only else [client]
+        train = self._alone(self.data[client], seed, plan)
+        self._part(place, f"seed {seed}, {client} alone", train, scored)
+
+    def centralized(self, seed: int, plan: Mapping[int, int]) -> None:
+        """All rows in one place."""
+        train = self._alone(self.pool, seed, plan)
+        self._part(f"seed-{seed}/centralized", f"seed {seed}, centralized", train, self.data)
+
+    def _alone(
+        self, data: ClientData, seed: int, plan: Mapping[int, int]
+    ) -> Callable[[Path], tuple[AdapterState, Cost]]:
+        worker = self._worker(self._recipe(seed))
+
+        def train(place: Path) -> tuple[AdapterState, Cost]:
+            adapter, cost = train_alone(worker, data, plan, self.first(seed), place / "state")
+            if self.loaded.has_adapter:
+                write_adapter(self.loaded, adapter)
+                save_adapter(self.loaded, place / "adapter", base_name=self.run.model.name)
+            return adapter, cost
+
+        return train
+
+    def _recipe(self, seed: int, **changes: Any) -> RunConfig:
+        """The recipe for one arm: its seed, on the rows of the first seed, scored at the end."""
+        run = self.run
+        fixed = run.data.split_seed if run.data.split_seed is not None else run.seed
+        best = run.checkpoint.keep == "best"  # needs a score of every round
+        return run.model_copy(
+            update={
+                "seed": seed,
+                "data": run.data.model_copy(update={"split_seed": fixed}),
+                "evaluate": run.evaluate if best else run.evaluate.model_copy(update={"every": 0}),
+                "report": run.report.model_copy(update={"page": False, "samples": 0}),
+                "compare": CompareConfig(),
+                **changes,
+            }
+        )
+
+    def first(self, seed: int) -> AdapterState:
+        """The adapter that every arm of a seed begins with; drawn anew only for another seed."""
+        if self._first[0] != seed and self.loaded.has_adapter:
+            self.loaded = renew_adapter(self.loaded, self.run.adapter, seed=seed)
+            self._first = (seed, read_adapter(self.loaded))
+        return self._first[1]
+
+    # --- parts
+
+    def _part(
+        self,
+        place: str,
+        title: str,
+        train: Callable[[Path], tuple[AdapterState, Cost]],
+        clients: Sequence[str] | Mapping[str, Any],
+        memory: Path | None = None,
+    ) -> None:
+        """Train and score a part, unless it is finished.
+
+        Args:
+            place: Its folder, inside the comparison's.
+            title: Its name for people.
+            train: Given the folder, gives the adapter and what it cost.
+            clients: Whose held-out rows it is scored on.
+            memory: The run folder where clients keep personal tensors.
+        """
+        self.num_done += 1
+        folder = self.folder.path / place
+        if (folder / "part.json").is_file():
+            return
+        self.progress.note(f"[{self.num_done}/{self.num_parts}] {title}")
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter, cost = train(folder)
+        rows = [
+            {"client": client, **row}
+            for client in clients
+            for row in self._score(client, {**adapter, **_personal(memory, client)})
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(folder / "scores.jsonl", lines.encode())
+        write_json(folder / "part.json", asdict(cost))
+        if cost.tokens:
+            words = f"{cost.steps} steps, {cost.tokens} tokens in {human_seconds(cost.seconds)}"
+            self.progress.note(f"  {words}")
+
+    def _score(self, client: str, adapter: AdapterState) -> list[Row]:
+        """One row per held-out row of the client, in their order."""
+        write_adapter(self.loaded, adapter)
+        held, run = self.held[client], self.run
+        each = score_each(
+            self.loaded, held.examples, TASKS["instruct"], batch_size=run.evaluate.batch_size
+        )
+        rows: list[Row] = [asdict(score) for score in each]
+        limit = run.compare.max_new_tokens
+        shown = range(len(rows)) if limit else self._sampled(client)
+        asked = [question_of(held.talks[i]) for i in shown]
+        limit = limit or run.report.max_new_tokens
+        said = answers(self.loaded, [talk for talk, _ in asked], max_new_tokens=limit)
+        for i, one in zip(shown, said, strict=True):
+            rows[i]["answer"] = one.text
+        if run.compare.max_new_tokens:
+            for row, quality in zip(rows, judge(said, [ref for _, ref in asked]), strict=True):
+                row.update(asdict(quality))
+        return rows
+
+    def _sampled(self, client: str) -> Sequence[int]:
+        """Which held-out rows of a client are answered for the report: the first of some."""
+        return range(min(1, list(self.data).index(client) < self.run.report.samples))
+
+    # --- what was found
+
+    def places(self) -> dict[str, dict[int, dict[str, Path]]]:
+        """Arm -> seed -> part, by client in the arm of lone clients, else by "" for all."""
+        run, seeds = self.run, seeds_of(self.run)
+        root = self.folder.path
+        alone = {
+            seed: {c: root / f"seed-{seed}/local/{folder_name(c)}" for c in self.data}
+            for seed in seeds
+        }
+        arms: dict[str, dict[int, dict[str, Path]]] = {
+            "base": {run.seed: {"": root / "base"}},
+            LOCAL: alone,
+        }
+        for client in run.compare.only:
+            arms[f"only {client}"] = {s: {"": parts[client]} for s, parts in alone.items()}
+        for arm in (*federated_arms(run), "centralized"):
+            name = folder_name(arm.replace(": ", "-"))
+            arms[arm] = {seed: {"": root / f"seed-{seed}" / name} for seed in seeds}
+        return arms
+
+    def scores(self) -> Scores:
+        """All parts' rows by arm, seed and client."""
+        return {
+            arm: {seed: _read_scores(parts) for seed, parts in by_seed.items()}
+            for arm, by_seed in self.places().items()
+        }
+
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """What each arm took, over all seeds."""
+        found: dict[str, dict[str, Any]] = {}
+        for arm, by_seed in self.places().items():
+            total = Cost()
+            for part in (p for parts in by_seed.values() for p in parts.values()):
+                total += Cost(**json.loads((part / "part.json").read_text(encoding="utf-8")))
+            found[arm] = asdict(total)
+        return found
+
+    def samples(self, scores: Scores) -> list[dict[str, Any]]:
+        """Some held-out questions, and what the first seed's arms answer."""
+        found: list[dict[str, Any]] = []
+        for client in list(self.data)[: self.run.report.samples]:
+            talk, reference = question_of(self.held[client].talks[0])
+            said = {
+                arm: rows[client][0]["answer"].strip()
+                for arm, by_seed in scores.items()
+                if client in (rows := next(iter(by_seed.values()))) and "answer" in rows[client][0]
+            }
+            question = talk[-1]["content"]
+            found.append(
+                {"client": client, "question": question, "reference": reference, "answers": said}
+            )
+        return found
+
+
+def train_alone(
+    worker: Worker,
+    data: ClientData,
+    plan: Mapping[int, int],
+    first: AdapterState,
+    place: Path,
+) -> tuple[AdapterState, Cost]:
+    """Train on one holder's rows, round by round as in a federation, without one.
+
+    Args:
+        worker: The base in memory and the recipe.
+        data: The rows.
+        plan: Round -> rows to train on. Learning rates are those of the rounds.
+        first: Where it begins.
+        place: Where its state is kept after every round; a call with the same place goes on.
+    """
+    adapter, cost, done, state = first, Cost(), 0, place / "adapter.safetensors"
+    place.mkdir(parents=True, exist_ok=True)
+    if state.is_file():
+        adapter, about = load_tensors(state)
+        done, cost = int(about["round"]), Cost(**json.loads(about["cost"]))
+    for r, count in sorted(plan.items()):
+        if r <= done:
+            continue
+        message = Broadcast(r, adapter, score=False)
+        update = take_part(worker, data, message, place / "memory", count=count)
+        adapter = add(adapter, update.delta)
+        m = update.metrics
+        cost += Cost(int(m["num_tokens"]), count, int(m["num_steps"]), m["seconds_training"])
+        save_tensors(state, adapter, about={"round": str(r), "cost": json.dumps(asdict(cost))})
+    return adapter, cost
+
+
+def _personal(run: Path | None, client: str) -> AdapterState:
+    """What a client of a finished run keeps to itself, under algorithms that let it."""
+    if run is None:
+        return {}
+    opened = RunFolder.open(run)
+    memory = load_memory(opened.client_folder(client), opened.run.rounds + 1)
+    return memory.tensors.get("personal", {})
+
+
+def _cost_of_run(done: Run, plan: Plan) -> Cost:
+    rows = done.metrics
+    trained = [row for row in rows if row["event"] == "train" and "num_tokens" in row]
+    return Cost(
+        tokens=sum(int(row["num_tokens"]) for row in trained),
+        examples=sum(count for own in plan.values() for count in own.values()),
+        steps=sum(int(row["num_steps"]) for row in trained),
+        seconds=sum(row["seconds_training"] for row in trained),
+        bytes_up=sum(row.get("bytes_up", 0) for row in rows),
+        bytes_down=sum(row.get("bytes_down", 0) for row in rows),
+    )
+
+
+def _read_scores(parts: Mapping[str, Path]) -> dict[str, list[Row]]:
+    """Client -> rows. Of the arm of lone clients, each client's own part counts for it alone."""
+    found: dict[str, list[Row]] = {}
+    for owner, part in parts.items():
+        for line in (part / "scores.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if owner in ("", row["client"]):
+                found.setdefault(row["client"], []).append(row)
+    return found

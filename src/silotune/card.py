@@ -1,0 +1,149 @@
+"""A run, or a comparison, as Markdown: the numbers of its page, without rows and answers.
+
+A card is made to be published beside an adapter, so it holds nothing that a client wrote.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from silotune.comparison import cost_table, difference_table, score_table
+from silotune.config import RunConfig
+from silotune.report import cost_lines, loss_table, round_table, split_table, worse_off
+from silotune.store import Row
+from silotune.verdicts import comparison_verdict, run_verdict, worse_off_warnings
+
+
+def model_card(
+    run: RunConfig,
+    summary: Mapping[str, Any],
+    rows: Sequence[Row],
+    provenance: Mapping[str, Any],
+    *,
+    split: Mapping[str, Any],
+) -> str:
+    """README.md of a run folder: what was trained, on whose rows, with which result.
+
+    Args:
+        run: The resolved recipe.
+        summary: summary.json.
+        rows: metrics.jsonl.
+        provenance: provenance.json.
+        split: What each client holds; may be empty.
+    """
+    table = markdown_table(loss_table(summary))
+    base = provenance["base"]
+    lost = worse_off(summary)
+    overall = summary["overall"]["federated_loss"]
+    lines = [
+        "---",
+        "library_name: peft" if run.adapter.kind == "lora" else "library_name: transformers",
+        f"base_model: {base['name']}",
+        "tags: [federated-learning, silotune]",
+        "---",
+        "",
+        f"# {base['name']}, fine-tuned by {len(summary['clients'])} clients",
+        "",
+        f"{base['description']}. {run.rounds} rounds of {summary['algorithm']}; "
+        f"{_what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
+        "float32 changes of the trained tensors, without secure aggregation and without "
+        "differential privacy, so whoever runs the server could learn about the rows from them.",
+        "",
+        run_verdict(summary),
+        "",
+        "## Held-out loss (nats per token, lower is better)",
+        "",
+        *table,
+        "",
+        (
+            "Each client's own held-out rows; the last line is weighted by tokens"
+            + (f", perplexity {math.exp(overall):.1f}." if overall is not None else ".")
+        ),
+    ]
+    if lost:
+        lines += ["", f"**Not better than the base for: {', '.join(lost)}.**"]
+    lines += [
+        "",
+        "## Rounds",
+        "",
+        *markdown_table(round_table(rows)),
+        "",
+        *(["## Clients", "", *markdown_table(split_table(split)), ""] if split else []),
+        "## Cost",
+        "",
+        *(f"- {line}" for line in cost_lines(summary)),
+        "",
+        "## Use",
+        "",
+        "```",
+        f'silotune ask {provenance["run"]} "your question"',
+        "```",
+        "",
+        *python_use(run),
+        "",
+        "## Provenance",
+        "",
+        f"- data: {provenance['data']['path']}, sha256 of all rows {provenance['data']['sha256']}",
+        f"- base: {base['name']}, sha256 {base['sha256']}",
+        f"- adapter: sha256 {summary['adapter_sha256']}, after round {summary['result_round']}",
+        f"- seed {run.seed}; recipe in `recipe.toml`, versions in `provenance.json`, every round "
+        "and client in `metrics.jsonl`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
+    """README.md of a comparison: the report's numbers as Markdown, without rows or answers."""
+    said = [*comparison_verdict(comparison), *worse_off_warnings(comparison), *comparison["notes"]]
+    lines = [
+        f"# Was it worth joining? {comparison['base_name']}, {len(comparison['clients'])} clients",
+        "",
+        *(f"- {line}" for line in said),
+        "",
+        f"Seeds: {', '.join(map(str, comparison['seeds']))}. {run.rounds} rounds. All arms are "
+        "scored on the same held-out rows of each client; a difference is arm minus local, with "
+        "its 95 % interval.",
+    ]
+    for key, metric in comparison["metrics"].items():
+        better = "lower" if metric["lower_is_better"] else "higher"
+        lines += ["", f"## {metric['label']} ({metric['unit']}, {better} is better)", ""]
+        lines += [*markdown_table(score_table(comparison, key)), ""]
+        lines += markdown_table(difference_table(comparison, key))
+    lines += ["", "## Cost over all seeds", "", *markdown_table(cost_table(comparison))]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Header and rows as lines of Markdown."""
+    header, *body = rows
+    return [_md(header), _md(["---"] * len(header)), *map(_md, body)]
+
+
+def _md(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _what_is_trained(run: RunConfig) -> str:
+    a = run.adapter
+    if a.kind == "full":
+        return "all weights were trained"
+    where = ", ".join(a.targets) if a.targets else "the default modules of the model family"
+    return f"LoRA of rank {a.rank} (alpha {a.alpha:g}) on {where}"
+
+
+def python_use(run: RunConfig) -> list[str]:
+    """How to load the adapter, as lines of Markdown."""
+    if run.adapter.kind == "full":
+        return ["`adapter/` is a model folder for `AutoModelForCausalLM.from_pretrained`."]
+    return [
+        "`adapter/` is a PEFT folder:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from silotune import base_folder",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained(base_folder("{run.model.name}"))',
+        'model = PeftModel.from_pretrained(base, "adapter")',
+        "```",
+    ]

@@ -1,0 +1,119 @@
+"""A matplotlib drawing as SVG text that stands inside an HTML page.
+
+Knows nothing of what is drawn. A drawing is 360 units wide, so that a phone shows the letters at
+their own size and a desk enlarges them. What is drawn in `INK` becomes `currentColor`, so it
+follows the page's light or dark theme. Names are data: they are never read as mathematics, nor as
+markup.
+"""
+
+import html
+import io
+import math
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
+INK = "#010203"
+"""Stands for `currentColor`; no palette holds it."""
+Legend = dict[str, "Artist"]
+"""Handles of a legend by their texts."""
+
+_WIDTH = 360.0  # all sizes in points; one point is one unit of the SVG
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.7,
+    "legend.handletextpad": 0.5,
+    "legend.columnspacing": 1.0,
+    "hatch.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "grid.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "hatch.color": INK,
+    "patch.edgecolor": INK,
+}
+
+
+def chart(label: str, height: float, draw: Callable[["Axes"], Legend]) -> str:
+    """Draw on one pair of axes, the legend above it, and return the SVG.
+
+    Args:
+        label: What the chart shows, for whoever does not see it. Also makes its ids its own.
+        height: Of the axes with their labels, in points.
+        draw: Draws, and returns the handles of the legend by their texts.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    # The settings of SVG exist nowhere but in matplotlib's global ones: changed, and put back.
+    style = ["default", {**_STYLE, "svg.hashsalt": label}]
+    with matplotlib.style.context(style), warnings.catch_warnings():
+        # the browser draws the letters, so what matplotlib's own font lacks does not matter
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(layout="constrained")
+        legend = draw(figure.subplots())
+        if legend:
+            texts = [short(text, 25 if len(legend) > 1 else 52) for text in legend]
+            figure.legend(
+                legend.values(), texts, loc="outside upper left", ncols=2, borderaxespad=0
+            )
+        figure.set_size_inches(_WIDTH / 72, (height + 15 * math.ceil(len(legend) / 2)) / 72)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return _inline(file.getvalue(), label)
+
+
+def _inline(svg: str, label: str) -> str:
+    """Make a standalone SVG part of a page: no header, no style for others, no ids but its own."""
+    size = re.search(r'viewBox="([^"]*)"', svg)
+    assert size is not None, "matplotlib writes a viewBox"
+    body = svg[svg.index("<defs>") :]
+    body = re.sub(r"<style[^>]*>.*?</style>", "", body, count=1, flags=re.DOTALL)
+    body = re.sub(r"<[^>]*>", _tidy_tag, body)  # tags only: names between them stay as they are
+    words = html.escape(short(label, 200))
+    return (
+        f'<svg class="chart" role="img" aria-label="{words}" viewBox="{size[1]}" '
+        'stroke-linejoin="round" stroke-linecap="butt">\n'
+        f"<title>{words}</title>\n{body}"
+    )
+
+
+def _tidy_tag(found: re.Match[str]) -> str:
+    tag = found[0].replace(INK, "currentColor").replace("xlink:href", "href")
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)  # the page's own
+    return re.sub(r'^<g id="[^"]*"', "<g", tag)  # axes_1 and the like, in every chart the same
+
+
+def short(name: str, columns: float = 52) -> str:
+    """A name that fits a line: wide letters count more, controls nothing, the rest is an ellipsis.
+
+    Matplotlib cannot measure it: the browser, not its own font, draws the letters.
+    """
+    out, used = "", 0.0
+    for char in (c if c.isprintable() else " " for c in str(name)):
+        width = unicodedata.east_asian_width(char)
+        wide = width in "WF" or char in "WM@%m"
+        used += 1.7 if wide else 1.3 if width == "A" or char.isupper() or char == "w" else 1.0
+        if used > columns:
+            return out[:-1].rstrip() + "…"
+        out += char
+    return out
