@@ -10,10 +10,10 @@ from typing import Any
 from silotune.report import worse_off
 
 PHRASES = {
-    "gained": "gains in",
-    "lost": "loses in",
-    "no clear difference": "shows no clear difference in",
-    "too few rows": "has too few rows for",
+    "gained": "gained",
+    "lost": "lost",
+    "no clear difference": "shows no clear difference",
+    "too few rows": "has too few rows for a verdict",
 }
 COUNTED = {
     "gained": "gained",
@@ -74,10 +74,10 @@ def gain(group: Mapping[str, Any], key: str, comparison: Mapping[str, Any]) -> s
     metric, result = comparison["metrics"][key], comparison["result"]
     verdict = group["verdicts"].get(key, {}).get(result)
     difference = group["differences"].get(key, {}).get(result)
-    said = f"{PHRASES.get(verdict, 'has no verdict in')} {metric['label']}"
+    said = f"{PHRASES.get(verdict, 'has no verdict')}: {metric['label']}"
     if not difference:
         return said
-    return f"{said} ({interval(difference, signed(metric))} {metric['unit']})"
+    return f"{said} {interval(difference, signed(metric))} {metric['unit']}"
 
 
 def signed(metric: Mapping[str, Any]) -> str:

@@ -198,8 +198,8 @@ def test_full_training_is_used_without_peft():
 def test_comparison_verdict_tells_the_mean_and_counts_clients():
     loss, rouge = comparison_verdict(comparison_of(NAMES))
     assert loss == (
-        "With “federated” instead of training alone, the mean over clients gains in held-out loss "
-        "(−0.100 [−0.210,\u00a0−0.030] nats per token). "
+        "With “federated” instead of training alone, the mean over clients gained: held-out loss "
+        "−0.100 [−0.210,\u00a0−0.030] nats per token. "
         "Of 3 clients, 1 gained, 1 lost, 1 with no clear difference."
     )
     assert "ROUGE-L" in rouge
@@ -214,9 +214,9 @@ def test_comparison_names_clients_worse_off_than_alone_the_result_first():
 
 def test_comparison_tells_each_client_its_gain_or_loss():
     text = Reader(page_of_comparison()).text
-    assert "north gains in held-out loss (−0.100 [−0.210, −0.030] nats per token)" in text
-    assert "south loses in held-out loss" in text
-    assert "west shows no clear difference in held-out loss" in text
+    assert "north gained: held-out loss −0.100 [−0.210, −0.030] nats per token" in text
+    assert "south lost: held-out loss" in text
+    assert "west shows no clear difference: held-out loss" in text
 
 
 def test_comparison_holds_every_arm_its_cost_and_the_notes(comparison_reader):
@@ -243,8 +243,8 @@ def test_arm_without_a_score_at_a_client_is_a_dash():
         north[part].pop("rougeL")
     text = Reader(page_of_comparison(comparison=comparison)).text
     assert "only A – –" in text
-    assert "north gains in held-out loss" in text
-    assert "has no verdict in ROUGE-L" in text
+    assert "north gained: held-out loss" in text
+    assert "has no verdict: ROUGE-L" in text
 
 
 def test_charts_leave_out_what_would_hide_the_rest_and_the_table_keeps_it():
