@@ -23,6 +23,7 @@ OVERRIDES = [
     "data.eval_split=none",
     "data.eval_fraction=0.3",  # 21 of 70 or 71 questions a hospital: enough for a verdict
     "data.label=none",  # the file has no reasoning_category
+    f"report.note={WORDS}",
     "compare.max_new_tokens=64",  # answers here have 125 characters in the mean
 ]
 
@@ -44,7 +45,7 @@ def main() -> None:
         keys = [*OVERRIDES, f"compare.seeds={args.seeds}", *args.overrides]
         done = silotune.compare("workshop", keys, out=args.out, progress=progress)
     result = done.result
-    print(f"{WORDS}; seeds {result['seeds']}")
+    print(f"seeds {result['seeds']}")
     for key in ("loss", "rougeL"):
         for table in (score_table(result, key), difference_table(result, key)):
             print()

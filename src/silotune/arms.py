@@ -148,15 +148,16 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
             bench.alone(client, seed, plan[client])
         bench.centralized(seed, pooled(plan))
     scores = bench.scores()
+    num_train = {name: len(own.examples) for name, own in bench.data.items()}
+    numbers = compare_arms(scores, num_train=num_train, seed=run.seed)
     result = {
         "name": folder.path.name,
         "seeds": list(seeds_of(run)),
         "base_name": run.model.name,
         "result": "federated",
         "arms": bench.costs(),
-        **compare_arms(
-            scores, num_train={n: len(d.examples) for n, d in bench.data.items()}, seed=run.seed
-        ),
+        **numbers,
+        "notes": [*([run.report.note] if run.report.note else []), *numbers["notes"]],
         "samples": bench.samples(scores),
         "split": describe_split(checked.rows, bench.loaded.tokenizer),
     }

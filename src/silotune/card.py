@@ -51,6 +51,7 @@ def model_card(
         "",
         run_verdict(summary),
         "",
+        *([run.report.note, ""] if run.report.note else []),
         "## Held-out loss (nats per token, lower is better)",
         "",
         *table,

@@ -111,6 +111,9 @@ class ReportConfig(Config):
 
     page: bool = True
     """Write report.html at the end; `silotune report` writes it later too."""
+    note: str | None = Field(default=None, min_length=1)
+    """A sentence that stands beside the figures wherever they are shown, for instance what the rows
+    are not."""
     samples: int = Field(default=3, ge=0)
     """Held-out questions, one of each of the first clients, that base and result answer for the
     report. Simulations only: a real client's rows are not the server's to show."""

@@ -81,6 +81,7 @@ def run_page(
         f"{summary['result_round']}",
         verdict=[run_verdict(summary)],
         warnings=warnings,
+        notes=[run.report.note] if run.report.note else [],
         loss_header=header,
         loss_rows=[(name, *(_typeset(cell) for cell in cells)) for name, *cells in table],
         lost=lost,

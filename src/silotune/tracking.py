@@ -38,8 +38,10 @@ class Tracker(Progress):
             folder: The run folder; its name becomes the run's.
             settings: The recipe, flat.
         """
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        PartialState()  # without it, accelerate's trackers fail where they write to their own log
         options: dict[str, Any] = {
             "tensorboard": {"run_name": "tracker", "logging_dir": str(folder)},
             "wandb": {"run_name": "silotune", "name": folder.name, "dir": str(folder)},

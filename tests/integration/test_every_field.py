@@ -58,6 +58,7 @@ CHANGES_WHAT_IS_WRITTEN = [
     "report.samples=1",
     "data.max_eval_rows=1",
     "data.label=source",
+    "report.note=Made-up rows.",
     "report.tracker=tensorboard",
 ]
 IS_REFUSED_HERE = [
@@ -125,6 +126,7 @@ def shape_of(run) -> str:
     """What lies in the folder, without its numbers."""
     kept = sorted(p.name for p in (run.path / "checkpoints").iterdir())
     kept += sorted(p.name for p in run.path.iterdir())
+    kept += [(run.path / "README.md").read_text("utf-8").count("Made-up rows.")]
     kept += [(run.path / name).read_text("utf-8") for name in ("split.json", "samples.json")]
     events = [(r["event"], r["round"], r.get("client")) for r in run.metrics]
     return json.dumps([kept, events, run.summary["result_round"]])

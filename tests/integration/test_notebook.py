@@ -42,11 +42,12 @@ def test_the_notebook_tells_its_story_on_a_reduced_setting(tiny_model, tmp_path)
         "runtime.threads=1",
         "compare.seeds=1",
         "compare.max_new_tokens=3",
+        "report.note=made-up rows",
     ]
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     parameters = notebook.cells[1]
     assert parameters.source.count("overrides = [") == 1
-    parameters.source = f'overrides = {reduced!r}\nnote = "made-up rows"'
+    parameters.source = f"overrides = {reduced!r}"
     NotebookClient(
         notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()

@@ -401,6 +401,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "runtime.host": ("localhost", ["runtime.name=flower"]),
     "runtime.join_timeout_s": ("7.5", ["runtime.name=flower"]),
     "report.page": ("false", []),
+    "report.note": ("Made-up rows.", []),
     "report.samples": ("1", []),
     "report.max_new_tokens": ("9", []),
     "report.tracker": ("mlflow", []),

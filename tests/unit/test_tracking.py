@@ -1,6 +1,9 @@
 """Rounds reach a tracker as curves; TensorBoard for real, the others by their refusal."""
 
 import pytest
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from silotune.errors import ConfigError
 from silotune.tracking import Tracker, check_tracker
@@ -53,3 +56,21 @@ def test_a_tracker_whose_library_is_missing_is_refused_with_the_line_that_instal
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"report.tracker = 'wandb'[\s\S]*pip install wandb"):
         check_tracker("wandb")
+
+
+class WritesToItsLog:
+    """As accelerate's classes for wandb and trackio begin."""
+
+    def __init__(self, **_) -> None: ...
+
+    def start(self) -> None:
+        get_logger("accelerate.tracking").debug("opened")
+
+    def store_init_configuration(self, values) -> None: ...
+
+
+def test_a_tracker_that_writes_to_accelerates_log_finds_its_state(tmp_path, monkeypatch):
+    # Bug: wandb and trackio raised "You must initialize the accelerate state".
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", WritesToItsLog)
+    PartialState._reset_state()
+    Tracker("wandb", folder=tmp_path, settings={})

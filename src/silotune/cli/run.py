@@ -160,6 +160,8 @@ def _print_result(done: "Run") -> None:
     if lost := worse_off(summary):
         typer.echo(f"\nnot better than the base for: {', '.join(lost)}")
     typer.echo()
+    if done.config.report.note:
+        typer.echo(done.config.report.note)
     for line in cost_lines(summary):
         typer.echo(line)
     typer.echo(f"adapter: {done.path / 'adapter'}")
