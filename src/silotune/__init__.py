@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from silotune.arms import Comparison, compare
     from silotune.config import RunConfig, load_recipe, shipped_recipes
     from silotune.errors import SilotuneError
-    from silotune.launch import Run, base_folder, check, run
+    from silotune.finished import Run
+    from silotune.launch import base_folder, check, run
     from silotune.progress import PlainProgress, Progress
 
 # Resolved when first used: importing silotune costs no torch.
@@ -20,7 +21,7 @@ _HOMES = {
     "Comparison": "silotune.arms",
     "PlainProgress": "silotune.progress",
     "Progress": "silotune.progress",
-    "Run": "silotune.launch",
+    "Run": "silotune.finished",
     "RunConfig": "silotune.config",
     "SilotuneError": "silotune.errors",
     "base_folder": "silotune.launch",

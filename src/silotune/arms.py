@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.alone import Cost, Plan, cost_of_run, pooled, rows_trained, train_alone
 from silotune.card import comparison_card
-from silotune.client import ClientData, Worker, prepare_client, take_part
+from silotune.client import ClientData, Worker, prepare_client
 from silotune.comparison import LOCAL, Scores, compare_arms
 from silotune.config import CompareConfig, RunConfig
 from silotune.data import ClientRows
-from silotune.disk import load_tensors, save_tensors, write_atomically, write_json
+from silotune.disk import write_atomically, write_json
 from silotune.errors import ConfigError, RunFolderError
 from silotune.evaluate import score_each
+from silotune.finished import Run, load_for
 from silotune.generate import answers
-from silotune.launch import Checked, Run, load_for, open_folder, provenance_of, run_in
+from silotune.launch import Checked, open_folder, provenance_of, run_in
 from silotune.memory import folder_name, load_memory
 from silotune.models import LoadedModel, read_adapter, renew_adapter, save_adapter, write_adapter
 from silotune.overview import describe_split
@@ -38,9 +40,7 @@ from silotune.runtime.inprocess import prepare_clients
 from silotune.store import Row, RunFolder
 from silotune.tasks import TASKS
 from silotune.tasks.base import Example
-from silotune.train import num_rows
-from silotune.tree import add
-from silotune.types import AdapterState, Broadcast
+from silotune.types import AdapterState
 
 
 class ComparisonFolder(RunFolder):
@@ -186,44 +186,6 @@ def federated_arms(run: RunConfig) -> dict[str, Any]:
     return arms
 
 
-Plan = dict[str, dict[int, int]]
-"""Client -> round -> rows that it trained on in that round."""
-
-
-def rows_trained(metrics: Sequence[Row], data: Mapping[str, ClientData], run: RunConfig) -> Plan:
-    """What each client really did in a federated run; one that failed in a round did nothing."""
-    plan: Plan = {name: {} for name in data}
-    for row in metrics:
-        if row["event"] == "train" and "num_tokens" in row:
-            count = num_rows(run.train, len(data[row["client"]].examples))
-            plan[row["client"]][row["round"]] = count
-    return plan
-
-
-def pooled(plan: Plan) -> dict[int, int]:
-    """Round -> rows of all clients together."""
-    rounds = sorted({r for own in plan.values() for r in own})
-    return {r: sum(own.get(r, 0) for own in plan.values()) for r in rounds}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an arm took."""
-
-    tokens: int = 0
-    """Real tokens that were trained on, prompts included, padding excluded."""
-    examples: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    """Of training alone."""
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        sums = {key: value + getattr(other, key) for key, value in asdict(self).items()}
-        return Cost(**sums)
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """A client's held-out rows."""
@@ -287,7 +249,9 @@ class Bench:
                     loaded=self.loaded,
                     data=self.data,
                 )
-            return done.adapter(), _cost_of_run(done, rows_trained(done.metrics, self.data, run))
+            return done.adapter(), cost_of_run(
+                done.metrics, rows_trained(done.metrics, self.data, run)
+            )
 
         self._part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
         return Run(path)
@@ -458,39 +422,6 @@ class Bench:
         return found
 
 
-def train_alone(
-    worker: Worker,
-    data: ClientData,
-    plan: Mapping[int, int],
-    first: AdapterState,
-    place: Path,
-) -> tuple[AdapterState, Cost]:
-    """Train on one holder's rows, round by round as in a federation, without one.
-
-    Args:
-        worker: The base in memory and the recipe.
-        data: The rows.
-        plan: Round -> rows to train on. Learning rates are those of the rounds.
-        first: Where it begins.
-        place: Where its state is kept after every round; a call with the same place goes on.
-    """
-    adapter, cost, done, state = first, Cost(), 0, place / "adapter.safetensors"
-    place.mkdir(parents=True, exist_ok=True)
-    if state.is_file():
-        adapter, about = load_tensors(state)
-        done, cost = int(about["round"]), Cost(**json.loads(about["cost"]))
-    for r, count in sorted(plan.items()):
-        if r <= done:
-            continue
-        message = Broadcast(r, adapter, score=False)
-        update = take_part(worker, data, message, place / "memory", count=count)
-        adapter = add(adapter, update.delta)
-        m = update.metrics
-        cost += Cost(int(m["num_tokens"]), count, int(m["num_steps"]), m["seconds_training"])
-        save_tensors(state, adapter, about={"round": str(r), "cost": json.dumps(asdict(cost))})
-    return adapter, cost
-
-
 def _personal(run: Path | None, client: str) -> AdapterState:
     """What a client of a finished run keeps to itself, under algorithms that let it."""
     if run is None:
@@ -498,19 +429,6 @@ def _personal(run: Path | None, client: str) -> AdapterState:
     opened = RunFolder.open(run)
     memory = load_memory(opened.client_folder(client), opened.run.rounds + 1)
     return memory.tensors.get("personal", {})
-
-
-def _cost_of_run(done: Run, plan: Plan) -> Cost:
-    rows = done.metrics
-    trained = [row for row in rows if row["event"] == "train" and "num_tokens" in row]
-    return Cost(
-        tokens=sum(int(row["num_tokens"]) for row in trained),
-        examples=sum(count for own in plan.values() for count in own.values()),
-        steps=sum(int(row["num_steps"]) for row in trained),
-        seconds=sum(row["seconds_training"] for row in trained),
-        bytes_up=sum(row.get("bytes_up", 0) for row in rows),
-        bytes_down=sum(row.get("bytes_down", 0) for row in rows),
-    )
 
 
 def _read_scores(parts: Mapping[str, Path]) -> dict[str, list[Row]]:

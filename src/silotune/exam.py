@@ -16,8 +16,9 @@ from typing import Any
 from silotune.disk import write_atomically, write_json
 from silotune.errors import ConfigError
 from silotune.evaluate import score_each
+from silotune.finished import Run
 from silotune.generate import answers
-from silotune.launch import Run, check
+from silotune.launch import check
 from silotune.models import LoadedModel, base_only
 from silotune.progress import Progress
 from silotune.quality import Quality, judge, question_of

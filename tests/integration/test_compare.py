@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import silotune
-from silotune import arms
+from silotune import alone, arms
 from silotune.cli import app
 from silotune.errors import ConfigError, RunFolderError
 from silotune.launch import load_for
@@ -185,7 +185,7 @@ def test_an_interrupted_comparison_goes_on_and_trains_nothing_twice(recipe, done
 def test_a_lone_client_that_was_stopped_between_rounds_goes_on_there(recipe, tmp_path, monkeypatch):
     keys = ["compare.seeds=1", "report.samples=0"]
     whole = silotune.compare(recipe, keys, out=tmp_path / "whole")
-    took, take_part = [], arms.take_part
+    took, take_part = [], alone.take_part
 
     def stop_in_round_2(worker, data, message, place, *, count):
         if message.round == 2 and not took.count(2):
@@ -194,7 +194,7 @@ def test_a_lone_client_that_was_stopped_between_rounds_goes_on_there(recipe, tmp
         took.append(message.round)
         return take_part(worker, data, message, place, count=count)
 
-    monkeypatch.setattr(arms, "take_part", stop_in_round_2)
+    monkeypatch.setattr(alone, "take_part", stop_in_round_2)
     with pytest.raises(Stop):
         silotune.compare(recipe, keys, out=tmp_path / "c")
     resumed = silotune.compare(resume=tmp_path / "c")

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import silotune
-from silotune import exam, launch
+from silotune import exam, finished
 from silotune.cli import app
 from silotune.errors import ModelError
 from tests.conftest import build_tiny_model, write_jsonl, write_tiny_recipe
@@ -129,7 +129,7 @@ def test_the_leaderboards_own_sentence_can_be_given(done, files, tmp_path, monke
 def test_a_mistake_is_one_clear_error_before_a_model_is_loaded(
     done, tmp_path, monkeypatch, words, says
 ):
-    monkeypatch.setattr(launch, "load_for", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(finished, "load_for", lambda *_: pytest.fail("a model was loaded"))
     rows = [{k: v for k, v in row.items() if k != "answer"} for row in MCQ]
     wrong = write_jsonl(tmp_path / "wrong.jsonl", rows)
     code, output = command(done.path, *(word.replace("{wrong}", str(wrong)) for word in words))
@@ -152,7 +152,7 @@ def test_an_adapter_on_a_base_that_has_changed_is_refused_before_it_is_loaded(
     run = silotune.run(write_tiny_recipe(tmp_path, model), ["rounds=1"], out=tmp_path / "run")
     shutil.rmtree(model)
     build_tiny_model(model, seed=9)
-    monkeypatch.setattr(launch, "load_for", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(finished, "load_for", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ModelError, match=r"not the base that[\s\S]*Restore"):
         run.ask("What is a1?")
 

@@ -73,7 +73,7 @@ def evaluate(
         import json as json_
 
         from silotune.exam import ExamConfig, lm_eval_lines, quality_table, suite_table, take_exam
-        from silotune.launch import Run
+        from silotune.finished import Run
         from silotune.progress import pick_progress
 
         cfg = ExamConfig(
@@ -135,7 +135,7 @@ def report(
     """Write report.html: a run or a comparison on one page that needs no network."""
     with errors_as_exit_codes():
         from silotune.arms import Comparison, ComparisonFolder
-        from silotune.launch import Run
+        from silotune.finished import Run
 
         is_comparison = (run / ComparisonFolder.RECIPE).is_file()
         typer.echo(Comparison(run).report() if is_comparison else Run(run).report())

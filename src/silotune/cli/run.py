@@ -10,7 +10,7 @@ from silotune.errors import ConfigError
 
 if TYPE_CHECKING:
     from silotune.arms import Comparison
-    from silotune.launch import Run
+    from silotune.finished import Run
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")]
 Overrides = Annotated[

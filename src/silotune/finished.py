@@ -1,0 +1,135 @@
+"""A finished run on disk: its numbers, its adapter, its model, its page."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from silotune.config import RunConfig
+from silotune.disk import write_atomically
+from silotune.errors import ModelError, RunFolderError, UpdateError
+from silotune.generate import answer
+from silotune.models import LoadedModel, base_only, folder_of_base, load_model, write_adapter
+from silotune.page import run_page
+from silotune.progress import Progress
+from silotune.sources import content_hash, is_hub_id
+from silotune.store import Row, RunFolder
+from silotune.tasks.instruct import set_template
+from silotune.types import AdapterState
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk."""
+
+    path: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json: losses per client, bytes, seconds, fingerprint of the adapter."""
+        summary = RunFolder.open(self.path).read_json("summary.json")
+        if summary is None:
+            raise RunFolderError(
+                f"{self.path} is not finished.\n  Go on with it: silotune run --resume {self.path}"
+            )
+        return summary
+
+    @property
+    def metrics(self) -> list[Row]:
+        """metrics.jsonl: one row per round, client and event."""
+        return RunFolder.open(self.path).metrics()
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """Some held-out questions with what base and result answer; [] where none were asked."""
+        return RunFolder.open(self.path).read_json("samples.json") or []
+
+    def report(self) -> Path:
+        """Write report.html: the run on one page, without a network. Returns its path."""
+        folder = RunFolder.open(self.path)
+        page = run_page(
+            folder.run,
+            self.summary,
+            self.metrics,
+            folder.read_json("provenance.json"),
+            split=folder.read_json("split.json") or {},
+            samples=self.samples,
+        )
+        write_atomically(self.path / "report.html", page.encode())
+        return self.path / "report.html"
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved recipe."""
+        return RunFolder.open(self.path).run
+
+    def adapter(self) -> AdapterState:
+        """The result's tensors by name, float32."""
+        return _read_result(self.path / "adapter")
+
+    def load(self) -> LoadedModel:
+        """The model with the result in it.
+
+        Raises:
+            RunFolderError: There is no result yet.
+            ModelError: The base is not the one that the adapter was trained on.
+        """
+        adapter = self.adapter()
+        self._check_base()
+        loaded = load_for(self.config)
+        try:
+            write_adapter(loaded, adapter)
+        except UpdateError as error:
+            raise ModelError(
+                f"{self.path / 'adapter'} does not fit {self.config.model.name}: {error}\n"
+                "  Restore the run's own recipe and adapter."
+            ) from error
+        return loaded
+
+    def _check_base(self) -> None:
+        model = self.config.model
+        provenance = RunFolder.open(self.path).read_json("provenance.json")
+        if is_hub_id(model.name) and model.revision is None:
+            return  # the newest revision is what was asked for
+        if content_hash(folder_of_base(model)) != provenance["base"]["sha256"]:
+            raise ModelError(
+                f"{model.name} is not the base that {self.path} was trained on: its files have "
+                "changed.\n  Restore them, or train anew."
+            )
+
+    def ask(self, question: str, *, base: bool = False, max_new_tokens: int = 128) -> str:
+        """Answer a question with the trained adapter, or with the base.
+
+        The system text and the template are those of training.
+        """
+        run = self.config
+        system = [{"role": "system", "content": run.data.system}] if run.data.system else []
+        messages = (*system, {"role": "user", "content": question})
+        whole = run.adapter.kind == "full"  # then the base is another model
+        loaded = load_for(run) if base and whole else self.load()
+        with base_only(loaded) if base and not whole else contextlib.nullcontext():
+            return answer(loaded, messages, max_new_tokens=max_new_tokens)
+
+
+def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
+    """A recipe's base with its first adapter, and a chat template."""
+    loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
+    if set_template(loaded.tokenizer, run.data.template) and progress is not None:
+        progress.note(f"{run.model.name} brings no chat template: the plain one is used")
+    return loaded
+
+
+def _read_result(adapter: Path) -> dict[str, torch.Tensor]:
+    files = sorted(adapter.glob("*.safetensors"))
+    if not files:
+        raise RunFolderError(
+            f"{adapter} holds no result yet.\n"
+            f"  Go on with it: silotune run --resume {adapter.parent}"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        tensors |= load_file(path)
+    return tensors
