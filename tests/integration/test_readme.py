@@ -38,7 +38,8 @@ def workplace(tmp_path_factory):
 
 def test_the_readme_shows_the_commands_that_this_file_expects():
     heads = {" ".join(c.split()[:2]) for c in commands()}
-    assert heads == {"make demo", "make test", "silotune check", "silotune run", "silotune ask"}
+    verbs = ("check", "run", "compare", "ask", "evaluate", "report")
+    assert heads == {"make demo", "make test", *(f"silotune {verb}" for verb in verbs)}
 
 
 def test_every_command_runs_in_the_order_shown(workplace, tiny_model):
@@ -48,9 +49,11 @@ def test_every_command_runs_in_the_order_shown(workplace, tiny_model):
         if command in MAKE:
             continue
         _, verb, *rest = shlex.split(command)
-        if verb == "run" and "--resume" not in rest:
+        if verb in ("run", "compare") and "--resume" not in rest:
             small = ["train.local_steps=1", "train.max_length=256", "runtime.threads=1"]
             rest += [f"model.name={tiny_model}", *small]
+        if verb == "compare":
+            rest += ["data.max_rows=4", "data.max_eval_rows=2", "report.max_new_tokens=2"]
         done = subprocess.run(
             [sys.executable, "-m", "silotune", verb, *rest],
             cwd=workplace,
