@@ -19,11 +19,10 @@ from typing import Any
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.alone import Cost, Plan, cost_of_run, pooled, rows_trained, train_alone
 from silotune.card import comparison_card
-from silotune.client import ClientData, Worker, prepare_client
+from silotune.client import ClientData, Worker
 from silotune.comparison import LOCAL, Scores, compare_arms
 from silotune.config import CompareConfig, RunConfig
-from silotune.data import ClientRows
-from silotune.disk import write_atomically, write_json
+from silotune.disk import write_atomically, write_json, write_rows
 from silotune.errors import ConfigError, RunFolderError
 from silotune.evaluate import score_each
 from silotune.finished import Run, load_for
@@ -206,12 +205,9 @@ class Bench:
         self.loaded: LoadedModel = load_for(run, progress)
         provenance_of(folder, checked, self.loaded)
         self._first = (run.seed, read_adapter(self.loaded))
-        worker = self._worker(run)
-        self.data = prepare_clients(checked.rows, worker)
-        everything = [talk for name in self.data for talk in checked.rows[name].train]
-        held = [talk for name in self.data for talk in checked.rows[name].evaluation]
-        pool = ClientRows("centralized", tuple(everything), tuple(held))
-        self.pool = prepare_client(pool, worker)
+        self.data = prepare_clients(checked.rows, self._worker(run))
+        everything = tuple(e for own in self.data.values() for e in own.examples)
+        self.pool = ClientData("centralized", everything, (), num_eval=0, num_cut=0, num_dropped=0)
         self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
         arms = 2 + len(self.data) + len(run.compare.algorithms)
         self.num_parts, self.num_done = 1 + arms * run.compare.seeds, 0
@@ -336,8 +332,7 @@ class Bench:
             for client in clients
             for row in self._score(client, {**adapter, **_personal(memory, client)})
         ]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(folder / "scores.jsonl", lines.encode())
+        write_rows(folder / "scores.jsonl", rows)
         write_json(folder / "part.json", asdict(cost))
         if cost.tokens:
             words = f"{cost.steps} steps, {cost.tokens} tokens in {human_seconds(cost.seconds)}"

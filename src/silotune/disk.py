@@ -1,10 +1,11 @@
 """Files that appear whole or not at all: written beside their place, then renamed into it."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def free_place(first: Path) -> Path:
+    """`first`, or where something is there, as after two runs in a second, with a number behind."""
+    others = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
+    return next(place for place in itertools.chain([first], others) if not place.exists())
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file whole or not at all."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, lines.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

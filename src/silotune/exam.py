@@ -5,7 +5,6 @@ given, in a folder of its own inside the run folder.
 """
 
 import contextlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from silotune.disk import write_atomically, write_json
+from silotune.disk import free_place, write_json, write_rows
 from silotune.errors import ConfigError
 from silotune.evaluate import score_each
 from silotune.finished import Run
@@ -122,7 +121,8 @@ def take_exam(run: Run, cfg: ExamConfig, *, progress: Progress | None = None) ->
     own = None if cfg.suites else check(config).rows
     progress.note(f"loading {config.model.name}")
     loaded = run.load()
-    place = _new_place(run.path)
+    place = free_place(run.path / "evaluations" / time.strftime("%Y-%m-%d-%H%M%S"))
+    place.mkdir(parents=True)
     scores: dict[str, Any] = {"run": run.path.name, "settings": _plain(cfg), "models": {}}
     for model, speaking in _models(loaded, cfg):
         with speaking():
@@ -130,12 +130,12 @@ def take_exam(run: Run, cfg: ExamConfig, *, progress: Progress | None = None) ->
             if own is not None:
                 progress.note(f"{model}: held-out questions")
                 rows, found[HELD_OUT] = _held_out(loaded, config, own, cfg)
-                _write_rows(place / f"held-out-{model}.jsonl", rows)
+                write_rows(place / f"held-out-{model}.jsonl", rows)
             for name in cfg.suites:
                 progress.note(f"{model}: {name}")
                 rows, found[name] = _suite(loaded, name, questions, cfg, config)
                 if rows:
-                    _write_rows(place / f"{name}-{model}.jsonl", rows)
+                    write_rows(place / f"{name}-{model}.jsonl", rows)
         scores["models"][model] = found
     write_json(place / "scores.json", scores)
     return place
@@ -150,22 +150,8 @@ def _models(
     yield "federated", contextlib.nullcontext
 
 
-def _new_place(run: Path) -> Path:
-    """evaluations/<time>, with a number behind it when two begin in one second."""
-    first = run / "evaluations" / time.strftime("%Y-%m-%d-%H%M%S")
-    others = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
-    place = next(p for p in itertools.chain([first], others) if not p.exists())
-    place.mkdir(parents=True)
-    return place
-
-
 def _plain(cfg: ExamConfig) -> dict[str, Any]:
     return {**asdict(cfg), "data": {name: str(path) for name, path in cfg.data.items()}}
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, lines.encode())
 
 
 # --- the run's own questions ----------------------------------------------------------------------

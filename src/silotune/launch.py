@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import itertools
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from silotune.client_config import (
 )
 from silotune.config import RunConfig, load_recipe
 from silotune.data import ClientRows, fingerprint, load_clients
-from silotune.disk import write_atomically, write_json
+from silotune.disk import free_place, write_atomically, write_json
 from silotune.errors import ConfigError, RunFolderError, SilotuneError
 from silotune.files import locate
 from silotune.finished import Run, load_for
@@ -182,15 +181,9 @@ def open_folder(
         raise ConfigError("give a recipe, or a run folder to resume.")
     checked = check(recipe, overrides)
     name = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
-    place = Path(out) if out is not None else _free_place(name)
-    return kind.create(place, checked.run), checked
-
-
-def _free_place(name: str) -> Path:
-    """runs/<time>-<name>, with a number behind it when two runs begin in one second."""
     first = Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}"
-    others = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
-    return next(place for place in itertools.chain([first], others) if not place.exists())
+    place = Path(out) if out is not None else free_place(first)
+    return kind.create(place, checked.run), checked
 
 
 def _dotted(run: RunConfig) -> dict[str, Any]:
