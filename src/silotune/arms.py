@@ -185,6 +185,16 @@ def federated_arms(run: RunConfig) -> dict[str, Any]:
     return arms
 
 
+def place_of(arm: str, seed: int) -> str:
+    """The folder of an arm's part, inside the comparison's."""
+    return f"seed-{seed}/{folder_name(arm.replace(': ', '-'))}"
+
+
+def place_alone(client: str, seed: int) -> str:
+    """The folder of a lone client's part, inside the comparison's."""
+    return f"seed-{seed}/local/{folder_name(client)}"
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """A client's held-out rows."""
@@ -229,7 +239,7 @@ class Bench:
 
     def federated(self, arm: str, algorithm: Any, seed: int) -> Run:
         """Run the recipe with this algorithm and seed, as `silotune run` would."""
-        place = f"seed-{seed}/{folder_name(arm.replace(': ', '-'))}"
+        place = place_of(arm, seed)
         run = self._recipe(seed, algorithm=algorithm)
         path = self.folder.path / place / "run"
 
@@ -254,7 +264,7 @@ class Bench:
 
     def alone(self, client: str, seed: int, plan: Mapping[int, int]) -> None:
         """One client without the others: the same rows, steps and learning rates."""
-        place = f"seed-{seed}/local/{folder_name(client)}"
+        place = place_alone(client, seed)
         scored = self.data if client in self.run.compare.only else [client]
         train = self._alone(self.data[client], seed, plan)
         self._part(place, f"seed {seed}, {client} alone", train, scored)
@@ -262,7 +272,7 @@ class Bench:
     def centralized(self, seed: int, plan: Mapping[int, int]) -> None:
         """All rows in one place."""
         train = self._alone(self.pool, seed, plan)
-        self._part(f"seed-{seed}/centralized", f"seed {seed}, centralized", train, self.data)
+        self._part(place_of("centralized", seed), f"seed {seed}, centralized", train, self.data)
 
     def _alone(
         self, data: ClientData, seed: int, plan: Mapping[int, int]
@@ -369,7 +379,7 @@ class Bench:
         run, seeds = self.run, seeds_of(self.run)
         root = self.folder.path
         alone = {
-            seed: {c: root / f"seed-{seed}/local/{folder_name(c)}" for c in self.data}
+            seed: {client: root / place_alone(client, seed) for client in self.data}
             for seed in seeds
         }
         arms: dict[str, dict[int, dict[str, Path]]] = {
@@ -379,8 +389,7 @@ class Bench:
         for client in run.compare.only:
             arms[f"only {client}"] = {s: {"": parts[client]} for s, parts in alone.items()}
         for arm in (*federated_arms(run), "centralized"):
-            name = folder_name(arm.replace(": ", "-"))
-            arms[arm] = {seed: {"": root / f"seed-{seed}" / name} for seed in seeds}
+            arms[arm] = {seed: {"": root / place_of(arm, seed)} for seed in seeds}
         return arms
 
     def scores(self) -> Scores:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from silotune.store import Row, held_out_losses
+from silotune.store import Row, held_out_losses, train_loss
 from silotune.types import Failure, Update
 
 
@@ -242,12 +242,10 @@ class _Clock:
         return each * (self.rounds - self.first + 1 - done)
 
     def end_round(self, round_: int, rows: Sequence[Row]) -> str:
-        trained = [row for row in rows if row["event"] == "train" and "train_loss" in row]
         self.bytes += sum(
             int(row.get("bytes_up", 0)) + int(row.get("bytes_down", 0)) for row in rows
         )
-        tokens = sum(row["num_tokens"] for row in trained)
-        loss = sum(row["train_loss"] * row["num_tokens"] for row in trained) / max(1, tokens)
+        loss = train_loss(rows)
         parts: list[Any] = [f"round {round_}/{self.rounds} done: train loss {loss:.3f}"]
         for behind, held_out in held_out_losses(rows).items():
             parts.append(f"held-out loss after round {behind}: {held_out:.3f}")

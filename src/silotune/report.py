@@ -5,7 +5,7 @@ from typing import Any
 
 from silotune.config import RunConfig
 from silotune.progress import human_bytes, human_seconds
-from silotune.store import Row, held_out_losses
+from silotune.store import Row, held_out_losses, train_loss
 
 
 def summarise(
@@ -121,15 +121,12 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         lines.append(("0 (base)", "-", f"{held_out[0]:.3f}", "-", "-"))
     for last in (row for row in rows if row["event"] == "round"):
         own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
-        trained = [row for row in own if "train_loss" in row]
-        tokens = sum(row["num_tokens"] for row in trained)
-        loss = sum(row["train_loss"] * row["num_tokens"] for row in trained) / max(1, tokens)
         after = held_out.get(last["round"])
         sent = sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in own)
         lines.append(
             (
                 str(last["round"]),
-                f"{loss:.3f}",
+                f"{train_loss(own):.3f}",
                 "-" if after is None else f"{after:.3f}",
                 human_bytes(sent),
                 f"{last['seconds']:.1f}",

@@ -357,3 +357,15 @@ def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
             total[0] += row["loss"] * row["num_tokens"]
             total[1] += row["num_tokens"]
     return {round_: loss / tokens for round_, (loss, tokens) in sorted(sums.items())}
+
+
+def trained(rows: Iterable[Row]) -> list[Row]:
+    """The rows of clients that trained; of one that failed there is only its reason."""
+    return [row for row in rows if row["event"] == "train" and "train_loss" in row]
+
+
+def train_loss(rows: Iterable[Row]) -> float:
+    """Training loss over the clients of these rows, weighted by tokens; 0 where none trained."""
+    own = trained(rows)
+    tokens = sum(row["num_tokens"] for row in own)
+    return sum(row["train_loss"] * row["num_tokens"] for row in own) / max(1, tokens)

@@ -11,7 +11,7 @@ from typing import Any
 
 from silotune.errors import ConfigError
 from silotune.progress import Progress
-from silotune.store import Row, held_out_losses
+from silotune.store import Row, held_out_losses, train_loss, trained
 
 
 def check_tracker(name: str) -> None:
@@ -74,12 +74,9 @@ class Tracker(Progress):
 
 
 def _trained(rows: Sequence[Row]) -> dict[str, float]:
-    trained = [row for row in rows if row["event"] == "train" and "train_loss" in row]
-    values = {f"train_loss/{row['client']}": row["train_loss"] for row in trained}
-    tokens = sum(row["num_tokens"] for row in trained)
-    if tokens:
-        loss = sum(row["train_loss"] * row["num_tokens"] for row in trained) / tokens
-        values["train_loss/all"] = loss
+    values = {f"train_loss/{row['client']}": row["train_loss"] for row in trained(rows)}
+    if values:
+        values["train_loss/all"] = train_loss(rows)
     for key in ("bytes_up", "bytes_down"):
         values[key] = float(sum(row.get(key, 0) for row in rows))
     values["seconds"] = sum(row["seconds"] for row in rows if row["event"] == "round")
