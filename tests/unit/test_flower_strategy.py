@@ -697,15 +697,17 @@ def test_mistakes_in_the_section_are_explained(section, text):
 
 
 def test_the_check_of_a_recipe_finds_it_and_the_command_prints_the_warnings(capsys):
-    name = f"algorithm.name=flower:{FLWR}"
+    def section(name: str, more: str = "") -> str:  # in place of the recipe's, server_lr and all
+        return f'algorithm={{name="flower:{FLWR}.{name}"{more}}}'
+
     with pytest.raises(ConfigError, match="needs its own messages"):
-        silotune.check("hospitals", [f"{name}.FedProx"])
+        silotune.check("hospitals", [section("FedProx")])
     with pytest.raises(ConfigError, match=r"Bulyan combined none of 5 updates"):
-        silotune.check("hospitals", [f"{name}.Bulyan", "algorithm.options={num_malicious_nodes=1}"])
-    checked = silotune.check("hospitals", [f"{name}.FedYogi", "algorithm.options.eta=0.02"])
+        silotune.check("hospitals", [section("Bulyan", ", options={num_malicious_nodes=1}")])
+    checked = silotune.check("hospitals", [section("FedYogi"), "algorithm.options.eta=0.02"])
     assert checked.warnings == strategy_warnings(checked.run.algorithm) != []
-    check_command("hospitals", [f"{name}.FedYogi"])
+    check_command("hospitals", [section("FedYogi")])
     out = capsys.readouterr().out
     assert all(f"warning: {text}\n" in out for text in checked.warnings)
-    check_command("hospitals", [f"{name}.FedYogi"], json=True)
+    check_command("hospitals", [section("FedYogi")], json=True)
     assert "warning" not in capsys.readouterr().out
