@@ -2,7 +2,7 @@
 
 >>> import silotune
 >>> sorted(silotune.shipped_recipes())
-['hospitals', 'workshop']
+['glue-cola', 'glue-sst2', 'hospitals', 'workshop']
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from silotune.config import RunConfig, load_recipe, shipped_recipes
     from silotune.errors import SilotuneError
     from silotune.finished import Run
-    from silotune.launch import base_folder, check, run
+    from silotune.launch import base_folder, check, pretrain_teacher, run
     from silotune.progress import PlainProgress, Progress
 
 # Resolved when first used: importing silotune costs no torch.
@@ -28,6 +28,7 @@ _HOMES = {
     "check": "silotune.launch",
     "compare": "silotune.arms",
     "load_recipe": "silotune.config",
+    "pretrain_teacher": "silotune.launch",
     "run": "silotune.launch",
     "shipped_recipes": "silotune.config",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "check",
     "compare",
     "load_recipe",
+    "pretrain_teacher",
     "run",
     "shipped_recipes",
 ]

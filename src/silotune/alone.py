@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from silotune.client import ClientData, Worker, take_part
 from silotune.config import RunConfig
@@ -49,6 +50,12 @@ class Cost:
     """Of training alone."""
     bytes_up: int = 0
     bytes_down: int = 0
+    head_bytes_up: int = 0
+    """Of `bytes_up`, what a classification head took."""
+    head_bytes_down: int = 0
+    tokens_server: int = 0
+    """What the server trained on rows of its own, teacher and student both."""
+    seconds_server: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         sums = {key: value + getattr(other, key) for key, value in asdict(self).items()}
@@ -88,8 +95,11 @@ def train_alone(
     return adapter, cost
 
 
-def cost_of_run(rows: Sequence[Row], plan: Plan) -> Cost:
-    """What a federated run took, by its metrics.jsonl."""
+OF_SUMMARY = ("head_bytes_up", "head_bytes_down", "tokens_server", "seconds_server")
+
+
+def cost_of_run(rows: Sequence[Row], plan: Plan, summary: Mapping[str, Any]) -> Cost:
+    """What a federated run took, by its metrics.jsonl and summary.json."""
     trained = [row for row in rows if row["event"] == "train" and "num_tokens" in row]
     return Cost(
         tokens=sum(int(row["num_tokens"]) for row in trained),
@@ -98,4 +108,5 @@ def cost_of_run(rows: Sequence[Row], plan: Plan) -> Cost:
         seconds=sum(row["seconds_training"] for row in trained),
         bytes_up=sum(row.get("bytes_up", 0) for row in rows),
         bytes_down=sum(row.get("bytes_down", 0) for row in rows),
+        **{key: summary[key] for key in OF_SUMMARY if key in summary},
     )

@@ -9,6 +9,7 @@ A comparison is a folder of parts. A part that is finished, `part.json` says so,
 again; one that was interrupted goes on from its last round.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.alone import Cost, Plan, cost_of_run, pooled, rows_trained, train_alone
+from silotune.arm_recipes import federated_arms
 from silotune.card import comparison_card
 from silotune.client import ClientData, Worker
 from silotune.comparison import LOCAL, Scores, compare_arms
@@ -36,9 +38,10 @@ from silotune.progress import Progress, human_seconds
 from silotune.quality import judge, question_of
 from silotune.rows import Conversation, did_you_mean
 from silotune.runtime.inprocess import prepare_clients
-from silotune.store import Row, RunFolder
-from silotune.tasks import TASKS
+from silotune.store import Row, RunFolder, held_out_losses, overall_scores
+from silotune.tasks import build_task
 from silotune.tasks.base import Example
+from silotune.teaching import build_lesson, is_pretrained, pretrain, server_rows
 from silotune.types import AdapterState
 
 
@@ -140,8 +143,8 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
     bench.base()
     for seed in seeds_of(run):
         plan: Plan = {}
-        for arm, algorithm in federated_arms(run).items():
-            done = bench.federated(arm, algorithm, seed)
+        for arm, recipe in federated_arms(run).items():
+            done = bench.federated(arm, recipe, seed)
             plan = plan or rows_trained(done.metrics, bench.data, run)
         for client in bench.data:
             bench.alone(client, seed, plan[client])
@@ -158,9 +161,10 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
         **numbers,
         "notes": [*([run.report.note] if run.report.note else []), *numbers["notes"]],
         "samples": bench.samples(scores),
-        "split": describe_split(checked.rows, bench.loaded.tokenizer),
+        "split": describe_split(checked.rows, bench.loaded.tokenizer, bench.task),
     }
     write_atomically(folder.path / "README.md", comparison_card(result, run).encode())
+    write_json(folder.path / "results.json", bench.results(result))
     write_json(folder.path / "comparison.json", result)
     done = Comparison(folder.path)
     if run.report.page:
@@ -171,18 +175,6 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
 def seeds_of(run: RunConfig) -> range:
     """The recipe's seed and those after it."""
     return range(run.seed, run.seed + run.compare.seeds)
-
-
-def federated_arms(run: RunConfig) -> dict[str, Any]:
-    """Names of the federated arms and their algorithms; the recipe's own comes first."""
-    arms: dict[str, Any] = {"federated": run.algorithm}
-    for algorithm in run.compare.algorithms:
-        name = label = f"federated: {getattr(algorithm, 'name', '')}"
-        count = 2
-        while name in arms:  # the same algorithm with other settings
-            name, count = f"{label} {count}", count + 1
-        arms[name] = algorithm
-    return arms
 
 
 def place_of(arm: str, seed: int) -> str:
@@ -210,54 +202,60 @@ class Bench:
     def __init__(self, folder: ComparisonFolder, checked: Checked, progress: Progress) -> None:
         self.folder, self.checked, self.progress = folder, checked, progress
         self.run = run = checked.run
+        self.task = build_task(run.task, run.data.labels)
         progress.note(f"comparison folder: {folder.path}")
         progress.note(f"loading {run.model.name}")
         self.loaded: LoadedModel = load_for(run, progress)
         provenance_of(folder, checked, self.loaded)
-        self._first = (run.seed, read_adapter(self.loaded))
+        self._first = ((run.seed, run.adapter), read_adapter(self.loaded))
         self.data = prepare_clients(checked.rows, self._worker(run))
         everything = tuple(e for own in self.data.values() for e in own.examples)
+        if own_rows := server_rows(run):  # the server's are rows like any others, in one place
+            everything += build_lesson(run, own_rows, self.loaded.tokenizer).examples
         self.pool = ClientData("centralized", everything, (), num_eval=0, num_cut=0, num_dropped=0)
         self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
-        arms = 2 + len(self.data) + len(run.compare.algorithms)
+        arms = 1 + len(self.data) + len(federated_arms(run))
         self.num_parts, self.num_done = 1 + arms * run.compare.seeds, 0
 
     def _worker(self, run: RunConfig) -> Worker:
         """Trains as one client without a federation does: whatever it learns is the result."""
-        return Worker(self.loaded, TASKS["instruct"], run, fedavg(FedAvgConfig()))
+        return Worker(self.loaded, self.task, run, fedavg(FedAvgConfig()))
 
     def _held_out(self, talks: Sequence[Conversation]) -> HeldOut:
         tokenizer, limit = self.loaded.tokenizer, self.run.train.max_length
-        prepared = TASKS["instruct"].prepare(talks, tokenizer, limit)
+        prepared = self.task.prepare(talks, tokenizer, limit)
         return HeldOut(prepared.examples, tuple(talks[row] for row in prepared.rows))
 
     # --- arms
 
     def base(self) -> None:
         """Score the base as it came. A fresh LoRA adapter changes nothing: one factor is zero."""
-        self._part("base", "the base", lambda _: (self.first(self.run.seed), Cost()), self.data)
+        run = self._recipe(self.run, self.run.seed)
+        self._part("base", "the base", lambda _: (self.first(run), Cost()), self.data)
 
-    def federated(self, arm: str, algorithm: Any, seed: int) -> Run:
-        """Run the recipe with this algorithm and seed, as `silotune run` would."""
+    def federated(self, arm: str, recipe: RunConfig, seed: int) -> Run:
+        """Run an arm's recipe with this seed, as `silotune run` would."""
         place = place_of(arm, seed)
-        run = self._recipe(seed, algorithm=algorithm)
+        run = self._recipe(recipe, seed)
         path = self.folder.path / place / "run"
 
         def train(_: Path) -> tuple[AdapterState, Cost]:
-            opened = RunFolder.open(path) if path.exists() else RunFolder.create(path, run)
-            write_adapter(self.loaded, self.first(seed))
+            taught = self._with_teacher(run)
+            opened = RunFolder.open(path) if path.exists() else RunFolder.create(path, taught)
+            first = self.first(run)  # before `loaded` is looked at: it may dress the base anew
+            write_adapter(self.loaded, first)
             with opened.locked():
                 done = run_in(
                     opened,
-                    replace(self.checked, run=run),
+                    replace(self.checked, run=taught),
                     self.progress,
                     began=time.perf_counter(),
                     loaded=self.loaded,
                     data=self.data,
                 )
-            return done.adapter(), cost_of_run(
-                done.metrics, rows_trained(done.metrics, self.data, run)
-            )
+            plan = rows_trained(done.metrics, self.data, run)
+            trained = {n: t for n, t in done.adapter().items() if n in self.loaded.parameters}
+            return trained, cost_of_run(done.metrics, plan, done.summary)
 
         self._part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
         return Run(path)
@@ -277,10 +275,11 @@ class Bench:
     def _alone(
         self, data: ClientData, seed: int, plan: Mapping[int, int]
     ) -> Callable[[Path], tuple[AdapterState, Cost]]:
-        worker = self._worker(self._recipe(seed))
+        run = self._recipe(self.run, seed)
 
         def train(place: Path) -> tuple[AdapterState, Cost]:
-            adapter, cost = train_alone(worker, data, plan, self.first(seed), place / "state")
+            first = self.first(run)  # before the worker: it may dress the base anew
+            adapter, cost = train_alone(self._worker(run), data, plan, first, place / "state")
             if self.loaded.has_adapter:
                 write_adapter(self.loaded, adapter)
                 save_adapter(self.loaded, place / "adapter", base_name=self.run.model.name)
@@ -288,27 +287,50 @@ class Bench:
 
         return train
 
-    def _recipe(self, seed: int, **changes: Any) -> RunConfig:
-        """The recipe for one arm: its seed, on the rows of the first seed, scored at the end."""
+    def _recipe(self, recipe: RunConfig, seed: int) -> RunConfig:
+        """An arm's recipe with a seed, on the rows of the first seed."""
         run = self.run
         fixed = run.data.split_seed if run.data.split_seed is not None else run.seed
-        best = run.checkpoint.keep == "best"  # needs a score of every round
-        return run.model_copy(
+        # without a history only the end is scored, by the comparison itself; "best" needs each
+        scored = run.compare.history or run.checkpoint.keep == "best"
+        return recipe.model_copy(
             update={
                 "seed": seed,
                 "data": run.data.model_copy(update={"split_seed": fixed}),
-                "evaluate": run.evaluate if best else run.evaluate.model_copy(update={"every": 0}),
+                "evaluate": run.evaluate
+                if scored
+                else run.evaluate.model_copy(update={"every": 0}),
                 "report": run.report.model_copy(update={"page": False, "samples": 0}),
                 "compare": CompareConfig(),
-                **changes,
             }
         )
 
-    def first(self, seed: int) -> AdapterState:
-        """The adapter that every arm of a seed begins with; drawn anew only for another seed."""
-        if self._first[0] != seed and self.loaded.has_adapter:
-            self.loaded = renew_adapter(self.loaded, self.run.adapter, seed=seed)
-            self._first = (seed, read_adapter(self.loaded))
+    def _with_teacher(self, run: RunConfig) -> RunConfig:
+        """The recipe with a teacher that has learned: once for all arms of a seed that share it."""
+        how = run.distill
+        asked = run.server.work == "distill" and how.pretrain_epochs > 0
+        if not asked or is_pretrained(how.teacher or ""):
+            return run
+        about = [how.teacher, how.pretrain_epochs, run.server.lr, run.train.model_dump()]
+        mark = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+        place = self.folder.path / f"seed-{run.seed}" / f"teacher-{mark}"
+        if not place.exists():
+            pretrain(run, place, self.progress)
+        taught = how.model_copy(update={"teacher": str(place)})
+        return run.model_copy(update={"distill": taught})
+
+    def first(self, run: RunConfig) -> AdapterState:
+        """What every arm of this seed and kind of adapter begins with; the base is dressed for it.
+
+        Only another seed, or another adapter, makes it anew.
+        """
+        wanted = (run.seed, run.adapter)
+        if self._first[0] != wanted:
+            if self.loaded.has_adapter and run.adapter.kind == "lora":
+                self.loaded = renew_adapter(self.loaded, run.adapter, seed=run.seed)
+            else:  # weights that were trained are not the base's any more
+                self.loaded = load_for(run)
+            self._first = (wanted, read_adapter(self.loaded))
         return self._first[1]
 
     # --- parts
@@ -352,10 +374,10 @@ class Bench:
         """One row per held-out row of the client, in their order."""
         write_adapter(self.loaded, adapter)
         held, run = self.held[client], self.run
-        each = score_each(
-            self.loaded, held.examples, TASKS["instruct"], batch_size=run.evaluate.batch_size
-        )
+        each = score_each(self.loaded, held.examples, self.task, batch_size=run.evaluate.batch_size)
         rows: list[Row] = [asdict(score) for score in each]
+        if self.task.labels:
+            return rows  # there is nothing to answer
         limit = run.compare.max_new_tokens
         shown = range(len(rows)) if limit else self._sampled(client)
         asked = [question_of(held.talks[i]) for i in shown]
@@ -409,10 +431,31 @@ class Bench:
             found[arm] = asdict(total)
         return found
 
+    def results(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """results.json: the whole experiment as one table for other programs.
+
+        Its configuration, what each arm took, its scores over all clients after every scored round
+        by seed, and the numbers of the comparison.
+        """
+        history: dict[str, dict[int, list[Row]]] = {}
+        for arm in federated_arms(self.run):
+            for seed in seeds_of(self.run):
+                rows = Run(self.folder.path / place_of(arm, seed) / "run").metrics
+                losses, labels = held_out_losses(rows), overall_scores(rows)
+                history.setdefault(arm, {})[seed] = [
+                    {"round": r, "loss": loss, **labels.get(r, {})} for r, loss in losses.items()
+                ]
+        return {
+            "configuration": self.run.model_dump(mode="json", serialize_as_any=True),
+            "history": history,
+            **{key: result[key] for key in ("seeds", "arms", "overall", "clients", "notes")},
+        }
+
     def samples(self, scores: Scores) -> list[dict[str, Any]]:
         """Some held-out questions, and what the first seed's arms answer."""
         found: list[dict[str, Any]] = []
-        for client in list(self.data)[: self.run.report.samples]:
+        shown = 0 if self.task.labels else self.run.report.samples
+        for client in list(self.data)[:shown]:
             talk, reference = question_of(self.held[client].talks[0])
             said = {
                 arm: rows[client][0]["answer"].strip()

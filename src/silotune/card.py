@@ -9,7 +9,15 @@ from typing import Any
 
 from silotune.comparison import cost_table, difference_table, score_table
 from silotune.config import RunConfig
-from silotune.report import cost_lines, loss_table, round_table, split_table, worse_off
+from silotune.report import (
+    cost_lines,
+    label_table,
+    loss_table,
+    round_table,
+    split_table,
+    unit_of,
+    worse_off,
+)
 from silotune.store import Row
 from silotune.verdicts import comparison_verdict, run_verdict, worse_off_warnings
 
@@ -35,6 +43,7 @@ def model_card(
     base = provenance["base"]
     lost = worse_off(summary)
     overall = summary["overall"]["federated_loss"]
+    target, labels = unit_of(summary).rsplit(" ", 1)[1], label_table(summary)
     lines = [
         "---",
         "library_name: peft" if run.adapter.kind == "lora" else "library_name: transformers",
@@ -52,14 +61,15 @@ def model_card(
         run_verdict(summary),
         "",
         *([run.report.note, ""] if run.report.note else []),
-        "## Held-out loss (nats per token, lower is better)",
+        f"## Held-out loss ({unit_of(summary)}, lower is better)",
         "",
         *table,
         "",
         (
-            "Each client's own held-out rows; the last line is weighted by tokens"
-            + (f", perplexity {math.exp(overall):.1f}." if overall is not None else ".")
+            f"Each client's own held-out rows; the last line is weighted by {target}s"
+            + ("." if overall is None or labels else f", perplexity {math.exp(overall):.1f}.")
         ),
+        *(["", "## Held-out labels", "", *markdown_table(labels)] if labels else []),
     ]
     if lost:
         lines += ["", f"**Not better than the base for: {', '.join(lost)}.**"]
@@ -134,17 +144,21 @@ def _what_is_trained(run: RunConfig) -> str:
 
 def python_use(run: RunConfig) -> list[str]:
     """How to load the adapter, as lines of Markdown."""
+    kind, more = "AutoModelForCausalLM", ""
+    if run.task == "classify":
+        kind = "AutoModelForSequenceClassification"
+        more = f", num_labels={len(run.data.labels or ())}"
     if run.adapter.kind == "full":
-        return ["`adapter/` is a model folder for `AutoModelForCausalLM.from_pretrained`."]
+        return [f"`adapter/` is a model folder for `{kind}.from_pretrained`."]
     return [
         "`adapter/` is a PEFT folder:",
         "",
         "```python",
         "from peft import PeftModel",
         "from silotune import base_folder",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {kind}",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained(base_folder("{run.model.name}"))',
+        f'base = {kind}.from_pretrained(base_folder("{run.model.name}"){more})',
         'model = PeftModel.from_pretrained(base, "adapter")',
         "```",
     ]

@@ -54,15 +54,17 @@ _Place = Callable[[int, int], float]
 # --- what is drawn ----------------------------------------------------------------------------
 
 
-def held_out_loss(clients: Mapping[str, Points], overall: Points) -> str:
+def held_out_loss(
+    clients: Mapping[str, Points], overall: Points, unit: str = "nats per token"
+) -> str:
     """Held-out loss of each client and over all, by rounds behind the adapter."""
     x_label = "rounds behind the adapter (0 = base)"
-    return _lines(clients, overall, x_label=x_label, y_label="held-out loss (nats per token)")
+    return _lines(clients, overall, x_label=x_label, y_label=f"held-out loss ({unit})")
 
 
-def training_loss(clients: Mapping[str, Points]) -> str:
+def training_loss(clients: Mapping[str, Points], unit: str = "nats per token") -> str:
     """Training loss of each client by round."""
-    return _lines(clients, {}, x_label="round", y_label="training loss (nats per token)")
+    return _lines(clients, {}, x_label="round", y_label=f"training loss ({unit})")
 
 
 def bytes_per_round(down: Points, up: Points) -> str:

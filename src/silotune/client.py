@@ -179,6 +179,7 @@ def train_round(
             "num_steps": result.num_steps,
             "num_tokens": result.num_tokens,
             "num_padded_tokens": result.num_padded_tokens,
+            "num_targets": result.num_targets,
             "seconds_training": result.seconds,
             "seconds": time.perf_counter() - began,
         },

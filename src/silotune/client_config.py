@@ -16,7 +16,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from silotune.config import RunConfig, usable_threads
-from silotune.data import ClientRows, DataConfig, load_client
+from silotune.data import ClientRows, DataConfig, TaskRow, load_client
 from silotune.errors import ConfigError, Declined
 from silotune.memory import folder_name
 from silotune.sources import SOURCES, is_hub_id
@@ -175,7 +175,8 @@ def check_steps(run: RunConfig, own: ClientConfig, num_train: int) -> None:
 def own_data(run: RunConfig, own: ClientConfig) -> DataConfig:
     """Where this client's rows are, by its own word, and what they look like, by either's."""
     format_ = {k: v for k, v in run.data.model_dump().items() if k not in LOCATIONS}
-    format_.pop("label")  # only a simulation's report shows it
+    if run.task != "classify":
+        format_.pop("label")  # only a simulation's report shows it
     mine = {k: getattr(own.data, k) for k in own.data.model_fields_set}
     if {"eval_path", "eval_split"} & mine.keys():
         format_.pop("eval_fraction")  # its held-out rows are chosen already
@@ -184,7 +185,12 @@ def own_data(run: RunConfig, own: ClientConfig) -> DataConfig:
 
 def own_rows(run: RunConfig, own: ClientConfig) -> ClientRows:
     """This client's rows, read and split by its own configuration."""
-    return load_client(own_data(run, own), own.name, seed=run.seed)
+    return load_client(own_data(run, own), own.name, seed=run.seed, task=run.task)
+
+
+def _line(row: TaskRow) -> str:
+    columns = row if isinstance(row, dict) else {"messages": row}
+    return json.dumps(columns, ensure_ascii=False) + "\n"
 
 
 def write_client_configs(
@@ -212,7 +218,7 @@ def write_client_configs(
         place = folder / folder_name(name)
         place.mkdir(parents=True)
         for part, talks in (("train", own.train), ("eval", own.evaluation)):
-            lines = [json.dumps({"messages": talk}, ensure_ascii=False) + "\n" for talk in talks]
+            lines = [_line(talk) for talk in talks]
             (place / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         table: dict[str, Any] = {
             "name": name,

@@ -5,13 +5,13 @@ base (not at all), local (each client alone), federated, centralized (all rows i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from silotune.progress import human_bytes, human_seconds
-from silotune.stats import Interval, Scored, mean_interval
+from silotune.stats import Interval, Labelled, Scored, label_interval, mean_interval
 
 MIN_ROWS = 20
 """Held-out rows below which a client gets no verdict."""
@@ -40,6 +40,8 @@ class Metric:
     weight: str | None = None
     """The field that the sum is divided by; 1 a row when absent."""
     digits: int = 3
+    labels: bool = False
+    """Of a client's rows together, from the labels that they were given: `stats.label_interval`."""
 
 
 LOSS = Metric("loss", "held-out loss", "nats per token", True, "loss_sum", "num_tokens")
@@ -50,6 +52,13 @@ ANSWERS = (
     Metric("exact", "exact match", "share of answers", False, "exact"),
 )
 """Of generated answers."""
+LABELS = (
+    replace(LOSS, unit="nats per row"),
+    Metric("accuracy", "accuracy", "share of rows", False, "given", labels=True),
+    Metric("macro_f1", "macro F1", "mean over labels", False, "given", labels=True),
+    Metric("mcc", "Matthews correlation", "-1 to 1", False, "given", labels=True),
+)
+"""With the task classify."""
 
 
 def compare_arms(scores: Scores, *, num_train: Mapping[str, int], seed: int) -> dict[str, Any]:
@@ -67,6 +76,8 @@ def compare_arms(scores: Scores, *, num_train: Mapping[str, int], seed: int) -> 
     names = sorted(num_train)
     any_row = next(iter(next(iter(scores[LOCAL].values())).values()))[0]
     metrics = [LOSS, *(m for m in ANSWERS if m.value in any_row)]
+    if any_row.get("true", -1) >= 0:
+        metrics = list(LABELS)
     clients: dict[str, Any] = {}
     for name in names:
         num_eval = len(next(iter(scores[LOCAL].values()))[name])
@@ -92,20 +103,15 @@ def _numbers(
     """Means, differences to `local` and verdicts over some clients, each counting once."""
     found: dict[str, Any] = {"scores": {}, "differences": {}, "verdicts": {}}
     for metric in metrics:
-        local = [_scored(scores[LOCAL], name, metric) for name in names]
+        interval = _label_interval if metric.labels else _mean_interval
         means, apart, verdicts = {}, {}, {}
         for arm, by_seed in scores.items():
             if any(name not in next(iter(by_seed.values())) for name in names):
                 continue
-            own = [_scored(by_seed, name, metric, num_seeds=len(scores[LOCAL])) for name in names]
-            means[arm] = asdict(mean_interval(own, seed=seed))
+            means[arm] = asdict(interval(scores, arm, names, metric, seed, minus=None))
             if arm == LOCAL:
                 continue
-            paired = [
-                Scored(a.client, a.sums - b.sums, a.weights)
-                for a, b in zip(own, local, strict=True)
-            ]
-            difference = mean_interval(paired, seed=seed)
+            difference = interval(scores, arm, names, metric, seed, minus=LOCAL)
             apart[arm] = asdict(difference)
             verdicts[arm] = verdict(difference, metric, num_rows=num_rows)
         found["scores"][metric.key] = means
@@ -114,15 +120,55 @@ def _numbers(
     return found
 
 
+def _mean_interval(
+    scores: Scores, arm: str, names: Sequence[str], metric: Metric, seed: int, *, minus: str | None
+) -> Interval:
+    """A mean over rows, or the paired difference of two arms."""
+    num_seeds = len(scores[LOCAL])
+    own = [_scored(scores[arm], name, metric, num_seeds) for name in names]
+    if minus is None:
+        return mean_interval(own, seed=seed)
+    others = [_scored(scores[minus], name, metric, num_seeds) for name in names]
+    paired = [
+        Scored(a.client, a.sums - b.sums, a.weights) for a, b in zip(own, others, strict=True)
+    ]
+    return mean_interval(paired, seed=seed)
+
+
+def _label_interval(
+    scores: Scores, arm: str, names: Sequence[str], metric: Metric, seed: int, *, minus: str | None
+) -> Interval:
+    """A score of a client's labels together, or the paired difference of two arms."""
+    num_seeds = len(scores[LOCAL])
+    rows = [row for by_seed in scores.values() for own in by_seed.values() for row in own.values()]
+    num_labels = 1 + max(max(row["given"], row["true"]) for own in rows for row in own)
+    own, others = (
+        None if one is None else [_labelled(scores[one], n, num_labels, num_seeds) for n in names]
+        for one in (arm, minus)
+    )
+    assert own is not None
+    return label_interval(own, metric.key, minus=others, seed=seed)
+
+
+def _labelled(
+    by_seed: Mapping[int, Mapping[str, RowScores]], client: str, num_labels: int, num_seeds: int
+) -> Labelled:
+    given = np.array([[row["given"] for row in rows[client]] for rows in by_seed.values()])
+    if len(given) == 1:
+        given = np.repeat(given, num_seeds, axis=0)
+    true = np.array([row["true"] for row in next(iter(by_seed.values()))[client]])
+    return Labelled(client, given, true, num_labels)
+
+
 def _scored(
     by_seed: Mapping[int, Mapping[str, RowScores]],
     client: str,
     metric: Metric,
-    num_seeds: int | None = None,
+    num_seeds: int,
 ) -> Scored:
     """One client's rows under one arm, (seeds, rows). The base has no seed: it counts for each."""
     sums = np.array([[row[metric.value] for row in rows[client]] for rows in by_seed.values()])
-    if len(sums) == 1 and num_seeds is not None:
+    if len(sums) == 1:
         sums = np.repeat(sums, num_seeds, axis=0)
     first = next(iter(by_seed.values()))[client]
     weights = [row[metric.weight] if metric.weight else 1 for row in first]
@@ -204,17 +250,37 @@ def difference_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[s
     return lines
 
 
+MORE = {
+    "head_bytes_up": "of it head",
+    "head_bytes_down": "of it head",
+    "tokens_server": "tokens at the server",
+    "seconds_server": "training there",
+}
+"""Costs that only some comparisons have."""
+
+
 def cost_table(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Header and rows: an arm a line, over all seeds."""
+    costs = comparison["arms"].values()
+    extra = {key: name for key, name in MORE.items() if any(cost.get(key) for cost in costs)}
+    more = tuple(extra.values())
     lines: list[tuple[str, ...]] = [
-        ("arm", "tokens", "examples", "steps", "training", "sent up", "sent down")
+        ("arm", "tokens", "examples", "steps", "training", "sent up", "sent down", *more)
     ]
     for arm, cost in comparison["arms"].items():
         if arm.startswith("only "):
             continue  # a part of the arm of lone clients
         counts = (f"{cost[key]:,}" for key in ("tokens", "examples", "steps"))
         sent = (human_bytes(cost[key]) for key in ("bytes_up", "bytes_down"))
-        lines.append((arm, *counts, human_seconds(cost["seconds"]), *sent))
+        said = (
+            human_seconds(cost.get(key, 0))
+            if key == "seconds_server"
+            else f"{cost.get(key, 0):,}"
+            if key == "tokens_server"
+            else human_bytes(cost.get(key, 0))
+            for key in extra
+        )
+        lines.append((arm, *counts, human_seconds(cost["seconds"]), *sent, *said))
     return lines
 
 

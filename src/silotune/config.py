@@ -35,6 +35,7 @@ from silotune.models import AdapterConfig, ModelConfig
 from silotune.partition import PartitionConfig
 from silotune.rows import did_you_mean
 from silotune.sampling import SamplingConfig
+from silotune.server import DistillConfig, ServerConfig
 from silotune.train import TrainConfig
 from silotune.types import Config
 
@@ -197,6 +198,11 @@ class CompareConfig(Config):
     algorithms: tuple[AnyAlgorithmConfig, ...] = ()
     """More federated arms beside the recipe's own: names, or as in
     [{ name = "fedprox", mu = 0.1 }]."""
+    arms: dict[str, dict[str, Any]] = Field(default={})
+    """Further federated arms by name, each with the sections that differ from the recipe, as in
+    [compare.arms."all weights".adapter] kind = "full"."""
+    history: bool = False
+    """Score the federated arms in the rounds of evaluate.every too, not at the end alone."""
     only: tuple[str, ...] = ()
     """Clients whose lone adapter is scored on every client's rows, not on its own alone."""
     max_new_tokens: int = Field(default=0, ge=0)
@@ -219,6 +225,8 @@ class RunConfig(Config):
     """Every random draw of a run derives from it, by name."""
     rounds: int = Field(ge=1)
     """Rounds of training and aggregation."""
+    task: Literal["instruct", "classify"] = "instruct"
+    """instruct: answer as the rows do. classify: give a text one of several labels."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
@@ -226,6 +234,8 @@ class RunConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     train: TrainConfig = TrainConfig()
     algorithm: AnyAlgorithmConfig = Field(default_factory=lambda: ALGORITHM_CONFIGS["fedavg"]())
+    server: ServerConfig = ServerConfig()
+    distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
@@ -237,6 +247,8 @@ class RunConfig(Config):
         if self.checkpoint.keep == "best" and self.evaluate.every == 0:
             yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
         yield from self.runtime.contradictions()
+        yield from self._of_the_task()
+        yield from self._of_the_server()
         arms = [self.algorithm, *self.compare.algorithms]
         if any(arm in arms[:i] for i, arm in enumerate(arms)):
             yield "compare.algorithms", "names an algorithm twice, or the recipe's own again"
@@ -245,6 +257,51 @@ class RunConfig(Config):
                 "model.dtype",
                 f"'{self.model.dtype}' cannot hold the small steps of full training; use float32",
             )
+
+    def _of_the_task(self) -> Iterator[tuple[str, str]]:
+        """Keys that only one of the tasks knows."""
+        other = {
+            "instruct": (
+                ("adapter", "head"),
+                ("data", "labels"),
+                ("data", "text"),
+                ("data", "text_pair"),
+            ),
+            "classify": (
+                ("data", "prompt"),
+                ("data", "completion"),
+                ("data", "system"),
+                ("data", "template"),
+                ("compare", "max_new_tokens"),
+            ),
+        }
+        for section, key in other[self.task]:
+            part: BaseModel = getattr(self, section)
+            if getattr(part, key) != type(part).model_fields[key].default:
+                its = next(task for task in other if task != self.task)
+                yield f"{section}.{key}", f'has an effect with task = "{its}" only'
+
+    def _of_the_server(self) -> Iterator[tuple[str, str]]:
+        """What the server needs for its own training."""
+        server, distill = self.server, self.distill
+        if server.data_path is not None and server.data_fraction > 0:
+            yield "server.data_path", "and data_fraction exclude each other; give one"
+        if server.data_path is not None and server.data_path in (
+            self.data.path,
+            self.data.eval_path,
+        ):
+            yield "server.data_path", "names the clients' rows; the server's have to be its own"
+        has_rows = server.data_path is not None or server.data_fraction > 0
+        if server.work != "none" and not has_rows:
+            yield (
+                "server.work",
+                f"'{server.work}' needs rows of the server's own: set server.data_fraction or "
+                "server.data_path",
+            )
+        if server.work == "distill" and distill.teacher is None:
+            yield "distill.teacher", "is missing: name a larger model with the same tokenizer"
+        if server.work != "none" and self.adapter.head == "local":
+            yield "adapter.head", "'local' leaves the server without a head to train with"
 
 
 def build_algorithm(cfg: AlgorithmConfig) -> Algorithm:
@@ -478,7 +535,7 @@ def known_keys(algorithm: str = "fedavg") -> Iterator[str]:
     """Every key that a recipe with this algorithm may hold, dotted."""
     for name, cls in sections(algorithm).items():
         yield from (f"{name}.{key}" for key in cls.model_fields)
-    yield from ("seed", "rounds", *sections(algorithm))
+    yield from ("seed", "rounds", "task", *sections(algorithm))
 
 
 def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
@@ -490,6 +547,8 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "partition": PartitionConfig,
         "sampling": SamplingConfig,
         "train": TrainConfig,
+        "server": ServerConfig,
+        "distill": DistillConfig,
         "algorithm": ALGORITHM_CONFIGS.get(algorithm, AlgorithmConfig),
         "evaluate": EvaluateConfig,
         "checkpoint": CheckpointConfig,

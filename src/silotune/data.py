@@ -2,22 +2,23 @@
 
 Every row is read and converted before a model is loaded, so that a mistake in the last line of a
 file costs seconds. Knows clients and the held-out part; not how files are read, tokens or models.
-Messages name file, line and column, never a value of a row; client names, which may come from a
-column, are the one exception.
+Messages name file, line and column, never a value of a row; client names and labels, which come
+from columns, are the exceptions.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from silotune.errors import ConfigError, DataError
 from silotune.files import Part, PlacedRow, locate, no_such_file, read_hub, read_place
+from silotune.labelled import LabelledText, check_all_pairs, labelled_text
 from silotune.partition import PartitionConfig, Shares, by_column, dirichlet, iid, names_in_column
 from silotune.rows import (
     Conversation,
@@ -67,7 +68,15 @@ class DataConfig(Config):
     max_eval_rows: int | None = Field(default=None, ge=1)
     """At most so many held-out rows per client, drawn with the seed."""
     label: str | None = Field(default=None, min_length=1)
-    """A column whose mix at each client the report shows, for instance the kind of question."""
+    """A column whose mix at each client the report shows, for instance the kind of question. With
+    task = "classify" the column of the classes; "label" when absent."""
+    labels: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """classify: all classes, in the order of the model's outputs. Absent: those of all rows,
+    sorted; real clients, whose rows no one else can read, need them here."""
+    text: str | None = Field(default=None, min_length=1)
+    """classify: the column of the text; absent: found by the usual names (text, sentence, ...)."""
+    text_pair: str | None = Field(default=None, min_length=1)
+    """classify: the column of the second text, for pairs; goes with `text`."""
     split_seed: int | None = Field(default=None, ge=0)
     """Seed of the cut into clients and of the held-out rows; the run's seed when absent. Runs with
     other seeds on the same held-out rows need it."""
@@ -95,6 +104,10 @@ class DataConfig(Config):
                 holes[key] = any(column for _, column in parse_template(template or ""))
             except ValueError as error:
                 mistakes.append(f"{key} {error}")
+        if self.text_pair is not None and self.text is None:
+            mistakes.append("text_pair goes with text; set both")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            mistakes.append("labels names a label twice")
         if self.completion is not None and holes.get("completion") is False:
             mistakes.append("completion has no {column}, so every row would teach the same answer")
         if mistakes:
@@ -102,20 +115,30 @@ class DataConfig(Config):
         return self
 
 
+TaskRow = Any
+"""A row as its task wants it, and only the task looks into it: a Conversation to answer, or a
+LabelledText to classify."""
+
+
 @dataclass(frozen=True)
 class ClientRows:
-    """One client's conversations, in file order. Neither part is empty."""
+    """One client's rows, in file order. Neither part is empty."""
 
     name: str
-    train: tuple[Conversation, ...]
-    evaluation: tuple[Conversation, ...]
+    train: tuple[TaskRow, ...]
+    evaluation: tuple[TaskRow, ...]
     """Held out: scored, never trained on."""
     labels: tuple[str, ...] = ()
     """What data.label, or else partition.label, says of each train row; empty without one."""
 
 
 def load_clients(
-    cfg: DataConfig, partition: PartitionConfig | None, *, seed: int
+    cfg: DataConfig,
+    partition: PartitionConfig | None,
+    *,
+    seed: int,
+    task: str = "instruct",
+    server_fraction: float = 0.0,
 ) -> dict[str, ClientRows]:
     """Read the rows of all clients of a simulation, check them, and hold out each client's part.
 
@@ -126,6 +149,9 @@ def load_clients(
         cfg: Where the rows are and what they look like.
         partition: How one data set becomes clients; absent when there is one file per client.
         seed: The run's seed.
+        task: What rows become: conversations for "instruct", labelled texts for "classify".
+        server_fraction: Share of the train rows that the server owns, see `load_server_rows`. They
+            go to no client.
 
     Returns:
         The clients, sorted by name.
@@ -136,7 +162,8 @@ def load_clients(
     """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
     train, held = _read_parts(cfg)
-    talks, held_talks = _convert_parts(train, held, cfg)
+    train, _ = _set_aside(train, server_fraction, cfg, seed=seed)
+    talks, held_talks = _convert_parts(train, held, cfg, task)
     cut = partition is not None and (partition.by is not None or partition.kind is not None)
     if train.files and cut:
         raise ConfigError(
@@ -149,11 +176,29 @@ def load_clients(
         shares, held_shares = _cut(train, held, partition, seed=seed)
     else:
         raise _partition_is_needed(cfg, train.rows)
-    labels = _labels(train, cfg, partition)
+    if server_fraction > 0 and partition is not None and partition.by is not None:
+        _check_nobody_lost(cfg, partition, shares)
+    labels = _labels(talks, train, cfg, partition)
     return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed, labels=labels)
 
 
-def _labels(train: Part, cfg: DataConfig, partition: PartitionConfig | None) -> list[str]:
+def _check_nobody_lost(cfg: DataConfig, partition: PartitionConfig, shares: Shares) -> None:
+    """A small client's rows may all have become the server's, which would not be told otherwise."""
+    train, _ = _read_parts(cfg)
+    assert partition.by is not None
+    everyone = _only(by_column(*_column(train, partition.by, "partition.by")), partition.only)
+    if lost := sorted(everyone.keys() - shares.keys()):
+        raise DataError(
+            f"server.data_fraction leaves client '{lost[0]}' no row ({len(lost)} such clients).\n"
+            "  Choose a smaller share, or give the server its own rows: server.data_path."
+        )
+
+
+def _labels(
+    talks: Sequence[TaskRow], train: Part, cfg: DataConfig, partition: PartitionConfig | None
+) -> list[str]:
+    if talks and isinstance(talks[0], dict):
+        return [row["label"] for row in talks if isinstance(row, dict)]
     if cfg.label is not None:
         return names_in_column(*_column(train, cfg.label, "data.label"))
     if partition is not None and partition.label is not None:
@@ -161,7 +206,57 @@ def _labels(train: Part, cfg: DataConfig, partition: PartitionConfig | None) -> 
     return []
 
 
-def load_client(cfg: DataConfig, name: str, *, seed: int) -> ClientRows:
+def load_server_rows(
+    cfg: DataConfig, *, seed: int, task: str, fraction: float, path: str | None
+) -> tuple[TaskRow, ...]:
+    """Read the rows that the server owns and trains on itself. No client has them.
+
+    Args:
+        cfg: Where the rows are and what they look like.
+        seed: The run's seed.
+        task: As in `load_clients`.
+        fraction: Share of the train rows, drawn with the seed.
+        path: The server's own file, of the same columns, instead.
+
+    Raises:
+        DataError: Files, rows or columns cannot be used, or the share comes to no row.
+        ConfigError: A share is asked of data that lies at the clients.
+    """
+    seed = cfg.split_seed if cfg.split_seed is not None else seed
+    if path is not None:
+        place = Path(path).expanduser()
+        if not place.exists():
+            raise no_such_file(place)
+        train, held = read_place(place)
+        rows = [*train.rows, *(held.rows if held else [])]
+    else:
+        rows = _set_aside(_read_parts(cfg)[0], fraction, cfg, seed=seed)[1]
+    return tuple(_convert(rows, cfg, task))
+
+
+def _set_aside(
+    train: Part, fraction: float, cfg: DataConfig, *, seed: int
+) -> tuple[Part, list[PlacedRow]]:
+    """The train rows without the server's, and the server's: drawn, as files are often sorted."""
+    if fraction == 0:
+        return train, []
+    if train.files:
+        raise ConfigError(
+            f"server.data_fraction: '{cfg.path}' holds one file per client, and these are theirs.\n"
+            "  Give the server its own rows: server.data_path."
+        )
+    size = round(fraction * len(train.rows))
+    if not 0 < size < len(train.rows):
+        raise DataError(
+            f"server.data_fraction = {fraction:g} of {len(train.rows)} rows leaves the server or "
+            "the clients without any.\n  Choose another share, or bring more rows."
+        )
+    everything = list(range(len(train.rows)))
+    drawn, rest = _draw(everything, size, generator(seed, "server-rows"))
+    return Part([train.rows[n] for n in rest]), [train.rows[n] for n in drawn]
+
+
+def load_client(cfg: DataConfig, name: str, *, seed: int, task: str = "instruct") -> ClientRows:
     """Read the rows of one real client, to which the whole data set belongs.
 
     The held-out part is drawn as in `load_clients`, so a real client gets the split of its
@@ -173,15 +268,15 @@ def load_client(cfg: DataConfig, name: str, *, seed: int) -> ClientRows:
     """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
     train, held = _read_parts(cfg)
-    talks, held_talks = _convert_parts(train, held, cfg)
+    talks, held_talks = _convert_parts(train, held, cfg, task)
     shares = {name: list(range(len(talks)))}
     held_shares = None if held_talks is None else {name: list(range(len(held_talks)))}
-    labels = _labels(train, cfg, None)
+    labels = _labels(talks, train, cfg, None)
     return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed, labels=labels)[name]
 
 
 def fingerprint(clients: Mapping[str, ClientRows]) -> str:
-    """SHA-256 over all conversations in order, as 64 hex digits: what a run really saw."""
+    """SHA-256 over all rows in order, as 64 hex digits: what a run really saw."""
     digest = hashlib.sha256()
     for name in sorted(clients):
         rows = clients[name]
@@ -251,31 +346,55 @@ def _read_held_out(place: Path, train: Part) -> Part:
 
 
 def _convert_parts(
-    train: Part, held: Part | None, cfg: DataConfig
-) -> tuple[list[Conversation], list[Conversation] | None]:
+    train: Part, held: Part | None, cfg: DataConfig, task: str
+) -> tuple[list[TaskRow], list[TaskRow] | None]:
     rows = [*train.rows, *(held.rows if held else [])]
-    talks = _convert(rows, cfg)
+    talks = _convert(rows, cfg, task)
     return talks[: len(train.rows)], talks[len(train.rows) :] if held else None
 
 
-def _convert(rows: Sequence[PlacedRow], cfg: DataConfig) -> list[Conversation]:
-    talks: list[Conversation] = []
+def _convert(rows: Sequence[PlacedRow], cfg: DataConfig, task: str) -> list[TaskRow]:
+    read = READERS[task]
+    found: list[TaskRow] = []
     problems: list[str] = []
     for row in rows:
         try:
-            talk = conversation(
-                row.columns,
-                where=row.where,
-                prompt=cfg.prompt,
-                completion=cfg.completion,
-                system=cfg.system,
-            )
-            talks.append(talk)
+            found.append(read(row, cfg))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError(_join_problems(problems))
-    return talks
+    if task == "classify":
+        check_all_pairs(found, [row.where for row in rows])
+    return found
+
+
+def _as_conversation(row: PlacedRow, cfg: DataConfig) -> Conversation:
+    return conversation(
+        row.columns,
+        where=row.where,
+        prompt=cfg.prompt,
+        completion=cfg.completion,
+        system=cfg.system,
+    )
+
+
+def _as_labelled(row: PlacedRow, cfg: DataConfig) -> LabelledText:
+    return labelled_text(
+        row.columns,
+        where=row.where,
+        text=cfg.text,
+        text_pair=cfg.text_pair,
+        label=cfg.label,
+        labels=cfg.labels,
+    )
+
+
+READERS: dict[str, Callable[[PlacedRow, DataConfig], TaskRow]] = {
+    "instruct": _as_conversation,
+    "classify": _as_labelled,
+}
+"""What a row becomes, by task."""
 
 
 def _join_problems(problems: Sequence[str], shown: int = 5) -> str:
@@ -360,9 +479,9 @@ def _columns_for_clients(rows: Sequence[PlacedRow]) -> list[str]:
 
 
 def _assemble(
-    talks: Sequence[Conversation],
+    talks: Sequence[TaskRow],
     shares: Shares,
-    held_talks: Sequence[Conversation] | None,
+    held_talks: Sequence[TaskRow] | None,
     held_shares: Shares | None,
     cfg: DataConfig,
     *,

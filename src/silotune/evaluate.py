@@ -1,14 +1,16 @@
-"""How well a model predicts held-out rows: sums over tokens, and what follows from them."""
+"""How well a model predicts held-out rows: sums, and what follows from them."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 
 from silotune.models import LoadedModel
+from silotune.stats import label_scores
 from silotune.tasks.base import Batch, Example, Task
 from silotune.types import Config, Score
 
@@ -45,17 +47,23 @@ def evaluate(
     """Score the model as it stands. Dropout is off; nothing is changed.
 
     Returns:
-        Sums over the batches' trained tokens: losses of several clients add up exactly.
+        Sums over the batches' targets: losses of several clients add up exactly.
     """
     loss_sum, num_tokens, num_correct = 0.0, 0, 0
+    counts = torch.zeros(len(task.labels), 3, dtype=torch.int64)
     loaded.model.eval()
     with torch.inference_mode():
         for batch in batches:
             out = task.loss(loaded, batch)
             loss_sum += float(out.loss_sum)
             num_tokens += batch.num_trained
-            num_correct += int((out.logits.argmax(-1) == batch.targets.to(loaded.device)).sum())
-    return Score(client, loss_sum, num_tokens, num_correct, num_examples)
+            given, true = out.logits.argmax(-1).cpu(), batch.targets
+            num_correct += int((given == true).sum())
+            if task.labels:
+                parts = (true[given == true], given, true)
+                counts += torch.stack([torch.bincount(p, minlength=len(counts)) for p in parts], 1)
+    found = tuple((right, given, true) for right, given, true in counts.tolist())
+    return Score(client, loss_sum, num_tokens, num_correct, num_examples, label_counts=found)
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,13 @@ class RowScore:
     """How well a model predicts one row."""
 
     loss_sum: float
-    """Negative log-likelihood in nats over the row's trained tokens."""
+    """Negative log-likelihood in nats over the row's targets."""
     num_tokens: int
+    """How many there are."""
+    given: int = -1
+    """classify: the class that the row was given, by its number."""
+    true: int = -1
+    """classify: the class that it has."""
 
 
 def score_each(
@@ -80,30 +93,45 @@ def score_each(
     with torch.inference_mode():
         for group in _by_length(examples, batch_size):
             batch = task.collate([examples[i] for i in group])
-            logits = task.loss(loaded, batch).logits  # (num_trained, vocabulary)
+            logits = task.loss(loaded, batch).logits  # (num_trained, vocabulary or labels)
             nll = F.cross_entropy(logits, batch.targets.to(loaded.device), reduction="none")
             row = batch.positions // batch.ids.shape[1]
             sums = torch.zeros(len(group), dtype=torch.float64)
             sums.index_add_(0, row, nll.double().cpu())
             counts = torch.bincount(row, minlength=len(group))
-            for i, total, count in zip(group, sums.tolist(), counts.tolist(), strict=True):
-                found[i] = RowScore(total, count)
+            for n, (i, total, count) in enumerate(
+                zip(group, sums.tolist(), counts.tolist(), strict=True)
+            ):
+                classes = (int(logits[n].argmax()), int(batch.targets[n])) if task.labels else ()
+                found[i] = RowScore(total, count, *classes)
     return [found[i] for i in range(len(examples))]
 
 
-def metrics(scores: Iterable[Score]) -> dict[str, float]:
-    """Loss (nats per token), perplexity and token accuracy over scores, weighted by tokens.
+def metrics(scores: Iterable[Score]) -> dict[str, Any]:
+    """Loss in nats, and how often the most likely prediction was right, over all targets.
 
-    Clients hold different numbers of tokens; a mean of their means would let a small one count as
-    much as a large.
+    Of tokens: perplexity and token_accuracy. Of labels: accuracy, macro_f1 and mcc, and the counts
+    that they follow from. Clients hold different numbers of targets; a mean of their means would
+    let a small one count as much as a large.
     """
     all_scores = list(scores)
     num_tokens = sum(s.num_tokens for s in all_scores)
     loss = sum(s.loss_sum for s in all_scores) / num_tokens
-    return {
+    found: dict[str, Any] = {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # above that a float overflows
-        "token_accuracy": sum(s.num_correct for s in all_scores) / num_tokens,
         "num_tokens": num_tokens,
         "num_examples": sum(s.num_examples for s in all_scores),
     }
+    if all_scores[0].label_counts:
+        counts = add_label_counts(s.label_counts for s in all_scores)
+        return {**found, **label_scores(counts), "label_counts": counts}
+    return {
+        **found,
+        "perplexity": math.exp(min(loss, 700.0)),  # above that a float overflows
+        "token_accuracy": sum(s.num_correct for s in all_scores) / num_tokens,
+    }
+
+
+def add_label_counts(counts: Iterable[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """The counts of several clients together."""
+    return [[sum(cell) for cell in zip(*label, strict=True)] for label in zip(*counts, strict=True)]

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from silotune.config import RunConfig
+from silotune.data import ClientRows
 from silotune.disk import free_place, write_json, write_rows
 from silotune.errors import ConfigError
 from silotune.evaluate import score_each
@@ -24,7 +26,7 @@ from silotune.quality import Quality, judge, question_of
 from silotune.quality import mean as mean_quality
 from silotune.rows import did_you_mean
 from silotune.seeds import generator
-from silotune.stats import Interval
+from silotune.stats import Interval, label_scores, wilson
 from silotune.store import Row, RunFolder
 from silotune.suites import SUITES
 from silotune.suites import code as code_suite
@@ -33,7 +35,7 @@ from silotune.suites.leaderboard import run_finance, run_medical
 from silotune.suites.lm_eval_tasks import check_lm_eval, run_lm_eval
 from silotune.suites.results import Answered, Way, summarise
 from silotune.suites.scoring import score_generation, score_likelihood
-from silotune.tasks import TASKS
+from silotune.tasks import build_task
 
 LM_EVAL = "lm-eval:"
 """In front of the name of a task of lm-eval."""
@@ -118,6 +120,11 @@ def take_exam(run: Run, cfg: ExamConfig, *, progress: Progress | None = None) ->
     progress = progress or Progress()
     questions = check_exam(cfg)
     config = run.config
+    if config.task == "classify" and cfg.suites:
+        raise ConfigError(
+            "suites are questions, and this run gives labels.\n"
+            "  Leave out --suite: its own held-out rows are scored."
+        )
     own = None if cfg.suites else check(config).rows
     progress.note(f"loading {config.model.name}")
     loaded = run.load()
@@ -160,14 +167,15 @@ def _plain(cfg: ExamConfig) -> dict[str, Any]:
 def _held_out(
     loaded: LoadedModel, config: Any, rows: Mapping[str, Any], cfg: ExamConfig
 ) -> tuple[list[Row], dict[str, Any]]:
+    if config.task == "classify":
+        return _held_out_labels(loaded, config, rows, cfg)
+    task = build_task(config.task)
     kept: list[Row] = []
     scores: dict[str, Any] = {}
     for client, own in sorted(rows.items()):
         talks = _drawn(own.evaluation, cfg.limit, config.seed, client)
-        prepared = TASKS["instruct"].prepare(talks, loaded.tokenizer, config.train.max_length)
-        each = score_each(
-            loaded, prepared.examples, TASKS["instruct"], batch_size=config.evaluate.batch_size
-        )
+        prepared = task.prepare(talks, loaded.tokenizer, config.train.max_length)
+        each = score_each(loaded, prepared.examples, task, batch_size=config.evaluate.batch_size)
         asked = [question_of(talk) for talk in talks]
         said = answers(
             loaded,
@@ -187,6 +195,60 @@ def _held_out(
     keys = ["loss", *Quality.__dataclass_fields__]
     mean = {key: sum(own[key] for own in scores.values()) / len(scores) for key in keys}
     return kept, {"clients": scores, "mean over clients": mean}
+
+
+def _held_out_labels(
+    loaded: LoadedModel, config: RunConfig, rows: Mapping[str, ClientRows], cfg: ExamConfig
+) -> tuple[list[Row], dict[str, Any]]:
+    """Every held-out row's label and the label it was given; scores of each client and over all."""
+    task, labels = build_task(config.task, config.data.labels), config.data.labels or ()
+    kept: list[Row] = []
+    for client, own in sorted(rows.items()):
+        texts = _drawn(own.evaluation, cfg.limit, config.seed, client)
+        examples = task.prepare(texts, loaded.tokenizer, config.train.max_length).examples
+        each = score_each(loaded, examples, task, batch_size=cfg.batch_size)
+        for text, one in zip(texts, each, strict=True):
+            found = {"label": labels[one.true], "given": labels[one.given], "loss": one.loss_sum}
+            kept.append({"client": client, **text, **found})
+    scores = {
+        client: _label_scores([row for row in kept if row["client"] == client], labels)
+        for client in sorted(rows)
+    }
+    return kept, {"clients": scores, "overall": _label_scores(kept, labels)}
+
+
+def _label_scores(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, Any]:
+    pairs = [(row["label"], row["given"]) for row in rows]
+    counts = [
+        tuple(
+            sum(hits)
+            for hits in zip(*((a == b == c, b == c, a == c) for a, b in pairs), strict=True)
+        )
+        for c in labels
+    ]
+    right = sum(label[0] for label in counts)
+    return {
+        "num_items": len(rows),
+        "loss": sum(row["loss"] for row in rows) / len(rows),
+        **label_scores(counts),
+        "accuracy": asdict(wilson(right, len(rows))),
+    }
+
+
+def label_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: a client and model a line, over the run's own held-out rows."""
+    lines: list[tuple[str, ...]] = [
+        ("client", "model", "rows", "loss", "accuracy", "macro F1", "Matthews")
+    ]
+    clients = list(next(iter(scores["models"].values()))[HELD_OUT]["clients"])
+    for client in (*clients, None):
+        for model, found in scores["models"].items():
+            held = found[HELD_OUT]
+            own = held["overall"] if client is None else held["clients"][client]
+            cells = (f"{own['loss']:.3f}", _percent(own["accuracy"]))
+            rest = (f"{own[key]:.3f}" for key in ("macro_f1", "mcc"))
+            lines.append((client or "all", model, str(own["num_items"]), *cells, *rest))
+    return lines
 
 
 def _drawn(items: Sequence[Any], limit: int | None, seed: int, *labels: str) -> list[Any]:

@@ -10,13 +10,15 @@ from safetensors.torch import load_file
 
 from silotune.config import RunConfig
 from silotune.disk import write_atomically
-from silotune.errors import ModelError, RunFolderError, UpdateError
+from silotune.errors import ConfigError, ModelError, RunFolderError, UpdateError
 from silotune.generate import answer
+from silotune.heads import check_length
 from silotune.models import LoadedModel, base_only, folder_of_base, load_model, write_adapter
 from silotune.page import run_page
 from silotune.progress import Progress
 from silotune.sources import content_hash, is_hub_id
 from silotune.store import Row, RunFolder
+from silotune.tasks.classify import predictions
 from silotune.tasks.instruct import set_template
 from silotune.types import AdapterState
 
@@ -80,6 +82,10 @@ class Run:
         adapter = self.adapter()
         self._check_base()
         loaded = load_for(self.config)
+        head = loaded.head_modules
+        if head is not None and self.config.adapter.head == "freeze":
+            # saved with the adapter, which is of no use without it; the same as when it was drawn
+            adapter = {name: t for name, t in adapter.items() if not head.holds(name)}
         try:
             write_adapter(loaded, adapter)
         except UpdateError as error:
@@ -103,9 +109,12 @@ class Run:
     def ask(self, question: str, *, base: bool = False, max_new_tokens: int = 128) -> str:
         """Answer a question with the trained adapter, or with the base.
 
-        The system text and the template are those of training.
+        The system text and the template are those of training. With the task classify, `question`
+        is the text, and the answer its label and how likely the model takes it to be.
         """
         run = self.config
+        if run.task == "classify":
+            return self._classify(question, base=base)
         system = [{"role": "system", "content": run.data.system}] if run.data.system else []
         messages = (*system, {"role": "user", "content": question})
         whole = run.adapter.kind == "full"  # then the base is another model
@@ -113,13 +122,38 @@ class Run:
         with base_only(loaded) if base and not whole else contextlib.nullcontext():
             return answer(loaded, messages, max_new_tokens=max_new_tokens)
 
+    def _classify(self, text: str, *, base: bool) -> str:
+        run = self.config
+        if base:
+            raise ConfigError(
+                "the base has no head for these labels, so it has nothing to say.\n"
+                "  Ask without --base."
+            )
+        shares = predictions(self.load(), [{"text": text}], run.train.max_length)[0]
+        label = (run.data.labels or ())[int(shares.argmax())]
+        return f"{label} ({float(shares.max()):.1%})"
+
 
 def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
     """A recipe's base with its first adapter, and a chat template."""
-    loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
+    loaded = load_model(
+        run.model,
+        run.adapter,
+        seed=run.seed,
+        device=run.runtime.device,
+        labels=run.data.labels or () if run.task == "classify" else (),
+    )
+    if run.task == "classify":
+        check_length(loaded.model, run.train.max_length)
+        return loaded
     if set_template(loaded.tokenizer, run.data.template) and progress is not None:
         progress.note(f"{run.model.name} brings no chat template: the plain one is used")
     return loaded
+
+
+def local_tensors(run: RunConfig, loaded: LoadedModel) -> frozenset[str]:
+    """The tensors that the recipe keeps at each client, whatever the algorithm."""
+    return loaded.head if run.adapter.head == "local" else frozenset()
 
 
 def _read_result(adapter: Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from silotune.arm_recipes import federated_arms
 from silotune.card import model_card
 from silotune.client import ClientData
 from silotune.client_config import (
@@ -18,12 +19,13 @@ from silotune.client_config import (
     own_rows,
 )
 from silotune.config import RunConfig, load_recipe
-from silotune.data import ClientRows, fingerprint, load_clients
+from silotune.data import ClientRows, TaskRow, fingerprint, load_clients
 from silotune.disk import free_place, write_atomically, write_json
-from silotune.errors import ConfigError, RunFolderError, SilotuneError
+from silotune.errors import ConfigError, DataError, RunFolderError, SilotuneError
 from silotune.files import locate
-from silotune.finished import Run, load_for
+from silotune.finished import Run, load_for, local_tensors
 from silotune.generate import Answer, answers
+from silotune.labelled import sorted_labels
 from silotune.models import (
     LoadedModel,
     base_only,
@@ -33,7 +35,7 @@ from silotune.models import (
     save_adapter,
     write_adapter,
 )
-from silotune.overview import describe_split
+from silotune.overview import describe_split, label_warnings
 from silotune.partition import PartitionConfig
 from silotune.progress import Both, Progress
 from silotune.quality import question_of
@@ -46,7 +48,10 @@ from silotune.runtime.strategy_check import check_algorithm, strategy_warnings
 from silotune.sampling import cohort_size
 from silotune.sources import SOURCES, check_name, content_hash, is_hub_id, resolve
 from silotune.store import RunFolder
+from silotune.tasks import build_task
+from silotune.teaching import is_pretrained, pretrain, server_rows
 from silotune.tracking import Tracker, check_tracker
+from silotune.tree import size_bytes
 from silotune.types import ServerState
 
 RUNTIMES = {
@@ -87,16 +92,51 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
     if run.runtime.name != "in-process":
         check_installed(run)
     check_tracker(run.report.tracker)
+    federated_arms(run)  # mistakes in compare.arms
     rows = _rows(run)
+    own = server_rows(run)
+    if run.server.work != "none" and not own:
+        raise DataError(
+            "the server has no rows to train on.\n  Give it some: server.data_fraction or "
+            "server.data_path."
+        )
+    warnings = list(strategy_warnings(run.algorithm))
+    if run.task == "classify":
+        run = _with_labels(run, rows, own)
+        warnings += label_warnings(rows, run.data.labels or ())
+    if run.server.work == "distill" and run.distill.teacher is not None:
+        check_name(run.distill.teacher, "distill.teacher")
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
-    return Checked(run, rows, strategy_warnings(run.algorithm))
+    return Checked(run, rows, warnings)
+
+
+def _with_labels(
+    run: RunConfig, rows: Mapping[str, ClientRows], server: Sequence[TaskRow]
+) -> RunConfig:
+    """The recipe with all labels named: by itself, or else as the rows have them."""
+    if run.data.labels is not None:
+        return run
+    everything = [*server, *(row for own in rows.values() for row in own.train + own.evaluation)]
+    labels = sorted_labels([row for row in everything if isinstance(row, dict)])
+    if len(labels) < 2:
+        raise DataError(
+            f"all rows have one label ({', '.join(labels)}), so there is nothing to tell apart.\n"
+            "  Bring rows of other labels, or set data.label to the column that holds them."
+        )
+    return run.model_copy(update={"data": run.data.model_copy(update={"labels": labels})})
 
 
 def _rows(run: RunConfig) -> Mapping[str, ClientRows]:
     """All clients' rows: from the recipe's data, or by the clients' own configurations."""
     place = locate(run.data.path)
     if place is None or not is_client_folder(place):
-        return load_clients(run.data, run.partition, seed=run.seed)
+        return load_clients(
+            run.data,
+            run.partition,
+            seed=run.seed,
+            task=run.task,
+            server_fraction=run.server.data_fraction,
+        )
     if run.runtime.name != "flower":
         raise ConfigError(
             f"data.path = '{run.data.path}' holds clients' own configurations, and these count "
@@ -106,6 +146,16 @@ def _rows(run: RunConfig) -> Mapping[str, ClientRows]:
         raise ConfigError(
             f"data.path = '{run.data.path}' holds clients' own configurations, so [partition] has "
             "nothing to cut.\n  Remove [partition]."
+        )
+    if run.server.data_fraction > 0:
+        raise ConfigError(
+            "server.data_fraction: these rows are the clients' own, and no share of them is the "
+            "server's.\n  Give the server rows of its own: server.data_path."
+        )
+    if run.task == "classify" and run.data.labels is None:
+        raise ConfigError(
+            "data.labels is missing: the server cannot read it from rows that are the clients' "
+            'own.\n  Name all classes: data.labels = ["no", "yes"].'
         )
     owners = [load_client_config(path) for path in load_client_configs(place).values()]
     return {own.name: own_rows(run, own) for own in owners}
@@ -151,6 +201,50 @@ def run(
             raise
 
 
+def pretrain_teacher(
+    recipe: str | Path | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Let a recipe's teacher learn the task on the server's own rows, before any run.
+
+    Args:
+        recipe: A shipped name, a TOML file or a config, with `distill.teacher`, rows of the server
+            and `distill.pretrain_epochs`.
+        overrides: Dotted `key=value` texts on top of it.
+        out: The model folder to create; by default runs/<time>-<recipe>-teacher.
+        progress: Told what happens; silent by default.
+
+    Returns:
+        A plain model folder, for `distill.teacher` of later runs. Its teacher.json says how it was
+        made and, where the clients' rows are at hand, how well it does on those held out.
+
+    Raises:
+        SilotuneError: See errors.py; nothing half-written is left.
+    """
+    checked = check(recipe, overrides)
+    run, distill = checked.run, checked.run.distill
+    if distill.teacher is None or distill.pretrain_epochs == 0 or not server_rows(run):
+        raise ConfigError(
+            "a teacher is pre-trained with distill.teacher, distill.pretrain_epochs of at least 1, "
+            "and rows of the server (server.data_fraction or server.data_path).\n"
+            "  Set what is missing, for instance distill.pretrain_epochs=3."
+        )
+    if is_pretrained(distill.teacher):
+        raise ConfigError(
+            f"distill.teacher = '{distill.teacher}' has learned the task already.\n"
+            "  Name the model that it began as."
+        )
+    name = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
+    first = Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}-teacher"
+    place = Path(out) if out is not None else free_place(first)
+    held_out = [row for own in checked.rows.values() for row in own.evaluation]
+    pretrain(run, place, progress or Progress(), held_out=held_out)
+    return place
+
+
 def open_folder(
     kind: type[F],
     recipe: str | Path | RunConfig | None,
@@ -169,8 +263,7 @@ def open_folder(
             raise ConfigError("give out or resume, not both.")
         folder = kind.open(Path(resume))
         if recipe is not None:
-            given = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
-            _check_same_recipe(given, folder)
+            _check_same_recipe(check(recipe, overrides).run, folder)
         elif overrides:
             raise ConfigError(
                 "a resumed run keeps its recipe, so overrides have no place.\n"
@@ -241,7 +334,8 @@ def run_in(
     earlier = sum(r["seconds"] for r in folder.metrics() if r["event"] == "round")
     trains_here = run.runtime.name == "in-process"
     base_sha256 = provenance["base"]["sha256"]
-    job = Job(run, state, checked.rows, folder, progress, base_sha256)
+    local = local_tensors(run, loaded)
+    job = Job(run, state, checked.rows, folder, progress, base_sha256, local)
     if trains_here:
         job = replace(job, loaded=loaded, data=data)
     else:
@@ -270,12 +364,16 @@ def run_in(
             "peak_memory_bytes": measured.peak_memory_bytes,
             "adapter_sha256": file_sha256(adapter),
         },
+        head_bytes=size_bytes(
+            {n: t for n, t in result.adapter.items() if n in loaded.head - local}
+        ),
     )
     split: dict[str, Any] = {}
     if run.runtime.name != "flower":  # there, rows are the clients' own, also to look at
-        split = describe_split(checked.rows, loaded.tokenizer)
+        split = describe_split(checked.rows, loaded.tokenizer, build_task(run.task))
         write_json(folder.path / "split.json", split)
-        write_json(folder.path / "samples.json", _sample(run, checked.rows, loaded))
+        samples = _sample(run, checked.rows, loaded) if run.task == "instruct" else []
+        write_json(folder.path / "samples.json", samples)
     card = model_card(run, summary, folder.metrics(), provenance, split=split)
     write_atomically(folder.path / "README.md", card.encode())
     # last but for the page, which is made of it: its presence says that the run is done

@@ -7,9 +7,9 @@ swapped. This file knows nothing of clients, rounds or the network.
 import difflib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,6 +18,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from silotune.errors import ModelError
+from silotune.heads import (
+    Head,
+    draw_head,
+    find_head,
+    head_as_loaded,
+    outside_tensors,
+    set_head,
+)
 from silotune.seeds import derive
 from silotune.sources import resolve
 from silotune.tree import check_same_layout, layout_of
@@ -50,8 +58,15 @@ class AdapterConfig(Config):
     """Dropout in front of the LoRA factors during training."""
     targets: tuple[str, ...] | None = None
     """Names of the modules that get LoRA factors; absent: PEFT's choice for the model family."""
+    head: Literal["train", "freeze", "local"] = "train"
+    """classify: what becomes of the classification head, which begins at random. train: learned and
+    sent with the adapter. freeze: stays as it began. local: learned, and kept at each client."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+
+TARGETS = {"distilbert": ("q_lin", "v_lin")}
+"""Modules for LoRA of the families that PEFT has no choice for, by `model_type`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,10 @@ class LoadedModel:
     """The trained tensors by the name under which they are saved and sent."""
     has_adapter: bool
     """False when all weights are trained."""
+    head: frozenset[str] = frozenset()
+    """The trained tensors that belong to a classification head, by the same names."""
+    head_modules: Head | None = None
+    """Where that head lies in the model."""
 
 
 _num_base_loads = 0
@@ -141,7 +160,12 @@ def pick_dtype(model: ModelConfig, adapter: AdapterConfig, device: torch.device)
 
 
 def load_model(
-    model_cfg: ModelConfig, adapter_cfg: AdapterConfig, *, seed: int, device: str = "auto"
+    model_cfg: ModelConfig,
+    adapter_cfg: AdapterConfig,
+    *,
+    seed: int,
+    device: str = "auto",
+    labels: Sequence[str] = (),
 ) -> LoadedModel:
     """Load a base model and put a fresh adapter on it.
 
@@ -151,6 +175,8 @@ def load_model(
         seed: The adapter's first factors are drawn from (seed, "adapter"), the same at every
             client.
         device: "auto", "cpu", "cuda" or "mps".
+        labels: Classes to tell apart; then the model gets a classification head, whose tensors,
+            where the base brings none, are drawn from (seed, "head").
 
     Returns:
         The model in evaluation mode on its device; adapter tensors are float32.
@@ -161,17 +187,44 @@ def load_model(
     global _num_base_loads
     where = pick_device(device)
     dtype = pick_dtype(model_cfg, adapter_cfg, where)
-    base, tokenizer = _load_base(model_cfg, dtype)
+    with torch.random.fork_rng(devices=[]):  # transformers draws a head that is drawn anew here
+        base, tokenizer, fresh = _load_base(model_cfg, dtype, labels)
     _num_base_loads += 1
+    head = find_head(base, fresh) if labels else None
+    if head is not None:
+        draw_head(base, head, seed)
     if model_cfg.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    model = base.to(where)
-    if adapter_cfg.kind == "lora":
-        model = _with_lora(base, adapter_cfg, seed)
-    parameters = _trained_parameters(model, adapter_cfg.kind)
+    base.to(where)
+    return _dressed(base, tokenizer, where, dtype, adapter_cfg, seed, head)
+
+
+def _dressed(
+    base: Any,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    cfg: AdapterConfig,
+    seed: int,
+    head: Head | None,
+) -> LoadedModel:
+    """A plain model with a fresh adapter on it."""
+    model = _with_lora(base, cfg, seed, head) if cfg.kind == "lora" else base
+    if head is not None:
+        set_head(model, head, trained=cfg.head != "freeze")
+    parameters = _trained_parameters(model, cfg.kind)
     model.eval()
-    return LoadedModel(model, tokenizer, where, dtype, parameters, adapter_cfg.kind == "lora")
+    return LoadedModel(
+        model,
+        tokenizer,
+        device,
+        dtype,
+        parameters,
+        has_adapter=cfg.kind == "lora",
+        head=frozenset(name for name in parameters if head is not None and head.holds(name)),
+        head_modules=head,
+    )
 
 
 def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> LoadedModel:
@@ -186,26 +239,54 @@ def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> Load
         What `load_model` with this seed would give, bit for bit, without loading anything.
     """
     assert loaded.has_adapter, "the weights of a fully trained base are not those that were loaded"
-    model = _with_lora(loaded.model.unload(), cfg, seed)
-    model.eval()
-    return replace(loaded, model=model, parameters=_trained_parameters(model, cfg.kind))
+    head = loaded.head_modules
+    before = {} if head is None else head_as_loaded(loaded.model, head)
+    base = loaded.model.unload()
+    if head is not None:
+        for module in head.modules:  # as loaded: what trained in it was float32
+            base.get_submodule(module).to(loaded.dtype)
+        base.load_state_dict(before, strict=False)
+        draw_head(base, head, seed)
+    return _dressed(base, loaded.tokenizer, loaded.device, loaded.dtype, cfg, seed, head)
 
 
-def _load_base(cfg: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_base(
+    cfg: ModelConfig, dtype: torch.dtype, labels: Sequence[str]
+) -> tuple[Any, Any, list[str]]:
+    """The plain model, its tokenizer, and the names of tensors that its files do not hold."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
     place = resolve(cfg.name)
+    foreign = False  # whether the files bring a head for labels of other names
+    kind: Any = AutoModelForCausalLM
+    more: dict[str, Any] = {}
+    if labels:
+        kind, own = AutoModelForSequenceClassification, _labels_of(place, cfg)
+        foreign = own is not None and own != list(labels)
+        more = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: n for n, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,  # a head for other classes is replaced by a fresh one
+        }
+
     with quiet_libraries():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 place, revision=cfg.revision, trust_remote_code=False
             )
-            base = AutoModelForCausalLM.from_pretrained(
+            base, found = kind.from_pretrained(
                 place,
                 revision=cfg.revision,
                 dtype=dtype,
                 use_safetensors=True,  # other formats are pickles, which run code when read
                 trust_remote_code=False,
+                output_loading_info=True,
+                **more,
             )
         except (OSError, ValueError) as error:
             first_line = str(error).strip().split("\n", 1)[0]
@@ -219,7 +300,25 @@ def _load_base(cfg: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
             f"model.name = '{cfg.name}' has no fast tokenizer (tokenizer.json).\n"
             "  The loss mask is placed by character offsets, which only fast tokenizers give."
         )
-    return base, tokenizer
+    if labels:  # a decoder looks for a row's last token by it, and rows are padded with it
+        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        base.config.pad_token_id = next((i for i in padding if i is not None), None)
+    fresh = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    if labels and foreign:
+        fresh |= set(outside_tensors(base))
+    return base, tokenizer, sorted(fresh)
+
+
+def _labels_of(place: str | Path, cfg: ModelConfig) -> list[str] | None:
+    """The labels that a checkpoint's own head tells apart; None where they have no names."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(place, revision=cfg.revision, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None  # the model's own loading says why
+    names = [str(name) for name in (config.id2label or {}).values()]
+    return None if all(name.startswith("LABEL_") for name in names) else names
 
 
 @contextmanager
@@ -227,27 +326,30 @@ def quiet_libraries() -> Iterator[None]:
     """Loading without progress bars of the libraries: a run shows its own progress."""
     from transformers.utils import logging
 
-    was_on = logging.is_progress_bar_enabled()
+    was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a classification head is new by design, and not worth a table
     try:
         with warnings.catch_warnings():
             # peft 0.21.2 still reads the old name of this attribute from transformers 5.23
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
             yield
     finally:
+        logging.set_verbosity(level)
         if was_on:
             logging.enable_progress_bar()
 
 
-def _with_lora(base: Any, cfg: AdapterConfig, seed: int) -> Any:
+def _with_lora(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS,
+        modules_to_save=None if head is None else list(head.modules),
         r=cfg.rank,
         lora_alpha=cast(int, cfg.alpha),
         lora_dropout=cfg.dropout,
-        target_modules=list(cfg.targets) if cfg.targets else None,
+        target_modules=list(cfg.targets or TARGETS.get(base.config.model_type, ())) or None,
         use_rslora=cfg.rslora,
     )
     _check_targets(base, cfg.targets)
@@ -258,25 +360,23 @@ def _with_lora(base: Any, cfg: AdapterConfig, seed: int) -> Any:
         except ValueError as error:
             raise ModelError(
                 f"adapter: PEFT cannot place LoRA on this model: {error}\n"
-                '  Name the modules yourself: [adapter] targets = ["q_proj", "v_proj"].'
+                "  Name the modules yourself, for instance the projections of queries and values: "
+                f"[adapter] targets. The model has: {', '.join(_leaf_names(base))}."
             ) from error
 
 
+def _leaf_names(base: Any) -> list[str]:
+    modules = base.named_modules()
+    return sorted({name.rsplit(".", 1)[-1] for name, m in modules if not list(m.children())})
+
+
 def _check_targets(base: Any, targets: tuple[str, ...] | None) -> None:
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in base.named_modules()
-        if not list(module.children())
-    }
+    names = _leaf_names(base)
     for target in targets or ():
         last = target.rsplit(".", 1)[-1]
         if last not in names:
             near = difflib.get_close_matches(last, names, n=3, cutoff=0.4)
-            offer = (
-                f"Did you mean {', '.join(near)}?"
-                if near
-                else f"It has: {', '.join(sorted(names))}."
-            )
+            offer = f"Did you mean {', '.join(near)}?" if near else f"It has: {', '.join(names)}."
             raise ModelError(f"adapter.targets: '{target}' is no module of this model.\n  {offer}")
 
 
@@ -290,7 +390,9 @@ def _trained_parameters(model: Any, kind: str) -> dict[str, nn.Parameter]:
 
         # False: "auto" asks the hub for the base's config, by whatever name the base has
         saved = get_peft_model_state_dict(model, save_embedding_layers=False)
-    found = {name: learning[t.data_ptr()] for name, t in sorted(saved.items())}
+    found = {
+        n: learning[t.data_ptr()] for n, t in sorted(saved.items()) if t.data_ptr() in learning
+    }
     assert len(found) == len(learning), "a trained tensor is not saved, or one is saved twice"
     return found
 
@@ -323,8 +425,14 @@ def write_adapter(loaded: LoadedModel, state: AdapterState) -> None:
 @contextmanager
 def base_only(loaded: LoadedModel) -> Iterator[None]:
     """The untouched base: inside, the adapter is off. Not for models trained as a whole."""
-    with loaded.model.disable_adapter():
-        yield
+    # PEFT lets every head learn when the adapter is switched on again, a frozen one too
+    learning = {name: p.requires_grad for name, p in loaded.model.named_parameters()}
+    try:
+        with loaded.model.disable_adapter():
+            yield
+    finally:
+        for name, p in loaded.model.named_parameters():
+            p.requires_grad_(learning[name])
 
 
 def save_adapter(loaded: LoadedModel, folder: Path, *, base_name: str) -> None:

@@ -13,7 +13,7 @@ from silotune.card import python_use
 from silotune.charts import Interval, Split
 from silotune.config import RunConfig, to_toml
 from silotune.progress import human_bytes, human_seconds
-from silotune.report import cost_lines, loss_table, worse_off
+from silotune.report import cost_lines, label_table, loss_table, unit_of, worse_off
 from silotune.store import Row, held_out_losses
 from silotune.verdicts import (
     comparison_verdict,
@@ -85,7 +85,9 @@ def run_page(
         loss_header=header,
         loss_rows=[(name, *(_typeset(cell) for cell in cells)) for name, *cells in table],
         lost=lost,
-        loss_charts=_drawn(_loss_charts(rows)),
+        unit=unit_of(summary),
+        label_table=label_table(summary),
+        loss_charts=_drawn(_loss_charts(rows, unit_of(summary))),
         cost_lines=cost_lines(summary),
         cost_charts=_drawn(_cost_charts(rows, run.rounds, charts.biggest(summary["clients"]))),
         use=_use(run, provenance),
@@ -163,13 +165,13 @@ def _better(metric: Mapping[str, Any]) -> str:
 # --- charts -----------------------------------------------------------------------------------
 
 
-def _loss_charts(rows: Sequence[Row]) -> list[Drawing]:
+def _loss_charts(rows: Sequence[Row], unit: str) -> list[Drawing]:
     held_out = _by_client(rows, "evaluate", "loss")
     training = _by_client(rows, "train", "train_loss")
     overall = {r: loss for r, loss in held_out_losses(rows).items() if math.isfinite(loss)}
     return [
-        Drawing("Held-out loss", charts.held_out_loss(held_out, overall)),
-        Drawing("Training loss", charts.training_loss(training)),
+        Drawing("Held-out loss", charts.held_out_loss(held_out, overall, unit)),
+        Drawing("Training loss", charts.training_loss(training, unit)),
     ]
 
 

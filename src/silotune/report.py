@@ -5,7 +5,9 @@ from typing import Any
 
 from silotune.config import RunConfig
 from silotune.progress import human_bytes, human_seconds
-from silotune.store import Row, held_out_losses, train_loss
+from silotune.store import Row, held_out_losses, overall_scores, train_loss
+
+ARMS = ("base", "federated")
 
 
 def summarise(
@@ -15,6 +17,7 @@ def summarise(
     *,
     result_round: int,
     measured: Mapping[str, Any],
+    head_bytes: int = 0,
 ) -> dict[str, Any]:
     """The contents of summary.json.
 
@@ -25,6 +28,7 @@ def summarise(
         result_round: Rounds behind the adapter that became the result.
         measured: What only the process knows: seconds_total, base_model_loads, peak_memory_bytes,
             adapter_sha256, adapter.
+        head_bytes: Of the classification head, in every message that carries the adapter.
     """
     losses = {
         (row["round"], row["client"]): row["loss"]
@@ -33,7 +37,20 @@ def summarise(
     }
     overall = held_out_losses(rows)
     trained = [row for row in rows if row["event"] == "train" and "num_tokens" in row]
+    at_server = [row for row in rows if row["event"] == "server"]
+    sent = {
+        key: [n for row in rows if (n := row.get(key, 0))] for key in ("bytes_up", "bytes_down")
+    }
+    found: dict[str, Any] = {}
+    if run.task == "classify":
+        found["labels"] = list(run.data.labels or ())
+        found["scores"] = _label_scores(rows, clients, result_round)
+        found |= {f"head_{key}": head_bytes * len(sizes) for key, sizes in sent.items()}
+    if at_server:
+        found["seconds_server"] = sum(row["seconds"] for row in at_server)
+        found["tokens_server"] = sum(int(row["num_tokens"]) for row in at_server)
     return {
+        "task": run.task,
         "algorithm": getattr(run.algorithm, "name", ""),
         "rounds": run.rounds,
         "result_round": result_round,
@@ -49,12 +66,54 @@ def summarise(
             "base_loss": overall.get(0),
             "federated_loss": overall.get(result_round),
         },
-        "bytes_up": sum(row.get("bytes_up", 0) for row in rows),
-        "bytes_down": sum(row.get("bytes_down", 0) for row in rows),
+        **{key: sum(sizes) for key, sizes in sent.items()},
         "tokens_trained": sum(int(row["num_tokens"]) for row in trained),
         "seconds_training": sum(row["seconds_training"] for row in trained),
+        **found,
         **measured,
     }
+
+
+def _label_scores(
+    rows: Sequence[Row], clients: Mapping[str, Any], result_round: int
+) -> dict[str, Any]:
+    """Accuracy, macro F1 and Matthews correlation of base and result, by client and over all.
+
+    Over all are all rows together, not a mean of the clients.
+    """
+
+    def scores(own: Sequence[Row]) -> dict[str, Any]:
+        by_round = overall_scores(own)
+        return {"base": by_round.get(0), "federated": by_round.get(result_round)}
+
+    by_client = {
+        name: scores([row for row in rows if row.get("client") == name]) for name in sorted(clients)
+    }
+    return {"clients": by_client, "overall": scores(rows)}
+
+
+def unit_of(summary: Mapping[str, Any]) -> str:
+    """What a loss is a mean over."""
+    return "nats per row" if summary.get("task") == "classify" else "nats per token"
+
+
+def label_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: accuracy, macro F1 and Matthews correlation, base and federated.
+
+    Empty for tasks other than classify.
+    """
+    if "scores" not in summary:
+        return []
+    names = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "Matthews"}
+    header = ["client", *(f"{name}: {arm}" for name in names.values() for arm in ARMS)]
+    lines = [tuple(header)]
+    scores = summary["scores"]
+    for client, own in [*scores["clients"].items(), ("all", scores["overall"])]:
+        cells = (
+            "-" if own[arm] is None else f"{own[arm][key]:.3f}" for key in names for arm in ARMS
+        )
+        lines.append((client, *cells))
+    return lines
 
 
 def cut_note(client: str, *, num_cut: int, num_dropped: int) -> str | None:
@@ -97,11 +156,17 @@ def _three(c: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def cost_lines(summary: Mapping[str, Any]) -> list[str]:
     """Bytes and seconds in words."""
-    other = summary["seconds_total"] - summary["seconds_training"]
+    at_server = summary.get("seconds_server", 0.0)
+    other = summary["seconds_total"] - summary["seconds_training"] - at_server
+    server = f"{human_seconds(at_server)} on the server's rows, " if at_server else ""
+    down, up = (
+        human_bytes(summary[key])
+        + (f" (head {human_bytes(summary[f'head_{key}'])})" if summary.get(f"head_{key}") else "")
+        for key in ("bytes_down", "bytes_up")
+    )
     return [
-        f"sent to clients {human_bytes(summary['bytes_down'])}, "
-        f"sent by clients {human_bytes(summary['bytes_up'])}",
-        f"{human_seconds(summary['seconds_training'])} in training, "
+        f"sent to clients {down}, sent by clients {up}",
+        f"{human_seconds(summary['seconds_training'])} in training, {server}"
         f"{human_seconds(other)} in everything else",
         f"{summary['tokens_trained']} tokens trained, base loaded "
         f"{summary['base_model_loads']} time(s), "
@@ -115,10 +180,16 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     Args:
         rows: metrics.jsonl.
     """
-    held_out = held_out_losses(rows)
-    lines = [("round", "train loss", "held-out loss after it", "sent", "seconds")]
+    held_out, labels = held_out_losses(rows), overall_scores(rows)
+    more = ("accuracy", "macro F1", "Matthews") if labels else ()
+    lines = [("round", "train loss", "held-out loss after it", *more, "sent", "seconds")]
+
+    def scores(round_: int) -> tuple[str, ...]:
+        found = labels.get(round_)
+        return tuple(f"{n:.3f}" for n in found.values()) if found else ("-",) * len(more)
+
     if 0 in held_out:
-        lines.append(("0 (base)", "-", f"{held_out[0]:.3f}", "-", "-"))
+        lines.append(("0 (base)", "-", f"{held_out[0]:.3f}", *scores(0), "-", "-"))
     for last in (row for row in rows if row["event"] == "round"):
         own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
         after = held_out.get(last["round"])
@@ -128,6 +199,7 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 str(last["round"]),
                 f"{train_loss(own):.3f}",
                 "-" if after is None else f"{after:.3f}",
+                *scores(last["round"]),
                 human_bytes(sent),
                 f"{last['seconds']:.1f}",
             )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from silotune.algorithms.base import Algorithm, expected_extra, expected_layout
@@ -26,6 +26,9 @@ from silotune.types import (
     Update,
 )
 
+Improve = Callable[[ServerState], tuple[ServerState, list[Row]]]
+"""(state after a round's aggregation) -> the improved state, and rows for metrics.jsonl."""
+
 
 def run_rounds(
     run: RunConfig,
@@ -35,6 +38,7 @@ def run_rounds(
     clients: Clients,
     folder: RunFolder,
     progress: Progress,
+    improve: Improve | None = None,
 ) -> ServerState:
     """Run the rounds that are left, and score the last adapter.
 
@@ -45,6 +49,7 @@ def run_rounds(
         clients: The data holders. The only argument that may cross a network.
         folder: Where updates, checkpoints and metrics go.
         progress: Told what happens; decides nothing.
+        improve: What the server does on rows of its own after each aggregation, see teaching.py.
 
     Returns:
         The state after the last round.
@@ -52,6 +57,7 @@ def run_rounds(
     Raises:
         QuorumError: Too few usable updates; what was done so far is kept and can be resumed.
     """
+    num_labels = len(run.data.labels or ())
     for r in range(state.round + 1, run.rounds + 1):
         began = time.perf_counter()
         # 1. Who takes part: drawn from (seed, round), so a resumed run asks the same clients.
@@ -66,24 +72,29 @@ def run_rounds(
         waiting = [name for name in cohort if name not in done]
         arrivals = clients.train(waiting, broadcast)
         # 3. Check one at a time, then spool: what cannot be combined must not touch anything.
-        expected = what_is_expected(algorithm, state, waiting)
+        expected = what_is_expected(algorithm, state, waiting, num_labels)
         failures = accept(arrivals, spool, expected, progress)
         check_quorum(run, r, cohort, spool, failures)
         # 4. Whoever was not asked scores the adapter too, so that every curve is over all clients.
         absent = [name for name in clients.names() if name not in cohort] if scoring else []
-        scores = list(clients.evaluate(absent, broadcast)) if absent else []
+        scores: list[Score | Failure] = []
+        if absent:
+            scores += check_scores(clients.evaluate(absent, broadcast), num_labels)
         # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
         change = algorithm.combine(state, spool)
         state = algorithm.step(state, change)
-        # 6. Write it down; a crash after this line loses nothing.
+        # 6. What the server learns on rows of its own, where it has some: fine-tuned or distilled.
+        state, own = improve(state) if improve else (state, [])
+        # 7. Write it down; a crash after this line loses nothing.
         rows = round_rows(r, cohort, spool, failures, scores, seconds=time.perf_counter() - began)
-        folder.save(state, rows)
+        folder.save(state, [*own, *rows])
         progress.end_round(r, rows)
     if run.evaluate.due(run.rounds, run.rounds):
         last = _broadcast(state, run.rounds + 1, algorithm, score=True)
         progress.begin_scoring(clients.names())
         folder.rewind(run.rounds)  # a resumed run may have scored it before
-        folder.append_metrics(score_rows(run.rounds, clients.evaluate(clients.names(), last)))
+        found = check_scores(clients.evaluate(clients.names(), last), num_labels)
+        folder.append_metrics(score_rows(run.rounds, found))
     return state
 
 
@@ -101,12 +112,33 @@ class Expected:
     layout: Layout
     extra: Mapping[str, Layout]
     settings: Settings
+    num_labels: int = 0
+    """Classes that a score has to count; 0 where nothing is classified."""
 
 
-def what_is_expected(algorithm: Algorithm, state: ServerState, clients: Sequence[str]) -> Expected:
+def what_is_expected(
+    algorithm: Algorithm, state: ServerState, clients: Sequence[str], num_labels: int = 0
+) -> Expected:
     """What `clients` must answer in the round after `state`."""
     layout, extra = expected_layout(algorithm, state), expected_extra(algorithm, state)
-    return Expected(state.round + 1, clients, layout, extra, algorithm.local.settings)
+    settings = algorithm.local.settings
+    return Expected(state.round + 1, clients, layout, extra, settings, num_labels)
+
+
+def check_scores(scores: Iterable[Score | Failure], num_labels: int) -> Iterator[Score | Failure]:
+    """Put a failure in the place of a score that counts other labels than there are."""
+    for score in scores:
+        if isinstance(score, Failure) or len(score.label_counts) == num_labels:
+            yield score
+        else:
+            yield Failure(score.client, 0, "refused", _other_labels(score, num_labels))
+
+
+def _other_labels(score: Score, num_labels: int) -> str:
+    return (
+        f"client '{score.client}': its score counts {len(score.label_counts)} labels, the server "
+        f"knows {num_labels}.\n  Use the same recipe at this client."
+    )
 
 
 def accept(
@@ -182,6 +214,8 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
     for key, layout in expected.extra.items():
         check_same_layout(update.extra[key], layout, who=f"{who}, {key}")
         check_finite(update.extra[key], who=f"{who}, {key}")
+    if update.score is not None and len(update.score.label_counts) != expected.num_labels:
+        raise UpdateError(_other_labels(update.score, expected.num_labels))
     if update.num_examples < 1:
         raise UpdateError(f"{who}: no examples, so its update has no weight.\n  Check its data.")
     if dict(update.settings) != dict(expected.settings):

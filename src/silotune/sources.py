@@ -123,8 +123,8 @@ def is_hub_id(name: str) -> bool:
     return name not in SOURCES and not os.path.isdir(os.path.expanduser(name))
 
 
-def check_name(name: str) -> None:
-    """Refuse a `model.name` that cannot be a model, as far as is known without any download.
+def check_name(name: str, key: str = "model.name") -> None:
+    """Refuse a name that cannot be a model, as far as is known without any download.
 
     Raises:
         ModelError: A path that does not exist or holds no model, or a near miss of a named source.
@@ -132,25 +132,25 @@ def check_name(name: str) -> None:
     if name in SOURCES:
         return
     if not name.strip():
-        raise ModelError(f"model.name is empty.\n  Name one of {_names()}, or {_OTHERWISE}.")
+        raise ModelError(f"{key} is empty.\n  Name one of {_names()}, or {_OTHERWISE}.")
     # os.path, not Path: it answers False, and raises nothing, for names that cannot be paths.
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        _check_folder(Path(path), f"model.name: '{name}'")
+        _check_folder(Path(path), f"{key}: '{name}'")
     elif os.path.exists(path):
         raise ModelError(
-            f"model.name: '{name}' is a file, not a model's folder.\n"
+            f"{key}: '{name}' is a file, not a model's folder.\n"
             "  Name the folder that holds config.json and *.safetensors."
         )
     elif _looks_like_path(name):
         raise ModelError(
-            f"model.name: there is no folder '{name}'.\n"
+            f"{key}: there is no folder '{name}'.\n"
             "  Mend the path (it is read from the current folder), name one of "
             f"{_names()}, or give a hub id (owner/model)."
         )
     elif "/" not in name and (near := difflib.get_close_matches(name.lower(), SOURCES, 1, 0.7)):
         raise ModelError(
-            f"model.name: '{name}' is not a named model. Did you mean '{near[0]}'?\n"
+            f"{key}: '{name}' is not a named model. Did you mean '{near[0]}'?\n"
             "  A model on the hub is written with its owner: owner/model."
         )
 

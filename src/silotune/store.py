@@ -27,7 +27,9 @@ from silotune.disk import (
     write_atomically,
 )
 from silotune.errors import RunFolderError
+from silotune.evaluate import add_label_counts
 from silotune.memory import folder_name
+from silotune.stats import label_scores
 from silotune.types import Score, ServerState, Update
 
 Row = dict[str, Any]
@@ -113,7 +115,8 @@ def _read_update(path: Path) -> Update:
             key, rest = rest.split("/", 1)
             extra.setdefault(key, {})[rest] = tensor
     facts = json.loads(about)
-    score = Score(**facts.pop("score")) if facts["score"] else facts.pop("score")
+    found = facts.pop("score")
+    score = found and Score(**{**found, "label_counts": tuple(map(tuple, found["label_counts"]))})
     return Update(delta=delta, extra=extra, score=score, **facts)
 
 
@@ -365,7 +368,23 @@ def trained(rows: Iterable[Row]) -> list[Row]:
 
 
 def train_loss(rows: Iterable[Row]) -> float:
-    """Training loss over the clients of these rows, weighted by tokens; 0 where none trained."""
+    """Training loss over all targets of these rows' clients; 0 where none trained."""
     own = trained(rows)
-    tokens = sum(row["num_tokens"] for row in own)
-    return sum(row["train_loss"] * row["num_tokens"] for row in own) / max(1, tokens)
+    # a run of an older silotune has no num_targets in its rows
+    weights = [row.get("num_targets", row["num_tokens"]) for row in own]
+    total = sum(row["train_loss"] * weight for row, weight in zip(own, weights, strict=True))
+    return total / max(1, sum(weights))
+
+
+def overall_scores(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
+    """Accuracy, macro F1 and Matthews correlation over all clients, by rounds behind the adapter.
+
+    Empty for tasks other than classify.
+    """
+    found: dict[int, list[list[list[int]]]] = {}
+    for row in rows:
+        if row["event"] == "evaluate" and "label_counts" in row:
+            found.setdefault(row["round"], []).append(row["label_counts"])
+    return {
+        round_: label_scores(add_label_counts(counts)) for round_, counts in sorted(found.items())
+    }

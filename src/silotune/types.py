@@ -16,6 +16,12 @@ For LoRA: PEFT's saved names. For full fine-tuning: the model's own.
 
 Settings = Mapping[str, float]
 
+LabelCounts = tuple[tuple[int, int, int], ...]
+"""For each label: rows that have it and were given it, rows that were given it, rows that have it.
+
+All that accuracy, F1 and Matthews correlation need, and it adds up over clients exactly.
+"""
+
 
 class Config(BaseModel):
     """Base of every part's configuration: frozen, no unknown keys, help text from docstrings."""
@@ -72,13 +78,16 @@ class Score:
 
     client: str
     loss_sum: float
-    """Negative log-likelihood in nats, summed over trained-on kinds of tokens."""
+    """Negative log-likelihood in nats, summed over what is predicted."""
     num_tokens: int
+    """What is predicted: the answers' tokens, or with the task classify one label a row."""
     num_correct: int
-    """Tokens whose most likely prediction was right."""
+    """Of these, how many were predicted as most likely."""
     num_examples: int
     size_bytes: int = 0
     """Bytes sent down for this score alone; 0 when it came with a training message."""
+    label_counts: LabelCounts = ()
+    """With the task classify, for each label; else empty."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sized
 from typing import Any
 
-from silotune.report import worse_off
+from silotune.report import unit_of, worse_off
 
 PHRASES = {
     "gained": "gained",
@@ -37,13 +37,13 @@ def run_verdict(summary: Mapping[str, Any]) -> str:
     else:
         share = number(100 * (after - before) / before if before else None, "+.1f") + "\u00a0%"
         way = "fell" if after < before else "rose"
-        change = f"it {way} from {before:.3f} to {after:.3f} nats per token ({share})"
+        change = f"it {way} from {before:.3f} to {after:.3f} {unit_of(summary)} ({share})"
     verb = "has" if num_better == 1 else "have"
     missing = len(summary["clients"]) - len(scored)
     unknown = f" {num_clients(range(missing))} without a held-out score." if missing else ""
     return (
         f"{num_better} of {num_clients(scored)} {verb} a lower held-out loss than with the base; "
-        f"over all, weighted by tokens, {change}.{unknown}"
+        f"over all, weighted by {unit_of(summary).rsplit(' ', 1)[1]}s, {change}.{unknown}"
     )
 
 

@@ -30,6 +30,8 @@ CHANGES_THE_ADAPTER = [
     'partition.only=["hospital-0"]',
     "sampling.fraction=0.5",
     "sampling.num_clients=2",
+    "server.data_fraction=0.2",
+    "server.data_fraction=0.2; server.work=fine-tune",
     "train.batch_size=3",
     "train.accumulation=2",
     "train.local_steps=3",
@@ -77,6 +79,25 @@ ELSEWHERE = {
     "data.split": "test_data",
     "data.revision": "test_data",
     "report.max_new_tokens": "below",
+    "task": "test_classify",
+    "adapter.head": "test_classify",
+    "data.labels": "test_classify, test_labelled",
+    "data.text": "test_labelled",
+    "data.text_pair": "test_labelled",
+    "server.data_path": "test_server_rows, test_teaching",
+    **{
+        f"{section}.{key}": "test_teaching"
+        for section, keys in {
+            "server": ("epochs", "lr", "weight"),
+            "distill": (
+                *("teacher", "pretrain_epochs", "teacher_epochs", "temperature", "kl"),
+                *("attention", "attention_layers", "top_k", "compat"),
+            ),
+        }.items()
+        for key in keys
+    },
+    "compare.arms": "test_classify, test_arm_recipes",
+    "compare.history": "test_classify",
     "compare.seeds": "test_compare",
     "compare.algorithms": "test_compare",
     "compare.only": "test_compare",

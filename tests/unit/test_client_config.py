@@ -236,7 +236,7 @@ def test_where_rows_are_is_never_taken_from_a_recipe(key):
 def test_the_keys_that_say_where_rows_are_are_all_of_them():
     """A new key of [data] must be sorted into one of the two kinds."""
     formats = {"eval_fraction", "prompt", "completion", "system", "max_rows"}
-    formats |= {"max_eval_rows", "template", "split_seed"}
+    formats |= {"max_eval_rows", "template", "split_seed", "labels", "text", "text_pair"}
     assert set(DataConfig.model_fields) == LOCATIONS | formats | {"label"}
     assert set(SERVERS) == LOCATIONS
 

@@ -1077,6 +1077,7 @@ def context_of(tmp_path, run, names=NAMES) -> Context:
         "folder": str(folder.path),
         "private": str(private),
         "base_sha256": BASE,
+        "local": "[]",
     }
     return Context(1, 1, {}, RecordDict(), settings)
 

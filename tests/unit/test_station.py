@@ -25,8 +25,7 @@ from silotune.runtime.station import Place, Station, failure_from, guarded
 from silotune.seeds import generator
 from silotune.sources import content_hash
 from silotune.store import RunFolder
-from silotune.tasks import TASKS
-from silotune.tasks.instruct import set_template
+from silotune.tasks.instruct import INSTRUCT, set_template
 from silotune.tree import sha256
 from silotune.types import Broadcast, Failure, Score, Update
 from tests.conftest import write_jsonl, write_tiny_recipe
@@ -192,7 +191,7 @@ def base(run):
     """The first adapter and a worker of its own: the oracle."""
     loaded = load_model(run.model, run.adapter, seed=run.seed, device="cpu")
     set_template(loaded.tokenizer)
-    return Worker(loaded, TASKS["instruct"], run, algorithm_of(run.algorithm)), read_adapter(loaded)
+    return Worker(loaded, INSTRUCT, run, algorithm_of(run.algorithm)), read_adapter(loaded)
 
 
 def ask(station, kind, client, broadcast=None):

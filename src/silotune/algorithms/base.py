@@ -4,8 +4,8 @@ The server side is pure arithmetic on adapter states. The client side is a `Loca
 the training loop reads, so that no algorithm writes its own loop.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -111,6 +111,18 @@ class Algorithm:
     """Names of the extra memory that clients receive with the adapter."""
     linear: bool = True
     """Whether the change is a weighted sum of deltas, as secure sums and noise on clients need."""
+
+
+def keep_local(algorithm: Algorithm, names: Collection[str]) -> Algorithm:
+    """The same algorithm, but these tensors are each client's own: learned, and never sent."""
+    if not names:
+        return algorithm
+    local, own = algorithm.local, frozenset(names)
+
+    def personal(name: str) -> bool:
+        return name in own or local.personal(name)
+
+    return replace(algorithm, local=replace(local, personal=personal))
 
 
 def expected_layout(algorithm: Algorithm, state: ServerState) -> Layout:

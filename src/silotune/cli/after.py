@@ -72,7 +72,14 @@ def evaluate(
     with errors_as_exit_codes():
         import json as json_
 
-        from silotune.exam import ExamConfig, lm_eval_lines, quality_table, suite_table, take_exam
+        from silotune.exam import (
+            ExamConfig,
+            label_table,
+            lm_eval_lines,
+            quality_table,
+            suite_table,
+            take_exam,
+        )
         from silotune.finished import Run
         from silotune.progress import pick_progress
 
@@ -96,6 +103,8 @@ def evaluate(
             print_table(suite_table(scores))
             for line in lm_eval_lines(scores):
                 typer.echo(line)
+        elif Run(run).config.task == "classify":
+            print_table(label_table(scores))
         else:
             print_table(quality_table(scores))
         typer.echo(f"all answers: {place}")

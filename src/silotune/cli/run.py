@@ -1,4 +1,4 @@
-"""Commands before and during a run: demo, run, check, compare."""
+"""Commands before and during a run: demo, run, check, compare, pretrain-teacher."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(check)
     app.command()(compare)
+    app.command(name="pretrain-teacher")(pretrain_teacher)
 
 
 def demo(overrides: Overrides = None, out: Out = None, json: AsJson = False) -> None:
@@ -117,6 +118,35 @@ def compare(
             _print_comparison(done)
 
 
+def pretrain_teacher(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Model folder to create; by default runs/<time>-<recipe>-teacher."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print teacher.json.")] = False,
+) -> None:
+    """Let a recipe's teacher learn on the server's own rows; later runs take the folder."""
+    with errors_as_exit_codes():
+        import json as json_
+
+        import silotune
+        from silotune.progress import pick_progress
+
+        place = silotune.pretrain_teacher(
+            recipe, overrides or (), out=out, progress=pick_progress()
+        )
+        record = json_.loads((place / "teacher.json").read_text(encoding="utf-8"))
+        if json:
+            print_json(record)
+            return
+        scores = {k: v for k, v in record["held_out"].items() if isinstance(v, float)}
+        typer.echo("held out: " + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()))
+        typer.echo(f"teacher: {place}")
+        typer.echo(f"use it: silotune run {recipe} distill.teacher={place}")
+
+
 def _recipe_and_overrides(
     recipe: str | None, overrides: list[str] | None, resume: Path | None
 ) -> tuple[str | None, list[str]]:
@@ -152,11 +182,14 @@ def _print_comparison(done: "Comparison") -> None:
 
 
 def _print_result(done: "Run") -> None:
-    from silotune.report import cost_lines, loss_table, worse_off
+    from silotune.report import cost_lines, label_table, loss_table, unit_of, worse_off
 
     summary: dict[str, Any] = done.summary
-    typer.echo("\nheld-out loss (nats per token, lower is better)\n")
+    typer.echo(f"\nheld-out loss ({unit_of(summary)}, lower is better)\n")
     print_table(loss_table(summary))
+    if labels := label_table(summary):
+        typer.echo("\nheld-out labels (higher is better)\n")
+        print_table(labels)
     if lost := worse_off(summary):
         typer.echo(f"\nnot better than the base for: {', '.join(lost)}")
     typer.echo()

@@ -82,6 +82,12 @@ def _station(recipe: str, folder: str) -> "Station":
     from silotune.store import RunFolder
 
     run = RunConfig.model_validate_json(recipe)
-    rows = load_clients(run.data, run.partition, seed=run.seed)
+    rows = load_clients(
+        run.data,
+        run.partition,
+        seed=run.seed,
+        task=run.task,
+        server_fraction=run.server.data_fraction,
+    )
     run_folder = RunFolder(Path(folder), run)
     return Station(Place(run, rows.__getitem__, run_folder.client_folder))

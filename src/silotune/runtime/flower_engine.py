@@ -37,6 +37,7 @@ from silotune.files import EXAMPLES, locate
 from silotune.runtime.job import Job, Measured
 from silotune.runtime.keeper import MARK, end_all
 from silotune.runtime.reported import OUTCOME, Follower, read_outcome
+from silotune.server import DistillConfig, ServerConfig
 from silotune.sources import SOURCES, resolve
 
 START_S = 60.0
@@ -261,6 +262,7 @@ class _Engine:
             "folder": str(self.job.folder.path.absolute()),
             "private": str(self.private),
             "base_sha256": self.job.base_sha256,
+            "local": json.dumps(sorted(self.job.local)),
         }
         empty = "".join(f'{key} = ""\n' for key in settings)
         (app / "pyproject.toml").write_text(APP + empty, encoding="utf-8")
@@ -358,8 +360,13 @@ class _Engine:
 
 def _travelling(run: RunConfig) -> RunConfig:
     """The recipe as it is sent: whole paths in simulation, no place of rows in deployment."""
+    # what the server does with its own rows is no client's business
+    mine = {"server": ServerConfig(), "distill": DistillConfig()}
     if run.runtime.name == "flower":
-        return run.model_copy(update={"data": _without_places(run.data), "partition": None})
+        data = _without_places(run.data)
+        return run.model_copy(update={"data": data, "partition": None, **mine})
+    # but that a part of them is not the clients' is: actors read the rows anew
+    mine["server"] = ServerConfig(data_fraction=run.server.data_fraction)
     whole = {
         key: str(Path(value).expanduser().absolute())
         for key in ("path", "eval_path")
@@ -374,6 +381,7 @@ def _travelling(run: RunConfig) -> RunConfig:
         update={
             "data": run.data.model_copy(update=whole),
             "model": run.model.model_copy(update=model),
+            **mine,
         }
     )
 
@@ -384,7 +392,7 @@ def _without_places(data: DataConfig) -> DataConfig:
     if place is not None and is_client_folder(place):
         return data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
     # these clients were cut from one data set: their rows are converted and split already
-    return DataConfig(path=OWN, system=data.system)
+    return DataConfig(path=OWN, system=data.system, template=data.template, labels=data.labels)
 
 
 def _default(key: str) -> Any:

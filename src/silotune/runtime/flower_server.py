@@ -18,6 +18,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from silotune.algorithms.base import keep_local
 from silotune.config import RunConfig
 from silotune.errors import EngineError, SilotuneError, UpdateError
 from silotune.progress import Progress
@@ -29,6 +30,7 @@ from silotune.runtime.parcel import Parcel
 from silotune.runtime.records import from_record, to_record
 from silotune.runtime.reported import FileProgress, write_outcome
 from silotune.store import RunFolder
+from silotune.teaching import open_server_work
 from silotune.types import Arrival, Broadcast, Failure, Score, Update
 
 app = ServerApp()
@@ -73,14 +75,19 @@ def main(grid: Grid, context: Context) -> None:
         state = folder.load_state()
         assert state is not None, "the first adapter is saved before the engine starts"
         folder.rewind(state.round)
+        algorithm = keep_local(algorithm_of(run.algorithm), json.loads(settings["local"]))
+        # the server's rows and teacher are named in the folder's recipe alone: clients read `run`
+        own = RunFolder.open(folder.path).run
+        work = open_server_work(own, folder, algorithm=algorithm, progress=progress)
         progress.begin(run.rounds, state.round + 1)
         run_rounds(
             run,
             state,
-            algorithm=algorithm_of(run.algorithm),
+            algorithm=algorithm,
             clients=clients,
             folder=folder,
             progress=progress,
+            improve=work and work.improve,
         )
     except BaseException as problem:
         error = problem

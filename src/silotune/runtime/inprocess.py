@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from silotune.algorithms.base import keep_local
 from silotune.client import ClientData, Worker, prepare_client, score, take_part
 from silotune.data import ClientRows
 from silotune.errors import ClientTimeout, UpdateError
@@ -21,7 +22,8 @@ from silotune.rounds import run_rounds
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
 from silotune.store import RunFolder
-from silotune.tasks import TASKS
+from silotune.tasks import build_task
+from silotune.teaching import open_server_work
 from silotune.tree import size_bytes
 from silotune.types import Arrival, Broadcast, Failure, Score
 
@@ -30,8 +32,13 @@ def drive(job: Job) -> Measured:
     """Run a job's rounds in this process."""
     assert job.loaded is not None, "this runtime trains on the model it is given"
     torch.set_num_threads(job.run.runtime.threads)
-    worker = Worker(job.loaded, TASKS["instruct"], job.run, algorithm_of(job.run.algorithm))
+    run = job.run
+    algorithm = keep_local(algorithm_of(run.algorithm), job.local)
+    worker = Worker(job.loaded, build_task(run.task, run.data.labels), run, algorithm)
     data = job.data or prepare_clients(job.rows, worker)
+    server = open_server_work(
+        run, job.folder, algorithm=algorithm, progress=job.progress, loaded=job.loaded
+    )
     clients = InProcessClients(worker, data, job.folder, job.progress)
     for text in clients.notes():
         job.progress.note(text)
@@ -40,10 +47,11 @@ def drive(job: Job) -> Measured:
     run_rounds(
         job.run,
         job.state,
-        algorithm=worker.algorithm,
+        algorithm=algorithm,
         clients=clients,
         folder=job.folder,
         progress=job.progress,
+        improve=server and server.improve,
     )
     # the base was loaded by whoever gave it, in this process
     return Measured(clients.num_rows(), base_model_loads=0, peak_memory_bytes=peak_memory_bytes())

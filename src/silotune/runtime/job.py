@@ -25,6 +25,8 @@ class Job:
     progress: Progress
     base_sha256: str
     """Of the server's base model: every client must have the same."""
+    local: frozenset[str] = frozenset()
+    """Tensors that are learned and stay at each client."""
     loaded: LoadedModel | None = None
     """The base with its adapter; only for a runtime that trains in this process."""
     data: Mapping[str, ClientData] | None = None

@@ -17,18 +17,19 @@ from typing import Any
 import torch
 
 import silotune
+from silotune.algorithms.base import keep_local
 from silotune.client import ClientData, Worker, prepare_client, score, take_part
 from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.errors import Declined, SilotuneError, UpdateError
+from silotune.finished import load_for, local_tensors
 from silotune.memory import load_memory
-from silotune.models import folder_of_base, load_model, num_base_loads, peak_memory_bytes
+from silotune.models import folder_of_base, num_base_loads, peak_memory_bytes
 from silotune.runtime import wire
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.parcel import Parcel
 from silotune.sources import content_hash
-from silotune.tasks import TASKS
-from silotune.tasks.instruct import set_template
+from silotune.tasks import build_task
 from silotune.types import Failure
 
 PACKAGE = Path(silotune.__file__).parent
@@ -58,9 +59,9 @@ class Station:
         run = place.run
         torch.set_num_threads(run.runtime.threads)
         self.place = place
-        loaded = load_model(run.model, run.adapter, seed=run.seed, device=run.runtime.device)
-        set_template(loaded.tokenizer, run.data.template)
-        self.worker = Worker(loaded, TASKS["instruct"], run, algorithm_of(run.algorithm))
+        loaded = load_for(run)
+        algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
+        self.worker = Worker(loaded, build_task(run.task, run.data.labels), run, algorithm)
         self.base_sha256 = content_hash(folder_of_base(run.model))
         self.data: dict[str, ClientData] = {}
 

@@ -23,6 +23,10 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 """What a float holds exactly: a larger one could not be a weight."""
 
 
+MAX_LABELS = 10_000
+"""More classes than any data set of texts has."""
+
+
 class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -43,6 +47,7 @@ class _Score(_Form):
     num_tokens: Annotated[int, Field(ge=1, le=2**53)]
     num_correct: Count
     num_examples: Count
+    label_counts: Annotated[list[tuple[Count, Count, Count]], Field(max_length=MAX_LABELS)] = []
 
 
 class _Metrics(_Form):
@@ -53,6 +58,7 @@ class _Metrics(_Form):
     lr: FiniteFloat = 0.0
     num_steps: Count = 0
     num_tokens: Count
+    num_targets: Count = 0
     num_padded_tokens: Count = 0
     seconds_training: FiniteFloat
     seconds: FiniteFloat
@@ -156,13 +162,13 @@ def decode_answer(parcel: Parcel, client: str, *, bytes_down: int) -> Update | S
         return Failure(client, **_read(_Failure, about["failure"]).model_dump())
     if "score" in about:
         facts = _read(_Score, about["score"]).model_dump()
-        return _checked(Score(client=client, **facts, size_bytes=bytes_down))
+        return _checked(_score_of(client, facts, size_bytes=bytes_down))
     form = _read(_Update, about.get("update"))
     groups = _unflatten(form, parcel.values)
     facts = form.model_dump(exclude={"tensors", "score"}, exclude_unset=True)
     score = None
     if form.score is not None:
-        score = _checked(Score(client=client, **form.score.model_dump()))
+        score = _checked(_score_of(client, form.score.model_dump()))
     return Update(
         client=client,
         delta=groups.get("delta", {}),
@@ -194,15 +200,26 @@ def decode_process(parcel: Parcel) -> dict[str, Any]:
     return _read(_Process, parcel.about.get("process")).model_dump()
 
 
+def _score_of(client: str, facts: Mapping[str, Any], *, size_bytes: int = 0) -> Score:
+    counts = tuple(tuple(label) for label in facts["label_counts"])
+    return Score(client=client, **{**facts, "label_counts": counts}, size_bytes=size_bytes)
+
+
 def _checked(score: Score) -> Score:
-    """A sum with NaN in it would spoil the curve of all clients."""
+    """A sum with NaN in it, or counts that cannot be, would spoil the curve of all clients."""
     if not math.isfinite(score.loss_sum):
         raise UpdateError(f"client '{score.client}': its held-out loss is not finite.")
+    if score.label_counts:
+        right, given, true = (sum(part) for part in zip(*score.label_counts, strict=True))
+        above = any(hit > min(a, b) for hit, a, b in score.label_counts)
+        if above or (right, given, true) != (score.num_correct, score.num_tokens, score.num_tokens):
+            raise UpdateError(f"client '{score.client}': its label counts contradict its score.")
     return score
 
 
 def _score_facts(score: Score) -> dict[str, Any]:
-    return {k: v for k, v in asdict(score).items() if k not in ("client", "size_bytes")}
+    left_out = ("client", "size_bytes", *(() if score.label_counts else ("label_counts",)))
+    return {k: v for k, v in asdict(score).items() if k not in left_out}
 
 
 # --- tensors ----------------------------------------------------------------------------------

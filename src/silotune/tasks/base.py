@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,10 @@ class Example:
     """Token ids, shape (length,), int64."""
     trained: Tensor
     """Which tokens the loss is taken on, shape (length,), bool; never the first token."""
+    label: int = -1
+    """With the task classify, the class of the row: the number of a label."""
+    segments: Tensor | None = None
+    """Which text of a pair a token belongs to, (length,), for families that want to be told."""
 
 
 @dataclass(frozen=True)
@@ -26,27 +30,33 @@ class Batch:
     ids: Tensor
     """(batch, length), int64."""
     positions: Tensor
-    """Indices into the flattened (batch * length) positions that predict a trained token,
-    (num_trained,)."""
+    """Indices into the flattened (batch * length) positions that predict a target, (num_trained,).
+    """
     targets: Tensor
-    """The tokens to be predicted there, (num_trained,)."""
+    """What is to be predicted there, (num_trained,): tokens, or one label a row."""
     num_real_tokens: int
     """Tokens without padding."""
+    mask: Tensor
+    """Which positions are not padding, (batch, length), bool."""
+    segments: Tensor | None = None
+    """As in the examples, (batch, length)."""
 
     @property
     def num_trained(self) -> int:
-        """Tokens that the loss is taken on."""
+        """Predictions that the loss is taken on."""
         return self.targets.numel()
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over a batch's trained tokens."""
+    """Sums over a batch's targets."""
 
     loss_sum: Tensor
     """Negative log-likelihood in nats; a scalar with a graph while training."""
     logits: Tensor
-    """(num_trained, vocabulary), detached."""
+    """(num_trained, vocabulary or labels), with a graph while training."""
+    attentions: tuple[Tensor, ...] = ()
+    """When asked for: of every layer, (batch, heads, length, length)."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +72,24 @@ class Prepared:
     """Which row each example comes from."""
 
 
+class LossOf(Protocol):
+    """How a task scores a batch."""
+
+    def __call__(self, loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
+        """Sums over the batch's targets; `attentions` needs a model with eager attention."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
-    """What is learned, as three functions."""
+    """What is learned, as four functions."""
 
     prepare: Callable[[Sequence[Any], Any, int], Prepared]
     """(rows, tokenizer, max_length) -> examples."""
     collate: Callable[[Sequence[Example]], Batch]
     """Examples -> one padded batch."""
-    loss: Callable[[LoadedModel, Batch], Loss]
-    """(model, batch) -> sums over its trained tokens."""
+    loss: LossOf
+    num_tokens: Callable[[Sequence[Any], Any], list[int]]
+    """(rows, tokenizer) -> tokens of each row before anything is cut."""
+    labels: tuple[str, ...] = ()
+    """The classes, when a row is to be given one of them; empty when it is to be answered."""

@@ -143,24 +143,27 @@ def collate(examples: Sequence[Example]) -> Batch:
         trained[i, : example.ids.numel()] = example.trained
     # the token at t is predicted at t - 1
     where = trained[:, 1:].nonzero()  # (num_trained, 2): row, t - 1
+    lengths = torch.tensor([e.ids.numel() for e in examples])
     return Batch(
         ids=ids,
         positions=where[:, 0] * length + where[:, 1],
         targets=ids[where[:, 0], where[:, 1] + 1],
-        num_real_tokens=sum(e.ids.numel() for e in examples),
+        num_real_tokens=int(lengths.sum()),
+        mask=torch.arange(length) < lengths[:, None],
     )
 
 
-def loss(loaded: LoadedModel, batch: Batch) -> Loss:
+def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
     """Negative log-likelihood of the trained tokens; only there the vocabulary is scored."""
     device = loaded.device
+    more = {"output_attentions": True} if attentions else {}
     with only_positions(_head(loaded), batch.positions.to(device)):
-        out = loaded.model(input_ids=batch.ids.to(device), use_cache=False)
+        out = loaded.model(input_ids=batch.ids.to(device), use_cache=False, **more)
     logits = (
         out.logits.float()
     )  # (num_trained, vocabulary); fp32: bf16 log-sums lose the small classes
     nll = F.cross_entropy(logits, batch.targets.to(device), reduction="sum")
-    return Loss(nll, logits.detach())
+    return Loss(nll, logits, tuple(out.attentions) if attentions else ())
 
 
 @contextmanager
@@ -187,4 +190,10 @@ def _head(loaded: LoadedModel) -> nn.Module:
     return model.get_output_embeddings()
 
 
-INSTRUCT = Task(prepare=prepare, collate=collate, loss=loss)
+def num_tokens(rows: Sequence[Conversation], tokenizer: Any) -> list[int]:
+    """Tokens of each conversation, with its template, before anything is cut."""
+    texts = [render(tokenizer, row, ask=False) for row in rows]
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+INSTRUCT = Task(prepare=prepare, collate=collate, loss=loss, num_tokens=num_tokens)
