@@ -20,10 +20,11 @@ demo: env
 	$(BIN)/silotune demo
 
 test: dev
-	$(BIN)/pytest tests/unit tests/integration --doctest-modules src/silotune
+	$(BIN)/pytest -m "not engine" -n 2 --dist loadfile tests/unit tests/integration --doctest-modules src/silotune
+	$(BIN)/pytest -m engine tests/integration
 
 unit: dev
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit
 
 slow: dev
 	$(BIN)/pytest tests/slow -m slow

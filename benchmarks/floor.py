@@ -19,15 +19,10 @@ import plain_loop
 import torch
 
 import silotune
+from silotune.algorithm_config import build_algorithm
 from silotune.client import Worker
-from silotune.config import build_algorithm
-from silotune.models import (
-    load_model,
-    num_base_loads,
-    peak_memory_bytes,
-    read_adapter,
-    write_adapter,
-)
+from silotune.devices import peak_memory_bytes
+from silotune.models import load_model, num_base_loads, read_adapter, write_adapter
 from silotune.progress import Progress, human_bytes
 from silotune.rounds import run_rounds
 from silotune.runtime.inprocess import InProcessClients, prepare_clients

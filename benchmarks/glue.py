@@ -13,7 +13,7 @@ from pathlib import Path
 from minilm_l3 import build_student
 
 import silotune
-from silotune.comparison import cost_table, difference_table, score_table
+from silotune.comparison import against_table, cost_table, difference_table, score_table
 from silotune.progress import PlainProgress
 from silotune.verdicts import comparison_verdict, worse_off_warnings
 
@@ -66,8 +66,9 @@ def main() -> None:
     result = done.result
     print(f"seeds {result['seeds']}")
     for key in result["metrics"]:
-        for table in (score_table(result, key), difference_table(result, key)):
-            print()
+        for make in (score_table, difference_table, against_table):
+            table = make(result, key)
+            print(f"\n{key}")
             for row in table:
                 print(" | ".join(row))
     print()

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from silotune.config import RunConfig, build_algorithm, parse
+from silotune.algorithm_config import build_algorithm
+from silotune.config import RunConfig, parse
 from silotune.data import ClientRows
 from silotune.progress import Progress, human_bytes
 from silotune.rounds import run_rounds

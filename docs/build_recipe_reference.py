@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from silotune.algorithm_config import ALGORITHM_CONFIGS
 from silotune.client_config import ClientConfig, LimitsConfig, OwnRuntimeConfig
-from silotune.config import ALGORITHM_CONFIGS, RunConfig, sections
+from silotune.config import RunConfig, sections
 
 PAGE = Path(__file__).parent / "recipe.md"
 

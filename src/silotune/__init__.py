@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from silotune.arms import Comparison, compare
+    from silotune.checking import check
     from silotune.config import RunConfig, load_recipe, shipped_recipes
     from silotune.errors import SilotuneError
     from silotune.finished import Run
-    from silotune.launch import base_folder, check, pretrain_teacher, run
+    from silotune.launch import base_folder, pretrain_teacher, run
     from silotune.progress import PlainProgress, Progress
 
 # Resolved when first used: importing silotune costs no torch.
@@ -25,7 +26,7 @@ _HOMES = {
     "RunConfig": "silotune.config",
     "SilotuneError": "silotune.errors",
     "base_folder": "silotune.launch",
-    "check": "silotune.launch",
+    "check": "silotune.checking",
     "compare": "silotune.arms",
     "load_recipe": "silotune.config",
     "pretrain_teacher": "silotune.launch",

@@ -21,24 +21,34 @@ from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.alone import Cost, Plan, cost_of_run, pooled, rows_trained, train_alone
 from silotune.arm_recipes import federated_arms
 from silotune.card import comparison_card
+from silotune.checking import Checked
 from silotune.client import ClientData, Worker
-from silotune.comparison import LOCAL, Scores, compare_arms
+from silotune.comparison import Scores, compare_arms
 from silotune.config import CompareConfig, RunConfig
 from silotune.disk import write_atomically, write_json, write_rows
 from silotune.errors import ConfigError, RunFolderError
 from silotune.evaluate import score_each
 from silotune.finished import Run, load_for
 from silotune.generate import answers
-from silotune.launch import Checked, open_folder, provenance_of, run_in
-from silotune.memory import folder_name, load_memory
+from silotune.launch import open_folder, provenance_of, run_in
+from silotune.memory import load_memory
 from silotune.models import LoadedModel, read_adapter, renew_adapter, save_adapter, write_adapter
 from silotune.overview import describe_split
 from silotune.page import comparison_page
+from silotune.parts import (
+    place_alone,
+    place_of,
+    places,
+    read_costs,
+    read_scores,
+    results,
+    seeds_of,
+)
 from silotune.progress import Progress, human_seconds
 from silotune.quality import judge, question_of
 from silotune.rows import Conversation, did_you_mean
 from silotune.runtime.inprocess import prepare_clients
-from silotune.store import Row, RunFolder, held_out_losses, overall_scores
+from silotune.store import Row, RunFolder
 from silotune.tasks import build_task
 from silotune.tasks.base import Example
 from silotune.teaching import build_lesson, is_pretrained, pretrain, server_rows
@@ -149,7 +159,8 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
         for client in bench.data:
             bench.alone(client, seed, plan[client])
         bench.centralized(seed, pooled(plan))
-    scores = bench.scores()
+    parts = places(folder.path, run, bench.data)
+    scores = read_scores(parts)
     num_train = {name: len(own.examples) for name, own in bench.data.items()}
     numbers = compare_arms(scores, num_train=num_train, seed=run.seed)
     result = {
@@ -157,34 +168,19 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
         "seeds": list(seeds_of(run)),
         "base_name": run.model.name,
         "result": "federated",
-        "arms": bench.costs(),
+        "arms": read_costs(parts),
         **numbers,
         "notes": [*([run.report.note] if run.report.note else []), *numbers["notes"]],
         "samples": bench.samples(scores),
         "split": describe_split(checked.rows, bench.loaded.tokenizer, bench.task),
     }
     write_atomically(folder.path / "README.md", comparison_card(result, run).encode())
-    write_json(folder.path / "results.json", bench.results(result))
+    write_json(folder.path / "results.json", results(folder.path, run, result))
     write_json(folder.path / "comparison.json", result)
     done = Comparison(folder.path)
     if run.report.page:
         done.report()
     return done
-
-
-def seeds_of(run: RunConfig) -> range:
-    """The recipe's seed and those after it."""
-    return range(run.seed, run.seed + run.compare.seeds)
-
-
-def place_of(arm: str, seed: int) -> str:
-    """The folder of an arm's part, inside the comparison's."""
-    return f"seed-{seed}/{folder_name(arm.replace(': ', '-'))}"
-
-
-def place_alone(client: str, seed: int) -> str:
-    """The folder of a lone client's part, inside the comparison's."""
-    return f"seed-{seed}/local/{folder_name(client)}"
 
 
 @dataclass(frozen=True)
@@ -311,7 +307,8 @@ class Bench:
         asked = run.server.work == "distill" and how.pretrain_epochs > 0
         if not asked or is_pretrained(how.teacher or ""):
             return run
-        about = [how.teacher, how.pretrain_epochs, run.server.lr, run.train.model_dump()]
+        rate = how.lr or run.server.lr
+        about = [how.teacher, how.pretrain_epochs, rate, run.train.model_dump()]
         mark = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         place = self.folder.path / f"seed-{run.seed}" / f"teacher-{mark}"
         if not place.exists():
@@ -396,61 +393,6 @@ class Bench:
 
     # --- what was found
 
-    def places(self) -> dict[str, dict[int, dict[str, Path]]]:
-        """Arm -> seed -> part, by client in the arm of lone clients, else by "" for all."""
-        run, seeds = self.run, seeds_of(self.run)
-        root = self.folder.path
-        alone = {
-            seed: {client: root / place_alone(client, seed) for client in self.data}
-            for seed in seeds
-        }
-        arms: dict[str, dict[int, dict[str, Path]]] = {
-            "base": {run.seed: {"": root / "base"}},
-            LOCAL: alone,
-        }
-        for client in run.compare.only:
-            arms[f"only {client}"] = {s: {"": parts[client]} for s, parts in alone.items()}
-        for arm in (*federated_arms(run), "centralized"):
-            arms[arm] = {seed: {"": root / place_of(arm, seed)} for seed in seeds}
-        return arms
-
-    def scores(self) -> Scores:
-        """All parts' rows by arm, seed and client."""
-        return {
-            arm: {seed: _read_scores(parts) for seed, parts in by_seed.items()}
-            for arm, by_seed in self.places().items()
-        }
-
-    def costs(self) -> dict[str, dict[str, Any]]:
-        """What each arm took, over all seeds."""
-        found: dict[str, dict[str, Any]] = {}
-        for arm, by_seed in self.places().items():
-            total = Cost()
-            for part in (p for parts in by_seed.values() for p in parts.values()):
-                total += Cost(**json.loads((part / "part.json").read_text(encoding="utf-8")))
-            found[arm] = asdict(total)
-        return found
-
-    def results(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """results.json: the whole experiment as one table for other programs.
-
-        Its configuration, what each arm took, its scores over all clients after every scored round
-        by seed, and the numbers of the comparison.
-        """
-        history: dict[str, dict[int, list[Row]]] = {}
-        for arm in federated_arms(self.run):
-            for seed in seeds_of(self.run):
-                rows = Run(self.folder.path / place_of(arm, seed) / "run").metrics
-                losses, labels = held_out_losses(rows), overall_scores(rows)
-                history.setdefault(arm, {})[seed] = [
-                    {"round": r, "loss": loss, **labels.get(r, {})} for r, loss in losses.items()
-                ]
-        return {
-            "configuration": self.run.model_dump(mode="json", serialize_as_any=True),
-            "history": history,
-            **{key: result[key] for key in ("seeds", "arms", "overall", "clients", "notes")},
-        }
-
     def samples(self, scores: Scores) -> list[dict[str, Any]]:
         """Some held-out questions, and what the first seed's arms answer."""
         found: list[dict[str, Any]] = []
@@ -476,14 +418,3 @@ def _personal(run: Path | None, client: str) -> AdapterState:
     opened = RunFolder.open(run)
     memory = load_memory(opened.client_folder(client), opened.run.rounds + 1)
     return memory.tensors.get("personal", {})
-
-
-def _read_scores(parts: Mapping[str, Path]) -> dict[str, list[Row]]:
-    """Client -> rows. Of the arm of lone clients, each client's own part counts for it alone."""
-    found: dict[str, list[Row]] = {}
-    for owner, part in parts.items():
-        for line in (part / "scores.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if owner in ("", row["client"]):
-                found.setdefault(row["client"], []).append(row)
-    return found

@@ -7,7 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from silotune.comparison import cost_table, difference_table, score_table
+from silotune.comparison import (
+    AGAINST,
+    against_table,
+    cost_table,
+    difference_table,
+    score_table,
+)
 from silotune.config import RunConfig
 from silotune.report import (
     cost_lines,
@@ -120,6 +126,8 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
         lines += ["", f"## {metric['label']} ({metric['unit']}, {better} is better)", ""]
         lines += [*markdown_table(score_table(comparison, key)), ""]
         lines += markdown_table(difference_table(comparison, key))
+        if against := against_table(comparison, key):
+            lines += ["", f"{AGAINST}:", "", *markdown_table(against)]
     lines += ["", "## Cost over all seeds", "", *markdown_table(cost_table(comparison))]
     return "\n".join(lines) + "\n"
 

@@ -16,9 +16,10 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from silotune.config import RunConfig, usable_threads
-from silotune.data import ClientRows, DataConfig, TaskRow, load_client
+from silotune.data import ClientRows, load_client
 from silotune.errors import ConfigError, Declined
 from silotune.memory import folder_name
+from silotune.reading import DataConfig, TaskRow
 from silotune.sources import SOURCES, is_hub_id
 from silotune.types import Config
 

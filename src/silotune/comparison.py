@@ -19,6 +19,8 @@ MIN_SEEDS = 5
 """Seeds below which a verdict is called weak."""
 LOCAL = "local"
 """The arm that the others are compared with: not to have joined."""
+RESULT = "federated"
+"""The recipe's own arm. Other federated arms have names that begin so, too."""
 
 RowScores = Sequence[Mapping[str, Any]]
 """A client's held-out rows in their order, each with `loss_sum`, `num_tokens` and, where answers
@@ -55,8 +57,8 @@ ANSWERS = (
 LABELS = (
     replace(LOSS, unit="nats per row"),
     Metric("accuracy", "accuracy", "share of rows", False, "given", labels=True),
-    Metric("macro_f1", "macro F1", "mean over labels", False, "given", labels=True),
-    Metric("mcc", "Matthews correlation", "-1 to 1", False, "given", labels=True),
+    Metric("macro_f1", "macro F1", "of 1", False, "given", labels=True),
+    Metric("mcc", "Matthews correlation", "of 1", False, "given", labels=True),
 )
 """With the task classify."""
 
@@ -101,7 +103,8 @@ def _numbers(
     scores: Scores, metrics: Sequence[Metric], names: Sequence[str], *, seed: int, num_rows: int
 ) -> dict[str, Any]:
     """Means, differences to `local` and verdicts over some clients, each counting once."""
-    found: dict[str, Any] = {"scores": {}, "differences": {}, "verdicts": {}}
+    found: dict[str, Any] = {"scores": {}, "differences": {}, "verdicts": {}, "against": {}}
+    others = [arm for arm in scores if arm.startswith(f"{RESULT}: ")]
     for metric in metrics:
         interval = _label_interval if metric.labels else _mean_interval
         means, apart, verdicts = {}, {}, {}
@@ -114,6 +117,9 @@ def _numbers(
             difference = interval(scores, arm, names, metric, seed, minus=LOCAL)
             apart[arm] = asdict(difference)
             verdicts[arm] = verdict(difference, metric, num_rows=num_rows)
+        found["against"][metric.key] = {
+            arm: asdict(interval(scores, RESULT, names, metric, seed, minus=arm)) for arm in others
+        }
         found["scores"][metric.key] = means
         found["differences"][metric.key] = apart
         found["verdicts"][metric.key] = verdicts
@@ -251,12 +257,30 @@ def difference_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[s
 
 
 MORE = {
-    "head_bytes_up": "of it head",
-    "head_bytes_down": "of it head",
-    "tokens_server": "tokens at the server",
-    "seconds_server": "training there",
+    "head_bytes_up": "head up",
+    "head_bytes_down": "head down",
+    "tokens_server": "server tokens",
+    "seconds_server": "server training",
 }
 """Costs that only some comparisons have."""
+
+
+AGAINST = "The recipe's own arm against the other federated ones, with 95 % intervals"
+
+
+def against_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, ...]]:
+    """Header and rows: a client a line; the recipe's own arm minus every other federated one.
+
+    Empty where there is no other.
+    """
+    arms = federated_arms(comparison)[1:]
+    if not arms or "against" not in comparison["overall"]:  # an older silotune wrote none
+        return []
+    lines = [("client", *(f"minus {arm.removeprefix(f'{RESULT}: ')}" for arm in arms))]
+    for name, numbers in _lines(comparison):
+        found = numbers["against"][metric]
+        lines.append((name, *(_with_interval(found[arm], signed=True) for arm in arms)))
+    return lines
 
 
 def cost_table(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:

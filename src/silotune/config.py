@@ -5,7 +5,6 @@ no data.
 """
 
 import difflib
-import math
 import os
 import re
 import tomllib
@@ -13,26 +12,31 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
+from typing import Any, Literal, cast
 
 import tomli_w
 from pydantic import (
     BaseModel,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
-    create_model,
     field_validator,
 )
 
+from silotune.algorithm_config import (
+    ALGORITHM_CONFIGS,
+    FLOWER,
+    FLOWER_EXAMPLE,
+    AnyAlgorithmConfig,
+    FlowerStrategyConfig,
+    chosen_algorithm,
+)
 from silotune.algorithms import ALGORITHMS
-from silotune.algorithms.base import Algorithm, AlgorithmConfig
-from silotune.data import DataConfig
+from silotune.algorithms.base import AlgorithmConfig
 from silotune.errors import ConfigError
 from silotune.evaluate import EvaluateConfig
 from silotune.models import AdapterConfig, ModelConfig
 from silotune.partition import PartitionConfig
+from silotune.reading import DataConfig
 from silotune.rows import did_you_mean
 from silotune.sampling import SamplingConfig
 from silotune.server import DistillConfig, ServerConfig
@@ -122,72 +126,6 @@ class ReportConfig(Config):
     """Where these answers are cut."""
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
     """Also log every round to this tracker, through its own library, which has to be installed."""
-
-
-def _named(name: str, cfg: type[AlgorithmConfig]) -> type[AlgorithmConfig]:
-    """An algorithm's own config with the key that chooses it in a recipe."""
-    field: Any = (Literal[name], Field(name, description="Which algorithm; see docs/papers.md."))
-    return create_model(cfg.__name__, __base__=cfg, __doc__=cfg.__doc__, name=field)
-
-
-FLOWER = "flower:<module>.<Class>"
-"""Stands for the names of all Flower strategies, in messages and documents too."""
-FLOWER_EXAMPLE = "A strategy is named as in flower:flwr.serverapp.strategy.FedYogi."
-FLOWER_NAME = r"flower:[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
-NOT_OPTIONS = {
-    "fraction_train": "[sampling] rules who takes part",
-    "min_train_nodes": "[sampling] rules who takes part",
-    "min_available_nodes": "[sampling] rules who takes part",
-    "fraction_evaluate": "[evaluate] rules who scores",
-    "min_evaluate_nodes": "[evaluate] rules who scores",
-    "weighted_by_key": "algorithm.weights rules how clients are weighted",
-}
-"""Arguments of Flower's strategies that other keys of a recipe stand for."""
-
-
-class FlowerStrategyConfig(AlgorithmConfig):
-    """Settings of a Flower strategy, as in flower:flwr.serverapp.strategy.FedYogi.
-
-    The class is imported where the server runs, never at a client. Needs silotune[flower].
-    """
-
-    name: str = Field(pattern=f"^{FLOWER_NAME}$")
-    """The path of the strategy's class: any module that Python finds, Flower's or your own."""
-    options: dict[str, bool | int | float | str] = Field(default={})
-    """Arguments of the class by their own names, as in options.eta = 0.01."""
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _only_options(cls, given: Any) -> Any:
-        for key, value in cast(dict[str, Any], given).items() if isinstance(given, dict) else ():
-            if key in NOT_OPTIONS:
-                raise ValueError(f"'{key}' is no option: {NOT_OPTIONS[key]}")
-            if not isinstance(value, (int, float, str)):  # true and false are integers in Python
-                raise ValueError(f"'{key}' should be a number, a text, true or false")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"'{key}' should be a finite number")
-        return cast(Any, given)
-
-
-def _chosen(section: Any) -> str:
-    """The algorithm that an [algorithm] table, or a config object, names; one for all of Flower."""
-    if isinstance(section, dict):
-        name = str(cast(dict[str, Any], section).get("name", "fedavg"))
-    else:
-        name = str(getattr(section, "name", ""))
-    return FLOWER if re.fullmatch(FLOWER_NAME, name) else name
-
-
-ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {
-    **{name: _named(name, cfg) for name, (cfg, _) in ALGORITHMS.items()},
-    FLOWER: FlowerStrategyConfig,
-}
-
-if TYPE_CHECKING:
-    AnyAlgorithmConfig = AlgorithmConfig
-else:
-    _tagged = tuple(Annotated[cfg, Tag(name)] for name, cfg in ALGORITHM_CONFIGS.items())
-    AnyAlgorithmConfig = Annotated[Union[_tagged], Discriminator(_chosen)]  # noqa: UP007
 
 
 class CompareConfig(Config):
@@ -304,11 +242,6 @@ class RunConfig(Config):
             yield "adapter.head", "'local' leaves the server without a head to train with"
 
 
-def build_algorithm(cfg: AlgorithmConfig) -> Algorithm:
-    """One of our own algorithms; runtime.flower_strategy.algorithm_of builds Flower's too."""
-    return ALGORITHMS[_chosen(cfg)][1](cfg)
-
-
 # --- reading ---------------------------------------------------------------------------------
 
 
@@ -422,7 +355,7 @@ def _meant(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> tuple
     """The key that a misspelt one most likely stands for; it is missing, so it is suspect too."""
     if item["type"] != "extra_forbidden":
         return where
-    near = nearest_key(".".join(where), _chosen(table.get("algorithm", {})))
+    near = nearest_key(".".join(where), chosen_algorithm(table.get("algorithm", {})))
     return tuple(near.split(".")) if near else where
 
 
@@ -476,7 +409,7 @@ def _explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str
     key = ".".join(where)
     match item["type"]:
         case "extra_forbidden":
-            chosen = _chosen(table.get("algorithm", {}))
+            chosen = chosen_algorithm(table.get("algorithm", {}))
             others = [n for n, cfg in ALGORITHM_CONFIGS.items() if where[-1] in cfg.model_fields]
             if where[0] == "algorithm" and chosen == FLOWER:
                 near = did_you_mean(where[-1], FlowerStrategyConfig.model_fields)
@@ -491,7 +424,7 @@ def _explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str
             section = item["input"]
             if not isinstance(section, dict):
                 return f"{key}: is a section. Name the algorithm with {key}.name."
-            chosen = _chosen(cast(dict[str, Any], section))
+            chosen = chosen_algorithm(cast(dict[str, Any], section))
             return (
                 f"{key}.name: there is no algorithm '{chosen}'.{did_you_mean(chosen, ALGORITHMS)} "
                 f"There are: {', '.join(ALGORITHM_CONFIGS)}."

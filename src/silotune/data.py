@@ -8,116 +8,21 @@ from columns, are the exceptions.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
 
 from silotune.errors import ConfigError, DataError
-from silotune.files import Part, PlacedRow, locate, no_such_file, read_hub, read_place
-from silotune.labelled import LabelledText, check_all_pairs, labelled_text
+from silotune.files import Part, PlacedRow
 from silotune.partition import PartitionConfig, Shares, by_column, dirichlet, iid, names_in_column
+from silotune.reading import DataConfig, TaskRow, convert, convert_parts, read_all, read_parts
 from silotune.rows import (
-    Conversation,
-    conversation,
     did_you_mean,
     is_missing,
     list_columns,
-    parse_template,
 )
 from silotune.seeds import generator
-from silotune.types import Config
-
-HUB_ONLY = ("name", "split", "eval_split", "revision")
-"""Settings that only a data set on the hub understands."""
-
-
-class DataConfig(Config):
-    """Which rows are learned, and how they become conversations."""
-
-    path: str = Field(min_length=1)
-    """A named example (medquad_mini), a file, a folder, or a data set on the Hugging Face hub."""
-    eval_path: str | None = Field(default=None, min_length=1)
-    """A file or folder with the held-out rows, laid out like `path`, instead of `eval_fraction`."""
-    eval_split: str | None = Field(default=None, min_length=1)
-    """Split of a hub data set with the held-out rows, for instance "test", instead of
-    `eval_fraction`."""
-    eval_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of its rows that each client holds out for scoring, at least one row."""
-    name: str | None = Field(default=None, min_length=1)
-    """Configuration of a hub data set."""
-    split: str = Field(default="train", min_length=1)
-    """Split of a hub data set; a slice such as "train[:500]" is fine."""
-    revision: str | None = Field(default=None, min_length=1)
-    """Commit or tag of a hub data set; a full commit makes a run repeatable."""
-    prompt: str | None = Field(default=None, min_length=1)
-    """Text with {column} holes that makes the user's turn, for rows in no known format."""
-    completion: str | None = Field(default=None, min_length=1)
-    """Text with {column} holes that makes the answer; goes with `prompt`."""
-    system: str | None = Field(default=None, min_length=1)
-    """System text in front of every conversation that has none."""
-    template: Literal["auto", "plain", "three-block"] = "auto"
-    """How a conversation becomes text, in training, scoring and answers alike. auto: the model's
-    own chat template, or plain where it has none. three-block: "### Instruction:" with the system
-    text, "### Input:" with the question, "### Response:"."""
-    max_rows: int | None = Field(default=None, ge=1)
-    """At most so many training rows per client, drawn with the seed."""
-    max_eval_rows: int | None = Field(default=None, ge=1)
-    """At most so many held-out rows per client, drawn with the seed."""
-    label: str | None = Field(default=None, min_length=1)
-    """A column whose mix at each client the report shows, for instance the kind of question. With
-    task = "classify" the column of the classes; "label" when absent."""
-    labels: tuple[str, ...] | None = Field(default=None, min_length=2)
-    """classify: all classes, in the order of the model's outputs. Absent: those of all rows,
-    sorted; real clients, whose rows no one else can read, need them here."""
-    text: str | None = Field(default=None, min_length=1)
-    """classify: the column of the text; absent: found by the usual names (text, sentence, ...)."""
-    text_pair: str | None = Field(default=None, min_length=1)
-    """classify: the column of the second text, for pairs; goes with `text`."""
-    split_seed: int | None = Field(default=None, ge=0)
-    """Seed of the cut into clients and of the held-out rows; the run's seed when absent. Runs with
-    other seeds on the same held-out rows need it."""
-
-    @model_validator(mode="after")
-    def _no_contradiction(self) -> "DataConfig":
-        mistakes: list[str] = []
-        # Compared with the default: a resolved recipe names every field and must stay readable.
-        given = [key for key in ("eval_path", "eval_split") if getattr(self, key) is not None]
-        given += ["eval_fraction"] * _is_moved(self, "eval_fraction")
-        if len(given) > 1:
-            count = "both" if len(given) == 2 else "all"
-            mistakes.append(f"give {' or '.join(given)}, not {count}")
-        if self.eval_path == self.path:
-            mistakes.append("eval_path is the same as path; held-out rows must not be trained on")
-        if self.eval_split is not None and _overlap(self.split, self.eval_split):
-            mistakes.append(
-                "eval_split shares rows with split; held-out rows must not be trained on"
-            )
-        if (self.prompt is None) != (self.completion is None):
-            mistakes.append("prompt and completion belong together; set both")
-        holes: dict[str, bool] = {}
-        for key, template in (("prompt", self.prompt), ("completion", self.completion)):
-            try:
-                holes[key] = any(column for _, column in parse_template(template or ""))
-            except ValueError as error:
-                mistakes.append(f"{key} {error}")
-        if self.text_pair is not None and self.text is None:
-            mistakes.append("text_pair goes with text; set both")
-        if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            mistakes.append("labels names a label twice")
-        if self.completion is not None and holes.get("completion") is False:
-            mistakes.append("completion has no {column}, so every row would teach the same answer")
-        if mistakes:
-            raise ValueError("; ".join(mistakes))
-        return self
-
-
-TaskRow = Any
-"""A row as its task wants it, and only the task looks into it: a Conversation to answer, or a
-LabelledText to classify."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +66,9 @@ def load_clients(
         ConfigError: The settings do not fit the layout of the files.
     """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
-    train, held = _read_parts(cfg)
-    train, _ = _set_aside(train, server_fraction, cfg, seed=seed)
-    talks, held_talks = _convert_parts(train, held, cfg, task)
+    everything, held = read_parts(cfg)
+    train, _ = _set_aside(everything, server_fraction, cfg, seed=seed)
+    talks, held_talks = convert_parts(train, held, cfg, task)
     cut = partition is not None and (partition.by is not None or partition.kind is not None)
     if train.files and cut:
         raise ConfigError(
@@ -176,18 +81,19 @@ def load_clients(
         shares, held_shares = _cut(train, held, partition, seed=seed)
     else:
         raise _partition_is_needed(cfg, train.rows)
-    if server_fraction > 0 and partition is not None and partition.by is not None:
-        _check_nobody_lost(cfg, partition, shares)
+    if partition is not None and partition.by is not None:
+        _check_nobody_lost(everything, partition.by, partition.only, shares)
     labels = _labels(talks, train, cfg, partition)
     return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed, labels=labels)
 
 
-def _check_nobody_lost(cfg: DataConfig, partition: PartitionConfig, shares: Shares) -> None:
+def _check_nobody_lost(
+    train: Part, column: str, only: Sequence[str] | None, shares: Shares
+) -> None:
     """A small client's rows may all have become the server's, which would not be told otherwise."""
-    train, _ = _read_parts(cfg)
-    assert partition.by is not None
-    everyone = _only(by_column(*_column(train, partition.by, "partition.by")), partition.only)
-    if lost := sorted(everyone.keys() - shares.keys()):
+    everyone = set(names_in_column(*_column(train, column, "partition.by")))
+    lost = sorted((everyone if only is None else everyone & set(only)) - shares.keys())
+    if lost:
         raise DataError(
             f"server.data_fraction leaves client '{lost[0]}' no row ({len(lost)} such clients).\n"
             "  Choose a smaller share, or give the server its own rows: server.data_path."
@@ -224,14 +130,10 @@ def load_server_rows(
     """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
     if path is not None:
-        place = Path(path).expanduser()
-        if not place.exists():
-            raise no_such_file(place)
-        train, held = read_place(place)
-        rows = [*train.rows, *(held.rows if held else [])]
+        rows = read_all(path)
     else:
-        rows = _set_aside(_read_parts(cfg)[0], fraction, cfg, seed=seed)[1]
-    return tuple(_convert(rows, cfg, task))
+        rows = _set_aside(read_parts(cfg)[0], fraction, cfg, seed=seed)[1]
+    return tuple(convert(rows, cfg, task))
 
 
 def _set_aside(
@@ -267,8 +169,8 @@ def load_client(cfg: DataConfig, name: str, *, seed: int, task: str = "instruct"
         ConfigError: The settings do not fit the layout of the files.
     """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
-    train, held = _read_parts(cfg)
-    talks, held_talks = _convert_parts(train, held, cfg, task)
+    train, held = read_parts(cfg)
+    talks, held_talks = convert_parts(train, held, cfg, task)
     shares = {name: list(range(len(talks)))}
     held_shares = None if held_talks is None else {name: list(range(len(held_talks)))}
     labels = _labels(talks, train, cfg, None)
@@ -284,126 +186,7 @@ def fingerprint(clients: Mapping[str, ClientRows]) -> str:
     return digest.hexdigest()
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
-def _read_parts(cfg: DataConfig) -> tuple[Part, Part | None]:
-    place = locate(cfg.path)
-    if place is None:
-        return _read_hub_parts(cfg)
-    foreign = [key for key in HUB_ONLY if _is_moved(cfg, key)]
-    if foreign:
-        raise ConfigError(
-            f"data.{', data.'.join(foreign)}: only for data sets on the hub, but "
-            f"'{cfg.path}' is here.\n  Remove the setting, or name a hub data set."
-        )
-    train, held = read_place(place)
-    if held is not None and (cfg.eval_path is not None or _is_moved(cfg, "eval_fraction")):
-        key = "eval_path" if cfg.eval_path is not None else "eval_fraction"
-        raise ConfigError(
-            f"data.{key}: '{cfg.path}' already holds its held-out rows in an eval file.\n"
-            f"  Remove data.{key}, or set data.path to the train file alone."
-        )
-    if cfg.eval_path is None:
-        return train, held
-    return train, _read_held_out(Path(cfg.eval_path).expanduser(), train)
-
-
-def _read_hub_parts(cfg: DataConfig) -> tuple[Part, Part | None]:
-    def read(split: str) -> Part:
-        return Part(read_hub(cfg.path, name=cfg.name, split=split, revision=cfg.revision))
-
-    train = read(cfg.split)
-    if cfg.eval_split is not None:
-        return train, read(cfg.eval_split)
-    if cfg.eval_path is not None:
-        return train, _read_held_out(Path(cfg.eval_path).expanduser(), train)
-    return train, None
-
-
-def _is_moved(cfg: DataConfig, key: str) -> bool:
-    return getattr(cfg, key) != DataConfig.model_fields[key].default
-
-
-def _overlap(split: str, other: str) -> bool:
-    """Whether two splits of the hub surely share rows: the same one, or the whole and a slice."""
-    return split == other or split.startswith(f"{other}[") or other.startswith(f"{split}[")
-
-
-def _read_held_out(place: Path, train: Part) -> Part:
-    if not place.exists():
-        raise no_such_file(place)
-    held, beside = read_place(place)
-    if beside is not None or bool(held.files) != bool(train.files):
-        layout = "a folder with one file per client" if train.files else "one file"
-        raise ConfigError(
-            f"data.eval_path: '{place}' is not laid out like data.path.\n  Give {layout}."
-        )
-    return held
-
-
-# --- converting and cutting -----------------------------------------------------------------------
-
-
-def _convert_parts(
-    train: Part, held: Part | None, cfg: DataConfig, task: str
-) -> tuple[list[TaskRow], list[TaskRow] | None]:
-    rows = [*train.rows, *(held.rows if held else [])]
-    talks = _convert(rows, cfg, task)
-    return talks[: len(train.rows)], talks[len(train.rows) :] if held else None
-
-
-def _convert(rows: Sequence[PlacedRow], cfg: DataConfig, task: str) -> list[TaskRow]:
-    read = READERS[task]
-    found: list[TaskRow] = []
-    problems: list[str] = []
-    for row in rows:
-        try:
-            found.append(read(row, cfg))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError(_join_problems(problems))
-    if task == "classify":
-        check_all_pairs(found, [row.where for row in rows])
-    return found
-
-
-def _as_conversation(row: PlacedRow, cfg: DataConfig) -> Conversation:
-    return conversation(
-        row.columns,
-        where=row.where,
-        prompt=cfg.prompt,
-        completion=cfg.completion,
-        system=cfg.system,
-    )
-
-
-def _as_labelled(row: PlacedRow, cfg: DataConfig) -> LabelledText:
-    return labelled_text(
-        row.columns,
-        where=row.where,
-        text=cfg.text,
-        text_pair=cfg.text_pair,
-        label=cfg.label,
-        labels=cfg.labels,
-    )
-
-
-READERS: dict[str, Callable[[PlacedRow, DataConfig], TaskRow]] = {
-    "instruct": _as_conversation,
-    "classify": _as_labelled,
-}
-"""What a row becomes, by task."""
-
-
-def _join_problems(problems: Sequence[str], shown: int = 5) -> str:
-    """The first lines of the first problems, then each way to mend them once."""
-    parts = [problem.partition("\n") for problem in problems[:shown]]
-    heads = [head for head, _, _ in parts]
-    if len(problems) > shown:
-        heads.append(f"and {len(problems) - shown} more rows")
-    return "\n".join([*heads, *dict.fromkeys(mend for _, _, mend in parts)])
+# --- cutting ------------------------------------------------------------------------------------
 
 
 def _cut(

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from silotune.checking import check
 from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.disk import free_place, write_json, write_rows
@@ -19,7 +20,6 @@ from silotune.errors import ConfigError
 from silotune.evaluate import score_each
 from silotune.finished import Run
 from silotune.generate import answers
-from silotune.launch import check
 from silotune.models import LoadedModel, base_only
 from silotune.progress import Progress
 from silotune.quality import Quality, judge, question_of

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.errors import DataError
-from silotune.rows import did_you_mean, is_missing, list_columns
+from silotune.rows import check_whole, did_you_mean, is_missing, list_columns
 
 LabelledText = dict[str, str]
 """{"text": ..., "label": ...}, and for a pair of texts "text_pair" too."""
@@ -112,7 +112,8 @@ def _text(row: Mapping[str, Any], column: str, *, where: str, setting: str) -> s
     if not isinstance(value, str) or not value.strip():
         why = "is empty" if is_missing(value) or isinstance(value, str) else "holds no text"
         raise DataError(f"{where}: column '{column}' {why}.\n  Fill it, or remove the row.")
-    return _whole(value, column, where)
+    check_whole(value, where=where, what=f"column '{column}'")
+    return value
 
 
 def _label(row: Mapping[str, Any], column: str, *, where: str, labels: Sequence[str] | None) -> str:
@@ -131,7 +132,8 @@ def _label(row: Mapping[str, Any], column: str, *, where: str, labels: Sequence[
             "  Every row needs one label, a text or a whole number; set data.label to the column "
             "that holds it, or remove the row."
         )
-    label = re.sub(r"^(-?\d+)\.0$", r"\1", _whole(str(value).strip(), column, where))
+    check_whole(str(value), where=where, what=f"column '{column}'")
+    label = re.sub(r"^(-?\d+)\.0$", r"\1", str(value).strip())
     if labels is not None and label not in labels:
         shown = f"'{label}'" if len(label) <= LONGEST else f"(a text of {len(label)} characters)"
         known = ", ".join(f"'{name}'" for name in labels[:20])
@@ -147,14 +149,3 @@ def _label(row: Mapping[str, Any], column: str, *, where: str, labels: Sequence[
             'the others, name all of them: data.labels = ["-1", "1"].'
         )
     return label
-
-
-def _whole(text: str, column: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON lets half a character through; tokenizers do not
-        raise DataError(
-            f"{where}: column '{column}' holds half of a character (a lone surrogate).\n"
-            "  Write the file again as UTF-8, or remove the row."
-        ) from None
-    return text

@@ -5,7 +5,6 @@ swapped. This file knows nothing of clients, rounds or the network.
 """
 
 import difflib
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from silotune.devices import pick_device, pick_dtype
 from silotune.errors import ModelError
 from silotune.heads import (
     Head,
@@ -96,18 +96,6 @@ def num_base_loads() -> int:
     return _num_base_loads
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident size this process has had, and on a GPU the largest allocation there."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def folder_of_base(cfg: ModelConfig) -> Path:
     """Where the base's files lie: a folder, or what the hub library keeps of a hub id."""
     place = resolve(cfg.name)
@@ -118,45 +106,6 @@ def folder_of_base(cfg: ModelConfig) -> Path:
     config = cached_file(place, "config.json", revision=cfg.revision)
     assert config is not None, "the model was loaded a moment ago"
     return Path(config).parent
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device named, or with "auto" the first of CUDA, MPS and CPU that works here.
-
-    Raises:
-        ModelError: The named device is not there.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if wanted == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    if not available[wanted]:
-        there = ", ".join(name for name, ok in available.items() if ok)
-        raise ModelError(
-            f"runtime.device = '{wanted}' is not available here.\n  Set one of: auto, {there}."
-        )
-    return torch.device(wanted)
-
-
-def pick_dtype(model: ModelConfig, adapter: AdapterConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the base weights.
-
-    With "auto" a frozen base is bfloat16 where the processor multiplies it natively: elsewhere
-    bfloat16 runs, but many times slower than float32. Weights that are trained themselves are
-    float32.
-    """
-    if model.dtype != "auto":
-        return cast(torch.dtype, getattr(torch, model.dtype))
-    if adapter.kind == "full":
-        return torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
 
 
 def load_model(
@@ -186,7 +135,7 @@ def load_model(
     """
     global _num_base_loads
     where = pick_device(device)
-    dtype = pick_dtype(model_cfg, adapter_cfg, where)
+    dtype = pick_dtype(model_cfg.dtype, where, whole=adapter_cfg.kind == "full")
     with torch.random.fork_rng(devices=[]):  # transformers draws a head that is drawn anew here
         base, tokenizer, fresh = _load_base(model_cfg, dtype, labels)
     _num_base_loads += 1

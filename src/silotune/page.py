@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from silotune import charts
 from silotune.card import python_use
 from silotune.charts import Interval, Split
+from silotune.comparison import AGAINST, against_table, cost_table
 from silotune.config import RunConfig, to_toml
-from silotune.progress import human_bytes, human_seconds
 from silotune.report import cost_lines, label_table, loss_table, unit_of, worse_off
 from silotune.store import Row, held_out_losses
 from silotune.verdicts import (
@@ -127,6 +127,12 @@ def comparison_page(
         subtitle=f"{run.rounds} rounds, {'seed' if len(seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, seeds))}",
         verdict=comparison_verdict(comparison),
+        against_title=AGAINST,
+        against=[
+            (metric["label"], table[0], [[n, *map(_typeset, cells)] for n, *cells in table[1:]])
+            for key, metric in comparison["metrics"].items()
+            if (table := against_table(comparison, key))
+        ],
         client_verdicts=[
             (name, [gain(c, key, comparison) for key in comparison["metrics"]])
             for name, c in comparison["clients"].items()
@@ -148,7 +154,10 @@ def comparison_page(
             for key, metric in comparison["metrics"].items()
         ],
         signs=SIGNS,
-        arms=[(name, _arm_cells(arm)) for name, arm in comparison["arms"].items()],
+        cost_table=[
+            [name, *(cell.replace(",", " ") for cell in cells)]
+            for name, *cells in cost_table(comparison)
+        ],
         **_shared(run, provenance, split, samples),
         adapter_sha256=None,
     )
@@ -280,16 +289,6 @@ def _score_rows(
             verdicts.get(arm, ""),
         )
         for arm in arms
-    ]
-
-
-def _arm_cells(arm: Mapping[str, Any]) -> list[str]:
-    counts = [f"{arm[key]:,}".replace(",", " ") for key in ("tokens", "examples", "steps")]
-    return [
-        *counts,
-        human_seconds(arm["seconds"]),
-        human_bytes(arm["bytes_down"]),
-        human_bytes(arm["bytes_up"]),
     ]
 
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from silotune.store import Row, held_out_losses, train_loss
+from silotune.store import Row, held_out_losses, overall_scores, train_loss
 from silotune.types import Failure, Update
 
 
@@ -247,8 +247,10 @@ class _Clock:
         )
         loss = train_loss(rows)
         parts: list[Any] = [f"round {round_}/{self.rounds} done: train loss {loss:.3f}"]
+        labels = overall_scores(rows)
         for behind, held_out in held_out_losses(rows).items():
-            parts.append(f"held-out loss after round {behind}: {held_out:.3f}")
+            right = f", accuracy {labels[behind]['accuracy']:.3f}" if behind in labels else ""
+            parts.append(f"held-out loss after round {behind}: {held_out:.3f}{right}")
         parts.append(f"{human_bytes(self.bytes)} sent so far")
         left = self._left(round_ - self.first + 1)
         if round_ < self.rounds:

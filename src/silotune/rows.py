@@ -231,11 +231,20 @@ def _text(value: object, *, where: str, what: str, may_be_empty: bool = False) -
         )
     if not may_be_empty and not value.strip():
         raise DataError(f"{where}: {what} is empty.\n  Fill it, or remove the row.")
+    check_whole(value, where=where, what=what)
+    return value
+
+
+def check_whole(text: str, *, where: str, what: str) -> None:
+    """Refuse half of a character: JSON lets it through, tokenizers do not.
+
+    Raises:
+        DataError: Names the place.
+    """
     try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON lets half a character through; tokenizers do not
+        text.encode()
+    except UnicodeEncodeError:
         raise DataError(
             f"{where}: {what} holds half of a character (a lone surrogate).\n"
             "  Write the file again as UTF-8, or remove the row."
         ) from None
-    return value

@@ -10,6 +10,7 @@ knowledge distillation", Nature Communications 13, arXiv:2108.13323; here the te
 server).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ class DistillConfig(Config):
     pretrain_epochs: int = Field(default=0, ge=0)
     """Passes over the server's rows that the teacher makes before round 1. A folder of `silotune
     pretrain-teacher` has them behind it."""
+    lr: float | None = Field(default=None, gt=0)
+    """The teacher's learning rate, where it is not server.lr: a teacher trains all of its weights,
+    the student perhaps an adapter, which takes larger steps."""
     teacher_epochs: int = Field(default=1, ge=0)
     """Passes of the teacher alone over the server's rows after each aggregation, before both learn
     together for server.epochs."""
@@ -124,7 +128,7 @@ def fine_tune(
         found = lesson.task.loss(loaded, batch).loss_sum / batch.num_trained
         return found, {"loss": float(found.detach())}
 
-    return _train([loaded], lesson, losses, epochs=epochs, lr=lr, seed_name=seed_name)
+    return _train([(loaded, lr)], lesson, losses, epochs=epochs, seed_name=seed_name)
 
 
 def distill(
@@ -139,8 +143,8 @@ def distill(
 ) -> dict[str, float]:
     """Train student and teacher together: both on the labels, each towards the other.
 
-    Arguments, results and errors as `fine_tune`; the results are loss (the student's), teacher_loss
-    and divergence.
+    Arguments, results and errors as `fine_tune`; `cfg.lr` is the teacher's rate where it is given,
+    and the results are loss (the student's), teacher_loss and divergence.
     """
     wants_maps = cfg.attention > 0
     pairs = _pairs(cfg, student, teacher) if wants_maps else ()
@@ -163,7 +167,8 @@ def distill(
         return total, {name: float(value.detach()) for name, value in told.items()}
 
     with _eager([student, teacher] if wants_maps else []):
-        return _train([student, teacher], lesson, losses, epochs=epochs, lr=lr, seed_name=seed_name)
+        both = [(student, lr), (teacher, cfg.lr or lr)]
+        return _train(both, lesson, losses, epochs=epochs, seed_name=seed_name)
 
 
 def _apart(
@@ -217,52 +222,56 @@ def _eager(models: Sequence[LoadedModel]) -> Iterator[None]:
 
 
 def _train(
-    models: Sequence[LoadedModel],
+    learners: Sequence[tuple[LoadedModel, float]],
     lesson: Lesson,
     losses: Callable[[Batch, Draw], tuple[Tensor, dict[str, float]]],
     *,
     epochs: int,
-    lr: float,
     seed_name: str,
 ) -> dict[str, float]:
-    began, cfg = time.perf_counter(), lesson.train
-    groups = [[p for p in m.parameters.values() if p.requires_grad] for m in models]
-    optimizer = build_optimizer([p for own in groups for p in own], cfg, lr, fused=True)
+    """Train one model, or two together, each with a learning rate and an optimizer of its own."""
+    began, cfg, count = time.perf_counter(), lesson.train, 0
+    models = [loaded for loaded, _ in learners]
+    weights = [[p for p in m.parameters.values() if p.requires_grad] for m in models]
+    optimizers = [
+        build_optimizer(own, cfg, lr, fused=True)
+        for own, (_, lr) in zip(weights, learners, strict=True)
+    ]
     steps = _plan(lesson, epochs, seed_name)
     sums: dict[str, float] = {}
     num_targets = num_tokens = 0
-    device = models[0].device
-    count = 0
+    cuda = [m.device for m in models if m.device.type == "cuda"]
 
     def draw(who: str) -> None:
         torch.manual_seed(derive(lesson.seed, "server-dropout", seed_name, who, count))
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=cuda):
         for m in models:
             m.model.train()
         for n, batches in enumerate(build_batches(steps, lesson.examples, lesson.task)):
             step_targets = sum(batch.num_trained for batch in batches)
             for batch in batches:
                 loss, told = losses(batch, draw)
-                count += 1
                 (loss * (batch.num_trained / step_targets)).backward()
+                count += 1
                 num_targets += batch.num_trained
                 num_tokens += batch.num_real_tokens * len(models)
                 for name, value in told.items():
                     sums[name] = sums.get(name, 0.0) + value * batch.num_trained
-            for own in groups if cfg.clip_norm > 0 else ():  # apart: a teacher has more weights
-                nn.utils.clip_grad_norm_(own, cfg.clip_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - n / len(steps))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for own, optimizer, (_, lr) in zip(weights, optimizers, learners, strict=True):
+                if cfg.clip_norm > 0:
+                    nn.utils.clip_grad_norm_(own, cfg.clip_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * (1 - n / len(steps))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         for m in models:
             m.model.eval()
     means = {name: value / num_targets for name, value in sums.items()}
-    if not all(torch.isfinite(torch.tensor(value)) for value in means.values()):
+    if not all(map(math.isfinite, means.values())):
         raise UpdateError(
             "the server's own training ended in a loss that is not a number.\n"
-            "  Lower server.lr, or set train.clip_norm."
+            "  Lower server.lr or distill.lr, or set train.clip_norm."
         )
     seconds = time.perf_counter() - began
     return {**means, "num_steps": len(steps), "num_tokens": num_tokens, "seconds": seconds}

@@ -12,7 +12,7 @@ from typing import Any
 
 from silotune.algorithms.base import Algorithm
 from silotune.config import RunConfig
-from silotune.data import TaskRow, load_server_rows
+from silotune.data import load_server_rows
 from silotune.disk import write_json
 from silotune.errors import DataError, ModelError, RunFolderError
 from silotune.evaluate import build_eval_batches, evaluate, metrics
@@ -27,6 +27,7 @@ from silotune.models import (
     write_adapter,
 )
 from silotune.progress import Progress, human_seconds
+from silotune.reading import TaskRow
 from silotune.seeds import derive
 from silotune.server import Lesson, distill, fine_tune
 from silotune.store import Row, RunFolder
@@ -129,7 +130,7 @@ def pretrain(
 
     Args:
         run: The recipe, with its labels. `distill.pretrain_epochs` says how often the teacher sees
-            the rows, `server.lr` how fast it learns.
+            the rows, `distill.lr`, or else `server.lr`, how fast it learns.
         folder: Created whole; refused when it is there.
         progress: Told what happens.
         held_out: Rows to score the teacher on; not scored without.
@@ -149,7 +150,8 @@ def pretrain(
     teacher = load_teacher(run, student.tokenizer, rows)
     lesson = build_lesson(run, rows, teacher.tokenizer)
     progress.note(f"the teacher learns from {len(lesson.examples)} rows of the server, {epochs} x")
-    told = fine_tune(teacher, lesson, epochs=epochs, lr=run.server.lr, seed_name="pretrain")
+    lr = run.distill.lr or run.server.lr
+    told = fine_tune(teacher, lesson, epochs=epochs, lr=lr, seed_name="pretrain")
     record = {
         "teacher": run.distill.teacher,
         "task": run.task,
@@ -234,7 +236,7 @@ class ServerWork:
                 teacher,
                 self.lesson,
                 epochs=how.teacher_epochs,
-                lr=cfg.lr,
+                lr=how.lr or cfg.lr,
                 seed_name=f"{name}, teacher",
             )
         told = distill(

@@ -90,7 +90,7 @@ ELSEWHERE = {
         for section, keys in {
             "server": ("epochs", "lr", "weight"),
             "distill": (
-                *("teacher", "pretrain_epochs", "teacher_epochs", "temperature", "kl"),
+                *("teacher", "pretrain_epochs", "teacher_epochs", "lr", "temperature", "kl"),
                 *("attention", "attention_layers", "top_k", "compat"),
             ),
         }.items()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.engine  # one of the commands does
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 MAKE = {"make demo", "make test", "make env"}  # .ci/run, test_demo.py and this run are those
 

@@ -20,7 +20,7 @@ ENGINES = ("flower-simulation", "flower")
 SHORT = ["rounds=2", "data.max_rows=4"]
 BEFORE = set(psutil.pids())
 FOLDERS_BEFORE = set(Path("/tmp").glob("silotune-*"))
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.engine]
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,9 @@ from silotune.client_config import (
     write_client_configs,
 )
 from silotune.config import parse
-from silotune.data import ClientRows, DataConfig, load_clients
+from silotune.data import ClientRows, load_clients
 from silotune.errors import ConfigError, Declined
+from silotune.reading import DataConfig
 from silotune.train import num_rows
 from tests.conftest import hospital_rows, write_jsonl
 

@@ -4,6 +4,7 @@ import pytest
 
 from silotune.comparison import (
     LOSS,
+    against_table,
     compare_arms,
     cost_table,
     difference_table,
@@ -135,3 +136,15 @@ def test_tables_have_a_line_per_client_and_one_over_all():
     assert cost_table(found)[2] == (
         "federated", "1,000", "10", "5", "1 min 01 s", "1.0 MB", "2.0 MB",
     )  # fmt: skip
+
+
+def test_the_recipes_own_arm_is_set_against_every_other_federated_one():
+    arms = scores(federated_shift=-0.1)
+    arms["federated: other"] = scores(federated_shift=-0.3)["federated"]
+    found = compare_arms(arms, num_train=NUM_TRAIN, seed=3)
+    assert found["overall"]["against"]["loss"]["federated: other"]["mean"] == pytest.approx(0.2)
+    found["arms"] = {arm: {} for arm in arms}
+    header, north, *_ = against_table(found, "loss")
+    assert header == ("client", "minus other")
+    assert north == ("north", "+0.200 [+0.200, +0.200]")
+    assert against_table(result(federated_shift=-0.1), "loss") == []

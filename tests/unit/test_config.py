@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 import silotune
+from silotune.algorithm_config import ALGORITHM_CONFIGS, build_algorithm
 from silotune.algorithms import ALGORITHMS
 from silotune.config import (
-    ALGORITHM_CONFIGS,
     RunConfig,
-    build_algorithm,
     known_keys,
     load_recipe,
     nearest_key,
@@ -405,6 +404,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "distill.teacher": ("owner/larger", []),
     "distill.pretrain_epochs": ("4", []),
     "distill.teacher_epochs": ("0", []),
+    "distill.lr": ("1e-4", []),
     "distill.temperature": ("1.5", []),
     "distill.kl": ("0.25", []),
     "distill.attention": ("0.5", []),

@@ -4,16 +4,11 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from silotune.data import (
-    ClientRows,
-    DataConfig,
-    fingerprint,
-    load_client,
-    load_clients,
-)
+from silotune.data import ClientRows, fingerprint, load_client, load_clients
 from silotune.errors import ConfigError
 from silotune.files import EXAMPLES
 from silotune.partition import PartitionConfig
+from silotune.reading import DataConfig
 from tests.unit.row_files import SECRET, error_of, make_rows, write
 
 BY_SOURCE = PartitionConfig(by="source")

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import silotune
+from silotune.algorithm_config import ALGORITHM_CONFIGS
 from silotune.algorithms import ALGORITHMS
 from silotune.client_config import ClientConfig
-from silotune.config import ALGORITHM_CONFIGS, RunConfig, load_recipe, parse, sections
+from silotune.config import RunConfig, load_recipe, parse, sections
 
 with warnings.catch_warnings():
     # typer 0.20.1 imports a name that click 8.5 calls deprecated

@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import silotune
+from silotune.algorithm_config import FLOWER, FlowerStrategyConfig
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.cli.run import check as check_command
-from silotune.config import FLOWER, FlowerStrategyConfig, parse, to_toml
+from silotune.config import parse, to_toml
 from silotune.errors import ConfigError, QuorumError
 from silotune.progress import Progress
 from silotune.rounds import run_rounds

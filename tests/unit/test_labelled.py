@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from silotune.data import DataConfig, fingerprint, load_client, load_clients
+from silotune.data import fingerprint, load_client, load_clients
 from silotune.errors import DataError
 from silotune.labelled import FORMATS, labelled_text, sorted_labels
 from silotune.partition import PartitionConfig
+from silotune.reading import DataConfig
 from tests.unit.row_files import SECRET, write
 from tests.unit.row_files import error_of as error_of_call
 

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.data import ClientRows, DataConfig, load_clients, load_server_rows
+from silotune.data import ClientRows, load_clients, load_server_rows
 from silotune.errors import ConfigError, DataError
 from silotune.files import Part, PlacedRow
 from silotune.overview import label_warnings
 from silotune.partition import PartitionConfig
+from silotune.reading import DataConfig
 from tests.unit.row_files import SECRET, error_of, make_rows, write
 
 SITES = ("east", "north", "south")

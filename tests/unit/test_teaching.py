@@ -9,13 +9,14 @@ import torch
 import silotune
 from silotune.algorithms.base import LocalRule
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.checking import check
 from silotune.config import parse
 from silotune.errors import ConfigError, DataError, ModelError, UpdateError
 from silotune.finished import load_for
-from silotune.launch import check
 from silotune.models import read_adapter
 from silotune.progress import Progress
 from silotune.runtime.flower_engine import _travelling
+from silotune.runtime.inprocess import InProcessClients
 from silotune.store import RunFolder
 from silotune.teaching import TEACHER, ServerWork, open_server_work
 from silotune.tree import sha256
@@ -103,6 +104,12 @@ def test_without_a_pull_the_student_learns_what_fine_tuning_teaches(adapter_of, 
     assert adapter_of(task, distill__kl=1.0) != tuned
 
 
+def test_the_teachers_rate_is_the_servers_unless_it_has_its_own(adapter_of):
+    assert adapter_of(distill__lr=1e-2) == adapter_of()
+    alone = adapter_of(distill__kl=0.0, distill__lr=1e-3)
+    assert alone == adapter_of(distill__kl=0.0), "the student's rate is not touched"
+
+
 def test_all_the_labels_as_top_k_are_all_of_them(adapter_of):
     assert adapter_of(distill__top_k=2) == adapter_of()
     assert adapter_of("instruct", distill__top_k=10_000) == adapter_of("instruct")
@@ -115,6 +122,7 @@ def test_all_the_labels_as_top_k_are_all_of_them(adapter_of):
         {"distill__temperature": 1.0},
         {"distill__attention": 1.0},
         {"distill__teacher_epochs": 0},
+        {"distill__lr": 1e-3},
         {"distill__pretrain_epochs": 2},
         {"distill__compat": "raw-logits"},
         {"server__epochs": 2},
@@ -209,6 +217,25 @@ def test_no_client_is_sent_the_teacher_or_the_way_to_the_servers_rows(place, tmp
         sent = _travelling(changed).model_dump_json(serialize_as_any=True)
         assert own not in sent
         assert "teacher" not in json.loads(sent)["distill"] or "bert-teacher" not in sent
+
+
+def test_what_clients_receive_is_the_adapter_alone(place, tmp_path, monkeypatch):
+    received = []
+    real = InProcessClients.train
+
+    def train(self, cohort, broadcast):
+        received.append(broadcast)
+        return real(self, cohort, broadcast)
+
+    monkeypatch.setattr(InProcessClients, "train", train)
+    done = silotune.run(recipe(place), out=tmp_path / "run")
+    assert [b.round for b in received] == [1, 2]
+    for broadcast in received:
+        assert broadcast.extra == {}
+        assert set(broadcast.adapter) == set(done.adapter())
+    state = RunFolder.open(done.path).load_state()
+    assert state is not None
+    assert set(state.extra) == {TEACHER}, "though the state holds a teacher"
 
 
 def test_actors_of_a_simulation_leave_the_servers_share_alone(place):

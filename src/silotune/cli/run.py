@@ -163,7 +163,13 @@ def _recipe_and_overrides(
 
 
 def _print_comparison(done: "Comparison") -> None:
-    from silotune.comparison import cost_table, difference_table, score_table
+    from silotune.comparison import (
+        AGAINST,
+        against_table,
+        cost_table,
+        difference_table,
+        score_table,
+    )
     from silotune.verdicts import comparison_verdict, worse_off_warnings
 
     result = done.result
@@ -173,6 +179,9 @@ def _print_comparison(done: "Comparison") -> None:
         print_table(score_table(result, metric["key"]))
         typer.echo("\ndifference to training alone, with its 95 % interval\n")
         print_table(difference_table(result, metric["key"]))
+        if against := against_table(result, metric["key"]):
+            typer.echo(f"\n{AGAINST[0].lower()}{AGAINST[1:]}\n")
+            print_table(against)
     typer.echo(f"\ncost over {len(result['seeds'])} seed(s)\n")
     print_table(cost_table(result))
     typer.echo()

@@ -31,9 +31,9 @@ from silotune.client_config import (
     write_client_configs,
 )
 from silotune.config import RunConfig
-from silotune.data import DataConfig
 from silotune.errors import ConfigError, EngineError
 from silotune.files import EXAMPLES, locate
+from silotune.reading import DataConfig
 from silotune.runtime.job import Job, Measured
 from silotune.runtime.keeper import MARK, end_all
 from silotune.runtime.reported import OUTCOME, Follower, read_outcome

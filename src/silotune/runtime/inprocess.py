@@ -13,9 +13,9 @@ import torch
 from silotune.algorithms.base import keep_local
 from silotune.client import ClientData, Worker, prepare_client, score, take_part
 from silotune.data import ClientRows
+from silotune.devices import peak_memory_bytes
 from silotune.errors import ClientTimeout, UpdateError
 from silotune.memory import load_memory
-from silotune.models import peak_memory_bytes
 from silotune.progress import Progress
 from silotune.report import cut_note
 from silotune.rounds import run_rounds

@@ -6,9 +6,9 @@ what would otherwise end a run after the model was loaded and trained.
 
 import torch
 
+from silotune.algorithm_config import FlowerStrategyConfig
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
-from silotune.config import FlowerStrategyConfig
 from silotune.errors import ConfigError
 from silotune.runtime.flower_strategy import aggregate, in_memory, memory_or_refuse
 from silotune.runtime.strategy_class import builder_of, class_of, refused, text_of

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from silotune.config import NOT_OPTIONS, FlowerStrategyConfig
+from silotune.algorithm_config import NOT_OPTIONS, FlowerStrategyConfig
 from silotune.errors import ConfigError, SilotuneError
 from silotune.rows import did_you_mean
 

@@ -1,0 +1,122 @@
+"""Every mistake that shows without loading a model: recipe, names, data, clients, labels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from silotune.arm_recipes import federated_arms
+from silotune.client_config import (
+    is_client_folder,
+    load_client_config,
+    load_client_configs,
+    own_rows,
+)
+from silotune.config import RunConfig, load_recipe
+from silotune.data import ClientRows, load_clients
+from silotune.errors import ConfigError, DataError
+from silotune.files import locate
+from silotune.labelled import sorted_labels
+from silotune.overview import label_warnings
+from silotune.partition import PartitionConfig
+from silotune.reading import TaskRow
+from silotune.runtime.flower_engine import check_installed
+from silotune.runtime.strategy_check import check_algorithm, strategy_warnings
+from silotune.sampling import cohort_size
+from silotune.sources import check_name, is_hub_id
+from silotune.teaching import server_rows
+from silotune.tracking import check_tracker
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe without mistakes, and the rows it names."""
+
+    run: RunConfig
+    rows: Mapping[str, ClientRows]
+    warnings: Sequence[str] = ()
+    """What is allowed and may surprise."""
+
+
+def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Checked:
+    """Find every mistake that shows without loading a model: recipe, model name, data, clients.
+
+    Raises:
+        ConfigError, ModelError, DataError: With what is wrong, where, and how to mend it.
+    """
+    run = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    check_name(run.model.name)
+    if run.model.revision is not None and not is_hub_id(run.model.name):
+        raise ConfigError(
+            f"model.revision = '{run.model.revision}' has no effect: '{run.model.name}' is not on "
+            "the hub.\n  Take it out, or give a hub id in model.name."
+        )
+    if run.runtime.name != "in-process":
+        check_installed(run)
+    check_tracker(run.report.tracker)
+    federated_arms(run)  # mistakes in compare.arms
+    rows = _rows(run)
+    own = server_rows(run)
+    if run.server.work != "none" and not own:
+        raise DataError(
+            "the server has no rows to train on.\n  Give it some: server.data_fraction or "
+            "server.data_path."
+        )
+    warnings = list(strategy_warnings(run.algorithm))
+    if run.task == "classify":
+        run = _with_labels(run, rows, own)
+        warnings += label_warnings(rows, run.data.labels or ())
+    if run.server.work == "distill" and run.distill.teacher is not None:
+        check_name(run.distill.teacher, "distill.teacher")
+    check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
+    return Checked(run, rows, warnings)
+
+
+def _with_labels(
+    run: RunConfig, rows: Mapping[str, ClientRows], server: Sequence[TaskRow]
+) -> RunConfig:
+    """The recipe with all labels named: by itself, or else as the rows have them."""
+    if run.data.labels is not None:
+        return run
+    everything = [*server, *(row for own in rows.values() for row in own.train + own.evaluation)]
+    labels = sorted_labels([row for row in everything if isinstance(row, dict)])
+    if len(labels) < 2:
+        raise DataError(
+            f"all rows have one label ({', '.join(labels)}), so there is nothing to tell apart.\n"
+            "  Bring rows of other labels, or set data.label to the column that holds them."
+        )
+    return run.model_copy(update={"data": run.data.model_copy(update={"labels": labels})})
+
+
+def _rows(run: RunConfig) -> Mapping[str, ClientRows]:
+    """All clients' rows: from the recipe's data, or by the clients' own configurations."""
+    place = locate(run.data.path)
+    if place is None or not is_client_folder(place):
+        return load_clients(
+            run.data,
+            run.partition,
+            seed=run.seed,
+            task=run.task,
+            server_fraction=run.server.data_fraction,
+        )
+    if run.runtime.name != "flower":
+        raise ConfigError(
+            f"data.path = '{run.data.path}' holds clients' own configurations, and these count "
+            "in deployment only.\n  Set runtime.name = 'flower', or give the rows themselves."
+        )
+    if run.partition is not None and run.partition != PartitionConfig():
+        raise ConfigError(
+            f"data.path = '{run.data.path}' holds clients' own configurations, so [partition] has "
+            "nothing to cut.\n  Remove [partition]."
+        )
+    if run.server.data_fraction > 0:
+        raise ConfigError(
+            "server.data_fraction: these rows are the clients' own, and no share of them is the "
+            "server's.\n  Give the server rows of its own: server.data_path."
+        )
+    if run.task == "classify" and run.data.labels is None:
+        raise ConfigError(
+            "data.labels is missing: the server cannot read it from rows that are the clients' "
+            'own.\n  Name all classes: data.labels = ["no", "yes"].'
+        )
+    owners = [load_client_config(path) for path in load_client_configs(place).values()]
+    return {own.name: own_rows(run, own) for own in owners}
