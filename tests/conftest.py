@@ -95,6 +95,19 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def changed(table: dict, changes: dict) -> dict:
+    """A recipe's table with `section__key=value` changes put into it; None takes a key out."""
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if not key:
+            table[section] = value
+        elif value is None:
+            table[section].pop(key)
+        else:
+            table.setdefault(section, {})[key] = value
+    return table
+
+
 @pytest.fixture
 def hospital_file(tmp_path) -> Path:
     return write_jsonl(tmp_path / "hospitals.jsonl", hospital_rows())

@@ -13,7 +13,7 @@ from silotune.cli import app
 from silotune.config import parse
 from silotune.errors import ConfigError, DataError, ModelError
 from silotune.tree import sha256
-from tests.conftest import write_jsonl
+from tests.conftest import changed, write_jsonl
 from tests.tiny_encoders import build_tiny_encoder
 
 ROWS = [
@@ -54,15 +54,7 @@ def table_of(place, **changes):
         "runtime": {"device": "cpu", "threads": 1},
         "report": {"page": False},
     }
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        if not field:
-            table[section] = value
-        elif value is None:
-            table[section].pop(field)
-        else:
-            table.setdefault(section, {})[field] = value
-    return table
+    return changed(table, changes)
 
 
 def recipe(place, **changes):

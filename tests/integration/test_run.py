@@ -12,7 +12,7 @@ from silotune.config import parse, to_toml
 from silotune.errors import ConfigError, RunFolderError
 from silotune.models import num_base_loads, read_adapter
 from silotune.tree import l2_norm, sha256, subtract
-from tests.conftest import build_tiny_model, hospital_rows, write_jsonl
+from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +38,7 @@ def recipe_of(model, data, **changes):
         "runtime": {"device": "cpu", "threads": 1},
         "report": {"page": False, "samples": 0},
     }
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        if not field:
-            table[section] = value
-        elif value is None:
-            table[section].pop(field)
-        else:
-            table.setdefault(section, {})[field] = value
-    return parse(table)
+    return parse(changed(table, changes))
 
 
 @pytest.fixture

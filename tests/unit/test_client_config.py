@@ -26,18 +26,12 @@ from silotune.data import ClientRows, load_clients
 from silotune.errors import ConfigError, Declined
 from silotune.reading import DataConfig
 from silotune.train import num_rows
-from tests.conftest import hospital_rows, write_jsonl
+from tests.conftest import changed, hospital_rows, write_jsonl
 
 
 def recipe(**changes):
     table = {"rounds": 3, "data": {"path": "server.jsonl"}}
-    for key, value in changes.items():
-        section, _, inner = key.partition("__")
-        if inner:
-            table.setdefault(section, {})[inner] = value
-        else:
-            table[section] = value
-    return parse(table)
+    return parse(changed(table, changes))
 
 
 def client(**changes) -> ClientConfig:

@@ -19,6 +19,7 @@ from silotune.config import (
     to_toml,
 )
 from silotune.errors import ConfigError
+from tests.conftest import changed
 
 SHIPPED = sorted(silotune.shipped_recipes())
 
@@ -26,13 +27,7 @@ SHIPPED = sorted(silotune.shipped_recipes())
 def plain(**changes: Any) -> dict[str, Any]:
     """The shortest recipe; `train__lr` stands for train.lr."""
     table: dict[str, Any] = {"rounds": 2, "data": {"path": "medquad_mini"}}
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        if field:
-            table.setdefault(section, {})[field] = value
-        else:
-            table[section] = value
-    return table
+    return changed(table, changes)
 
 
 def mistakes(table: dict[str, Any]) -> list[str]:

@@ -34,20 +34,14 @@ from silotune.runtime.keeper import MARK
 from silotune.runtime.reported import FileProgress, write_outcome
 from silotune.store import RunFolder
 from silotune.types import ServerState
-from tests.conftest import hospital_rows, write_jsonl
+from tests.conftest import changed, hospital_rows, write_jsonl
 
 TALK = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
 
 
 def recipe(name="flower-simulation", **changes):
     table = {"rounds": 1, "data": {"path": "medquad_mini"}, "runtime": {"name": name, "threads": 3}}
-    for key, value in changes.items():
-        section, _, inner = key.partition("__")
-        if inner:
-            table.setdefault(section, {})[inner] = value
-        else:
-            table[section] = value
-    return parse(table)
+    return parse(changed(table, changes))
 
 
 class Heard(Progress):

@@ -15,6 +15,7 @@ from silotune.rounds import run_rounds
 from silotune.store import RunFolder
 from silotune.tree import sha256
 from silotune.types import Broadcast, Failure, Score, ServerState, Update
+from tests.conftest import changed
 
 NAMES = ("east", "north", "south", "west")
 START = {"lora_A": torch.zeros(2, 3), "lora_B": torch.ones(3, 2)}
@@ -22,13 +23,7 @@ START = {"lora_A": torch.zeros(2, 3), "lora_B": torch.ones(3, 2)}
 
 def recipe(**changes):
     table = {"rounds": 3, "data": {"path": "medquad_mini"}, "partition": {"by": "source"}}
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        if field:
-            table.setdefault(section, {})[field] = value
-        else:
-            table[section] = value
-    return parse(table)
+    return parse(changed(table, changes))
 
 
 def delta_of(client: str, round_: int) -> dict:

@@ -21,7 +21,7 @@ from silotune.store import RunFolder
 from silotune.teaching import TEACHER, ServerWork, open_server_work
 from silotune.tree import sha256
 from silotune.types import ServerState
-from tests.conftest import build_tiny_model, build_tokenizer, hospital_rows, write_jsonl
+from tests.conftest import build_tiny_model, build_tokenizer, changed, hospital_rows, write_jsonl
 from tests.tiny_encoders import build_tiny_encoder
 
 SENTENCES = [
@@ -64,13 +64,7 @@ def recipe(place, task="classify", **changes):
         "runtime": {"device": "cpu", "threads": 1},
         "report": {"page": False, "samples": 0},
     }
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        if field:
-            table.setdefault(section, {})[field] = value
-        else:
-            table[section] = value
-    return parse(table)
+    return parse(changed(table, changes))
 
 
 @pytest.fixture
