@@ -206,8 +206,9 @@ class Bench:
         self._first = ((run.seed, run.adapter), read_adapter(self.loaded))
         self.data = prepare_clients(checked.rows, self._worker(run))
         everything = tuple(e for own in self.data.values() for e in own.examples)
-        if own_rows := server_rows(run):  # the server's are rows like any others, in one place
-            everything += build_lesson(run, own_rows, self.loaded.tokenizer).examples
+        self.server_rows = server_rows(run)
+        if self.server_rows:  # they are rows like any others, in one place
+            everything += build_lesson(run, self.server_rows, self.loaded.tokenizer).examples
         self.pool = ClientData("centralized", everything, (), num_eval=0, num_cut=0, num_dropped=0)
         self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
         arms = 1 + len(self.data) + len(federated_arms(run))
@@ -312,7 +313,13 @@ class Bench:
         mark = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         place = self.folder.path / f"seed-{run.seed}" / f"teacher-{mark}"
         if not place.exists():
-            pretrain(run, place, self.progress)
+            pretrain(
+                run,
+                place,
+                self.progress,
+                rows=self.server_rows,
+                tokenizer=self.loaded.tokenizer,
+            )
         taught = how.model_copy(update={"teacher": str(place)})
         return run.model_copy(update={"distill": taught})
 

@@ -146,10 +146,8 @@ def _label_interval(
 ) -> Interval:
     """A score of a client's labels together, or the paired difference of two arms."""
     num_seeds = len(scores[LOCAL])
-    rows = [row for by_seed in scores.values() for own in by_seed.values() for row in own.values()]
-    num_labels = 1 + max(max(row["given"], row["true"]) for own in rows for row in own)
     own, others = (
-        None if one is None else [_labelled(scores[one], n, num_labels, num_seeds) for n in names]
+        None if one is None else [_labelled(scores[one], n, num_seeds) for n in names]
         for one in (arm, minus)
     )
     assert own is not None
@@ -157,13 +155,14 @@ def _label_interval(
 
 
 def _labelled(
-    by_seed: Mapping[int, Mapping[str, RowScores]], client: str, num_labels: int, num_seeds: int
+    by_seed: Mapping[int, Mapping[str, RowScores]], client: str, num_seeds: int
 ) -> Labelled:
     given = np.array([[row["given"] for row in rows[client]] for rows in by_seed.values()])
     if len(given) == 1:
         given = np.repeat(given, num_seeds, axis=0)
     true = np.array([row["true"] for row in next(iter(by_seed.values()))[client]])
-    return Labelled(client, given, true, num_labels)
+    # labels beyond these occur nowhere, and count nowhere
+    return Labelled(client, given, true, 1 + max(int(given.max()), int(true.max())))
 
 
 def _scored(

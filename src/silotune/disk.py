@@ -5,7 +5,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,14 @@ def boot_id() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return ""
+
+
+def build_folder(final: Path, build: Callable[[Path], None]) -> Path:
+    """Let `build(folder)` fill a folder, and put it into its place whole, over what was there."""
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    build(part)
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    return final

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from silotune.checking import check
 from silotune.config import RunConfig
 from silotune.data import ClientRows
@@ -26,7 +28,7 @@ from silotune.quality import Quality, judge, question_of
 from silotune.quality import mean as mean_quality
 from silotune.rows import did_you_mean
 from silotune.seeds import generator
-from silotune.stats import Interval, label_scores, wilson
+from silotune.stats import Interval, Labelled, label_scores, wilson
 from silotune.store import Row, RunFolder
 from silotune.suites import SUITES
 from silotune.suites import code as code_suite
@@ -218,20 +220,14 @@ def _held_out_labels(
 
 
 def _label_scores(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, Any]:
-    pairs = [(row["label"], row["given"]) for row in rows]
-    counts = [
-        tuple(
-            sum(hits)
-            for hits in zip(*((a == b == c, b == c, a == c) for a, b in pairs), strict=True)
-        )
-        for c in labels
-    ]
-    right = sum(label[0] for label in counts)
+    place = {label: n for n, label in enumerate(labels)}
+    given, true = (np.array([place[row[key]] for row in rows]) for key in ("given", "label"))
+    counts = Labelled("", given[None], true, len(labels)).counts().sum(axis=(0, 1))
     return {
         "num_items": len(rows),
         "loss": sum(row["loss"] for row in rows) / len(rows),
         **label_scores(counts),
-        "accuracy": asdict(wilson(right, len(rows))),
+        "accuracy": asdict(wilson(int((given == true).sum()), len(rows))),
     }
 
 

@@ -119,7 +119,8 @@ def pretrain_teacher(
     """
     checked = check(recipe, overrides)
     run, distill = checked.run, checked.run.distill
-    if distill.teacher is None or distill.pretrain_epochs == 0 or not server_rows(run):
+    own = server_rows(run)
+    if distill.teacher is None or distill.pretrain_epochs == 0 or not own:
         raise ConfigError(
             "a teacher is pre-trained with distill.teacher, distill.pretrain_epochs of at least 1, "
             "and rows of the server (server.data_fraction or server.data_path).\n"
@@ -133,8 +134,16 @@ def pretrain_teacher(
     name = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
     first = Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}-teacher"
     place = Path(out) if out is not None else free_place(first)
-    held_out = [row for own in checked.rows.values() for row in own.evaluation]
-    pretrain(run, place, progress or Progress(), held_out=held_out)
+    held_out = [row for client in checked.rows.values() for row in client.evaluation]
+    pretrain(
+        run,
+        place,
+        progress or Progress(),
+        rows=own,
+        # a student that cannot be loaded had better show now
+        tokenizer=load_for(run).tokenizer,
+        held_out=held_out,
+    )
     return place
 
 

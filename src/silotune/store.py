@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +20,7 @@ from torch import Tensor
 from silotune.config import RunConfig, parse, to_toml
 from silotune.disk import (
     boot_id,
+    build_folder,
     load_rows,
     load_tensors,
     save_rows,
@@ -340,15 +341,9 @@ class RunFolder:
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def install(self, name: str, build: Any) -> Path:
-        """Let `build(folder)` fill a folder, and put it into its place whole."""
-        final, part = self.path / name, self.path / f".{name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        build(part)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        return final
+    def install(self, name: str, build: Callable[[Path], None]) -> Path:
+        """Fill a folder of the run's, see `disk.build_folder`."""
+        return build_folder(self.path / name, build)
 
 
 def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:

@@ -4,7 +4,6 @@ Built where the rounds run, from the server's own recipe. Clients see neither th
 teacher; of both, only a change of the adapter leaves.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from silotune.algorithms.base import Algorithm
 from silotune.config import RunConfig
 from silotune.data import load_server_rows
-from silotune.disk import write_json
+from silotune.disk import build_folder, write_json
 from silotune.errors import DataError, ModelError, RunFolderError
 from silotune.evaluate import build_eval_batches, evaluate, metrics
 from silotune.finished import load_for
@@ -124,7 +123,13 @@ def is_pretrained(name: str) -> bool:
 
 
 def pretrain(
-    run: RunConfig, folder: Path, progress: Progress, *, held_out: Sequence[TaskRow] = ()
+    run: RunConfig,
+    folder: Path,
+    progress: Progress,
+    *,
+    rows: Sequence[TaskRow],
+    tokenizer: Any,
+    held_out: Sequence[TaskRow] = (),
 ) -> dict[str, Any]:
     """Let the teacher learn the task on the server's rows, and save it as a plain model folder.
 
@@ -133,6 +138,8 @@ def pretrain(
             the rows, `distill.lr`, or else `server.lr`, how fast it learns.
         folder: Created whole; refused when it is there.
         progress: Told what happens.
+        rows: The server's.
+        tokenizer: The clients' model's.
         held_out: Rows to score the teacher on; not scored without.
 
     Returns:
@@ -143,11 +150,8 @@ def pretrain(
     """
     if folder.exists():
         raise RunFolderError(f"{folder} is there already.\n  Choose another folder.")
-    rows = server_rows(run)
     epochs = run.distill.pretrain_epochs
-    # the student's tokenizer alone would do; a student that cannot be loaded had better show now
-    student = load_for(run)
-    teacher = load_teacher(run, student.tokenizer, rows)
+    teacher = load_teacher(run, tokenizer, rows)
     lesson = build_lesson(run, rows, teacher.tokenizer)
     progress.note(f"the teacher learns from {len(lesson.examples)} rows of the server, {epochs} x")
     lr = run.distill.lr or run.server.lr
@@ -167,15 +171,11 @@ def pretrain(
         count = len(examples)
         found = evaluate(teacher, batches, lesson.task, client="held out", num_examples=count)
         record["held_out"] = metrics([found])
-    part = folder.with_name(f".{folder.name}.part")
-    _save(teacher, part, record)
-    part.rename(folder)
+    build_folder(folder, lambda part: _save(teacher, part, record))
     return record
 
 
 def _save(teacher: LoadedModel, folder: Path, record: dict[str, Any]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     with quiet_libraries():
         teacher.model.save_pretrained(folder)
         teacher.tokenizer.save_pretrained(folder)
@@ -273,18 +273,27 @@ def open_server_work(
     rows, teacher = server_rows(run), None
     student = loaded or load_for(run)
     if run.server.work == "distill":
-        teacher = load_teacher(_with_pretrained(run, folder, progress), student.tokenizer, rows)
+        tokenizer = student.tokenizer
+        taught = _with_pretrained(run, folder, progress, rows=rows, tokenizer=tokenizer)
+        teacher = load_teacher(taught, tokenizer, rows)
     lesson = build_lesson(run, rows, student.tokenizer)
     return ServerWork(run, student, lesson, teacher, algorithm)
 
 
-def _with_pretrained(run: RunConfig, folder: RunFolder, progress: Progress) -> RunConfig:
+def _with_pretrained(
+    run: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    *,
+    rows: Sequence[TaskRow],
+    tokenizer: Any,
+) -> RunConfig:
     """The recipe with the teacher that the run begins with, pre-trained here if that is asked."""
     name = run.distill.teacher or ""
     if run.distill.pretrain_epochs == 0 or is_pretrained(name):
         return run
     here = folder.path / TEACHER
     if not is_pretrained(str(here)):
-        record = pretrain(run, here, progress)
+        record = pretrain(run, here, progress, rows=rows, tokenizer=tokenizer)
         progress.note(f"the teacher is ready after {human_seconds(record['seconds'])}")
     return run.model_copy(update={"distill": run.distill.model_copy(update={"teacher": str(here)})})
