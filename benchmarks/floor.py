@@ -28,7 +28,8 @@ from silotune.rounds import run_rounds
 from silotune.runtime.inprocess import InProcessClients, prepare_clients
 from silotune.sources import resolve
 from silotune.store import RunFolder
-from silotune.tasks.instruct import INSTRUCT, set_template
+from silotune.tasks.instruct import INSTRUCT
+from silotune.templates import set_template
 from silotune.types import ServerState
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from silotune.errors import SilotuneError
     from silotune.finished import Run
     from silotune.launch import base_folder, pretrain_teacher, run
+    from silotune.previewing import preview
     from silotune.progress import PlainProgress, Progress
 
 # Resolved when first used: importing silotune costs no torch.
@@ -30,6 +31,7 @@ _HOMES = {
     "compare": "silotune.arms",
     "load_recipe": "silotune.config",
     "pretrain_teacher": "silotune.launch",
+    "preview": "silotune.previewing",
     "run": "silotune.launch",
     "shipped_recipes": "silotune.config",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "compare",
     "load_recipe",
     "pretrain_teacher",
+    "preview",
     "run",
     "shipped_recipes",
 ]

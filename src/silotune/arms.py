@@ -32,7 +32,14 @@ from silotune.finished import Run, load_for
 from silotune.generate import answers
 from silotune.launch import open_folder, provenance_of, run_in
 from silotune.memory import load_memory
-from silotune.models import LoadedModel, read_adapter, renew_adapter, save_adapter, write_adapter
+from silotune.models import (
+    LoadedModel,
+    is_renewable,
+    read_adapter,
+    renew_adapter,
+    save_adapter,
+    write_adapter,
+)
 from silotune.overview import describe_split
 from silotune.page import comparison_page
 from silotune.parts import (
@@ -330,9 +337,9 @@ class Bench:
         """
         wanted = (run.seed, run.adapter)
         if self._first[0] != wanted:
-            if self.loaded.has_adapter and run.adapter.kind == "lora":
+            if is_renewable(self.loaded, run.adapter):
                 self.loaded = renew_adapter(self.loaded, run.adapter, seed=run.seed)
-            else:  # weights that were trained are not the base's any more
+            else:
                 self.loaded = load_for(run)
             self._first = (wanted, read_adapter(self.loaded))
         return self._first[1]

@@ -52,14 +52,14 @@ def model_card(
     target, labels = unit_of(summary).rsplit(" ", 1)[1], label_table(summary)
     lines = [
         "---",
-        "library_name: peft" if run.adapter.kind == "lora" else "library_name: transformers",
+        f"library_name: {'transformers' if run.adapter.kind == 'full' else 'peft'}",
         f"base_model: {base['name']}",
         "tags: [federated-learning, silotune]",
         "---",
         "",
         f"# {base['name']}, fine-tuned by {len(summary['clients'])} clients",
         "",
-        f"{base['description']}. {run.rounds} rounds of {summary['algorithm']}; "
+        f"{base['description']}. {summary['rounds']} rounds of {summary['algorithm']}; "
         f"{_what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
         "float32 changes of the trained tensors, without secure aggregation and without "
         "differential privacy, so whoever runs the server could learn about the rows from them.",

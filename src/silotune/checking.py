@@ -1,9 +1,11 @@
 """Every mistake that shows without loading a model: recipe, names, data, clients, labels."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from silotune.adapters import check_adapter
 from silotune.arm_recipes import federated_arms
 from silotune.client_config import (
     is_client_folder,
@@ -13,18 +15,23 @@ from silotune.client_config import (
 )
 from silotune.config import RunConfig, load_recipe
 from silotune.data import ClientRows, load_clients
+from silotune.devices import pick_device
 from silotune.errors import ConfigError, DataError
 from silotune.files import locate
 from silotune.labelled import sorted_labels
+from silotune.limits import TRACKS
 from silotune.overview import label_warnings
 from silotune.partition import PartitionConfig
+from silotune.quantization import check_quantization
 from silotune.reading import TaskRow
 from silotune.runtime.flower_engine import check_installed
 from silotune.runtime.strategy_check import check_algorithm, strategy_warnings
 from silotune.sampling import cohort_size
 from silotune.sources import check_name, is_hub_id
 from silotune.teaching import server_rows
+from silotune.templates import TEMPLATES, resolve_template
 from silotune.tracking import check_tracker
+from silotune.train import pick_optimizer
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,13 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
             f"model.revision = '{run.model.revision}' has no effect: '{run.model.name}' is not on "
             "the hub.\n  Take it out, or give a hub id in model.name."
         )
+    if run.data.template not in TEMPLATES:  # the run keeps the text, wherever the file goes
+        text = resolve_template(run.data.template)
+        run = run.model_copy(update={"data": run.data.model_copy(update={"template": text})})
+    check_track(run)
+    device = pick_device(run.runtime.device)
+    check_quantization(run.model.quantization, device, "model.quantization")
+    check_adapter(run.adapter, run.model.quantization, device)
     if run.runtime.name != "in-process":
         check_installed(run)
     check_tracker(run.report.tracker)
@@ -61,7 +75,8 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
             "the server has no rows to train on.\n  Give it some: server.data_fraction or "
             "server.data_path."
         )
-    warnings = list(strategy_warnings(run.algorithm))
+    _, notice = pick_optimizer(run.train.optimizer, device)
+    warnings = [*strategy_warnings(run.algorithm), *([notice] if notice else [])]
     if run.task == "classify":
         run = _with_labels(run, rows, own)
         warnings += label_warnings(rows, run.data.labels or ())
@@ -69,6 +84,31 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
         check_name(run.distill.teacher, "distill.teacher")
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
     return Checked(run, rows, warnings)
+
+
+def check_track(run: RunConfig) -> None:
+    """Refuse a recipe that names a leaderboard's track and does not keep to its rules.
+
+    Raises:
+        ConfigError: Names every key that differs.
+    """
+    if run.limits.track is None:
+        return
+    rules = TRACKS[run.limits.track]
+    given = run.partition.num_clients if run.partition is not None else None
+    wrong: list[str] = []
+    if run.data.path != rules.data:
+        wrong.append(f"data.path = '{run.data.path}', the track's is '{rules.data}'")
+    if given != rules.num_clients:
+        wrong.append(f"partition.num_clients = {given}, the track's is {rules.num_clients}")
+    if (run.limits.communication_mb or math.inf) > rules.communication_mb:
+        wrong.append(f"limits.communication_mb is above {rules.communication_mb:g} or absent")
+    if wrong:
+        raise ConfigError(
+            "\n  ".join([f"limits.track = '{run.limits.track}' does not allow:", *wrong])
+            + "\n  Mend them, or take the track out with limits.track=none: the scores are then no "
+            "entry of the leaderboard."
+        )
 
 
 def _with_labels(

@@ -141,14 +141,15 @@ def train_round(
     # fresh rows: the stream goes on where this client's last round ended
     if count is None:
         count = num_rows(run.train, len(data.examples))
-    flow = stream(len(data.examples), run.seed, data.name, start=memory.position)
+    again = "same-samples" in run.train.compat
+    flow = stream(len(data.examples), run.seed, data.name, start=0 if again else memory.position)
     rows = list(itertools.islice(flow, count))
-    order = generator(run.seed, "order", data.name, broadcast.round)
+    order = generator(run.seed, "order", data.name, 1 if again else broadcast.round)
     steps = plan_steps(rows, [e.ids.numel() for e in data.examples], run.train, order)
     lr = round_lr(run.train, broadcast.round, run.rounds)
     result = train(
         loaded,
-        build_batches(steps, data.examples, worker.task),
+        build_batches(steps, data.examples, worker.task, packed=run.train.packing),
         worker.task,
         run.train,
         rule,

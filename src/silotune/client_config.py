@@ -19,6 +19,7 @@ from silotune.config import RunConfig, usable_threads
 from silotune.data import ClientRows, load_client
 from silotune.errors import ConfigError, Declined
 from silotune.memory import folder_name
+from silotune.quantization import Quantization
 from silotune.reading import DataConfig, TaskRow
 from silotune.sources import SOURCES, is_hub_id
 from silotune.types import Config
@@ -45,6 +46,10 @@ class OwnRuntimeConfig(Config):
     """auto takes the first of cuda, mps and cpu that is there."""
     threads: int = Field(default_factory=usable_threads, ge=1)
     """Processor threads."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Type of the base's numbers here; absent: the recipe's. What is sent stays float32."""
+    quantization: Quantization | None = None
+    """How the base is held here, "none" included; absent: the recipe's."""
     idle_s: float = Field(default=900, gt=0)
     """Seconds without a message after which the resident worker ends and frees its memory."""
     turn: str | None = None
@@ -81,8 +86,10 @@ def load_client_config(path: Path) -> ClientConfig:
         raise ConfigError("\n  ".join([f"mistakes in {path}:", *lines])) from None
     from_here = {
         key: str(path.parent / value)
-        for key in ("path", "eval_path")
-        if (value := getattr(own.data, key)) and (path.parent / value).exists()
+        for key in ("path", "eval_path", "template")
+        if (value := getattr(own.data, key))
+        and "{" not in value  # a template's own text
+        and (path.parent / value).exists()
     }
     here: dict[str, Any] = {
         "data": own.data.model_copy(update=from_here),
@@ -139,7 +146,12 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
         why = "\n  ".join(refused)
         raise Declined(f"client '{own.name}' does not take part:\n  {why}")
     machine = {"name": "in-process", "device": own.runtime.device, "threads": own.runtime.threads}
-    model = run.model if own.model is None else run.model.model_copy(update={"name": own.model})
+    mine = {
+        "name": own.model,
+        "dtype": own.runtime.dtype,
+        "quantization": own.runtime.quantization,
+    }
+    model = run.model.model_copy(update={k: v for k, v in mine.items() if v is not None})
     return run.model_copy(
         update={
             "model": model,

@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
 )
 
+from silotune.adapters import PROMPT_KINDS, AdapterConfig
 from silotune.algorithm_config import (
     ALGORITHM_CONFIGS,
     FLOWER,
@@ -34,12 +35,14 @@ from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
 from silotune.errors import ConfigError
 from silotune.evaluate import EvaluateConfig
-from silotune.models import AdapterConfig, ModelConfig
+from silotune.limits import LimitsConfig
+from silotune.models import ModelConfig
 from silotune.partition import PartitionConfig
 from silotune.reading import DataConfig
 from silotune.rows import did_you_mean
 from silotune.sampling import SamplingConfig
 from silotune.server import DistillConfig, ServerConfig
+from silotune.templates import TEMPLATES
 from silotune.train import TrainConfig
 from silotune.types import Config
 
@@ -177,6 +180,7 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    limits: LimitsConfig = LimitsConfig()
     report: ReportConfig = ReportConfig()
     compare: CompareConfig = CompareConfig()
 
@@ -187,13 +191,37 @@ class RunConfig(Config):
         yield from self.runtime.contradictions()
         yield from self._of_the_task()
         yield from self._of_the_server()
+        if "no-end-token" in self.train.compat and TEMPLATES.get(self.data.template) is None:
+            own = ", ".join(name for name, text in TEMPLATES.items() if text is not None)
+            yield "train.compat", f"'no-end-token' needs data.template to be one of: {own}"
         arms = [self.algorithm, *self.compare.algorithms]
         if any(arm in arms[:i] for i, arm in enumerate(arms)):
             yield "compare.algorithms", "names an algorithm twice, or the recipe's own again"
-        if self.adapter.kind == "full" and self.model.dtype in ("float16", "bfloat16"):
+        yield from self._of_the_adapter()
+
+    def _of_the_adapter(self) -> Iterator[tuple[str, str]]:
+        """What cannot be trained on such a base, or for such a task."""
+        kind, model = self.adapter.kind, self.model
+        if kind == "full" and model.dtype in ("float16", "bfloat16"):
             yield (
                 "model.dtype",
-                f"'{self.model.dtype}' cannot hold the small steps of full training; use float32",
+                f"'{model.dtype}' cannot hold the small steps of full training; use float32",
+            )
+        if kind == "full" and model.quantization != "none":
+            yield (
+                "model.quantization",
+                "and adapter.kind = 'full' exclude each other: quantised weights cannot learn",
+            )
+        if kind in PROMPT_KINDS and self.task == "classify":
+            yield "adapter.kind", f"'{kind}' works with task = \"instruct\" only"
+        if kind in PROMPT_KINDS and self.server.work == "distill":
+            yield "adapter.kind", f"'{kind}' cannot learn from a teacher; use lora, ia3 or full"
+        if kind in PROMPT_KINDS and self.train.packing:
+            yield "train.packing", f"cannot be used with adapter.kind = '{kind}'"
+        if kind == "prefix" and model.gradient_checkpointing:
+            yield (
+                "model.gradient_checkpointing",
+                "cannot be used with adapter.kind = 'prefix', which needs the cache it drops",
             )
 
     def _of_the_task(self) -> Iterator[tuple[str, str]]:
@@ -210,6 +238,7 @@ class RunConfig(Config):
                 ("data", "completion"),
                 ("data", "system"),
                 ("data", "template"),
+                ("train", "packing"),
                 ("compare", "max_new_tokens"),
             ),
         }
@@ -486,6 +515,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "evaluate": EvaluateConfig,
         "checkpoint": CheckpointConfig,
         "runtime": RuntimeConfig,
+        "limits": LimitsConfig,
         "report": ReportConfig,
         "compare": CompareConfig,
     }

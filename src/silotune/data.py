@@ -15,7 +15,18 @@ import torch
 
 from silotune.errors import ConfigError, DataError
 from silotune.files import Part, PlacedRow
-from silotune.partition import PartitionConfig, Shares, by_column, dirichlet, iid, names_in_column
+from silotune.partition import (
+    PartitionConfig,
+    Shares,
+    by_column,
+    by_length,
+    by_partitioner,
+    by_topic,
+    dirichlet,
+    iid,
+    names_in_column,
+    partitioner_of,
+)
 from silotune.reading import DataConfig, TaskRow, convert, convert_parts, read_all, read_parts
 from silotune.rows import (
     did_you_mean,
@@ -66,6 +77,8 @@ def load_clients(
         ConfigError: The settings do not fit the layout of the files.
     """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
+    if partition is not None and partition.kind == "flwr-datasets":
+        partitioner_of(partition)  # its mistakes cost no reading
     everything, held = read_parts(cfg)
     train, _ = _set_aside(everything, server_fraction, cfg, seed=seed)
     talks, held_talks = convert_parts(train, held, cfg, task)
@@ -78,7 +91,7 @@ def load_clients(
     if train.files:
         shares, held_shares = train.files, held.files if held else None
     elif partition is not None and cut:
-        shares, held_shares = _cut(train, held, partition, seed=seed)
+        shares, held_shares = _cut(train, held, talks, held_talks, partition, seed=seed)
     else:
         raise _partition_is_needed(cfg, train.rows)
     if partition is not None and partition.by is not None:
@@ -190,7 +203,13 @@ def fingerprint(clients: Mapping[str, ClientRows]) -> str:
 
 
 def _cut(
-    train: Part, held: Part | None, partition: PartitionConfig, *, seed: int
+    train: Part,
+    held: Part | None,
+    talks: Sequence[TaskRow],
+    held_talks: Sequence[TaskRow] | None,
+    partition: PartitionConfig,
+    *,
+    seed: int,
 ) -> tuple[Shares, Shares | None]:
     if partition.by is not None:
         shares = by_column(*_column(train, partition.by, "partition.by"))
@@ -201,21 +220,69 @@ def _cut(
         )
     count = partition.num_clients or 1
     at_least = 1 if held else 2  # each client needs a row to learn and one to hold out
+    gen = generator(seed, "partition")
+    if partition.kind == "length":
+        lengths = [_num_characters(row) for row in talks]
+        held_lengths = None if held_talks is None else [_num_characters(row) for row in held_talks]
+        return by_length(lengths, count, gen, held=held_lengths, at_least=at_least)
+    if partition.kind == "cluster":
+        texts = [_prompt(row) for row in talks]
+        held_texts = None if held_talks is None else [_prompt(row) for row in held_talks]
+        return by_topic(texts, count, gen, held=held_texts, at_least=at_least)
+    if partition.kind == "flwr-datasets":
+        return _cut_by_partitioner(train, held, talks, partition, gen), None
     if partition.label is None or partition.alpha is None:
         return (
-            iid(len(train.rows), count, generator(seed, "partition"), at_least=at_least),
+            iid(len(train.rows), count, gen, at_least=at_least),
             iid(len(held.rows), count, generator(seed, "partition", "held-out")) if held else None,
         )
     labels = names_in_column(*_column(train, partition.label, "partition.label"))
     if held is None:
-        gen = generator(seed, "partition")
         return dirichlet(labels, count, partition.alpha, gen, at_least=at_least), None
     held_labels = names_in_column(*_column(held, partition.label, "partition.label"))
     # One generator name for both: a client is to be scored on the mix of labels that it learns.
     return (
-        dirichlet(labels, count, partition.alpha, generator(seed, "partition"), known=held_labels),
+        dirichlet(labels, count, partition.alpha, gen, known=held_labels),
         dirichlet(held_labels, count, partition.alpha, generator(seed, "partition"), known=labels),
     )
+
+
+def _cut_by_partitioner(
+    train: Part,
+    held: Part | None,
+    talks: Sequence[TaskRow],
+    partition: PartitionConfig,
+    gen: torch.Generator,
+) -> Shares:
+    if held is not None:
+        raise ConfigError(
+            'partition.kind = "flwr-datasets": the held-out rows have a place of their own, and '
+            "two cuts would not give a client the same kind of rows.\n"
+            "  Remove data.eval_path or data.eval_split, or set data.path to the train file alone: "
+            "each client then holds out its own."
+        )
+    values, places = None, [row.where for row in train.rows]
+    if "partition_by" in partition.options:
+        column = str(partition.options["partition_by"])
+        if column == "num_characters" and all(column not in row.columns for row in train.rows):
+            values = [_num_characters(row) for row in talks]
+        else:
+            values, _, _ = _column(train, column, "partition.options.partition_by")
+    return by_partitioner(partition, len(train.rows), gen, values=values, places=places, at_least=2)
+
+
+def _num_characters(row: TaskRow) -> int:
+    """Length of all that the model reads and answers: every turn, or the text and its pair."""
+    if isinstance(row, dict):
+        return len(row["text"]) + len(row.get("text_pair", ""))
+    return sum(len(turn["content"]) for turn in row)
+
+
+def _prompt(row: TaskRow) -> str:
+    """What a row is about: the user's turns, or the text."""
+    if isinstance(row, dict):
+        return row["text"]
+    return "\n".join(turn["content"] for turn in row if turn["role"] == "user")
 
 
 def _only(shares: Shares, names: Sequence[str] | None) -> Shares:

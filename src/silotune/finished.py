@@ -19,7 +19,8 @@ from silotune.progress import Progress
 from silotune.sources import content_hash, is_hub_id
 from silotune.store import Row, RunFolder
 from silotune.tasks.classify import predictions
-from silotune.tasks.instruct import set_template
+from silotune.tasks.instruct import check_packing
+from silotune.templates import resolve_template, set_template
 from silotune.types import AdapterState
 
 
@@ -146,9 +147,17 @@ def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
     if run.task == "classify":
         check_length(loaded.model, run.train.max_length)
         return loaded
-    if set_template(loaded.tokenizer, run.data.template) and progress is not None:
+    if run.train.packing:
+        check_packing(loaded)
+    if give_template(loaded.tokenizer, run) and progress is not None:
         progress.note(f"{run.model.name} brings no chat template: the plain one is used")
     return loaded
+
+
+def give_template(tokenizer: Any, run: RunConfig) -> bool:
+    """A recipe's template for its tokenizer; see `set_template`."""
+    template = resolve_template(run.data.template)
+    return set_template(tokenizer, template, end_token="no-end-token" not in run.train.compat)
 
 
 def local_tensors(run: RunConfig, loaded: LoadedModel) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """Answers of a model: greedy, with the template it was trained with, many at once."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from silotune.models import LoadedModel
 from silotune.rows import Conversation
-from silotune.tasks.instruct import render
+from silotune.templates import render
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def _generate(
 ) -> list[Answer]:
     ids, mask = pad_left(prompts, loaded.tokenizer.eos_token_id)
     ends = end_tokens(loaded)
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        # PEFT counts positions itself behind trained vectors, and says so at every token
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
         out = loaded.model.generate(
             input_ids=ids.to(loaded.device),
             attention_mask=mask.to(loaded.device),

@@ -248,7 +248,9 @@ def run_in(
     try:
         measured = RUNTIMES[run.runtime.name](job)
         if tracker is not None:
-            tracker.log_scores([r for r in folder.metrics() if r["round"] == run.rounds])
+            rows = folder.metrics()
+            done = max(row["round"] for row in rows)
+            tracker.log_scores([row for row in rows if row["round"] == done])
     finally:
         job.progress.end()
     loaded = loaded or load_for(run)

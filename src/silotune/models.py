@@ -4,18 +4,18 @@ The base is loaded once per process and never per client or round; only the adap
 swapped. This file knows nothing of clients, rounds or the network.
 """
 
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import field_validator
 from torch import Tensor, nn
 
+from silotune.adapters import AdapterConfig, Kind, check_adapter, put_adapter, trained_parameters
 from silotune.devices import pick_device, pick_dtype
 from silotune.errors import ModelError
 from silotune.heads import (
@@ -26,7 +26,13 @@ from silotune.heads import (
     outside_tensors,
     set_head,
 )
-from silotune.seeds import derive
+from silotune.quantization import (
+    SHORT,
+    Quantization,
+    check_quantization,
+    loading_options,
+    prepare_for_training,
+)
 from silotune.sources import resolve
 from silotune.tree import check_same_layout, layout_of
 from silotune.types import AdapterState, Config
@@ -40,33 +46,21 @@ class ModelConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base weights. auto: bfloat16 where the processor has it, else float32."""
+    """Type of the base weights, or with quantised weights of the computations. auto: bfloat16 where
+    the processor has it, else float32."""
+    quantization: Quantization = "none"
+    """Hold the base's linear layers in 4 bits (nf4: Dettmers et al. 2023, arXiv:2305.14314; or fp4)
+    or in 8 (int8: Dettmers et al. 2022, arXiv:2208.07339), through bitsandbytes. 4 and 8 are short
+    for nf4 and int8."""
+    double_quantization: bool = True
+    """nf4 and fp4: quantise the scales of the blocks too, 0.4 bit per weight less."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth more time."""
 
-
-class AdapterConfig(Config):
-    """What is trained and sent."""
-
-    kind: Literal["lora", "full"] = "lora"
-    """lora trains small factors beside a frozen base; full trains all weights."""
-    rank: int = Field(default=8, ge=1)
-    """Rank of the LoRA factors."""
-    alpha: float = Field(default=16, gt=0)
-    """LoRA scaling: the product is multiplied by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout in front of the LoRA factors during training."""
-    targets: tuple[str, ...] | None = None
-    """Names of the modules that get LoRA factors; absent: PEFT's choice for the model family."""
-    head: Literal["train", "freeze", "local"] = "train"
-    """classify: what becomes of the classification head, which begins at random. train: learned and
-    sent with the adapter. freeze: stays as it began. local: learned, and kept at each client."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
-
-
-TARGETS = {"distilbert": ("q_lin", "v_lin")}
-"""Modules for LoRA of the families that PEFT has no choice for, by `model_type`."""
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        return SHORT.get(given, given) if type(given) is int else given
 
 
 @dataclass(frozen=True)
@@ -80,12 +74,19 @@ class LoadedModel:
     dtype: torch.dtype
     parameters: Mapping[str, nn.Parameter]
     """The trained tensors by the name under which they are saved and sent."""
-    has_adapter: bool
-    """False when all weights are trained."""
+    kind: Kind
+    """Of adapter."""
+    quantization: Quantization = "none"
+    """How the base's linear layers are held."""
     head: frozenset[str] = frozenset()
     """The trained tensors that belong to a classification head, by the same names."""
     head_modules: Head | None = None
     """Where that head lies in the model."""
+
+    @property
+    def has_adapter(self) -> bool:
+        """False when all weights are trained."""
+        return self.kind != "full"
 
 
 _num_base_loads = 0
@@ -132,21 +133,30 @@ def load_model(
 
     Raises:
         ModelError: No such model, or no module of the targets' names in it.
+        ConfigError: This machine cannot quantise.
     """
     global _num_base_loads
     where = pick_device(device)
+    check_quantization(model_cfg.quantization, where, "model.quantization")
+    check_adapter(adapter_cfg, model_cfg.quantization, where)
     dtype = pick_dtype(model_cfg.dtype, where, whole=adapter_cfg.kind == "full")
     with torch.random.fork_rng(devices=[]):  # transformers draws a head that is drawn anew here
-        base, tokenizer, fresh = _load_base(model_cfg, dtype, labels)
+        base, tokenizer, fresh = _load_base(model_cfg, dtype, where, labels)
     _num_base_loads += 1
+    quantised = model_cfg.quantization != "none"
+    if quantised:
+        base = prepare_for_training(base)
     head = find_head(base, fresh) if labels else None
     if head is not None:
         draw_head(base, head, seed)
     if model_cfg.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    base.to(where)
-    return _dressed(base, tokenizer, where, dtype, adapter_cfg, seed, head)
+    if not quantised:  # those were put there while they were loaded
+        base.to(where)
+    return _dressed(
+        base, tokenizer, where, dtype, adapter_cfg, seed, head, quantization=model_cfg.quantization
+    )
 
 
 def _dressed(
@@ -157,12 +167,15 @@ def _dressed(
     cfg: AdapterConfig,
     seed: int,
     head: Head | None,
+    *,
+    quantization: Quantization,
 ) -> LoadedModel:
     """A plain model with a fresh adapter on it."""
-    model = _with_lora(base, cfg, seed, head) if cfg.kind == "lora" else base
+    with quiet_libraries():
+        model = base if cfg.kind == "full" else put_adapter(base, cfg, seed, head)
     if head is not None:
         set_head(model, head, trained=cfg.head != "freeze")
-    parameters = _trained_parameters(model, cfg.kind)
+    parameters = trained_parameters(model, cfg.kind)
     model.eval()
     return LoadedModel(
         model,
@@ -170,43 +183,95 @@ def _dressed(
         device,
         dtype,
         parameters,
-        has_adapter=cfg.kind == "lora",
+        kind=cfg.kind,
+        quantization=quantization,
         head=frozenset(name for name in parameters if head is not None and head.holds(name)),
         head_modules=head,
     )
 
 
+def is_renewable(loaded: LoadedModel, cfg: AdapterConfig) -> bool:
+    """Whether `renew_adapter` can change what is on this base into another adapter.
+
+    Weights that were trained are not the base's any more. And PEFT puts a new adapter of most kinds
+    beside an old one of another kind, and cannot take IA3 off quantised layers.
+    """
+    return loaded.kind == cfg.kind == "lora"
+
+
 def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> LoadedModel:
-    """Another seed's first LoRA adapter on the base that is already in memory.
+    """Another seed's first adapter on the base that is already in memory.
 
     Args:
         loaded: From `load_model`; not to be used afterwards, since its adapter is taken off.
-        cfg: The adapter's configuration, of kind "lora".
+        cfg: The adapter's configuration; see `is_renewable`.
         seed: The new adapter's.
 
     Returns:
         What `load_model` with this seed would give, bit for bit, without loading anything.
     """
-    assert loaded.has_adapter, "the weights of a fully trained base are not those that were loaded"
+    assert is_renewable(loaded, cfg)
     head = loaded.head_modules
     before = {} if head is None else head_as_loaded(loaded.model, head)
     base = loaded.model.unload()
     if head is not None:
-        for module in head.modules:  # as loaded: what trained in it was float32
-            base.get_submodule(module).to(loaded.dtype)
+        if loaded.quantization == "none":
+            for module in head.modules:  # as loaded: what trained in it was float32
+                base.get_submodule(module).to(loaded.dtype)
         base.load_state_dict(before, strict=False)
         draw_head(base, head, seed)
-    return _dressed(base, loaded.tokenizer, loaded.device, loaded.dtype, cfg, seed, head)
+    return _dressed(
+        base,
+        loaded.tokenizer,
+        loaded.device,
+        loaded.dtype,
+        cfg,
+        seed,
+        head,
+        quantization=loaded.quantization,
+    )
+
+
+def load_tokenizer(cfg: ModelConfig) -> Any:
+    """The base's tokenizer, without the base.
+
+    Raises:
+        ModelError: No such model, or only a slow tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    place = resolve(cfg.name)
+    with quiet_libraries():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, revision=cfg.revision, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise _cannot_load(cfg, error) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model.name = '{cfg.name}' has no fast tokenizer (tokenizer.json).\n"
+            "  The loss mask is placed by character offsets, which only fast tokenizers give."
+        )
+    return tokenizer
+
+
+def _cannot_load(cfg: ModelConfig, error: Exception) -> ModelError:
+    first_line = str(error).strip().split("\n", 1)[0]
+    return ModelError(
+        f"model.name = '{cfg.name}' cannot be loaded: {first_line}\n"
+        "  Give a named source (smollm2-135m-instruct), a folder that holds config.json\n"
+        "  and safetensors, or a hub id that this machine can reach."
+    )
 
 
 def _load_base(
-    cfg: ModelConfig, dtype: torch.dtype, labels: Sequence[str]
+    cfg: ModelConfig, dtype: torch.dtype, device: torch.device, labels: Sequence[str]
 ) -> tuple[Any, Any, list[str]]:
     """The plain model, its tokenizer, and the names of tensors that its files do not hold."""
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
-        AutoTokenizer,
     )
 
     place = resolve(cfg.name)
@@ -223,10 +288,15 @@ def _load_base(
             "ignore_mismatched_sizes": True,  # a head for other classes is replaced by a fresh one
         }
 
+    tokenizer = load_tokenizer(cfg)
     with quiet_libraries():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place, revision=cfg.revision, trust_remote_code=False
+            more |= loading_options(
+                cfg.quantization,
+                double=cfg.double_quantization,
+                dtype=dtype,
+                device=device,
+                skip=_head_modules(kind, place, cfg) if labels else [],
             )
             base, found = kind.from_pretrained(
                 place,
@@ -238,17 +308,7 @@ def _load_base(
                 **more,
             )
         except (OSError, ValueError) as error:
-            first_line = str(error).strip().split("\n", 1)[0]
-            raise ModelError(
-                f"model.name = '{cfg.name}' cannot be loaded: {first_line}\n"
-                "  Give a named source (smollm2-135m-instruct), a folder that holds config.json\n"
-                "  and safetensors, or a hub id that this machine can reach."
-            ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"model.name = '{cfg.name}' has no fast tokenizer (tokenizer.json).\n"
-            "  The loss mask is placed by character offsets, which only fast tokenizers give."
-        )
+            raise _cannot_load(cfg, error) from error
     if labels:  # a decoder looks for a row's last token by it, and rows are padded with it
         padding = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         base.config.pad_token_id = next((i for i in padding if i is not None), None)
@@ -256,6 +316,16 @@ def _load_base(
     if labels and foreign:
         fresh |= set(outside_tensors(base))
     return base, tokenizer, sorted(fresh)
+
+
+def _head_modules(kind: Any, place: str | Path, cfg: ModelConfig) -> list[str]:
+    """What is trained whole and must not be quantised: the head, and a pooler that may be new."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(place, revision=cfg.revision, trust_remote_code=False)
+    with torch.device("meta"):
+        empty = kind.from_config(config)
+    return [*dict.fromkeys(name.split(".", 1)[0] for name in outside_tensors(empty)), "pooler"]
 
 
 def _labels_of(place: str | Path, cfg: ModelConfig) -> list[str] | None:
@@ -287,63 +357,6 @@ def quiet_libraries() -> Iterator[None]:
         logging.set_verbosity(level)
         if was_on:
             logging.enable_progress_bar()
-
-
-def _with_lora(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS,
-        modules_to_save=None if head is None else list(head.modules),
-        r=cfg.rank,
-        lora_alpha=cast(int, cfg.alpha),
-        lora_dropout=cfg.dropout,
-        target_modules=list(cfg.targets or TARGETS.get(base.config.model_type, ())) or None,
-        use_rslora=cfg.rslora,
-    )
-    _check_targets(base, cfg.targets)
-    with torch.random.fork_rng(devices=[]), quiet_libraries():
-        torch.manual_seed(derive(seed, "adapter"))
-        try:
-            return get_peft_model(base, lora)
-        except ValueError as error:
-            raise ModelError(
-                f"adapter: PEFT cannot place LoRA on this model: {error}\n"
-                "  Name the modules yourself, for instance the projections of queries and values: "
-                f"[adapter] targets. The model has: {', '.join(_leaf_names(base))}."
-            ) from error
-
-
-def _leaf_names(base: Any) -> list[str]:
-    modules = base.named_modules()
-    return sorted({name.rsplit(".", 1)[-1] for name, m in modules if not list(m.children())})
-
-
-def _check_targets(base: Any, targets: tuple[str, ...] | None) -> None:
-    names = _leaf_names(base)
-    for target in targets or ():
-        last = target.rsplit(".", 1)[-1]
-        if last not in names:
-            near = difflib.get_close_matches(last, names, n=3, cutoff=0.4)
-            offer = f"Did you mean {', '.join(near)}?" if near else f"It has: {', '.join(names)}."
-            raise ModelError(f"adapter.targets: '{target}' is no module of this model.\n  {offer}")
-
-
-def _trained_parameters(model: Any, kind: str) -> dict[str, nn.Parameter]:
-    """Names as saved -> the live parameters, matched by storage: PEFT decides the names, not we."""
-    learning = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
-    if kind == "full":
-        saved = dict(model.named_parameters())  # tied weights appear once
-    else:
-        from peft import get_peft_model_state_dict
-
-        # False: "auto" asks the hub for the base's config, by whatever name the base has
-        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
-    found = {
-        n: learning[t.data_ptr()] for n, t in sorted(saved.items()) if t.data_ptr() in learning
-    }
-    assert len(found) == len(learning), "a trained tensor is not saved, or one is saved twice"
-    return found
 
 
 def read_adapter(loaded: LoadedModel) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def run_page(
     return _render(
         kind="run",
         title=f"{provenance['base']['name']}, fine-tuned by {num_clients(summary['clients'])}",
-        subtitle=f"{run.rounds} rounds of {summary['algorithm']}, result after round "
+        subtitle=f"{summary['rounds']} rounds of {summary['algorithm']}, result after round "
         f"{summary['result_round']}",
         verdict=[run_verdict(summary)],
         warnings=warnings,
@@ -89,7 +89,9 @@ def run_page(
         label_table=label_table(summary),
         loss_charts=_drawn(_loss_charts(rows, unit_of(summary))),
         cost_lines=cost_lines(summary),
-        cost_charts=_drawn(_cost_charts(rows, run.rounds, charts.biggest(summary["clients"]))),
+        cost_charts=_drawn(
+            _cost_charts(rows, summary["rounds"], charts.biggest(summary["clients"]))
+        ),
         use=_use(run, provenance),
         **_shared(run, provenance, split, samples),
         adapter_sha256=summary["adapter_sha256"],

@@ -1,45 +1,76 @@
 """Cut one data set into clients. For simulation only: real clients bring their own rows.
 
-Works on values and row numbers; knows neither files nor texts. Chance comes from the generator that
-is given.
+Works on values and row numbers; knows neither files nor what a row is, and looks into texts only to
+find topics. Chance comes from the generator that is given.
 """
 
+import inspect
+import math
+import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
-from itertools import pairwise
-from typing import Literal
+from itertools import groupby, pairwise
+from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from silotune.errors import DataError
+from silotune.errors import ConfigError, DataError
+from silotune.rows import did_you_mean
 from silotune.types import Config
 
 Shares = dict[str, list[int]]
 """Client name -> row numbers from 0, ascending. Names are sorted, no client is empty."""
 
+MAX_DIRECTIONS = 100
+"""Numbers that a text becomes when topics are sought; as many as scikit-learn advises."""
+
 
 class PartitionConfig(Config):
-    """How one data set becomes clients: by a column, evenly at random, or with skewed labels."""
+    """How one data set becomes clients: by a column, at random, by length, topic or a library."""
 
     by: str | None = Field(default=None, min_length=1)
     """Column whose values name the clients, for instance "source"."""
-    kind: Literal["iid", "dirichlet"] | None = None
-    """Cut at random instead: "iid" into equal parts, "dirichlet" so that labels are skewed."""
+    kind: Literal["iid", "dirichlet", "length", "cluster", "flwr-datasets"] | None = None
+    """Cut otherwise: "iid" at random into equal parts, "dirichlet" so that labels are skewed,
+    "length" from short rows to long ones, "cluster" by topic, "flwr-datasets" with a class of that
+    library."""
     num_clients: int | None = Field(default=None, ge=1)
-    """Number of clients that `kind` makes."""
+    """Number of clients that `kind` makes; "flwr-datasets" needs it where the class does."""
     alpha: float | None = Field(default=None, ge=1e-6, allow_inf_nan=False)
     """Evenness of "dirichlet": 0.1 gives each label to few clients, 100 is close to "iid"."""
     label: str | None = Field(default=None, min_length=1)
     """Column that "dirichlet" shares out unevenly."""
     only: tuple[str, ...] | None = None
     """Of the clients that `by` makes, only these; the others' rows are not used."""
+    partitioner: str | None = Field(default=None, min_length=1)
+    """flwr-datasets: a class of flwr_datasets.partitioner, as in "ShardPartitioner". Needs
+    silotune[partitioners]."""
+    options: dict[str, bool | int | float | str | list[int | float]] = Field(default={})
+    """flwr-datasets: arguments of the class by their own names, as in options.shard_size = 20.
+    partition_by names a column, or "num_characters", the length of a row."""
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _only_options(cls, given: Any) -> Any:
+        for key, value in cast(dict[str, Any], given).items() if isinstance(given, dict) else ():
+            items = cast(list[Any], value) if isinstance(value, list) else [value]
+            kinds = (int, float) if isinstance(value, list) else (int, float, str)
+            if not all(isinstance(item, kinds) for item in items):
+                raise ValueError(
+                    f"'{key}' should be a number, a text, true, false or a list of numbers"
+                )
+            if any(isinstance(item, float) and not math.isfinite(item) for item in items):
+                raise ValueError(f"'{key}' should be finite")
+        return cast(Any, given)
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "PartitionConfig":
         mistakes: list[str] = []
         if self.by is not None and self.kind is not None:
             mistakes.append("give by or kind, not both")
-        if self.kind is not None and self.num_clients is None:
+        foreign = self.kind == "flwr-datasets"
+        if self.kind is not None and not foreign and self.num_clients is None:
             mistakes.append(f'kind = "{self.kind}" needs num_clients')
         if self.kind is None and self.num_clients is not None:
             mistakes.append(
@@ -49,6 +80,12 @@ class PartitionConfig(Config):
             mistakes.append('kind = "dirichlet" needs alpha and label')
         if self.kind != "dirichlet" and (self.alpha is not None or self.label is not None):
             mistakes.append('alpha and label belong to kind = "dirichlet"')
+        if foreign and self.partitioner is None:
+            mistakes.append('kind = "flwr-datasets" needs partitioner, the name of a class')
+        if not foreign and (self.partitioner is not None or self.options):
+            mistakes.append('partitioner and options belong to kind = "flwr-datasets"')
+        if self.num_clients is not None and "num_partitions" in self.options:
+            mistakes.append("num_clients and options.num_partitions are the same; give one")
         if self.only is not None and self.by is None:
             mistakes.append("only chooses among the clients that by makes; set by")
         if self.only is not None and len(set(self.only)) < max(1, len(self.only)):
@@ -84,9 +121,7 @@ def iid(num_rows: int, num_clients: int, gen: torch.Generator, *, at_least: int 
     """
     _check_enough(num_rows, num_clients, at_least=at_least)
     order = torch.randperm(num_rows, generator=gen).tolist()
-    ends = [num_rows * n // num_clients for n in range(num_clients + 1)]
-    parts = [sorted(order[a:b]) for a, b in pairwise(ends)]
-    return dict(zip(client_names(num_clients), parts, strict=True))
+    return _named([order[a:b] for a, b in pairwise(_even_ends(num_rows, num_clients))])
 
 
 def dirichlet(
@@ -138,7 +173,155 @@ def dirichlet(
     for part in parts:
         while len(part) < at_least:
             part.append(max(parts, key=len).pop())
-    return dict(zip(client_names(num_clients), map(sorted, parts), strict=True))
+    return _named(parts)
+
+
+def by_length(
+    lengths: Sequence[int],
+    num_clients: int,
+    gen: torch.Generator,
+    *,
+    held: Sequence[int] | None = None,
+    at_least: int = 1,
+) -> tuple[Shares, Shares | None]:
+    """Sort rows by length and cut into parts whose sizes differ by at most one.
+
+    Rows of equal length are in an order drawn by chance: files are often sorted, and clients should
+    differ by length alone. A held-out row goes to the client whose train rows are as long. Where
+    several clients have rows of that length, held-out rows of it are shared out as the train rows
+    are; a length that no train row has counts as the next longer one.
+
+    Args:
+        lengths: Of each row, in characters.
+        num_clients: Number of clients; the first has the shortest rows.
+        gen: Draws the order of rows of equal length.
+        held: Lengths of the held-out rows, where they have a place of their own.
+        at_least: Rows that every client needs.
+
+    Returns:
+        The train rows, and the held-out rows if there are any. Each of them once.
+
+    Raises:
+        DataError: There are fewer rows than `num_clients * at_least`, or a client gets no held-out
+            row.
+
+    Example:
+        >>> gen = torch.Generator().manual_seed(17)
+        >>> by_length([90, 10, 80, 20], 2, gen, held=[15, 300])
+        ({'client-00': [1, 3], 'client-01': [0, 2]}, {'client-00': [0], 'client-01': [1]})
+    """
+    _check_enough(len(lengths), num_clients, at_least=at_least)
+    order, ends = _by_size(lengths, gen), _even_ends(len(lengths), num_clients)
+    shares = _named([order[a:b] for a, b in pairwise(ends)])
+    if held is None:
+        return shares, None
+    ascending = [lengths[row] for row in order]
+    parts: list[list[int]] = [[] for _ in range(num_clients)]
+    for length, equal in groupby(_by_size(held, gen), key=held.__getitem__):
+        rows = list(equal)
+        first, end = bisect_left(ascending, length), bisect_right(ascending, length)
+        for n, row in enumerate(rows):  # evenly over the places of the train rows as long
+            place = first + (2 * n + 1) * (end - first) // (2 * len(rows))
+            parts[bisect_right(ends, min(place, len(order) - 1)) - 1].append(row)
+    return shares, _named_held(parts, "length")
+
+
+def by_topic(
+    texts: Sequence[str],
+    num_clients: int,
+    gen: torch.Generator,
+    *,
+    held: Sequence[str] | None = None,
+    at_least: int = 1,
+) -> tuple[Shares, Shares | None]:
+    """Cluster texts by the words that they use; each cluster is a client.
+
+    TF-IDF of words, its `MAX_DIRECTIONS` largest directions at unit length, k-means. Sizes differ
+    as topics do. A client with fewer than `at_least` rows then receives the rows nearest to it, one
+    by one, from clients that can spare them. Clients are numbered by their first row. The number of
+    threads has no influence.
+
+    Args:
+        texts: Of each row.
+        num_clients: Number of clients.
+        gen: Seeds the decomposition and the ten starts of k-means.
+        held: Texts of the held-out rows, where they have a place of their own: each goes to the
+            nearest cluster. They have no say in words and clusters.
+        at_least: Rows that every client needs.
+
+    Returns:
+        The train rows, and the held-out rows if there are any. Each of them once.
+
+    Raises:
+        DataError: There are too few rows, no words, or fewer topics than clients; or a client gets
+            no held-out row.
+
+    Reference:
+        Deerwester et al. 1990, "Indexing by Latent Semantic Analysis"; Arthur and Vassilvitskii
+        2007, "k-means++: The Advantages of Careful Seeding". Both as in scikit-learn.
+    """
+    import numpy as np
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    _check_enough(len(texts), num_clients, at_least=at_least)
+    state = int(torch.randint(2**31, (1,), generator=gen))
+    # One thread: sums in another order would move rows between clients, and Flower's actors, which
+    # cut anew, may have another number of threads.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of too few topics, which are refused below
+        points, held_points = _topic_points(texts, held, state)
+        means = KMeans(num_clients, n_init=cast(Any, 10), random_state=state).fit(points)
+        distances = means.transform(points)  # (rows, clients)
+        nearest = None if held_points is None else means.predict(held_points)
+    owner = np.array(means.labels_)
+    sizes = np.bincount(owner, minlength=num_clients)
+    num_topics = int(np.count_nonzero(sizes))
+    if num_topics < num_clients:
+        raise DataError(
+            f"the rows have {num_topics} different topics, fewer than {num_clients} clients.\n"
+            f"  Set partition.num_clients to {num_topics} or less, or bring more rows."
+        )
+    while sizes.min() < at_least:
+        small = int(sizes.argmin())
+        row = int(np.where(sizes[owner] > at_least, distances[:, small], np.inf).argmin())
+        sizes[owner[row]] -= 1
+        sizes[small] += 1
+        owner[row] = small
+    names = list(dict.fromkeys(owner.tolist()))  # in the order of first rows
+    shares = _named([np.flatnonzero(owner == name).tolist() for name in names])
+    if nearest is None:
+        return shares, None
+    return shares, _named_held(
+        [np.flatnonzero(nearest == name).tolist() for name in names], "topic"
+    )
+
+
+def _topic_points(texts: Sequence[str], held: Sequence[str] | None, state: int) -> tuple[Any, Any]:
+    """Texts as points of unit length; words and directions are those of `texts`.
+
+    Returns:
+        (rows, at most MAX_DIRECTIONS), and (held-out rows, the same) if there are any.
+    """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
+
+    words: Any = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    try:
+        counts = words.fit_transform(texts)
+    except ValueError:  # an empty vocabulary
+        raise DataError(
+            "the rows' texts hold no words, so they have no topics.\n"
+            '  Cut them otherwise, for instance by partition.kind = "length".'
+        ) from None
+    if counts.shape[1] <= MAX_DIRECTIONS:  # also for a single word, which cannot be decomposed
+        return counts.toarray(), None if held is None else words.transform(held).toarray()
+    directions = TruncatedSVD(MAX_DIRECTIONS, random_state=state)
+    points = normalize(directions.fit_transform(counts))
+    if held is None:
+        return points, None
+    return points, normalize(directions.transform(words.transform(held)))
 
 
 def client_names(num_clients: int) -> list[str]:
@@ -160,6 +343,34 @@ def names_in_column(
             "  Every row needs a value there: fill it, remove the row, or choose another column."
         )
     return [str(value).strip() for value in values]
+
+
+def _named(parts: Sequence[Sequence[int]]) -> Shares:
+    return dict(zip(client_names(len(parts)), map(sorted, parts), strict=True))
+
+
+def _named_held(parts: Sequence[Sequence[int]], quality: str) -> Shares:
+    """Held-out rows by client; each client needs one of the quality of its train rows."""
+    shares = _named(parts)
+    lacks = [name for name, rows in shares.items() if not rows]
+    if lacks:
+        more = f" ({len(lacks)} clients lack them)" if len(lacks) > 1 else ""
+        raise DataError(
+            f"client '{lacks[0]}' has train rows, but no held-out rows of their {quality}{more}.\n"
+            "  Cut into fewer clients, bring more held-out rows, or leave them out so that each "
+            "client holds out its own."
+        )
+    return shares
+
+
+def _even_ends(num_rows: int, num_clients: int) -> list[int]:
+    return [num_rows * n // num_clients for n in range(num_clients + 1)]
+
+
+def _by_size(sizes: Sequence[int], gen: torch.Generator) -> list[int]:
+    """Row numbers from small to large; those of equal size in an order drawn by chance."""
+    order = torch.randperm(len(sizes), generator=gen).tolist()
+    return sorted(order, key=sizes.__getitem__)
 
 
 def _is_name(value: object) -> bool:
@@ -196,3 +407,148 @@ def _draw_dirichlet(size: int, alpha: float, gen: torch.Generator) -> torch.Tens
     gamma = torch._standard_gamma(shape, gen)  # pyright: ignore[reportPrivateImportUsage]
     uniform = torch.rand(size, dtype=torch.float64, generator=gen)
     return torch.softmax(gamma.log() + uniform.log() / alpha, dim=0)  # (size,)
+
+
+# --- classes of flwr-datasets --------------------------------------------------------------------
+
+UNFIT = {
+    "Partitioner": "is what the others have in common",
+    "VerticalEvenPartitioner": "shares out columns, not rows",
+    "VerticalSizePartitioner": "shares out columns, not rows",
+    "IdToSizeFncPartitioner": "takes a function, which a recipe cannot hold",
+    "DistributionPartitioner": "takes a table of numbers, which a recipe cannot hold",
+}
+"""Classes of flwr_datasets.partitioner that a recipe cannot name."""
+
+ROW = "silotune: row number"
+"""Name of the column by which rows are found again; no data set has one of that name."""
+
+
+def partitioner_of(cfg: PartitionConfig) -> tuple[type[Any], dict[str, Any]]:
+    """The class that a recipe names, and its arguments but for a seed. Reads no rows.
+
+    Raises:
+        ConfigError: The library or the class is missing, or the options are not those of the class.
+    """
+    try:
+        from flwr_datasets import partitioner as library
+    except ImportError as error:
+        raise ConfigError(
+            'partition.kind = "flwr-datasets" needs the library flwr-datasets.\n'
+            "  Install it: pip install 'silotune[partitioners]'"
+        ) from error
+    name = str(cfg.partitioner)
+    there = [known for known in library.__all__ if known not in UNFIT]
+    if name not in there:
+        why = UNFIT.get(name) or f"is not there.{did_you_mean(name, there)}"
+        raise _refused(cfg, why, f"There are: {', '.join(there)}")
+    cls: type[Any] = getattr(library, name)
+    known = inspect.signature(cls).parameters
+    for key in cfg.options:
+        if key not in known:
+            why = f"has no option '{key}'.{did_you_mean(key, known)}"
+            raise _refused(cfg, why, f"It has: {', '.join(known)}")
+    given: dict[str, Any] = dict(cfg.options)
+    if cfg.num_clients is not None and "num_partitions" not in known:
+        mend = "Remove partition.num_clients"
+        raise _refused(cfg, "says itself how many clients there are", mend)
+    if cfg.num_clients is not None:
+        given["num_partitions"] = cfg.num_clients
+    missing = [key for key, p in known.items() if p.default is p.empty and key not in given]
+    if missing:
+        keys = [
+            "partition.num_clients" if key == "num_partitions" else f"partition.options.{key}"
+            for key in missing
+        ]
+        raise _refused(cfg, f"needs {', '.join(missing)}", f"Set {', '.join(keys)}")
+    return cls, given
+
+
+def by_partitioner(
+    cfg: PartitionConfig,
+    num_rows: int,
+    gen: torch.Generator,
+    *,
+    values: Sequence[object] | None = None,
+    places: Sequence[str] | None = None,
+    at_least: int = 1,
+) -> Shares:
+    """Let a class of flwr-datasets cut. It may leave rows to no one, as its options say.
+
+    The class sees row numbers and one column, no other value of a row.
+
+    Args:
+        cfg: Names the class and its options.
+        num_rows: Number of rows.
+        gen: Seeds the class, if it takes a seed and the options have none.
+        values: The column that its option partition_by names, if it has that option.
+        places: Where each row stands, for messages.
+        at_least: Rows that every client needs.
+
+    Raises:
+        ConfigError: As `partitioner_of`; or the class fails with these rows.
+        DataError: A value is missing, or a client gets too few rows.
+    """
+    from datasets import Dataset
+
+    cls, options = partitioner_of(cfg)
+    if "seed" in inspect.signature(cls).parameters:
+        options.setdefault("seed", int(torch.randint(2**31, (1,), generator=gen)))
+    columns: dict[str, Sequence[Any]] = {ROW: range(num_rows)}
+    if values is not None:
+        column = str(options["partition_by"])
+        # Classes as 0, 1, ...: InnerDirichletPartitioner takes no others, the rest does not mind.
+        as_numbers = _numbers if cls.__name__ == "ContinuousPartitioner" else _codes
+        columns[column] = as_numbers(values, column, places)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # libraries among themselves
+            cut = cls(**options)
+            cut.dataset = Dataset.from_dict(columns)
+            parts = [list(cut.load_partition(n)[ROW]) for n in range(cut.num_partitions)]
+    except Exception as error:  # foreign code: whatever it raises is explained
+        text = f"{error}".partition("\n")[0].rstrip(". ")
+        why = f"cannot cut these {num_rows} rows: {type(error).__name__}: {text}"
+        raise _refused(cfg, why, "Change [partition.options] or partition.num_clients") from error
+    used = [row for part in parts for row in part]
+    if len(set(used)) < len(used):
+        raise _refused(cfg, "gives a row to two clients", "Choose another")
+    shares = _named(parts)
+    for name, rows in shares.items():
+        if len(rows) < at_least:
+            raise DataError(
+                f"partition.partitioner: '{cfg.partitioner}' leaves '{name}' with {len(rows)} of "
+                f"{num_rows} rows, but each client needs {at_least}.\n"
+                "  Change [partition.options], cut into fewer clients, or bring more rows."
+            )
+    return shares
+
+
+def _codes(values: Sequence[object], column: str, places: Sequence[str] | None) -> list[int]:
+    names = names_in_column(values, column, places)
+    numbers = {name: n for n, name in enumerate(sorted(set(names)))}
+    return [numbers[name] for name in names]
+
+
+def _numbers(values: Sequence[object], column: str, places: Sequence[str] | None) -> list[float]:
+    found: list[float] = []
+    for n, text in enumerate(names_in_column(values, column, places)):
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            where = places[n] if places else f"row {n + 1}"
+            raise DataError(
+                f"column '{column}' holds no finite number at {where}.\n"
+                "  Mend it, remove the row, or choose another column."
+            )
+        found.append(number)
+    return found
+
+
+def _refused(cfg: PartitionConfig, why: str, mend: str) -> ConfigError:
+    end = "" if why.endswith("?") else "."
+    return ConfigError(
+        f"partition.partitioner: '{cfg.partitioner}' {why.rstrip('.')}{end}\n  {mend}."
+    )

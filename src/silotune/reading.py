@@ -5,7 +5,7 @@ Reads files and the hub, and converts row by row. Knows neither clients nor what
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -43,10 +43,11 @@ class DataConfig(Config):
     """Text with {column} holes that makes the answer; goes with `prompt`."""
     system: str | None = Field(default=None, min_length=1)
     """System text in front of every conversation that has none."""
-    template: Literal["auto", "plain", "three-block"] = "auto"
+    template: str = Field(default="auto", min_length=1)
     """How a conversation becomes text, in training, scoring and answers alike. auto: the model's
     own chat template, or plain where it has none. three-block: "### Instruction:" with the system
-    text, "### Input:" with the question, "### Response:"."""
+    text, "### Input:" with the question, "### Response:". alpaca, vicuna and flowertune as these
+    write it. Or a file with a Jinja chat template of your own, which the run keeps."""
     max_rows: int | None = Field(default=None, ge=1)
     """At most so many training rows per client, drawn with the seed."""
     max_eval_rows: int | None = Field(default=None, ge=1)

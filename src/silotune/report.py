@@ -52,7 +52,7 @@ def summarise(
     return {
         "task": run.task,
         "algorithm": getattr(run.algorithm, "name", ""),
-        "rounds": run.rounds,
+        "rounds": max((row["round"] for row in rows if row["event"] == "round"), default=0),
         "result_round": result_round,
         "clients": {
             name: {

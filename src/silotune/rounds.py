@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 
 from silotune.algorithms.base import Algorithm, expected_extra, expected_layout
 from silotune.config import RunConfig
-from silotune.errors import QuorumError, UpdateError
+from silotune.errors import ConfigError, QuorumError, UpdateError
 from silotune.evaluate import metrics
+from silotune.limits import MB, RoundCost
 from silotune.progress import Progress
-from silotune.sampling import num_needed, sample
+from silotune.sampling import cohort_size, num_needed, sample
 from silotune.seeds import generator
 from silotune.store import Row, RunFolder, Spool
-from silotune.tree import check_finite, check_same_layout, l2_norm
+from silotune.tree import check_finite, check_same_layout, l2_norm, layout_bytes, size_bytes
 from silotune.types import (
+    AdapterState,
     Arrival,
     Broadcast,
     Clients,
@@ -58,8 +60,9 @@ def run_rounds(
         QuorumError: Too few usable updates; what was done so far is kept and can be resumed.
     """
     num_labels = len(run.data.labels or ())
-    for r in range(state.round + 1, run.rounds + 1):
-        began = time.perf_counter()
+    going = is_affordable(run, state, algorithm, clients.names(), folder)
+    while going and state.round < run.rounds:
+        r, began = state.round + 1, time.perf_counter()
         # 1. Who takes part: drawn from (seed, round), so a resumed run asks the same clients.
         cohort = sample(clients.names(), run.sampling, generator(run.seed, "sampling", r))
         progress.begin_round(r, cohort)
@@ -87,20 +90,62 @@ def run_rounds(
         state, own = improve(state) if improve else (state, [])
         # 7. Write it down; a crash after this line loses nothing.
         rows = round_rows(r, cohort, spool, failures, scores, seconds=time.perf_counter() - began)
-        folder.save(state, [*own, *rows])
+        folder.append_metrics([*own, *rows])
+        going = is_affordable(run, state, algorithm, clients.names(), folder)
+        folder.save(state, last=r == run.rounds or not going)
         progress.end_round(r, rows)
-    if run.evaluate.due(run.rounds, run.rounds):
-        last = _broadcast(state, run.rounds + 1, algorithm, score=True)
+    if state.round < run.rounds:
+        progress.note(f"limits.communication_mb ends the run after round {state.round}")
+    if run.evaluate.due(state.round, state.round):
+        final = _broadcast(state, state.round + 1, algorithm, score=True)
         progress.begin_scoring(clients.names())
-        folder.rewind(run.rounds)  # a resumed run may have scored it before
-        found = check_scores(clients.evaluate(clients.names(), last), num_labels)
-        folder.append_metrics(score_rows(run.rounds, found))
+        folder.rewind(state.round)  # a resumed run may have scored it before
+        found = check_scores(clients.evaluate(clients.names(), final), num_labels)
+        folder.append_metrics(score_rows(state.round, found))
     return state
 
 
+def is_affordable(
+    run: RunConfig,
+    state: ServerState,
+    algorithm: Algorithm,
+    names: Sequence[str],
+    folder: RunFolder,
+) -> bool:
+    """Whether the next round, and the scoring of what comes of it, fit below the run's ceiling.
+
+    Raises:
+        ConfigError: Not even the first round does.
+    """
+    limit = run.limits.communication_mb
+    if limit is None or state.round == run.rounds:
+        return True
+    asked, scored = cohort_size(run.sampling, len(names)), run.evaluate.due(state.round, run.rounds)
+    extra = expected_extra(algorithm, state).values()
+    cost = RoundCost(
+        down=sum(map(size_bytes, (state.adapter, *_broadcast_extra(state, algorithm).values()))),
+        up=sum(map(layout_bytes, (expected_layout(algorithm, state), *extra))),
+        num_asked=asked,
+        num_scoring=(len(names) - asked) * scored + len(names) * (run.evaluate.every > 0),
+    )
+    spent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in folder.metrics())
+    if spent + cost.size_bytes <= limit * MB:
+        return True
+    if state.round == 0:
+        raise ConfigError(
+            f"limits.communication_mb = {limit:g}, but one round sends "
+            f"{cost.size_bytes / MB:.1f} MB.\n"
+            "  Raise it, or send less: a lower adapter.rank or sampling.fraction."
+        )
+    return False
+
+
 def _broadcast(state: ServerState, round_: int, algorithm: Algorithm, *, score: bool) -> Broadcast:
-    extra = {name: state.extra[name] for name in algorithm.broadcasts}
-    return Broadcast(round_, state.adapter, extra, score=score)
+    return Broadcast(round_, state.adapter, _broadcast_extra(state, algorithm), score=score)
+
+
+def _broadcast_extra(state: ServerState, algorithm: Algorithm) -> dict[str, AdapterState]:
+    return {name: state.extra[name] for name in algorithm.broadcasts}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 from silotune.errors import ConfigError, DataError
 
 Message = dict[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": ...}."""
+"""One turn: {"role": "system" | "user" | "assistant", "content": ...}. Where a row has both, its
+instruction and its input also stand apart, under these names."""
 
 Conversation = tuple[Message, ...]
 """What a row teaches: at least one assistant turn; every assistant turn is an answer to learn."""
@@ -126,12 +127,14 @@ def _by_format(row: Row, where: str) -> list[Message]:
         ]
     if "instruction" in row and "output" in row:
         asked = _text(row["instruction"], where=where, what="column 'instruction'")
-        extra = row.get("input")
+        turn, extra = _turn("user", asked), row.get("input")
         if not is_missing(extra):
             extra = _text(extra, where=where, what="column 'input'", may_be_empty=True)
-            asked = f"{asked}\n\n{extra}" if extra.strip() else asked
+            if extra.strip():  # apart too, for templates that give the input a place of its own
+                joined = _turn("user", f"{asked}\n\n{extra}")
+                turn = {**joined, "instruction": asked, "input": extra}
         answer = _text(row["output"], where=where, what="column 'output'")
-        return [_turn("user", asked), _turn("assistant", answer)]
+        return [turn, _turn("assistant", answer)]
     if "question" in row and "answer" in row:
         asked = _text(row["question"], where=where, what="column 'question'")
         answer = _text(row["answer"], where=where, what="column 'answer'")

@@ -234,8 +234,8 @@ def _train(
     models = [loaded for loaded, _ in learners]
     weights = [[p for p in m.parameters.values() if p.requires_grad] for m in models]
     optimizers = [
-        build_optimizer(own, cfg, lr, fused=True)
-        for own, (_, lr) in zip(weights, learners, strict=True)
+        build_optimizer(own, cfg, lr, fused=True, device=m.device)
+        for own, (m, lr) in zip(weights, learners, strict=True)
     ]
     steps = _plan(lesson, epochs, seed_name)
     sums: dict[str, float] = {}

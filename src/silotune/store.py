@@ -255,15 +255,14 @@ class RunFolder:
             extra.setdefault(purpose, {})[name] = tensor
         return ServerState(at, adapter, extra)
 
-    def save(self, state: ServerState, rows: Iterable[Row]) -> None:
-        """Write a round down: its metrics and, when due, a checkpoint; drop what that replaces.
+    def save(self, state: ServerState, *, last: bool) -> None:
+        """Write a checkpoint when it is due, or after the last round; drop what it replaces.
 
-        A crash before the checkpoint's rename repeats the round from its spooled updates; after it,
-        nothing is repeated. Metrics of a repeated round are cut off by `rewind`.
+        The round's metrics are written before. A crash before the checkpoint's rename repeats the
+        round from its spooled updates; after it, nothing is repeated. Metrics of a repeated round
+        are cut off by `rewind`.
         """
-        self.append_metrics(rows)
-        run = self.run
-        if state.round % run.checkpoint.every and state.round != run.rounds:
+        if state.round % self.run.checkpoint.every and not last:
             return
         final = self.path / "checkpoints" / f"round-{state.round:05d}"
         part = final.with_name(f".{final.name}.part")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from silotune.adapters import AdapterConfig
 from silotune.algorithms.base import Algorithm
 from silotune.config import RunConfig
 from silotune.data import load_server_rows
@@ -17,7 +18,6 @@ from silotune.errors import DataError, ModelError, RunFolderError
 from silotune.evaluate import build_eval_batches, evaluate, metrics
 from silotune.finished import load_for
 from silotune.models import (
-    AdapterConfig,
     LoadedModel,
     ModelConfig,
     load_model,

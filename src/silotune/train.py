@@ -4,6 +4,7 @@ No trainer object is built per client and round. The loop knows neither clients 
 what an algorithm changes in local training arrives as a `LocalRule`.
 """
 
+import importlib.util
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +18,12 @@ from torch import nn
 from silotune.algorithms.base import LocalContext, LocalRule
 from silotune.errors import UpdateError
 from silotune.models import LoadedModel
+from silotune.quantization import tame_bitsandbytes
 from silotune.seeds import generator
 from silotune.tasks.base import Batch, Example, Task
 from silotune.types import Config
+
+Compat = Literal["late-schedule", "same-samples", "no-end-token"]
 
 
 class TrainConfig(Config):
@@ -34,8 +38,13 @@ class TrainConfig(Config):
     """Optimizer steps per round. Give this or local_epochs."""
     local_epochs: int | None = Field(default=None, ge=1)
     """Passes over the client's own rows per round; 1 when local_steps is absent too."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Local optimizer. Its moments begin anew for every client and round."""
+    optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        "adamw"
+    )
+    """Local optimizer. Its moments begin anew for every client and round. Those with 8 bits, or in
+    pages that leave the GPU when it is full, are from bitsandbytes (Dettmers et al. 2022,
+    arXiv:2110.02861); where a device has them not, the nearest that it has is used, with a notice.
+    """
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate of the first round."""
     lr_min: float = Field(default=0.0, ge=0)
@@ -51,9 +60,14 @@ class TrainConfig(Config):
     """Bound on the L2 norm of the gradient over all trained tensors; 0 switches clipping off."""
     max_length: int = Field(default=512, ge=2)
     """Tokens after which a row is cut at its end."""
-    compat: Literal["none", "flowertune"] = "none"
-    """flowertune counts rounds from 1 in the schedule: lr itself is never used, and the last round
-    runs at lr_min."""
+    packing: bool = False
+    """instruct: put the rows of a forward pass one behind the other instead of padding them. No row
+    attends to another, so the result is the same up to rounding."""
+    compat: tuple[Compat, ...] = ()
+    """Do as published systems do, for comparison. late-schedule counts rounds from 1: lr itself is
+    never used, and the last round runs at lr_min. same-samples: a client begins every round with
+    the same rows. no-end-token: answers do not end, and models do not learn to stop; with a
+    template of silotune's own."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "TrainConfig":
@@ -65,8 +79,8 @@ class TrainConfig(Config):
             raise ValueError(
                 "lr_min has no effect with schedule = 'constant'; use linear or cosine"
             )
-        if self.schedule == "constant" and self.compat == "flowertune":
-            raise ValueError("compat = 'flowertune' has no effect with schedule = 'constant'")
+        if self.schedule == "constant" and "late-schedule" in self.compat:
+            raise ValueError("compat = 'late-schedule' has no effect with schedule = 'constant'")
         if self.local_steps is not None and self.warmup_steps >= self.local_steps:
             raise ValueError("warmup_steps must be fewer than local_steps")
         return self
@@ -97,9 +111,9 @@ def round_lr(cfg: TrainConfig, round_: int, rounds: int) -> float:
     """The learning rate of round `round_`, counted from 1, out of `rounds`.
 
     cosine: `min + (max - min)(1 + cos(pi t / T)) / 2`; linear: `max + (min - max) t / T`; with t =
-    round - 1, so that the first round uses `lr`, or t = round with compat = "flowertune".
+    round - 1, so that the first round uses `lr`, or t = round with compat = "late-schedule".
     """
-    t = (round_ if cfg.compat == "flowertune" else round_ - 1) / rounds
+    t = (round_ if "late-schedule" in cfg.compat else round_ - 1) / rounds
     if cfg.schedule == "cosine":
         return cfg.lr_min + (cfg.lr - cfg.lr_min) * (1 + math.cos(math.pi * t)) / 2
     if cfg.schedule == "linear":
@@ -170,11 +184,16 @@ def plan_steps(
 
 
 def build_batches(
-    steps: Sequence[Sequence[Sequence[int]]], examples: Sequence[Example], task: Task
+    steps: Sequence[Sequence[Sequence[int]]],
+    examples: Sequence[Example],
+    task: Task,
+    *,
+    packed: bool = False,
 ) -> Iterator[list[Batch]]:
-    """The planned steps as padded tensors, made when they are needed."""
+    """The planned steps as tensors, made when they are needed."""
+    join = task.pack if packed and task.pack is not None else task.collate
     for step in steps:
-        yield [task.collate([examples[row] for row in batch]) for batch in step]
+        yield [join([examples[row] for row in batch]) for batch in step]
 
 
 def train(
@@ -210,7 +229,9 @@ def train(
     learning = {n: p for n, p in loaded.parameters.items() if rule.trains(n, round_)}
     for name, p in loaded.parameters.items():
         p.requires_grad_(name in learning)
-    optimizer = build_optimizer(learning.values(), cfg, lr, fused=not loaded.has_adapter)
+    optimizer = build_optimizer(
+        learning.values(), cfg, lr, fused=not loaded.has_adapter, device=loaded.device
+    )
     loss_sum = torch.zeros((), device=loaded.device, dtype=torch.float64)
     penalty = torch.zeros((), device=loaded.device)
     num_trained = num_tokens = num_padded = num_steps = 0
@@ -262,10 +283,29 @@ def train(
     )
 
 
+def pick_optimizer(wanted: str, device: torch.device) -> tuple[str, str]:
+    """The optimizer that this device has, and a notice where it is not the wanted one, else ""."""
+    if wanted in ("adamw", "sgd"):
+        return wanted, ""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "adamw", f"train.optimizer = '{wanted}' needs bitsandbytes: adamw is used"
+    if device.type == "mps":
+        return "adamw", f"train.optimizer = '{wanted}' is not there on Apple's GPU: adamw is used"
+    if device.type == "cpu" and wanted.startswith("paged_"):
+        found = "adamw_8bit" if wanted == "paged_adamw_8bit" else "adamw"
+        return found, f"train.optimizer = '{wanted}' pages GPU memory only: {found} is used"
+    return wanted, ""
+
+
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], cfg: TrainConfig, lr: float, *, fused: bool
+    parameters: Iterable[nn.Parameter],
+    cfg: TrainConfig,
+    lr: float,
+    *,
+    fused: bool,
+    device: torch.device,
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer.
+    """The recipe's optimizer, or the nearest to it.
 
     Args:
         parameters: What learns.
@@ -273,7 +313,19 @@ def build_optimizer(
         lr: Learning rate of the first step.
         fused: One pass over memory per step instead of about ten: with all weights of a model these
             take as long as a third of the step. The same update up to rounding.
+        device: Where the parameters are, see `pick_optimizer`.
     """
-    if cfg.optimizer == "sgd":
+    kind, _ = pick_optimizer(cfg.optimizer, device)
+    if kind == "sgd":
         return torch.optim.SGD(parameters, lr=lr, weight_decay=cfg.weight_decay, fused=fused)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=cfg.weight_decay, fused=fused)
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=cfg.weight_decay, fused=fused)
+    tame_bitsandbytes()
+    from bitsandbytes.optim import adamw
+
+    build = {
+        "adamw_8bit": adamw.AdamW8bit,
+        "paged_adamw_8bit": adamw.PagedAdamW8bit,
+        "paged_adamw_32bit": adamw.PagedAdamW32bit,
+    }[kind]
+    return build(parameters, lr=lr, weight_decay=cfg.weight_decay)

@@ -173,6 +173,14 @@ def size_bytes(state: AdapterState) -> int:
     return sum(t.numel() * t.element_size() for t in state.values())
 
 
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of the values of a state laid out so; an open dimension counts as 1."""
+    return sum(
+        math.prod(size or 1 for size in spec.shape) * spec.dtype.itemsize
+        for spec in layout.values()
+    )
+
+
 def sha256(state: AdapterState) -> str:
     """Fingerprint of names, dtypes, shapes and values; independent of the order of names."""
     digest = hashlib.sha256()

@@ -40,7 +40,16 @@ CHANGES_THE_ADAPTER = [
     "train.lr=1e-3",
     "train.schedule=cosine",
     "train.schedule=cosine; train.lr_min=1e-3",
-    "train.schedule=cosine; train.compat=flowertune",
+    "train.schedule=cosine; train.compat=['late-schedule']",
+    "train.compat=['same-samples']",
+    "data.template=plain; train.compat=['no-end-token']",
+    "train.optimizer=adamw_8bit",
+    "adapter.dora=true",
+    "adapter.kind=prompt; adapter.virtual_tokens=3; adapter.targets=none",
+    "adapter.peft={ rank_pattern = { q_proj = 4 } }",
+    "model.quantization=nf4",
+    "model.quantization=8",
+    "limits.communication_mb=0.012",
     "train.warmup_steps=1",
     "train.weight_decay=0.5",
     "train.clip_norm=1e-3",
@@ -51,6 +60,10 @@ CHANGES_THE_ADAPTER = [
     "partition.by=none; partition.kind=iid; partition.num_clients=4",
     "partition.by=none; partition.kind=dirichlet; partition.num_clients=3; partition.alpha=1.0"
     "; partition.label=source",
+    "partition.by=none; partition.kind=length; partition.num_clients=3",
+    "partition.by=none; partition.kind=cluster; partition.num_clients=3",
+    "partition.by=none; partition.kind=flwr-datasets; partition.partitioner=SizePartitioner"
+    "; partition.options={ partition_sizes = [9, 9, 9] }",
 ]
 CHANGES_WHAT_IS_WRITTEN = [
     "evaluate.every=0",
@@ -68,10 +81,13 @@ IS_REFUSED_HERE = [
     "runtime.name=flower; runtime.host=0.0.0.0",
     "runtime.device=cuda",
     "report.tracker=wandb",
+    "limits.track=medical",
     "model.revision=main",
 ]
 ELSEWHERE = {
     "data.path": "every test",
+    "model.double_quantization": "test_quantization",
+    "train.packing": "test_packing: it changes speed and memory only",
     "model.name": "below",
     "data.eval_path": "test_data",
     "data.eval_split": "test_data",
@@ -193,7 +209,8 @@ def test_another_base_gives_another_adapter(place, plain, tmp_path):
 
 
 def test_gradient_checkpointing_reaches_the_model(tiny_model):
-    from silotune.models import AdapterConfig, ModelConfig, load_model
+    from silotune.adapters import AdapterConfig
+    from silotune.models import ModelConfig, load_model
 
     for wanted in (True, False):
         cfg = ModelConfig(name=str(tiny_model), gradient_checkpointing=wanted)

@@ -202,7 +202,8 @@ def test_one_client_one_sgd_step_is_a_plain_sgd_step(tmp_path, tiny_model):
     done = silotune.run(recipe, out=tmp_path / "run")
     from silotune.data import load_clients
     from silotune.models import load_model
-    from silotune.tasks.instruct import INSTRUCT, collate, prepare, set_template
+    from silotune.tasks.instruct import INSTRUCT, collate, prepare
+    from silotune.templates import set_template
 
     loaded = load_model(recipe.model, recipe.adapter, seed=recipe.seed, device="cpu")
     set_template(loaded.tokenizer)

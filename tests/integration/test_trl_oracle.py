@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from silotune.models import AdapterConfig, ModelConfig, load_model
+from silotune.adapters import AdapterConfig
+from silotune.models import ModelConfig, load_model
 from silotune.tasks.instruct import INSTRUCT, collate, prepare
 
 ROWS = [

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import silotune
+from silotune.adapters import AdapterConfig
 from silotune.algorithms.base import LocalContext, LocalRule
 from silotune.config import parse
 from silotune.errors import ConfigError, ModelError
 from silotune.evaluate import build_eval_batches, evaluate, score_each
 from silotune.heads import Head, draw_head
 from silotune.models import (
-    AdapterConfig,
     LoadedModel,
     ModelConfig,
     base_only,

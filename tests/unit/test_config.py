@@ -129,6 +129,7 @@ def test_half_of_a_contradiction_is_fine(changes):
         ({"sampling": {"num_clients": 2, "fraction": 0.5}}, "not both"),
         ({"train": {"local_steps": 2, "local_epochs": 1}}, "not both"),
         ({"partition": {"kind": "iid"}}, "needs num_clients"),
+        ({"partition": {"kind": "flwr-datasets"}}, "needs partitioner"),
         ({"data": {"path": "x", "eval_path": "x"}}, "eval_path is the same as path"),
         ({"data": {"path": "x", "eval_path": "y", "eval_split": "z"}}, "not both"),
     ],
@@ -312,6 +313,12 @@ def test_a_resolved_recipe_reads_back_equal_for_every_algorithm(name, algorithm)
             *("partition=none", "partition.kind=dirichlet", "partition.num_clients=3"),
             *("partition.alpha=0.1", "partition.label=qtype"),
         ],
+        ["partition=none", "partition.kind=length", "partition.num_clients=3"],
+        [
+            *("partition=none", "partition.kind=flwr-datasets"),
+            *("partition.partitioner=InnerDirichletPartitioner", "partition.options.alpha=0.5"),
+            *("partition.options.partition_sizes=[8, 9]", "partition.options.shuffle=false"),
+        ],
         ["partition=none"],
         ["train.local_steps=none"],
         ["train.local_steps=none", "train.local_epochs=2"],
@@ -336,12 +343,17 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "model.revision": ("main", []),
     "model.dtype": ("float16", []),
     "model.gradient_checkpointing": ("true", []),
+    "model.quantization": ("fp4", []),
+    "model.double_quantization": ("false", []),
     "adapter.kind": ("full", []),
     "adapter.rank": ("3", []),
     "adapter.alpha": ("9.5", []),
     "adapter.dropout": ("0.25", []),
     "adapter.targets": ('["k_proj"]', []),
     "adapter.rslora": ("true", []),
+    "adapter.dora": ("true", []),
+    "adapter.virtual_tokens": ("3", ["adapter.kind=prompt"]),
+    "adapter.peft": ("{ rank_pattern = { q_proj = 4 } }", []),
     "adapter.head": ("local", ["task=classify"]),
     "data.path": ("other.csv", []),
     "data.eval_path": ("held.csv", []),
@@ -373,6 +385,11 @@ OTHER: dict[str, tuple[str, list[str]]] = {
         "qtype",
         ["partition.kind=dirichlet", "partition.num_clients=2", "partition.alpha=1.0"],
     ),
+    "partition.partitioner": ("NaturalIdPartitioner", ["partition.kind=flwr-datasets"]),
+    "partition.options": (
+        '{ partition_by = "source", sizes = [1, 2.5], shuffle = false }',
+        ["partition.kind=flwr-datasets", "partition.partitioner=ShardPartitioner"],
+    ),
     "sampling.fraction": ("0.5", []),
     "sampling.num_clients": ("2", []),
     "sampling.quorum": ("0.75", []),
@@ -389,7 +406,8 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "train.weight_decay": ("0.25", []),
     "train.clip_norm": ("0.5", []),
     "train.max_length": ("99", []),
-    "train.compat": ("flowertune", ["train.schedule=cosine"]),
+    "train.packing": ("true", []),
+    "train.compat": ('["late-schedule"]', ["train.schedule=cosine"]),
     "server.data_fraction": ("0.25", []),
     "server.data_path": ("own.jsonl", []),
     "server.work": ("fine-tune", ["server.data_fraction=0.2"]),
@@ -418,6 +436,8 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "runtime.ray_address": ("10.0.0.1:6379", ["runtime.name=flower-simulation"]),
     "runtime.host": ("localhost", ["runtime.name=flower"]),
     "runtime.join_timeout_s": ("7.5", ["runtime.name=flower"]),
+    "limits.communication_mb": ("12.5", []),
+    "limits.track": ("medical", []),
     "report.page": ("false", []),
     "report.note": ("Made-up rows.", []),
     "report.samples": ("1", []),
@@ -475,6 +495,13 @@ def test_every_field_can_be_set_and_shows_in_the_resolved_recipe(recipe, algorit
     fields = sections(algorithm)[section].model_fields if section else RunConfig.model_fields
     default = fields[name].get_default(call_default_factory=True)
     assert shown != default, "the test sets the default"
+
+
+def test_an_option_of_a_partitioner_that_is_no_plain_value_is_named():
+    cut = {"kind": "flwr-datasets", "partitioner": "X", "options": {"a": {"b": 1}}}
+    assert mistakes(plain(partition=cut)) == [
+        "partition.options: 'a' should be a number, a text, true, false or a list of numbers."
+    ]
 
 
 def test_a_misspelt_key_is_not_also_reported_as_missing():

@@ -270,6 +270,133 @@ def test_dirichlet_gives_a_client_one_mix_to_learn_and_to_be_scored_on(tmp_path)
         assert len(client.evaluation) == pytest.approx(len(client.train) / 3, abs=3)
 
 
+def characters(row):
+    """Turns of a conversation, or text and pair."""
+    if isinstance(row, dict):
+        return len(row["text"] + row["text_pair"])
+    return len("".join(turn["content"] for turn in row))
+
+
+def test_length_cuts_from_short_rows_to_long_ones(tmp_path):
+    # question and answer together: the lengths of one are those of the other, turned around
+    rows = [
+        {"question": "q" * (1 + 7 * n % 20), "answer": "a" * (1 + 3 * n % 20)} for n in range(20)
+    ]
+    path = write(tmp_path / "data.jsonl", rows)
+    clients = load(path, PartitionConfig(kind="length", num_clients=4))
+    assert [len(c.train) + len(c.evaluation) for c in clients.values()] == [5, 5, 5, 5]
+    found = [n for c in clients.values() for n in sorted(map(characters, c.train + c.evaluation))]
+    assert found == sorted(len(r["question"]) + len(r["answer"]) for r in rows)
+
+
+def test_held_out_rows_are_as_long_as_those_that_a_client_learns(tmp_path):
+    rows = [{"question": "q", "answer": "a" * n} for n in range(1, 61)]
+    train = write(tmp_path / "a.jsonl", rows)
+    held = write(tmp_path / "b.jsonl", rows[::-5])
+    cut = PartitionConfig(kind="length", num_clients=3)
+    for client in load(train, cut, eval_path=str(held)).values():
+        own = [characters(row) for row in client.train]
+        assert len(client.evaluation) == 4
+        assert all(min(own) <= characters(row) <= max(own) for row in client.evaluation)
+
+
+def test_length_of_a_pair_to_classify_is_that_of_both_texts(tmp_path):
+    rows = [{"text": "t" * n, "text_pair": "p" * (13 - n // 2), "label": 1} for n in range(1, 13)]
+    path = write(tmp_path / "data.jsonl", rows)
+    cut = PartitionConfig(kind="length", num_clients=2)
+    clients = load_clients(DataConfig(path=str(path)), cut, seed=1, task="classify")
+    short, long = ([characters(r) for r in c.train + c.evaluation] for c in clients.values())
+    assert max(short) <= min(long)
+    assert sorted(short + long) == sorted(n + 13 - n // 2 for n in range(1, 13))
+
+
+def topic_rows(num_rows):
+    """Two topics of questions; the answers are of the other topics."""
+    words = [("heart pulse", "skin rash"), ("skin rash", "heart pulse")]
+    return [
+        {"question": f"{words[n % 2][0]} {n}?", "answer": words[n % 2][1]} for n in range(num_rows)
+    ]
+
+
+def test_cluster_cuts_by_what_is_asked_in_both_parts(tmp_path):
+    train = write(tmp_path / "a.jsonl", topic_rows(20))
+    held = write(tmp_path / "b.jsonl", topic_rows(6))
+    cut = PartitionConfig(kind="cluster", num_clients=2)
+    clients = load(train, cut, eval_path=str(held), system="heart pulse")
+    for client, word in zip(clients.values(), ("heart", "skin"), strict=True):
+        assert (len(client.train), len(client.evaluation)) == (10, 3)
+        for row in client.train + client.evaluation:
+            assert row[1]["content"].startswith(word)
+    assert clients == load(train, cut, eval_path=str(held), system="heart pulse")
+
+
+def test_cluster_cuts_texts_to_classify_too(tmp_path):
+    rows = [{"text": r["question"], "text_pair": "x", "label": 1} for r in topic_rows(12)]
+    path = write(tmp_path / "data.jsonl", rows)
+    cut = PartitionConfig(kind="cluster", num_clients=2)
+    clients = load_clients(DataConfig(path=str(path)), cut, seed=1, task="classify")
+    words = [{r["text"].split()[0] for r in c.train + c.evaluation} for c in clients.values()]
+    assert words == [{"heart"}, {"skin"}]
+
+
+@pytest.mark.parametrize("kind", ["length", "cluster"])
+def test_each_client_has_a_row_to_learn_and_one_to_hold_out(tmp_path, kind):
+    path = write(tmp_path / "data.jsonl", make_rows(8))
+    clients = load(path, PartitionConfig(kind=kind, num_clients=4))
+    assert [len(c.train) + len(c.evaluation) for c in clients.values()] == [2, 2, 2, 2]
+
+
+def foreign(partitioner, num_clients=None, **options):
+    return PartitionConfig(
+        kind="flwr-datasets", partitioner=partitioner, num_clients=num_clients, options=options
+    )
+
+
+def test_a_class_of_flwr_datasets_cuts_by_a_column(tmp_path):
+    rows = make_rows(10) + make_rows(10, "south") + make_rows(10, "east")
+    path = write(tmp_path / "data.jsonl", rows)
+    cut = foreign("ShardPartitioner", 3, partition_by="source", num_shards_per_partition=1)
+    clients = load(path, cut)
+    assert list(clients) == ["client-00", "client-01", "client-02"]
+    assert clients == load(path, cut)
+    # ten rows of a source each, as by the column itself; questions are the same in all sources
+    everyone = [sorted(questions(c.train + c.evaluation)) for c in clients.values()]
+    assert everyone == [sorted(f"q{n}?" for n in range(10))] * 3
+
+
+def test_a_class_of_flwr_datasets_may_cut_by_length(tmp_path):
+    rows = [{"question": "q" * (1 + 7 * n % 20), "answer": "a", "num": n} for n in range(20)]
+    cut = foreign("ContinuousPartitioner", 4, partition_by="num_characters", strictness=1.0)
+    clients = load(write(tmp_path / "a.jsonl", rows), cut)
+    found = [n for c in clients.values() for n in sorted(map(characters, c.train + c.evaluation))]
+    assert found == list(range(2, 22))
+    # a column of that name is the user's own
+    rows = [{**row, "num_characters": row["num"]} for row in rows]
+    own = load(write(tmp_path / "b.jsonl", rows), cut)
+    assert [len(c.train) + len(c.evaluation) for c in own.values()] == [5, 5, 5, 5]
+    first = sorted(questions(own["client-00"].train + own["client-00"].evaluation), key=len)
+    assert first == sorted((row["question"] for row in rows[:5]), key=len)
+
+
+def test_options_of_a_class_are_checked_before_anything_is_read():
+    cut = foreign("ShardPartitioner", 3, shard_sise=3)
+    text = error_of(load, "/no/such/file.csv", cut, kind=ConfigError)
+    assert "has no option 'shard_sise'. Did you mean 'shard_size'?" in text
+
+
+def test_a_class_of_flwr_datasets_cannot_cut_two_parts_alike(tmp_path):
+    train = write(tmp_path / "a.jsonl", make_rows(10))
+    held = write(tmp_path / "b.jsonl", make_rows(5))
+    cut = foreign("IidPartitioner", 2)
+    assert error_of(load, train, cut, kind=ConfigError, eval_path=str(held)) == (
+        'partition.kind = "flwr-datasets": the held-out rows have a place of their own, and two '
+        "cuts would not give a client the same kind of rows.\n"
+        "  Remove data.eval_path or data.eval_split, or set data.path to the train file alone: "
+        "each client then holds out its own."
+    )
+    assert "a place of their own" in error_of(load, "medquad_mini", cut, kind=ConfigError)
+
+
 def test_one_data_set_without_a_partition_lists_candidate_columns(tmp_path):
     rows = [{**row, "id": n, "all": "x"} for n, row in enumerate(make_rows(4))]
     rows += [{**row, "source": "south"} for row in rows]
@@ -295,6 +422,14 @@ def test_no_candidate_columns_are_no_brackets(tmp_path):
         (
             PartitionConfig(kind="dirichlet", num_clients=2, alpha=1, label="sourc"),
             "partition.label",
+        ),
+        (
+            PartitionConfig(
+                kind="flwr-datasets",
+                partitioner="NaturalIdPartitioner",
+                options={"partition_by": "sourc"},
+            ),
+            "partition.options.partition_by",
         ),
     ],
 )

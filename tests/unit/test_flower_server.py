@@ -1067,7 +1067,7 @@ def test_an_update_that_comes_while_the_last_adapter_is_scored_is_named(tmp_path
 
 def context_of(tmp_path, run, names=NAMES) -> Context:
     folder = RunFolder.create(tmp_path / "run", run)
-    folder.save(ServerState(0, START), [])
+    folder.save(ServerState(0, START), last=False)
     private = tmp_path / "private"
     private.mkdir()
     settings = {

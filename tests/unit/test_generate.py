@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from silotune.adapters import AdapterConfig
 from silotune.generate import answer, answers, complete, encode, end_tokens, pad_left
-from silotune.models import AdapterConfig, ModelConfig, load_model
+from silotune.models import ModelConfig, load_model
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,12 @@ from hypothesis import strategies as st
 from silotune.errors import DataError, ModelError
 from silotune.models import LoadedModel
 from silotune.tasks.instruct import (
-    PLAIN_TEMPLATE,
     collate,
     loss,
     prepare,
-    render,
-    set_template,
     trained_spans,
 )
+from silotune.templates import PLAIN, render, set_template
 from tests.conftest import CHATML, build_tokenizer
 
 
@@ -91,7 +89,7 @@ def test_the_end_token_is_learned_although_it_is_also_the_padding_token(tokenize
 def test_a_model_without_chat_template_gets_the_plain_one():
     bare = build_tokenizer(None)
     assert set_template(bare)
-    assert bare.chat_template == PLAIN_TEMPLATE
+    assert bare.chat_template == PLAIN
     (example,) = prepare([talk("Why?", "So.")], bare, 512).examples
     assert learned_text(bare, example) == "So.<|im_end|>"
     assert bare.decode(example.ids).startswith("### User:\nWhy?\n\n### Assistant:\nSo.<|im_end|>")
@@ -111,7 +109,7 @@ def test_the_three_block_template_is_the_workshops_prompt_with_an_end_token():
 def test_a_recipe_may_ask_for_the_plain_template_of_a_chat_model():
     asked = build_tokenizer()
     assert not set_template(asked, "plain")
-    assert asked.chat_template == PLAIN_TEMPLATE
+    assert asked.chat_template == PLAIN
 
 
 def test_a_models_own_chat_template_is_left_alone(tokenizer):
@@ -173,7 +171,7 @@ def build(family: str):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small))
     model.eval()
     named = dict(model.named_parameters())
-    return LoadedModel(model, None, torch.device("cpu"), torch.float32, named, has_adapter=False)
+    return LoadedModel(model, None, torch.device("cpu"), torch.float32, named, kind="full")
 
 
 def random_examples(seed: int, lengths: list[int]):

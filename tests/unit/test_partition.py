@@ -1,4 +1,7 @@
+import builtins
+import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -6,14 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from silotune.errors import DataError
+from silotune.errors import ConfigError, DataError
 from silotune.partition import (
+    UNFIT,
     PartitionConfig,
     by_column,
+    by_length,
+    by_partitioner,
+    by_topic,
     client_names,
     dirichlet,
     iid,
     names_in_column,
+    partitioner_of,
 )
 from silotune.seeds import generator
 
@@ -21,11 +29,23 @@ seeds = st.integers(0, 2**31)
 label_lists = st.lists(st.sampled_from("abcd"), min_size=1, max_size=60)
 
 
+def sizes_of(shares):
+    return [len(rows) for rows in shares.values()]
+
+
 def check_every_row_once(shares, num_rows):
     assert sorted(row for rows in shares.values() for row in rows) == list(range(num_rows))
     assert list(shares) == sorted(shares)
     assert all(rows == sorted(rows) for rows in shares.values())
     assert all(shares.values()), "a client is empty"
+
+
+def cut_or_error(call, *args, **settings):
+    """What a call returns, or the text of its error."""
+    try:
+        return call(*args, **settings), ""
+    except DataError as error:
+        return None, str(error)
 
 
 # --- iid ---
@@ -174,6 +194,413 @@ def test_many_bad_values_are_counted():
         names_in_column([None] * 7, "source")
 
 
+# --- by length ---
+
+length_lists = st.lists(st.integers(0, 12), min_size=1, max_size=60)
+
+
+def spans(lengths, shares):
+    """Shortest and longest row of each client."""
+    return [(min(own), max(own)) for own in ([lengths[n] for n in r] for r in shares.values())]
+
+
+def is_monotone(lengths, shares):
+    return all(first[1] <= second[0] for first, second in pairwise(spans(lengths, shares)))
+
+
+@given(seeds, length_lists, st.data())
+def test_by_length_cuts_even_parts_from_short_to_long(seed, lengths, data):
+    at_least = data.draw(st.integers(1, len(lengths)))
+    num_clients = data.draw(st.integers(1, len(lengths) // at_least))
+    shares, held = by_length(lengths, num_clients, generator(seed), at_least=at_least)
+    check_every_row_once(shares, len(lengths))
+    sizes = [len(rows) for rows in shares.values()]
+    assert len(sizes) == num_clients
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= at_least
+    assert is_monotone(lengths, shares)
+    assert held is None
+    again, _ = by_length(lengths, num_clients, generator(seed), at_least=at_least)
+    assert again == shares
+
+
+@given(seeds, length_lists, length_lists, st.integers(1, 5))
+def test_held_out_rows_are_cut_by_the_lengths_of_the_train_rows(seed, lengths, held, num_clients):
+    num_clients = min(num_clients, len(lengths))
+    cut, error = cut_or_error(by_length, lengths, num_clients, generator(seed), held=held)
+    if cut is None:
+        assert "has train rows, but no held-out rows of their length" in error
+        return
+    shares, held_shares = cut
+    check_every_row_once(held_shares, len(held))
+    assert list(held_shares) == list(shares)
+    assert is_monotone(held, held_shares)
+    tops = [longest for _, longest in spans(lengths, shares)]
+    for n, rows in enumerate(held_shares.values()):
+        for length in (held[row] for row in rows):
+            assert n == num_clients - 1 or length <= tops[n]
+            assert n == 0 or length >= tops[n - 1]
+
+
+@given(seeds)
+def test_rows_held_out_of_the_same_lengths_are_shared_out_as_the_train_rows(seed):
+    lengths = [5] * 40 + [6] * 20
+    _, held = by_length(lengths, 3, generator(seed), held=[5, 5, 5, 5, 6, 6])
+    assert [len(rows) for rows in held.values()] == [2, 2, 2]
+
+
+def test_rows_of_equal_length_are_not_cut_by_their_order_in_the_file():
+    shares, _ = by_length([7] * 40, 2, generator(1))
+    assert shares["client-00"] != list(range(20))
+    assert shares != by_length([7] * 40, 2, generator(2))[0]
+
+
+def test_other_seeds_move_rows_of_equal_length_only():
+    lengths = [3 * n for n in range(30)]
+    assert by_length(lengths, 4, generator(1)) == by_length(lengths, 4, generator(2))
+
+
+def test_a_client_without_held_out_rows_of_its_length_is_named():
+    with pytest.raises(DataError) as caught:
+        by_length([1, 2, 3, 4, 5, 6], 3, generator(0), held=[1, 1])
+    assert str(caught.value) == (
+        "client 'client-01' has train rows, but no held-out rows of their length "
+        "(2 clients lack them).\n"
+        "  Cut into fewer clients, bring more held-out rows, or leave them out so that each client "
+        "holds out its own."
+    )
+
+
+def test_by_length_refuses_more_clients_than_rows_can_fill():
+    with pytest.raises(DataError, match="5 rows cannot be cut into 3 clients of at least 2 each"):
+        by_length([1] * 5, 3, generator(0), at_least=2)
+
+
+# --- by topic ---
+
+WORDS = {
+    "heart": ["heart", "artery", "valve", "pulse", "aorta", "beat"],
+    "skin": ["skin", "rash", "eczema", "itch", "mole", "acne"],
+    "bone": ["bone", "joint", "fracture", "spine", "marrow", "knee"],
+}
+
+
+def topic_texts(num_rows, seed=0):
+    """Texts of three topics in turn, four words of a topic each, and their topics."""
+    gen = generator(seed)
+    topics = [list(WORDS)[n % 3] for n in range(num_rows)]
+    words = [torch.randperm(6, generator=gen)[:4].tolist() for _ in topics]
+    return [
+        f"What is {' '.join(WORDS[t][n] for n in w)}?" for t, w in zip(topics, words, strict=True)
+    ], topics
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_topic_becomes_a_client_and_held_out_rows_go_to_theirs(seed):
+    texts, topics = topic_texts(60)
+    held_texts, held_topics = topic_texts(12, seed=1)
+    shares, held = by_topic(texts, 3, generator(seed), held=held_texts)
+    check_every_row_once(shares, 60)
+    check_every_row_once(held, 12)
+    for name in shares:
+        (topic,) = {topics[row] for row in shares[name]}
+        assert {held_topics[row] for row in held[name]} == {topic}
+    # numbered by first rows
+    assert [rows[0] for rows in shares.values()] == [0, 1, 2]
+
+
+few_texts = st.lists(st.text("abc ", max_size=9), min_size=1, max_size=20)
+
+
+@settings(max_examples=30)
+@given(seeds, few_texts, st.integers(1, 4), st.integers(1, 2))
+def test_by_topic_uses_every_row_once_or_says_why_not(seed, texts, num_clients, at_least):
+    cut, error = cut_or_error(by_topic, texts, num_clients, generator(seed), at_least=at_least)
+    if cut is None:
+        why = ("cannot be cut into", "hold no words", "different topics, fewer than")
+        assert any(text in error for text in why)
+        return
+    shares, _ = cut
+    check_every_row_once(shares, len(texts))
+    assert len(shares) == num_clients
+    assert min(len(rows) for rows in shares.values()) >= at_least
+    assert by_topic(texts, num_clients, generator(seed), at_least=at_least)[0] == shares
+
+
+def test_other_seeds_may_cluster_otherwise():
+    texts, _ = topic_texts(60)
+    found = {str(by_topic(texts, 7, generator(seed))) for seed in range(5)}
+    assert len(found) > 1
+
+
+def many_words(num_rows=80):
+    """More words than directions are kept."""
+    gen = generator(4)
+    drawn = torch.randint(0, 400, (num_rows, 9), generator=gen).tolist()
+    return [" ".join(f"w{n}" for n in row) for row in drawn]
+
+
+def test_threads_do_not_move_rows_and_are_as_before_afterwards():
+    texts, before = many_words(), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(by_topic(texts, 6, generator(3), held=texts[:40] * 2))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
+def test_many_words_in_few_rows_are_enough():
+    shares, held = by_topic(many_words(6), 2, generator(3), held=many_words(6))
+    check_every_row_once(shares, 6)
+    assert held == shares, "a held-out row goes where an equal train row went"
+
+
+def test_a_topic_with_too_few_rows_receives_the_nearest_that_can_be_spared():
+    texts = ["heart pulse"] * 4 + ["heart pulse skin", "skin rash itch mole"]
+    assert sizes_of(by_topic(texts, 2, generator(0))[0]) == [5, 1]
+    shares, _ = by_topic(texts, 2, generator(0), at_least=2)
+    assert shares == {"client-00": [0, 1, 2, 3], "client-01": [4, 5]}
+    texts = ["heart"] * 5 + ["skin"] + ["bone"]
+    shares, _ = by_topic(texts, 3, generator(0), at_least=2)
+    check_every_row_once(shares, 7)
+    own = {name: {texts[row] for row in rows} for name, rows in shares.items()}
+    assert sorted(map(sorted, own.values())) == [["bone", "heart"], ["heart"], ["heart", "skin"]]
+
+
+def test_fewer_topics_than_clients_are_counted():
+    with pytest.raises(DataError) as caught:
+        by_topic(["a b", "b a", "c", "c", "C"], 3, generator(0))
+    assert str(caught.value) == (
+        "the rows have 2 different topics, fewer than 3 clients.\n"
+        "  Set partition.num_clients to 2 or less, or bring more rows."
+    )
+
+
+def test_texts_without_words_have_no_topics():
+    with pytest.raises(DataError, match="the rows' texts hold no words"):
+        by_topic(["?!", "..."], 2, generator(0))
+
+
+def test_a_client_without_held_out_rows_of_its_topic_is_named():
+    texts, _ = topic_texts(30)
+    with pytest.raises(DataError, match=r"'client-01' .* no held-out rows of their topic \(2 cl"):
+        by_topic(texts, 3, generator(0), held=["What is pulse?"])
+
+
+# --- classes of flwr-datasets ---
+
+
+def foreign(partitioner, num_clients=None, **options):
+    return PartitionConfig(
+        kind="flwr-datasets", partitioner=partitioner, num_clients=num_clients, options=options
+    )
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 60), st.data())
+def test_our_iid_has_the_sizes_of_theirs(num_rows, data):
+    num_clients = data.draw(st.integers(1, num_rows))
+    theirs = by_partitioner(foreign("IidPartitioner", num_clients), num_rows, generator(0))
+    check_every_row_once(theirs, num_rows)
+    ours = iid(num_rows, num_clients, generator(0))
+    assert sorted(sizes_of(ours)) == sorted(sizes_of(theirs))
+
+
+@given(st.lists(st.sampled_from(["north", " south ", "east"]), min_size=1))
+def test_our_groups_by_column_are_theirs(values):
+    cfg = foreign("NaturalIdPartitioner", partition_by="ward")
+    theirs = by_partitioner(cfg, len(values), generator(0), values=values)
+    assert list(theirs.values()) == list(by_column(values, "ward").values())
+
+
+def unevenness(labels, shares):
+    """Mean over clients of the distance between a client's mix of labels and that of all rows."""
+    whole = Counter(labels)
+    return sum(
+        sum(abs(own[k] / sum(own.values()) - whole[k] / len(labels)) for k in whole) / 2
+        for own in label_shares(labels, shares)
+    ) / len(shares)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
+def test_our_dirichlet_is_as_uneven_as_theirs(alpha):
+    labels = list("abcde") * 100
+    cfg = foreign("DirichletPartitioner", 5, partition_by="x", alpha=alpha, min_partition_size=0)
+    ours, theirs = [], []
+    for seed in range(30):
+        ours.append(unevenness(labels, dirichlet(labels, 5, alpha, generator(seed))))
+        cut = by_partitioner(cfg, len(labels), generator(seed), values=labels, at_least=0)
+        theirs.append(unevenness(labels, {n: rows for n, rows in cut.items() if rows}))
+    assert sum(ours) / 30 == pytest.approx(sum(theirs) / 30, abs=0.06)
+
+
+def test_strict_continuous_parts_are_our_parts_by_length():
+    lengths = [(7 * n) % 100 for n in range(100)]
+    cfg = foreign("ContinuousPartitioner", 4, partition_by="num_characters", strictness=1.0)
+    theirs = by_partitioner(cfg, 100, generator(0), values=lengths)
+    assert theirs == by_length(lengths, 4, generator(0))[0]
+
+
+LABELS = list("cab") * 20
+CLASSES = {
+    "ContinuousPartitioner": (3, {"strictness": 0.5}, [str(n) for n in range(60)]),
+    "DirichletPartitioner": (3, {"alpha": 5.0, "min_partition_size": 2}, LABELS),
+    "ExponentialPartitioner": (3, {}, None),
+    "GroupedNaturalIdPartitioner": (None, {"group_size": 2}, LABELS),
+    "IidPartitioner": (3, {}, None),
+    "InnerDirichletPartitioner": (None, {"alpha": 1.0, "partition_sizes": [30, 20, 10]}, LABELS),
+    "LinearPartitioner": (3, {}, None),
+    "NaturalIdPartitioner": (None, {}, LABELS),
+    "PathologicalPartitioner": (3, {"num_classes_per_partition": 2}, LABELS),
+    "ShardPartitioner": (3, {"num_shards_per_partition": 2}, LABELS),
+    "SizePartitioner": (None, {"partition_sizes": [10, 20, 30]}, None),
+    "SquarePartitioner": (3, {}, None),
+}
+
+
+def test_every_class_of_the_library_is_tried_or_said_not_to_fit():
+    from flwr_datasets import partitioner
+
+    assert set(partitioner.__all__) == set(CLASSES) | set(UNFIT)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_class_uses_each_row_once_and_follows_the_seed(name, seed):
+    num_clients, options, values = CLASSES[name]
+    if values is not None:
+        options = {**options, "partition_by": "a column"}
+    cfg = foreign(name, num_clients, **options)
+    shares = by_partitioner(cfg, 60, generator(seed), values=values, at_least=2)
+    check_every_row_once(shares, 60)
+    assert shares == by_partitioner(cfg, 60, generator(seed), values=values, at_least=2)
+
+
+def test_the_seed_of_the_run_is_used_where_the_options_have_none():
+    def cut(run_seed, **options):
+        cfg = foreign("ContinuousPartitioner", 3, partition_by="x", strictness=0.2, **options)
+        return by_partitioner(cfg, 40, generator(run_seed), values=list(range(40)))
+
+    assert cut(1) != cut(2)
+    assert cut(1, seed=7) == cut(2, seed=7)
+    assert cut(1, seed=7) != cut(1, seed=8)
+
+
+def test_labels_that_are_texts_suit_a_class_that_wants_numbers():
+    # InnerDirichletPartitioner alone compares labels with 0, 1, ... and would find no row of "a"
+    cfg = foreign("InnerDirichletPartitioner", partition_by="x", alpha=1e6, partition_sizes=[8, 4])
+    shares = by_partitioner(cfg, 12, generator(0), values=[3, "b"] * 6)
+    assert sizes_of(shares) == [8, 4]
+
+
+def test_rows_that_the_class_leaves_out_go_to_no_one():
+    cfg = foreign("ShardPartitioner", 3, partition_by="x", num_shards_per_partition=1)
+    assert sizes_of(by_partitioner(cfg, 11, generator(0), values=["a"] * 11)) == [3, 3, 3]
+
+
+def refusal(cfg, call=partitioner_of, **settings):
+    with pytest.raises(ConfigError) as caught:
+        call(cfg, **settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_class_that_cannot_serve_says_why(name):
+    text = refusal(foreign(name, 2))
+    head, mend = text.split("\n")
+    assert head == f"partition.partitioner: '{name}' {UNFIT[name]}."
+    assert mend.startswith("  There are: ContinuousPartitioner, ")
+    assert f" {name}," not in mend
+
+
+@pytest.mark.parametrize(
+    ("cfg", "text"),
+    [
+        (
+            foreign("ShrdPartitioner", 2),
+            "partition.partitioner: 'ShrdPartitioner' is not there. Did you mean "
+            "'ShardPartitioner'?\n  There are: ",
+        ),
+        (
+            foreign("ShardPartitioner", 2, shard_sise=3),
+            "has no option 'shard_sise'. Did you mean 'shard_size'?\n  It has: num_partitions, ",
+        ),
+        (
+            foreign("ContinuousPartitioner", 2),
+            "needs partition_by, strictness.\n  Set partition.options.partition_by, "
+            "partition.options.strictness.",
+        ),
+        (foreign("IidPartitioner"), "needs num_partitions.\n  Set partition.num_clients."),
+        (
+            foreign("NaturalIdPartitioner", 2, partition_by="a"),
+            "says itself how many clients there are.\n  Remove partition.num_clients.",
+        ),
+    ],
+)
+def test_options_are_checked_before_rows_are_read(cfg, text):
+    assert text in refusal(cfg)
+
+
+def test_the_number_of_clients_may_stand_in_the_options():
+    assert partitioner_of(foreign("IidPartitioner", num_partitions=3))[1] == {"num_partitions": 3}
+    assert partitioner_of(foreign("IidPartitioner", 3))[1] == {"num_partitions": 3}
+
+
+def test_a_missing_library_is_one_command_away(monkeypatch):
+    def without(name, *args, _import=builtins.__import__, **kwargs):
+        if name.startswith("flwr_datasets"):
+            raise ImportError(name)
+        return _import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert refusal(foreign("IidPartitioner", 2)) == (
+        'partition.kind = "flwr-datasets" needs the library flwr-datasets.\n'
+        "  Install it: pip install 'silotune[partitioners]'"
+    )
+
+
+def test_what_the_class_complains_of_is_passed_on():
+    cfg = foreign("ShardPartitioner", 2, partition_by="x")
+    text = refusal(cfg, by_partitioner, num_rows=9, gen=generator(0), values=["a"] * 9)
+    assert text == (
+        "partition.partitioner: 'ShardPartitioner' cannot cut these 9 rows: ValueError: The "
+        "shard_size needs to be specified if the num_shards_per_partition is None.\n"
+        "  Change [partition.options] or partition.num_clients."
+    )
+
+
+def test_a_client_with_too_few_rows_is_named():
+    cfg = foreign("LinearPartitioner", 3)
+    with pytest.raises(DataError) as caught:
+        by_partitioner(cfg, 7, generator(0), at_least=2)
+    assert str(caught.value) == (
+        "partition.partitioner: 'LinearPartitioner' leaves 'client-00' with 1 of 7 rows, but each "
+        "client needs 2.\n"
+        "  Change [partition.options], cut into fewer clients, or bring more rows."
+    )
+
+
+@pytest.mark.parametrize("bad", ["many", "nan", math.inf])
+def test_a_value_that_is_no_number_is_placed(bad):
+    cfg = foreign("ContinuousPartitioner", 2, partition_by="age", strictness=1.0)
+    with pytest.raises(DataError) as caught:
+        by_partitioner(cfg, 3, generator(0), values=[1, 2.5, bad], places=["a:1", "a:2", "a:3"])
+    assert str(caught.value) == (
+        "column 'age' holds no finite number at a:3.\n"
+        "  Mend it, remove the row, or choose another column."
+    )
+
+
+def test_a_missing_value_is_placed():
+    cfg = foreign("NaturalIdPartitioner", partition_by="ward")
+    with pytest.raises(DataError, match="column 'ward' is empty, or not a single value, at row 2"):
+        by_partitioner(cfg, 2, generator(0), values=["north", None])
+
+
 # --- config ---
 
 
@@ -190,7 +617,29 @@ def test_many_bad_values_are_counted():
         ({"by": "a", "label": "b"}, "alpha and label belong to"),
         ({"kind": "dirichlet", "num_clients": 2, "alpha": 0, "label": "a"}, "greater than"),
         ({"kind": "iid", "num_clients": 0}, "greater than"),
-        ({"kind": "natural"}, "'iid' or 'dirichlet'"),
+        ({"kind": "natural"}, "'cluster' or 'flwr-datasets'"),
+        ({"kind": "length"}, 'kind = "length" needs num_clients'),
+        ({"kind": "cluster"}, 'kind = "cluster" needs num_clients'),
+        ({"by": "a", "kind": "length", "num_clients": 2}, "give by or kind, not both"),
+        ({"kind": "length", "num_clients": 2, "alpha": 1}, "alpha and label belong to"),
+        ({"kind": "cluster", "num_clients": 2, "label": "a"}, "alpha and label belong to"),
+        ({"kind": "cluster", "num_clients": 2, "only": ["a"]}, "set by"),
+        ({"kind": "flwr-datasets"}, 'kind = "flwr-datasets" needs partitioner'),
+        ({"kind": "iid", "num_clients": 2, "partitioner": "X"}, "partitioner and options belong"),
+        ({"by": "a", "options": {"x": 1}}, "partitioner and options belong"),
+        (
+            {
+                "kind": "flwr-datasets",
+                "partitioner": "X",
+                "num_clients": 2,
+                "options": {"num_partitions": 2},
+            },
+            "num_clients and options.num_partitions are the same; give one",
+        ),
+        ({"options": {"x": None}}, "'x' should be a number, a text, true, false or a list of nu"),
+        ({"options": {"x": ["a"]}}, "'x' should be a number, a text, true, false or a list of nu"),
+        ({"options": {"x": [1, math.inf]}}, "'x' should be finite"),
+        ({"options": {"x": math.nan}}, "'x' should be finite"),
     ],
 )
 def test_contradictions_are_refused(fields, text):
@@ -209,3 +658,14 @@ def test_complete_settings_are_accepted():
     PartitionConfig(by="source")
     PartitionConfig(kind="iid", num_clients=1)
     PartitionConfig(kind="dirichlet", num_clients=2, alpha=0.1, label="qtype")
+    PartitionConfig(kind="length", num_clients=2)
+    PartitionConfig(kind="cluster", num_clients=2)
+    PartitionConfig(kind="flwr-datasets", partitioner="SomePartitioner")
+
+
+def test_options_keep_their_types():
+    given = {"a": 1, "b": 1.0, "c": True, "d": "text", "e": [1, 2], "f": [1, 0.5]}
+    cfg = PartitionConfig(kind="flwr-datasets", partitioner="X", options=given)
+    assert repr(cfg.options) == repr(given)
+    sent = PartitionConfig.model_validate_json(cfg.model_dump_json())  # to Flower's actors
+    assert repr(sent.options) == repr(given)

@@ -25,7 +25,8 @@ from silotune.runtime.station import Place, Station, failure_from, guarded
 from silotune.seeds import generator
 from silotune.sources import content_hash
 from silotune.store import RunFolder
-from silotune.tasks.instruct import INSTRUCT, set_template
+from silotune.tasks.instruct import INSTRUCT
+from silotune.templates import set_template
 from silotune.tree import sha256
 from silotune.types import Broadcast, Failure, Score, Update
 from tests.conftest import write_jsonl, write_tiny_recipe

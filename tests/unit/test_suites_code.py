@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from silotune.adapters import AdapterConfig
 from silotune.errors import ConfigError, DataError
-from silotune.models import AdapterConfig, ModelConfig, load_model
+from silotune.models import ModelConfig, load_model
 from silotune.suites import code, sandbox
 from silotune.suites.code import cut, load_problems, program_of, run_code
 from silotune.suites.sandbox import Limits, isolation, network_note, run_program

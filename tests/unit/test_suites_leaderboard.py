@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from silotune.adapters import AdapterConfig
 from silotune.generate import complete, encode
-from silotune.models import AdapterConfig, ModelConfig, load_model
+from silotune.models import ModelConfig, load_model
 from silotune.suites import SUITES, leaderboard
 from silotune.suites.leaderboard import (
     INSTRUCTIONS,

@@ -4,8 +4,9 @@ import importlib.util
 
 import pytest
 
+from silotune.adapters import AdapterConfig
 from silotune.errors import ConfigError
-from silotune.models import AdapterConfig, ModelConfig, load_model
+from silotune.models import ModelConfig, load_model
 from silotune.suites.lm_eval_tasks import run_lm_eval
 from tests.conftest import write_jsonl
 

@@ -5,14 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.models import AdapterConfig, ModelConfig, load_model
+from silotune.adapters import AdapterConfig
+from silotune.models import ModelConfig, load_model
 from silotune.suites import scoring
 from silotune.suites.base import Item
 from silotune.suites.metrics import classification
 from silotune.suites.parsing import parse_answer
 from silotune.suites.results import Answered, summarise
 from silotune.suites.scoring import conversation_of, score_generation, score_likelihood
-from silotune.tasks.instruct import render
+from silotune.templates import render
 from tests.conftest import build_tiny_model
 
 CHOICES = {"A": "Aspirin", "B": "Ibuprofen", "C": "A patient", "D": "Insulin"}
@@ -88,7 +89,7 @@ def test_a_label_that_melts_into_the_prompt_is_scored_from_before_it(tmp_path):
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    from silotune.tasks.instruct import PLAIN_TEMPLATE
+    from silotune.templates import PLAIN
 
     folder = build_tiny_model(tmp_path / "tiny")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -97,7 +98,7 @@ def test_a_label_that_melts_into_the_prompt_is_scored_from_before_it(tmp_path):
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
-    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.chat_template = PLAIN
     tokenizer.save_pretrained(folder)
     melting = load_model(
         ModelConfig(name=str(folder), dtype="float32"), AdapterConfig(rank=2), seed=0, device="cpu"

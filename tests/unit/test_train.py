@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from silotune.adapters import AdapterConfig
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import LocalContext, LocalRule
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
 from silotune.errors import UpdateError
-from silotune.models import AdapterConfig, ModelConfig, load_model, read_adapter, write_adapter
+from silotune.models import ModelConfig, load_model, read_adapter, write_adapter
 from silotune.seeds import generator
 from silotune.tasks.instruct import INSTRUCT, collate, prepare
 from silotune.train import (
@@ -73,7 +74,7 @@ def test_cosine_starts_at_lr_and_counts_rounds_from_zero():
 
 def test_flowertune_counting_gives_the_published_rates():
     """Recomputed by hand from lr(t) = min + (max - min)(1 + cos(pi t / T)) / 2, t = 1..T."""
-    cfg = TrainConfig(lr=5e-5, lr_min=1e-6, schedule="cosine", compat="flowertune")
+    cfg = TrainConfig(lr=5e-5, lr_min=1e-6, schedule="cosine", compat=("late-schedule",))
     ten = [round_lr(cfg, r, 10) for r in range(1, 11)]
     published = [
         *(4.8801e-5, 4.5321e-5, 3.9901e-5, 3.3071e-5, 2.5500e-5),
@@ -102,7 +103,7 @@ def test_warmup_rises_in_equal_parts_and_no_step_is_wasted_at_zero():
         ({"local_steps": 2, "local_epochs": 1}, "local_steps or local_epochs"),
         ({"lr": 1e-4, "lr_min": 1e-3, "schedule": "cosine"}, "lr_min = 0.001 is above lr"),
         ({"lr_min": 1e-5}, "lr_min has no effect"),
-        ({"compat": "flowertune"}, "compat = 'flowertune' has no effect"),
+        ({"compat": ("late-schedule",)}, "compat = 'late-schedule' has no effect"),
         ({"local_steps": 2, "warmup_steps": 2}, "warmup_steps must be fewer"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import typer
 
-from silotune.cli import after, run
+from silotune.cli import after, data, run
 
 app = typer.Typer(
     name="silotune",
@@ -13,4 +13,5 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 run.register(app)
+data.register(app)
 after.register(app)

@@ -83,7 +83,7 @@ def drive(job: Job) -> Measured:
         SilotuneError: What ended the rounds, as in any runtime.
     """
     if job.state.round == 0:
-        job.folder.save(job.state, [])  # where the server app finds the first adapter
+        job.folder.save(job.state, last=False)  # where the server app finds the first adapter
     with _private_folder() as private, _Engine(private, job) as engine:
         engine.start_superlink()
         if job.run.runtime.name == "flower":

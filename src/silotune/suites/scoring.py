@@ -17,7 +17,8 @@ from silotune.rows import Conversation
 from silotune.suites.base import Item
 from silotune.suites.parsing import parse_answer
 from silotune.suites.results import Answered
-from silotune.tasks.instruct import only_positions, render
+from silotune.tasks.instruct import only_positions
+from silotune.templates import render
 
 
 def conversation_of(item: Item, system: str | None) -> Conversation:
@@ -143,7 +144,8 @@ def _log_probabilities(
     model = loaded.model.get_base_model() if loaded.has_adapter else loaded.model
     where = torch.tensor(places, device=loaded.device)
     wanted = torch.tensor(targets, device=loaded.device)
-    with torch.inference_mode(), only_positions(model.get_output_embeddings(), where):
+    head, length = model.get_output_embeddings(), ids.shape[1]
+    with torch.inference_mode(), only_positions(head, where, length):
         logits = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
         logs = logits.float().log_softmax(-1)  # (num_places, vocabulary)
         return logs.gather(1, wanted[:, None])[:, 0].cpu()

@@ -40,6 +40,8 @@ class Batch:
     """Which positions are not padding, (batch, length), bool."""
     segments: Tensor | None = None
     """As in the examples, (batch, length)."""
+    owners: Tensor | None = None
+    """Of packed examples: the example that each position belongs to, (length,); the batch is 1."""
 
     @property
     def num_trained(self) -> int:
@@ -91,5 +93,7 @@ class Task:
     loss: LossOf
     num_tokens: Callable[[Sequence[Any], Any], list[int]]
     """(rows, tokenizer) -> tokens of each row before anything is cut."""
+    pack: Callable[[Sequence[Example]], Batch] | None = None
+    """Examples -> one batch without padding, where the task can."""
     labels: tuple[str, ...] = ()
     """The classes, when a row is to be given one of them; empty when it is to be answered."""

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on conversations: the assistant's turns are learned, the prompts are not.
 
-The text is the model's own chat template, rendered once per row; the loss mask is placed by
+The text is that of the recipe's template, rendered once per row; the loss mask is placed by
 character offsets, so that ids are those of the template and a prompt at inference has the ids it
 had in training. The end token of each assistant turn is learned, also where it doubles as the
 padding token.
@@ -18,57 +18,7 @@ from silotune.errors import DataError, ModelError
 from silotune.models import LoadedModel
 from silotune.rows import Conversation
 from silotune.tasks.base import Batch, Example, Loss, Prepared, Task
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
-"""For base models, whose tokenizers bring no chat template. Stored with the adapter like any
-other."""
-
-
-THREE_BLOCK_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ {'system': '### Instruction:', 'user': '### Input:', 'assistant': '### Response:'}"
-    "[message['role']] + '\n' + message['content'].strip() }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if not loop.last %}{{ '\n\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}"
-)
-"""Instruction (the system text), input (the question) and response, a blank line between them."""
-
-TEMPLATES = {"auto": None, "plain": PLAIN_TEMPLATE, "three-block": THREE_BLOCK_TEMPLATE}
-"""By the name that data.template uses; auto is the model's own, or plain where it has none."""
-
-
-def set_template(tokenizer: Any, name: str = "auto") -> bool:
-    """Give a tokenizer the template of a recipe; with "auto" the plain one if it has none.
-
-    Returns:
-        Whether the plain one had to stand in.
-    """
-    if tokenizer.eos_token is None:
-        raise ModelError(
-            "the tokenizer has no end token, so the model could never learn to stop.\n"
-            "  Use a model whose tokenizer defines eos_token."
-        )
-    if TEMPLATES[name] is not None:
-        tokenizer.chat_template = TEMPLATES[name]
-    if tokenizer.chat_template:
-        return False
-    tokenizer.chat_template = PLAIN_TEMPLATE
-    return True
-
-
-def render(tokenizer: Any, messages: Conversation, *, ask: bool) -> str:
-    """The text of a conversation; with `ask` it ends where the assistant begins to speak."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-    assert isinstance(text, str)
-    return text
+from silotune.templates import render
 
 
 def trained_spans(tokenizer: Any, messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
@@ -153,11 +103,58 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
+def pack(examples: Sequence[Example]) -> Batch:
+    """One row of all examples, one behind the other, without padding."""
+    ids = torch.cat([e.ids for e in examples])
+    trained = torch.cat([e.trained for e in examples])
+    lengths = torch.tensor([e.ids.numel() for e in examples])
+    where = trained.nonzero()[:, 0]  # never the first token of an example
+    return Batch(
+        ids=ids[None],
+        positions=where - 1,
+        targets=ids[where],
+        num_real_tokens=ids.numel(),
+        mask=torch.ones(1, ids.numel(), dtype=torch.bool),
+        owners=torch.arange(len(examples)).repeat_interleave(lengths),
+    )
+
+
+def _apart(loaded: LoadedModel, owners: Tensor) -> dict[str, Tensor]:
+    """Positions that begin anew with each example, and a mask in which none sees another."""
+    places = torch.arange(owners.numel(), device=owners.device)
+    same = owners[:, None] == owners[None, :]
+    begins = torch.where(same, places[None, :], owners.numel()).amin(1)
+    mask = torch.zeros(same.shape, dtype=_head(loaded).weight.dtype, device=owners.device)
+    mask.masked_fill_(~(same & (places[:, None] >= places[None, :])), torch.finfo(mask.dtype).min)
+    return {"attention_mask": mask[None, None], "position_ids": (places - begins)[None]}
+
+
+def check_packing(loaded: LoadedModel) -> None:
+    """Refuse to pack for a model in which a row would still see the one before it.
+
+    Raises:
+        ModelError: Two rows packed have another loss than alone.
+    """
+    size = _head(loaded).weight.shape[0]
+    ids = [torch.arange(3, 11) % size, torch.arange(20, 25) % size]
+    trained = [torch.arange(len(i)) > 0 for i in ids]
+    examples = [Example(i, t) for i, t in zip(ids, trained, strict=True)]
+    with torch.inference_mode():
+        packed, padded = (loss(loaded, join(examples)).logits for join in (pack, collate))
+    if not torch.allclose(packed, padded, rtol=0.05, atol=0.05 * float(padded.abs().max())):
+        raise ModelError(
+            "train.packing: in this model packed rows would see one another.\n"
+            "  Set train.packing = false."
+        )
+
+
 def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
     """Negative log-likelihood of the trained tokens; only there the vocabulary is scored."""
     device = loaded.device
-    more = {"output_attentions": True} if attentions else {}
-    with only_positions(_head(loaded), batch.positions.to(device)):
+    more: dict[str, Any] = {"output_attentions": True} if attentions else {}
+    if batch.owners is not None:
+        more |= _apart(loaded, batch.owners.to(device))
+    with only_positions(_head(loaded), batch.positions.to(device), batch.ids.shape[1]):
         out = loaded.model(input_ids=batch.ids.to(device), use_cache=False, **more)
     logits = (
         out.logits.float()
@@ -167,7 +164,7 @@ def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss
 
 
 @contextmanager
-def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
+def only_positions(head: nn.Module, positions: Tensor, length: int) -> Iterator[None]:
     """Let the output head see only some positions: (batch, length, d) becomes (num_trained, d).
 
     The head is the widest matrix of a small model. What a family does to its logits afterwards
@@ -176,7 +173,9 @@ def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
-        return (hidden.flatten(0, 1).index_select(0, positions), *args[1:])
+        # prompt tuning puts trained vectors in front, whose outputs predict no token of the text
+        own = hidden[:, hidden.shape[1] - length :]
+        return (own.flatten(0, 1).index_select(0, positions), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
@@ -185,7 +184,7 @@ def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _head(loaded: LoadedModel) -> nn.Module:
+def _head(loaded: LoadedModel) -> Any:
     model = loaded.model.get_base_model() if loaded.has_adapter else loaded.model
     return model.get_output_embeddings()
 
@@ -196,4 +195,4 @@ def num_tokens(rows: Sequence[Conversation], tokenizer: Any) -> list[int]:
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-INSTRUCT = Task(prepare=prepare, collate=collate, loss=loss, num_tokens=num_tokens)
+INSTRUCT = Task(prepare=prepare, collate=collate, loss=loss, num_tokens=num_tokens, pack=pack)
