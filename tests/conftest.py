@@ -41,15 +41,17 @@ def build_tokenizer(template: str | None = CHATML):
     return tokenizer
 
 
-def build_tiny_model(folder: Path, *, seed: int = 0, template: str | None = CHATML) -> Path:
-    """A random Llama in Hugging Face format."""
+def build_tiny_model(
+    folder: Path, *, seed: int = 0, template: str | None = CHATML, width: int = 16, **more
+) -> Path:
+    """A random Llama in Hugging Face format; `more` goes to its configuration."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = build_tokenizer(template)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -58,6 +60,7 @@ def build_tiny_model(folder: Path, *, seed: int = 0, template: str | None = CHAT
         eos_token_id=1,
         pad_token_id=1,
         tie_word_embeddings=True,
+        **more,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -75,6 +78,12 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory) -> Path:
+    """Of width 64: 4 bits on a processor need rows of whole blocks."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "wide", width=64)
 
 
 def hospital_rows(num_clients: int = 3, per_client: int = 8) -> list[dict]:

@@ -1,8 +1,8 @@
 """silotune: fine-tune one language model across many data holders whose rows never leave them.
 
 >>> import silotune
->>> sorted(silotune.shipped_recipes())
-['glue-cola', 'glue-sst2', 'hospitals', 'workshop']
+>>> len(silotune.shipped_recipes()), "hospitals" in silotune.shipped_recipes()
+(11, True)
 """
 
 from importlib import import_module

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from silotune.errors import ConfigError, ModelError
 from silotune.heads import Head
@@ -38,8 +38,20 @@ OWN_KEYS: Mapping[str, Mapping[str, str]] = {
 }
 """By kind: PEFT's options that have a key of their own here."""
 
-NOT_OURS = ("task_type", "inference_mode", "base_model_name_or_path", "modules_to_save", "revision")
-"""PEFT's options that a recipe's other keys decide."""
+NOT_OURS = {
+    **dict.fromkeys(
+        ("task_type", "inference_mode", "base_model_name_or_path", "modules_to_save", "revision"),
+        "follows from other keys",
+    ),
+    **dict.fromkeys(
+        ("tokenizer_name_or_path", "tokenizer_kwargs"), "would let a recipe read files of clients"
+    ),
+    "layer_replication": "would change the base, which all clients share",
+}
+"""PEFT's options that a recipe may not set, and why."""
+
+NEEDS_ROWS = ("eva", "corda", "lora_ga")
+"""Ways to begin a LoRA adapter that look at rows first, which no server has."""
 
 TARGETS = {"distilbert": ("q_lin", "v_lin")}
 """Modules for adapters of the families that PEFT has no choice for, by `model_type`."""
@@ -93,7 +105,9 @@ class AdapterConfig(Config):
         for option, key in OWN_KEYS[self.kind].items():
             if option in self.peft:
                 mistakes.append(f"peft.{option} is adapter.{key} here")
-        mistakes += [f"peft.{o} follows from other keys" for o in NOT_OURS if o in self.peft]
+        mistakes += [f"peft.{o} {why}" for o, why in NOT_OURS.items() if o in self.peft]
+        if (begin := self.peft.get("init_lora_weights")) in NEEDS_ROWS:
+            mistakes.append(f"peft.init_lora_weights = '{begin}' needs rows before the first round")
         if self.kind == "peft" and "peft_type" not in self.peft:
             mistakes.append("peft.peft_type is missing: name the method, for instance 'LOHA'")
         if self.kind != "peft" and "peft_type" in self.peft:
@@ -196,15 +210,21 @@ def put_adapter(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> 
         torch.manual_seed(derive(seed, "adapter"))
         try:
             model = get_peft_model(base, config)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            what = str(cfg.peft.get("peft_type", cfg.kind))
+            mend = (
+                f"Change or take out: adapter.peft.{', adapter.peft.'.join(cfg.peft)}."
+                if cfg.peft
+                else "Name the modules yourself, for instance the projections of queries and "
+                f"values: [adapter] targets. The model has: {', '.join(_leaf_names(base))}."
+            )
             raise ModelError(
-                f"adapter: PEFT cannot place '{cfg.kind}' on this model: {error}\n"
-                "  Name the modules yourself, for instance the projections of queries and values: "
-                f"[adapter] targets. The model has: {', '.join(_leaf_names(base))}."
+                f"adapter: PEFT cannot place '{what}' on this model: {error}\n  {mend}"
             ) from error
-    if cfg.peft and not _marks(base).items() >= before.items():
+    learning = {p.data_ptr() for p in base.parameters() if p.requires_grad}
+    if learning & before.keys() or not _marks(base).items() >= before.items():
         raise ConfigError(
-            f"adapter.peft: {', '.join(sorted(cfg.peft))} changes the weights of the base, which "
+            f"adapter.peft: {', '.join(sorted(cfg.peft))} would change weights of the base, which "
             "all clients share and every comparison starts from.\n  Take the option out."
         )
     if cfg.kind == "peft":
@@ -213,16 +233,27 @@ def put_adapter(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> 
 
 
 def _try_out(model: Any, method: str) -> None:
-    """One forward pass: not every method of PEFT works on every quantised base."""
-    device = next(model.parameters()).device
+    """A forward pass with and without: not every method of PEFT works on every quantised base.
+
+    Some read packed weights as if they were numbers, without an error.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    model.eval()  # some draw at random in training
+    why = "it changes what the base says before it has learned anything"
     try:
         with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device))
+            fresh = model(input_ids=ids).logits
+            with model.disable_adapter():
+                plain = model(input_ids=ids).logits
+        quantised = getattr(model.get_base_model(), "is_quantized", False)
+        fits = not quantised or (fresh - plain).abs().max() <= 0.02 * plain.abs().max()
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        fits, why = False, str(error)
+    if not fits:
         raise ModelError(
-            f"adapter.peft.peft_type = '{method}' does not work on this base: {error}\n"
-            "  Take another method, or set model.quantization = 'none'."
-        ) from error
+            f"adapter.peft.peft_type = '{method}' does not work on this base: {why}\n"
+            "  Take another method, or a base that is not quantised."
+        )
 
 
 def _marks(base: nn.Module) -> dict[int, float]:
@@ -261,9 +292,9 @@ def trained_parameters(model: Any, kind: Kind) -> dict[str, nn.Parameter]:
     if kind == "full":
         saved = dict(model.named_parameters())  # tied weights appear once
     elif kind in PROMPT_KINDS:
-        # PEFT saves a copy of the one table of vectors, under this name
-        (table,) = learning.values()
-        saved = {"prompt_embeddings": table}
+        # PEFT saves a copy of the one table of vectors, under this name; there is more to learn
+        # where an option puts a network behind it
+        saved = {"prompt_embeddings": next(iter(learning.values()))}
     else:
         from peft import get_peft_model_state_dict
 
@@ -278,3 +309,18 @@ def trained_parameters(model: Any, kind: Kind) -> dict[str, nn.Parameter]:
             "  This kind of adapter, or an option in adapter.peft, cannot be sent between clients."
         )
     return cast(dict[str, nn.Parameter], found)
+
+
+def without_frozen(model: Any, kind: Kind, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A saved adapter without the tensors that PEFT saves for some methods, and that never learn.
+
+    They are drawn from the seed when the adapter is built.
+    """
+    if kind == "full" or kind in PROMPT_KINDS:
+        return dict(state)
+    from peft import get_peft_model_state_dict
+
+    learning = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    frozen = {name for name, tensor in saved.items() if tensor.data_ptr() not in learning}
+    return {name: tensor for name, tensor in state.items() if name not in frozen}

@@ -77,4 +77,10 @@ def _changed(run: RunConfig, label: str, changes: Mapping[str, Any]) -> RunConfi
         other = section == "algorithm" and given.get("name", before["name"]) != before["name"]
         merged = {**({} if other else before), **given}
         table[section] = {key: value for key, value in merged.items() if value != "none"}
-    return parse(table, name=where)
+    changed = parse(table, name=where)
+    if ("no-end-token" in changed.train.compat) != ("no-end-token" in run.train.compat):
+        raise ConfigError(
+            f"{where}: train.compat = 'no-end-token' decides on the tokens, which all arms share.\n"
+            "  Set it in the recipe itself, or compare two recipes."
+        )
+    return changed

@@ -38,6 +38,7 @@ from silotune.models import (
     read_adapter,
     renew_adapter,
     save_adapter,
+    untrained,
     write_adapter,
 )
 from silotune.overview import describe_split
@@ -58,6 +59,7 @@ from silotune.runtime.inprocess import prepare_clients
 from silotune.store import Row, RunFolder
 from silotune.tasks import build_task
 from silotune.tasks.base import Example
+from silotune.tasks.instruct import check_packing
 from silotune.teaching import build_lesson, is_pretrained, pretrain, server_rows
 from silotune.types import AdapterState
 
@@ -233,9 +235,10 @@ class Bench:
     # --- arms
 
     def base(self) -> None:
-        """Score the base as it came. A fresh LoRA adapter changes nothing: one factor is zero."""
-        run = self._recipe(self.run, self.run.seed)
-        self._part("base", "the base", lambda _: (self.first(run), Cost()), self.data)
+        """Score the base as it came."""
+        first = self.first(self._recipe(self.run, self.run.seed))
+        with untrained(self.loaded):
+            self._part("base", "the base", lambda _: (first, Cost()), self.data)
 
     def federated(self, arm: str, recipe: RunConfig, seed: int) -> Run:
         """Run an arm's recipe with this seed, as `silotune run` would."""
@@ -341,6 +344,8 @@ class Bench:
                 self.loaded = renew_adapter(self.loaded, run.adapter, seed=run.seed)
             else:
                 self.loaded = load_for(run)
+            if run.train.packing:
+                check_packing(self.loaded, run.train.max_length)
             self._first = (wanted, read_adapter(self.loaded))
         return self._first[1]
 

@@ -117,7 +117,8 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
         "",
         *(f"- {line}" for line in said),
         "",
-        f"Seeds: {', '.join(map(str, comparison['seeds']))}. {run.rounds} rounds. All arms are "
+        f"Seeds: {', '.join(map(str, comparison['seeds']))}. "
+        f"{'Up to ' if run.budget.bytes else ''}{run.rounds} rounds. All arms are "
         "scored on the same held-out rows of each client; a difference is arm minus local, with "
         "its 95 % interval.",
     ]

@@ -14,12 +14,11 @@ from silotune.client_config import (
     own_rows,
 )
 from silotune.config import RunConfig, load_recipe
-from silotune.data import ClientRows, load_clients
+from silotune.data import ClientRows, cut_clients
 from silotune.devices import pick_device
 from silotune.errors import ConfigError, DataError
 from silotune.files import locate
 from silotune.labelled import sorted_labels
-from silotune.limits import TRACKS
 from silotune.overview import label_warnings
 from silotune.partition import PartitionConfig
 from silotune.quantization import check_quantization
@@ -31,6 +30,7 @@ from silotune.sources import check_name, is_hub_id
 from silotune.teaching import server_rows
 from silotune.templates import TEMPLATES, resolve_template
 from silotune.tracking import check_tracker
+from silotune.tracks import TRACKS
 from silotune.train import pick_optimizer
 
 
@@ -68,7 +68,7 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
         check_installed(run)
     check_tracker(run.report.tracker)
     federated_arms(run)  # mistakes in compare.arms
-    rows = _rows(run)
+    rows, unused = _rows(run)
     own = server_rows(run)
     if run.server.work != "none" and not own:
         raise DataError(
@@ -76,7 +76,7 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
             "server.data_path."
         )
     _, notice = pick_optimizer(run.train.optimizer, device)
-    warnings = [*strategy_warnings(run.algorithm), *([notice] if notice else [])]
+    warnings = [*unused, *strategy_warnings(run.algorithm), *([notice] if notice else [])]
     if run.task == "classify":
         run = _with_labels(run, rows, own)
         warnings += label_warnings(rows, run.data.labels or ())
@@ -92,21 +92,21 @@ def check_track(run: RunConfig) -> None:
     Raises:
         ConfigError: Names every key that differs.
     """
-    if run.limits.track is None:
+    if run.track is None:
         return
-    rules = TRACKS[run.limits.track]
+    rules = TRACKS[run.track]
     given = run.partition.num_clients if run.partition is not None else None
     wrong: list[str] = []
     if run.data.path != rules.data:
         wrong.append(f"data.path = '{run.data.path}', the track's is '{rules.data}'")
     if given != rules.num_clients:
         wrong.append(f"partition.num_clients = {given}, the track's is {rules.num_clients}")
-    if (run.limits.communication_mb or math.inf) > rules.communication_mb:
-        wrong.append(f"limits.communication_mb is above {rules.communication_mb:g} or absent")
+    if (run.budget.bytes or math.inf) > rules.max_bytes:
+        wrong.append(f"budget.bytes is above {rules.max_bytes} or absent")
     if wrong:
         raise ConfigError(
-            "\n  ".join([f"limits.track = '{run.limits.track}' does not allow:", *wrong])
-            + "\n  Mend them, or take the track out with limits.track=none: the scores are then no "
+            "\n  ".join([f"track = '{run.track}' does not allow:", *wrong])
+            + "\n  Mend them, or take the track out with track=none: the scores are then no "
             "entry of the leaderboard."
         )
 
@@ -127,11 +127,14 @@ def _with_labels(
     return run.model_copy(update={"data": run.data.model_copy(update={"labels": labels})})
 
 
-def _rows(run: RunConfig) -> Mapping[str, ClientRows]:
-    """All clients' rows: from the recipe's data, or by the clients' own configurations."""
+def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
+    """All clients' rows, from the recipe's data or by the clients' own configurations.
+
+    And a warning for rows that are not used.
+    """
     place = locate(run.data.path)
     if place is None or not is_client_folder(place):
-        return load_clients(
+        return cut_clients(
             run.data,
             run.partition,
             seed=run.seed,
@@ -159,4 +162,4 @@ def _rows(run: RunConfig) -> Mapping[str, ClientRows]:
             'own.\n  Name all classes: data.labels = ["no", "yes"].'
         )
     owners = [load_client_config(path) for path in load_client_configs(place).values()]
-    return {own.name: own_rows(run, own) for own in owners}
+    return {own.name: own_rows(run, own) for own in owners}, []

@@ -3,6 +3,7 @@
 What `train_round` returns first is all that leaves the client.
 """
 
+import contextlib
 import itertools
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from silotune.data import ClientRows
 from silotune.errors import DataError
 from silotune.evaluate import build_eval_batches, evaluate
 from silotune.memory import ClientMemory, load_memory, save_memory
-from silotune.models import LoadedModel, read_adapter, write_adapter
+from silotune.models import LoadedModel, read_adapter, untrained, write_adapter
 from silotune.seeds import derive, generator
 from silotune.tasks.base import Batch, Example, Task
 from silotune.train import build_batches, num_rows, plan_steps, round_lr, stream, train
@@ -72,11 +73,16 @@ def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
 
 
 def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: ClientMemory) -> Score:
-    """Score the received adapter, with the client's personal tensors, on its held-out rows."""
-    write_adapter(worker.loaded, {**broadcast.adapter, **memory.tensors.get("personal", {})})
-    return evaluate(
-        worker.loaded, data.eval_batches, worker.task, client=data.name, num_examples=data.num_eval
-    )
+    """Score the received adapter, with the client's personal tensors, on its held-out rows.
+
+    Before the first round that is the base.
+    """
+    loaded = worker.loaded
+    write_adapter(loaded, {**broadcast.adapter, **memory.tensors.get("personal", {})})
+    with untrained(loaded) if broadcast.round == 1 else contextlib.nullcontext():
+        return evaluate(
+            loaded, data.eval_batches, worker.task, client=data.name, num_examples=data.num_eval
+        )
 
 
 def take_part(

@@ -22,6 +22,7 @@ from silotune.memory import folder_name
 from silotune.quantization import Quantization
 from silotune.reading import DataConfig, TaskRow
 from silotune.sources import SOURCES, is_hub_id
+from silotune.templates import TEMPLATES
 from silotune.types import Config
 
 LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
@@ -88,7 +89,8 @@ def load_client_config(path: Path) -> ClientConfig:
         key: str(path.parent / value)
         for key in ("path", "eval_path", "template")
         if (value := getattr(own.data, key))
-        and "{" not in value  # a template's own text
+        # a template may be a name, or its own text
+        and not (key == "template" and (value in TEMPLATES or "{" in value))
         and (path.parent / value).exists()
     }
     here: dict[str, Any] = {
@@ -142,6 +144,17 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
         refused.append(f"train.local_steps = {steps} is above limits.max_steps")
     if own.model is None and not _is_public(run.model.name):
         refused.append("model.name is a path of the server; set model to this client's own copy")
+    if run.adapter.kind == "full":
+        if own.runtime.quantization not in (None, "none"):
+            refused.append(
+                f"runtime.quantization = '{own.runtime.quantization}' freezes the weights, which "
+                "adapter.kind = 'full' trains"
+            )
+        if own.runtime.dtype in ("float16", "bfloat16"):
+            refused.append(
+                f"runtime.dtype = '{own.runtime.dtype}' cannot hold the small steps of "
+                "adapter.kind = 'full'"
+            )
     if refused:
         why = "\n  ".join(refused)
         raise Declined(f"client '{own.name}' does not take part:\n  {why}")

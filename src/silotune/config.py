@@ -33,9 +33,9 @@ from silotune.algorithm_config import (
 )
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
+from silotune.budget import BudgetConfig
 from silotune.errors import ConfigError
 from silotune.evaluate import EvaluateConfig
-from silotune.limits import LimitsConfig
 from silotune.models import ModelConfig
 from silotune.partition import PartitionConfig
 from silotune.reading import DataConfig
@@ -43,6 +43,7 @@ from silotune.rows import did_you_mean
 from silotune.sampling import SamplingConfig
 from silotune.server import DistillConfig, ServerConfig
 from silotune.templates import TEMPLATES
+from silotune.tracks import TrackName
 from silotune.train import TrainConfig
 from silotune.types import Config
 
@@ -168,6 +169,9 @@ class RunConfig(Config):
     """Rounds of training and aggregation."""
     task: Literal["instruct", "classify"] = "instruct"
     """instruct: answer as the rows do. classify: give a text one of several labels."""
+    track: TrackName | None = None
+    """Keep to the rules of this track of the FlowerTune LLM leaderboard: its data set, its number
+    of clients, its ceiling for communication."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
@@ -180,7 +184,7 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
-    limits: LimitsConfig = LimitsConfig()
+    budget: BudgetConfig = BudgetConfig()
     report: ReportConfig = ReportConfig()
     compare: CompareConfig = CompareConfig()
 
@@ -277,7 +281,7 @@ class RunConfig(Config):
 def shipped_recipes() -> dict[str, Path]:
     """The recipes in the package, by name."""
     folder = Path(str(resources.files("silotune") / "recipes"))
-    return {p.stem: p for p in sorted(folder.glob("*.toml"))}
+    return {p.stem: p for p in sorted(folder.glob("*.toml"), key=lambda p: p.stem)}
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -437,6 +441,11 @@ LISTS = {
 def _explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
     key = ".".join(where)
     match item["type"]:
+        case "extra_forbidden" if where[0] == "privacy":
+            return (
+                "privacy: differential privacy is not part of this version, and a run that only "
+                "looked private would be worse than none. Take the section out"
+            )
         case "extra_forbidden":
             chosen = chosen_algorithm(table.get("algorithm", {}))
             others = [n for n, cfg in ALGORITHM_CONFIGS.items() if where[-1] in cfg.model_fields]
@@ -497,7 +506,7 @@ def known_keys(algorithm: str = "fedavg") -> Iterator[str]:
     """Every key that a recipe with this algorithm may hold, dotted."""
     for name, cls in sections(algorithm).items():
         yield from (f"{name}.{key}" for key in cls.model_fields)
-    yield from ("seed", "rounds", "task", *sections(algorithm))
+    yield from ("seed", "rounds", "task", "track", *sections(algorithm))
 
 
 def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
@@ -515,7 +524,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "evaluate": EvaluateConfig,
         "checkpoint": CheckpointConfig,
         "runtime": RuntimeConfig,
-        "limits": LimitsConfig,
+        "budget": BudgetConfig,
         "report": ReportConfig,
         "compare": CompareConfig,
     }

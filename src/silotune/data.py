@@ -15,19 +15,26 @@ import torch
 
 from silotune.errors import ConfigError, DataError
 from silotune.files import Part, PlacedRow
+from silotune.foreign_partition import by_partitioner, partitioner_of
 from silotune.partition import (
     PartitionConfig,
     Shares,
     by_column,
     by_length,
-    by_partitioner,
     by_topic,
     dirichlet,
     iid,
     names_in_column,
-    partitioner_of,
 )
-from silotune.reading import DataConfig, TaskRow, convert, convert_parts, read_all, read_parts
+from silotune.reading import (
+    DataConfig,
+    TaskRow,
+    convert,
+    convert_parts,
+    read_all,
+    read_parts,
+    without_empty,
+)
 from silotune.rows import (
     did_you_mean,
     is_missing,
@@ -76,10 +83,25 @@ def load_clients(
         DataError: Files, rows or columns cannot be used.
         ConfigError: The settings do not fit the layout of the files.
     """
+    return cut_clients(cfg, partition, seed=seed, task=task, server_fraction=server_fraction)[0]
+
+
+def cut_clients(
+    cfg: DataConfig,
+    partition: PartitionConfig | None,
+    *,
+    seed: int,
+    task: str = "instruct",
+    server_fraction: float = 0.0,
+) -> tuple[dict[str, ClientRows], list[str]]:
+    """As `load_clients`, and a warning for every kind of row that is not used.
+
+    Those that partition.only or a maximum leave out are not told: that is what was asked for.
+    """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
     if partition is not None and partition.kind == "flwr-datasets":
         partitioner_of(partition)  # its mistakes cost no reading
-    everything, held = read_parts(cfg)
+    everything, held = read_parts(cfg, task)
     train, _ = _set_aside(everything, server_fraction, cfg, seed=seed)
     talks, held_talks = convert_parts(train, held, cfg, task)
     cut = partition is not None and (partition.by is not None or partition.kind is not None)
@@ -97,7 +119,27 @@ def load_clients(
     if partition is not None and partition.by is not None:
         _check_nobody_lost(everything, partition.by, partition.only, shares)
     labels = _labels(talks, train, cfg, partition)
-    return _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed, labels=labels)
+    clients = _assemble(talks, shares, held_talks, held_shares, cfg, seed=seed, labels=labels)
+    return clients, _unused(everything, held, len(train.rows), shares, partition)
+
+
+def _unused(
+    everything: Part,
+    held: Part | None,
+    num_train: int,
+    shares: Shares,
+    partition: PartitionConfig | None,
+) -> list[str]:
+    warnings: list[str] = []
+    if empty := everything.num_empty + (held.num_empty if held else 0):
+        warnings.append(f"data.skip_empty: {empty} rows lack a text and are not used")
+    lost = num_train - sum(map(len, shares.values()))
+    if lost and partition is not None and partition.kind is not None:  # a foreign class may
+        warnings.append(
+            f"partition.partitioner: '{partition.partitioner}' leaves {lost} of the rows to no "
+            "client; change [partition.options] if they matter"
+        )
+    return warnings
 
 
 def _check_nobody_lost(
@@ -143,9 +185,9 @@ def load_server_rows(
     """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
     if path is not None:
-        rows = read_all(path)
+        rows = without_empty(Part(read_all(path)), cfg, task).rows
     else:
-        rows = _set_aside(read_parts(cfg)[0], fraction, cfg, seed=seed)[1]
+        rows = _set_aside(read_parts(cfg, task)[0], fraction, cfg, seed=seed)[1]
     return tuple(convert(rows, cfg, task))
 
 
@@ -182,7 +224,7 @@ def load_client(cfg: DataConfig, name: str, *, seed: int, task: str = "instruct"
         ConfigError: The settings do not fit the layout of the files.
     """
     seed = cfg.split_seed if cfg.split_seed is not None else seed
-    train, held = read_parts(cfg)
+    train, held = read_parts(cfg, task)
     talks, held_talks = convert_parts(train, held, cfg, task)
     shares = {name: list(range(len(talks)))}
     held_shares = None if held_talks is None else {name: list(range(len(held_talks)))}

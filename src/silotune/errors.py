@@ -3,6 +3,7 @@
 SilotuneError
 ├── ConfigError      a mistake in a recipe, an override or an argument        (exit 2)
 ├── DataError        a file, a column or a row that cannot be used            (exit 2)
+│   └── EmptyRowError  a row without a text that is needed
 ├── ModelError       a base model or an adapter that cannot be used           (exit 2)
 ├── RunFolderError   a run folder that is missing, foreign, taken or damaged  (exit 2)
 ├── UpdateError      what a client sent cannot be combined; the client is named
@@ -32,6 +33,10 @@ class DataError(SilotuneError):
     """Rows that cannot be read, split or used."""
 
     exit_code = 2
+
+
+class EmptyRowError(DataError):
+    """A row that lacks a text; a recipe may leave such rows out."""
 
 
 class ModelError(SilotuneError):

@@ -40,6 +40,8 @@ class Part:
     rows: list[PlacedRow]
     files: Shares = field(default_factory=dict[str, list[int]])
     """Client -> its rows, when there is one file per client; otherwise empty."""
+    num_empty: int = 0
+    """Rows that were left out because they lack a text."""
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from silotune.adapters import without_frozen
 from silotune.config import RunConfig
 from silotune.disk import write_atomically
 from silotune.errors import ConfigError, ModelError, RunFolderError, UpdateError
@@ -88,7 +89,7 @@ class Run:
             # saved with the adapter, which is of no use without it; the same as when it was drawn
             adapter = {name: t for name, t in adapter.items() if not head.holds(name)}
         try:
-            write_adapter(loaded, adapter)
+            write_adapter(loaded, without_frozen(loaded.model, loaded.kind, adapter))
         except UpdateError as error:
             raise ModelError(
                 f"{self.path / 'adapter'} does not fit {self.config.model.name}: {error}\n"
@@ -148,7 +149,7 @@ def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
         check_length(loaded.model, run.train.max_length)
         return loaded
     if run.train.packing:
-        check_packing(loaded)
+        check_packing(loaded, run.train.max_length)
     if give_template(loaded.tokenizer, run) and progress is not None:
         progress.note(f"{run.model.name} brings no chat template: the plain one is used")
     return loaded

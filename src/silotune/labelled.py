@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from silotune.errors import DataError
-from silotune.rows import check_whole, did_you_mean, is_missing, list_columns
+from silotune.errors import DataError, EmptyRowError
+from silotune.rows import MEND_EMPTY, check_whole, did_you_mean, is_missing, list_columns
 
 LabelledText = dict[str, str]
 """{"text": ..., "label": ...}, and for a pair of texts "text_pair" too."""
@@ -110,8 +110,11 @@ def _text(row: Mapping[str, Any], column: str, *, where: str, setting: str) -> s
         )
     value = row[column]
     if not isinstance(value, str) or not value.strip():
-        why = "is empty" if is_missing(value) or isinstance(value, str) else "holds no text"
-        raise DataError(f"{where}: column '{column}' {why}.\n  Fill it, or remove the row.")
+        if is_missing(value) or isinstance(value, str):
+            raise EmptyRowError(f"{where}: column '{column}' is empty.\n{MEND_EMPTY}")
+        raise DataError(
+            f"{where}: column '{column}' holds no text.\n  Write the text there, or remove the row."
+        )
     check_whole(value, where=where, what=f"column '{column}'")
     return value
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -353,10 +354,11 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
         "data": {"path": run.data.path, "sha256": fingerprint(checked.rows)},
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "quantization": loaded.quantization,
         "threads": run.runtime.threads,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {name: importlib.metadata.version(name) for name in _libraries(run)},
     }
     before = folder.read_json("provenance.json")
     if before is None:
@@ -370,6 +372,13 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
                 "a new run."
             )
     return before
+
+
+def _libraries(run: RunConfig) -> list[str]:
+    """What the result may depend on."""
+    quantised = run.model.quantization != "none" or "bit" in run.train.optimizer
+    there = importlib.util.find_spec("bitsandbytes") is not None
+    return [*LIBRARIES, *(["bitsandbytes"] if quantised and there else [])]
 
 
 def file_sha256(adapter: Path) -> str:

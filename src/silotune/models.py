@@ -6,13 +6,12 @@ swapped. This file knows nothing of clients, rounds or the network.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import field_validator
 from torch import Tensor, nn
 
 from silotune.adapters import AdapterConfig, Kind, check_adapter, put_adapter, trained_parameters
@@ -27,7 +26,6 @@ from silotune.heads import (
     set_head,
 )
 from silotune.quantization import (
-    SHORT,
     Quantization,
     check_quantization,
     loading_options,
@@ -56,11 +54,6 @@ class ModelConfig(Config):
     """nf4 and fp4: quantise the scales of the blocks too, 0.4 bit per weight less."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth more time."""
-
-    @field_validator("quantization", mode="before")
-    @classmethod
-    def _short(cls, given: Any) -> Any:
-        return SHORT.get(given, given) if type(given) is int else given
 
 
 @dataclass(frozen=True)
@@ -325,7 +318,7 @@ def _head_modules(kind: Any, place: str | Path, cfg: ModelConfig) -> list[str]:
     config = AutoConfig.from_pretrained(place, revision=cfg.revision, trust_remote_code=False)
     with torch.device("meta"):
         empty = kind.from_config(config)
-    return [*dict.fromkeys(name.split(".", 1)[0] for name in outside_tensors(empty)), "pooler"]
+    return [*dict.fromkeys(name.split(".", 1)[0] for name in outside_tensors(empty)), r".*\bpooler"]
 
 
 def _labels_of(place: str | Path, cfg: ModelConfig) -> list[str] | None:
@@ -395,6 +388,17 @@ def base_only(loaded: LoadedModel) -> Iterator[None]:
     finally:
         for name, p in loaded.model.named_parameters():
             p.requires_grad_(learning[name])
+
+
+@contextmanager
+def untrained(loaded: LoadedModel) -> Iterator[None]:
+    """The base as it came, for the scores from before the first round.
+
+    Not every fresh adapter leaves the base as it is: trained vectors in front of the text begin at
+    random. A classifier keeps its adapter on, for its head is in it.
+    """
+    with base_only(loaded) if loaded.has_adapter and not loaded.head_modules else nullcontext():
+        yield
 
 
 def save_adapter(loaded: LoadedModel, folder: Path, *, base_name: str) -> None:

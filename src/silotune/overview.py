@@ -24,7 +24,7 @@ def describe_split(rows: Mapping[str, ClientRows], tokenizer: Any, task: Task) -
         name: {
             "num_train": len(own.train),
             "num_eval": len(own.evaluation),
-            "tokens": _quantiles(task.num_tokens(own.train, tokenizer)),
+            "tokens": quantiles(task.num_tokens(own.train, tokenizer)),
             "labels": dict(Counter(own.labels).most_common()),
         }
         for name, own in sorted(rows.items())
@@ -48,5 +48,6 @@ def label_warnings(rows: Mapping[str, ClientRows], labels: Sequence[str]) -> lis
     return warnings
 
 
-def _quantiles(lengths: Sequence[int]) -> dict[str, float]:
+def quantiles(lengths: Sequence[int]) -> dict[str, float]:
+    """Of at least one length, by the names of `QUANTILES`."""
     return {name: float(np.quantile(lengths, q)) for name, q in QUANTILES.items()}

@@ -126,7 +126,8 @@ def comparison_page(
         kind="comparison",
         title=f"Was it worth joining? {comparison['base_name']}, "
         f"{num_clients(comparison['clients'])}",
-        subtitle=f"{run.rounds} rounds, {'seed' if len(seeds) == 1 else 'seeds'} "
+        subtitle=f"{'up to ' if run.budget.bytes else ''}{run.rounds} rounds, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, seeds))}",
         verdict=comparison_verdict(comparison),
         against_title=AGAINST,

@@ -4,7 +4,6 @@ Works on values and row numbers; knows neither files nor what a row is, and look
 find topics. Chance comes from the generator that is given.
 """
 
-import inspect
 import math
 import warnings
 from bisect import bisect_left, bisect_right
@@ -15,8 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from silotune.errors import ConfigError, DataError
-from silotune.rows import did_you_mean
+from silotune.errors import DataError
 from silotune.types import Config
 
 Shares = dict[str, list[int]]
@@ -121,7 +119,7 @@ def iid(num_rows: int, num_clients: int, gen: torch.Generator, *, at_least: int 
     """
     _check_enough(num_rows, num_clients, at_least=at_least)
     order = torch.randperm(num_rows, generator=gen).tolist()
-    return _named([order[a:b] for a, b in pairwise(_even_ends(num_rows, num_clients))])
+    return name_parts([order[a:b] for a, b in pairwise(_even_ends(num_rows, num_clients))])
 
 
 def dirichlet(
@@ -173,7 +171,7 @@ def dirichlet(
     for part in parts:
         while len(part) < at_least:
             part.append(max(parts, key=len).pop())
-    return _named(parts)
+    return name_parts(parts)
 
 
 def by_length(
@@ -212,7 +210,7 @@ def by_length(
     """
     _check_enough(len(lengths), num_clients, at_least=at_least)
     order, ends = _by_size(lengths, gen), _even_ends(len(lengths), num_clients)
-    shares = _named([order[a:b] for a, b in pairwise(ends)])
+    shares = name_parts([order[a:b] for a, b in pairwise(ends)])
     if held is None:
         return shares, None
     ascending = [lengths[row] for row in order]
@@ -289,7 +287,7 @@ def by_topic(
         sizes[small] += 1
         owner[row] = small
     names = list(dict.fromkeys(owner.tolist()))  # in the order of first rows
-    shares = _named([np.flatnonzero(owner == name).tolist() for name in names])
+    shares = name_parts([np.flatnonzero(owner == name).tolist() for name in names])
     if nearest is None:
         return shares, None
     return shares, _named_held(
@@ -330,6 +328,11 @@ def client_names(num_clients: int) -> list[str]:
     return [f"client-{n:0{width}}" for n in range(num_clients)]
 
 
+def name_parts(parts: Sequence[Sequence[int]]) -> Shares:
+    """Row numbers in any order, part by part, as 'client-00', 'client-01', ..."""
+    return dict(zip(client_names(len(parts)), map(sorted, parts), strict=True))
+
+
 def names_in_column(
     values: Sequence[object], column: str, places: Sequence[str] | None = None
 ) -> list[str]:
@@ -345,13 +348,9 @@ def names_in_column(
     return [str(value).strip() for value in values]
 
 
-def _named(parts: Sequence[Sequence[int]]) -> Shares:
-    return dict(zip(client_names(len(parts)), map(sorted, parts), strict=True))
-
-
 def _named_held(parts: Sequence[Sequence[int]], quality: str) -> Shares:
     """Held-out rows by client; each client needs one of the quality of its train rows."""
-    shares = _named(parts)
+    shares = name_parts(parts)
     lacks = [name for name, rows in shares.items() if not rows]
     if lacks:
         more = f" ({len(lacks)} clients lack them)" if len(lacks) > 1 else ""
@@ -407,148 +406,3 @@ def _draw_dirichlet(size: int, alpha: float, gen: torch.Generator) -> torch.Tens
     gamma = torch._standard_gamma(shape, gen)  # pyright: ignore[reportPrivateImportUsage]
     uniform = torch.rand(size, dtype=torch.float64, generator=gen)
     return torch.softmax(gamma.log() + uniform.log() / alpha, dim=0)  # (size,)
-
-
-# --- classes of flwr-datasets --------------------------------------------------------------------
-
-UNFIT = {
-    "Partitioner": "is what the others have in common",
-    "VerticalEvenPartitioner": "shares out columns, not rows",
-    "VerticalSizePartitioner": "shares out columns, not rows",
-    "IdToSizeFncPartitioner": "takes a function, which a recipe cannot hold",
-    "DistributionPartitioner": "takes a table of numbers, which a recipe cannot hold",
-}
-"""Classes of flwr_datasets.partitioner that a recipe cannot name."""
-
-ROW = "silotune: row number"
-"""Name of the column by which rows are found again; no data set has one of that name."""
-
-
-def partitioner_of(cfg: PartitionConfig) -> tuple[type[Any], dict[str, Any]]:
-    """The class that a recipe names, and its arguments but for a seed. Reads no rows.
-
-    Raises:
-        ConfigError: The library or the class is missing, or the options are not those of the class.
-    """
-    try:
-        from flwr_datasets import partitioner as library
-    except ImportError as error:
-        raise ConfigError(
-            'partition.kind = "flwr-datasets" needs the library flwr-datasets.\n'
-            "  Install it: pip install 'silotune[partitioners]'"
-        ) from error
-    name = str(cfg.partitioner)
-    there = [known for known in library.__all__ if known not in UNFIT]
-    if name not in there:
-        why = UNFIT.get(name) or f"is not there.{did_you_mean(name, there)}"
-        raise _refused(cfg, why, f"There are: {', '.join(there)}")
-    cls: type[Any] = getattr(library, name)
-    known = inspect.signature(cls).parameters
-    for key in cfg.options:
-        if key not in known:
-            why = f"has no option '{key}'.{did_you_mean(key, known)}"
-            raise _refused(cfg, why, f"It has: {', '.join(known)}")
-    given: dict[str, Any] = dict(cfg.options)
-    if cfg.num_clients is not None and "num_partitions" not in known:
-        mend = "Remove partition.num_clients"
-        raise _refused(cfg, "says itself how many clients there are", mend)
-    if cfg.num_clients is not None:
-        given["num_partitions"] = cfg.num_clients
-    missing = [key for key, p in known.items() if p.default is p.empty and key not in given]
-    if missing:
-        keys = [
-            "partition.num_clients" if key == "num_partitions" else f"partition.options.{key}"
-            for key in missing
-        ]
-        raise _refused(cfg, f"needs {', '.join(missing)}", f"Set {', '.join(keys)}")
-    return cls, given
-
-
-def by_partitioner(
-    cfg: PartitionConfig,
-    num_rows: int,
-    gen: torch.Generator,
-    *,
-    values: Sequence[object] | None = None,
-    places: Sequence[str] | None = None,
-    at_least: int = 1,
-) -> Shares:
-    """Let a class of flwr-datasets cut. It may leave rows to no one, as its options say.
-
-    The class sees row numbers and one column, no other value of a row.
-
-    Args:
-        cfg: Names the class and its options.
-        num_rows: Number of rows.
-        gen: Seeds the class, if it takes a seed and the options have none.
-        values: The column that its option partition_by names, if it has that option.
-        places: Where each row stands, for messages.
-        at_least: Rows that every client needs.
-
-    Raises:
-        ConfigError: As `partitioner_of`; or the class fails with these rows.
-        DataError: A value is missing, or a client gets too few rows.
-    """
-    from datasets import Dataset
-
-    cls, options = partitioner_of(cfg)
-    if "seed" in inspect.signature(cls).parameters:
-        options.setdefault("seed", int(torch.randint(2**31, (1,), generator=gen)))
-    columns: dict[str, Sequence[Any]] = {ROW: range(num_rows)}
-    if values is not None:
-        column = str(options["partition_by"])
-        # Classes as 0, 1, ...: InnerDirichletPartitioner takes no others, the rest does not mind.
-        as_numbers = _numbers if cls.__name__ == "ContinuousPartitioner" else _codes
-        columns[column] = as_numbers(values, column, places)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # libraries among themselves
-            cut = cls(**options)
-            cut.dataset = Dataset.from_dict(columns)
-            parts = [list(cut.load_partition(n)[ROW]) for n in range(cut.num_partitions)]
-    except Exception as error:  # foreign code: whatever it raises is explained
-        text = f"{error}".partition("\n")[0].rstrip(". ")
-        why = f"cannot cut these {num_rows} rows: {type(error).__name__}: {text}"
-        raise _refused(cfg, why, "Change [partition.options] or partition.num_clients") from error
-    used = [row for part in parts for row in part]
-    if len(set(used)) < len(used):
-        raise _refused(cfg, "gives a row to two clients", "Choose another")
-    shares = _named(parts)
-    for name, rows in shares.items():
-        if len(rows) < at_least:
-            raise DataError(
-                f"partition.partitioner: '{cfg.partitioner}' leaves '{name}' with {len(rows)} of "
-                f"{num_rows} rows, but each client needs {at_least}.\n"
-                "  Change [partition.options], cut into fewer clients, or bring more rows."
-            )
-    return shares
-
-
-def _codes(values: Sequence[object], column: str, places: Sequence[str] | None) -> list[int]:
-    names = names_in_column(values, column, places)
-    numbers = {name: n for n, name in enumerate(sorted(set(names)))}
-    return [numbers[name] for name in names]
-
-
-def _numbers(values: Sequence[object], column: str, places: Sequence[str] | None) -> list[float]:
-    found: list[float] = []
-    for n, text in enumerate(names_in_column(values, column, places)):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            where = places[n] if places else f"row {n + 1}"
-            raise DataError(
-                f"column '{column}' holds no finite number at {where}.\n"
-                "  Mend it, remove the row, or choose another column."
-            )
-        found.append(number)
-    return found
-
-
-def _refused(cfg: PartitionConfig, why: str, mend: str) -> ConfigError:
-    end = "" if why.endswith("?") else "."
-    return ConfigError(
-        f"partition.partitioner: '{cfg.partitioner}' {why.rstrip('.')}{end}\n  {mend}."
-    )

@@ -4,28 +4,24 @@ Loads the tokenizer, never a model. Numbers, names of clients and labels may be 
 samples hold rows, and are for the machine on which these lie.
 """
 
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import numpy as np
+from typing import Any, Literal
 
 from silotune.checking import check
 from silotune.client_config import is_client_folder
 from silotune.config import RunConfig
 from silotune.data import ClientRows
+from silotune.duplicates import Duplicates, find_duplicates
 from silotune.errors import ConfigError
 from silotune.files import locate
 from silotune.finished import give_template
-from silotune.labelled import LabelledText
 from silotune.models import load_tokenizer, quiet_libraries
-from silotune.overview import QUANTILES
+from silotune.overview import quantiles
 from silotune.partition import PartitionConfig
 from silotune.reading import TaskRow
 from silotune.report import cut_note
@@ -34,9 +30,6 @@ from silotune.tasks import build_task
 from silotune.tasks.base import Task
 from silotune.tasks.instruct import trained_spans
 from silotune.teaching import server_rows
-
-SERVER = ""
-"""Who trains on the server's rows; no client has an empty name."""
 
 NO_LIMIT = sys.maxsize
 """For `Task.prepare`: nothing is cut, so that one pass gives both lengths and masks."""
@@ -47,7 +40,7 @@ class Lengths:
     """Some rows as tokens."""
 
     tokens: Mapping[str, float]
-    """Quantiles of the rows' tokens before anything is cut, by the names of `QUANTILES`."""
+    """Quantiles of the rows' tokens before anything is cut, named as in `overview.QUANTILES`."""
     num_cut: int
     """Rows longer than `train.max_length`: their end is missing."""
     num_dropped: int
@@ -55,27 +48,6 @@ class Lengths:
     trained_share: float | None
     """Share of the tokens of all used rows, as far as they are not cut, that the loss is taken on.
     None with the task classify, whose loss is one number a row."""
-
-
-@dataclass(frozen=True)
-class Duplicates:
-    """Rows of one client that stand elsewhere too. Rows are equal when all their texts are.
-
-    Whoever trains: all clients, and the server where it has rows.
-    """
-
-    num_repeated: int
-    """Train rows that an earlier train row of the same client equals."""
-    num_elsewhere: int
-    """Train rows that someone else trains on too."""
-    num_leaked_own: int
-    """Held-out rows that the same client trains on."""
-    num_leaked: int
-    """Held-out rows that anyone trains on."""
-    num_other_answer: int
-    """Train rows whose question has another answer, or label, in a train row of anyone."""
-    num_eval_other_answer: int
-    """Held-out rows whose question has another answer, or label, in a train row of anyone."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +192,7 @@ def measure(rows: Sequence[TaskRow], tokenizer: Any, task: Task, max_length: int
     if task.labels:
         lengths = task.num_tokens(rows, tokenizer)
         num_cut = sum(length > max_length for length in lengths)
-        return Lengths(_quantiles(lengths), num_cut, 0, None)
+        return Lengths(quantiles(lengths), num_cut, 0, None)
     whole = task.prepare(rows, tokenizer, NO_LIMIT)
     lengths = [e.ids.numel() for e in whole.examples]
     if whole.num_dropped:  # rows without any token to learn, which a template can bring about
@@ -231,83 +203,11 @@ def measure(rows: Sequence[TaskRow], tokenizer: Any, task: Task, max_length: int
     num_read = sum(mask.numel() for mask in used)
     num_trained = sum(int(mask.sum()) for mask in used)
     return Lengths(
-        tokens=_quantiles(lengths),
+        tokens=quantiles(lengths),
         num_cut=sum(length > max_length for length in lengths),
         num_dropped=len(rows) - len(used),
         trained_share=num_trained / num_read if used else 0.0,
     )
-
-
-def _quantiles(lengths: Sequence[int]) -> dict[str, float]:
-    return {name: float(np.quantile(lengths, q)) for name, q in QUANTILES.items()}
-
-
-# --- duplicates -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Key:
-    """A row as digests: the texts of all rows a second time would be too much memory."""
-
-    question: bytes
-    row: bytes
-
-
-_Taught = dict[bytes, dict[bytes, set[str]]]
-"""Question -> row -> who trains on it."""
-
-
-def find_duplicates(
-    rows: Mapping[str, ClientRows], server: Sequence[TaskRow] = ()
-) -> dict[str, Duplicates]:
-    """Count equal rows within each client, between clients, and across train and held-out parts.
-
-    Args:
-        rows: Of all clients, as far as this machine may read them.
-        server: The server's own train rows.
-    """
-    train = {name: [_key(row) for row in own.train] for name, own in rows.items()}
-    taught: _Taught = {}
-    for name, keys in {**train, SERVER: [_key(row) for row in server]}.items():
-        for key in keys:
-            taught.setdefault(key.question, {}).setdefault(key.row, set()).add(name)
-    return {
-        name: _count(name, train[name], [_key(row) for row in own.evaluation], taught)
-        for name, own in rows.items()
-    }
-
-
-def _count(
-    name: str, train: Sequence[_Key], held_out: Sequence[_Key], taught: _Taught
-) -> Duplicates:
-    leaks = [taught.get(key.question, {}).get(key.row, set()) for key in held_out]
-    return Duplicates(
-        num_repeated=len(train) - len(set(train)),
-        num_elsewhere=sum(len(taught[key.question][key.row]) > 1 for key in train),
-        num_leaked_own=sum(name in who for who in leaks),
-        num_leaked=sum(bool(who) for who in leaks),
-        num_other_answer=_count_other_answers(train, taught),
-        num_eval_other_answer=_count_other_answers(held_out, taught),
-    )
-
-
-def _count_other_answers(keys: Sequence[_Key], taught: _Taught) -> int:
-    answers = ((key.row, taught.get(key.question, {})) for key in keys)
-    # by number, for one question may have as many answers as there are rows
-    return sum(len(known) > (row in known) for row, known in answers)
-
-
-def _key(row: TaskRow) -> _Key:
-    if isinstance(row, dict):
-        texts = cast(LabelledText, row)
-        question = [texts["text"], texts.get("text_pair")]
-        return _Key(_digest(question), _digest([*question, texts["label"]]))
-    turns = [(turn["role"], turn["content"]) for turn in row]
-    return _Key(_digest([turn for turn in turns if turn[0] != "assistant"]), _digest(turns))
-
-
-def _digest(value: object) -> bytes:
-    return hashlib.sha256(json.dumps(value).encode()).digest()
 
 
 # --- rows as text ---------------------------------------------------------------------------------

@@ -8,15 +8,26 @@ import importlib
 import importlib.util
 import logging
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 
-from silotune.errors import ConfigError
+from silotune.errors import ConfigError, ModelError
 
-Quantization = Literal["none", "nf4", "fp4", "int8"]
 SHORT = {4: "nf4", 8: "int8"}
 """How people write it elsewhere."""
+
+
+def _long(given: Any) -> Any:
+    return SHORT.get(given, given) if type(given) is int else given
+
+
+Quantization = Annotated[Literal["none", "nf4", "fp4", "int8"], BeforeValidator(_long)]
+
+
+BLOCK = 64
+"""Weights that share a scale in 4 bits."""
 
 
 def check_quantization(kind: Quantization, device: torch.device, key: str) -> None:
@@ -102,11 +113,23 @@ def loading_options(
 
 
 def prepare_for_training(base: Any) -> Any:
-    """Freeze a quantised base, and put what is not quantised (norms, embeddings) in float32."""
+    """Freeze a quantised base, and put what is not quantised (norms, embeddings) in float32.
+
+    Raises:
+        ModelError: On a processor, a layer of 4 bits whose rows are no whole number of blocks.
+    """
     tame_bitsandbytes()
     from peft import prepare_model_for_kbit_training
 
-    for module in base.modules():
+    for name, module in base.named_modules():
+        packed = type(module).__name__ == "Linear4bit" and base.device.type == "cpu"
+        if packed and module.in_features % BLOCK:
+            # bitsandbytes 0.50 then takes another block's scale on processors with AVX-512
+            raise ModelError(
+                f"model.quantization: layer '{name}' has rows of {module.in_features} weights, and "
+                f"on a processor 4 bits need a multiple of {BLOCK}.\n"
+                "  Set model.quantization = 'int8', or take another model."
+            )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # there, bitsandbytes 0.50 rounds the scales to bfloat16 at the first forward pass in
             # evaluation mode, and keeps them so: scoring would change the base

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from silotune.errors import ConfigError, DataError
+from silotune.errors import ConfigError, DataError, EmptyRowError
 from silotune.files import Part, PlacedRow, locate, no_such_file, read_hub, read_place
 from silotune.labelled import LabelledText, check_all_pairs, labelled_text
 from silotune.rows import Conversation, conversation, parse_template
@@ -62,6 +62,9 @@ class DataConfig(Config):
     """classify: the column of the text; absent: found by the usual names (text, sentence, ...)."""
     text_pair: str | None = Field(default=None, min_length=1)
     """classify: the column of the second text, for pairs; goes with `text`."""
+    skip_empty: bool = False
+    """Leave out rows that lack a question, an answer or a text, and say how many, instead of
+    stopping."""
     split_seed: int | None = Field(default=None, ge=0)
     """Seed of the cut into clients and of the held-out rows; the run's seed when absent. Runs with
     other seeds on the same held-out rows need it."""
@@ -105,13 +108,47 @@ TaskRow = Any
 LabelledText to classify."""
 
 
-def read_parts(cfg: DataConfig) -> tuple[Part, Part | None]:
+def read_parts(cfg: DataConfig, task: str) -> tuple[Part, Part | None]:
     """The train rows, and the held-out rows where these have a place of their own.
 
     Raises:
         DataError: Files or the hub cannot be read.
         ConfigError: The settings do not fit where the rows are.
     """
+    train, held = _read_both(cfg)
+    return without_empty(train, cfg, task), held and without_empty(held, cfg, task)
+
+
+def without_empty(part: Part, cfg: DataConfig, task: str) -> Part:
+    """With data.skip_empty: a part without the rows that lack a text.
+
+    Raises:
+        DataError: None is left.
+    """
+    if not cfg.skip_empty:
+        return part
+    kept = [n for n, row in enumerate(part.rows) if not _is_empty(row, cfg, task)]
+    if not kept:
+        raise DataError(f"'{cfg.path}' has no row with all texts.\n  Fill some.")
+    at = {old: new for new, old in enumerate(kept)}
+    files = {name: [at[n] for n in rows if n in at] for name, rows in part.files.items()}
+    for name, rows in files.items():
+        if not rows:
+            raise DataError(f"client '{name}' has no row with all texts.\n  Fill some of its file.")
+    return Part([part.rows[n] for n in kept], files, len(part.rows) - len(kept))
+
+
+def _is_empty(row: PlacedRow, cfg: DataConfig, task: str) -> bool:
+    try:
+        READERS[task](row, cfg)
+    except EmptyRowError:
+        return True
+    except DataError:
+        return False  # another mistake, which has to be told
+    return False
+
+
+def _read_both(cfg: DataConfig) -> tuple[Part, Part | None]:
     place = locate(cfg.path)
     if place is None:
         return _read_hub_parts(cfg)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 
 from silotune.algorithms.base import Algorithm, expected_extra, expected_layout
+from silotune.budget import RoundCost
 from silotune.config import RunConfig
 from silotune.errors import ConfigError, QuorumError, UpdateError
 from silotune.evaluate import metrics
-from silotune.limits import MB, RoundCost
 from silotune.progress import Progress
 from silotune.sampling import cohort_size, num_needed, sample
 from silotune.seeds import generator
@@ -95,7 +95,7 @@ def run_rounds(
         folder.save(state, last=r == run.rounds or not going)
         progress.end_round(r, rows)
     if state.round < run.rounds:
-        progress.note(f"limits.communication_mb ends the run after round {state.round}")
+        progress.note(f"budget.bytes ends the run after round {state.round}")
     if run.evaluate.due(state.round, state.round):
         final = _broadcast(state, state.round + 1, algorithm, score=True)
         progress.begin_scoring(clients.names())
@@ -117,7 +117,7 @@ def is_affordable(
     Raises:
         ConfigError: Not even the first round does.
     """
-    limit = run.limits.communication_mb
+    limit = run.budget.bytes
     if limit is None or state.round == run.rounds:
         return True
     asked, scored = cohort_size(run.sampling, len(names)), run.evaluate.due(state.round, run.rounds)
@@ -129,12 +129,11 @@ def is_affordable(
         num_scoring=(len(names) - asked) * scored + len(names) * (run.evaluate.every > 0),
     )
     spent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in folder.metrics())
-    if spent + cost.size_bytes <= limit * MB:
+    if spent + cost.size_bytes <= limit:
         return True
     if state.round == 0:
         raise ConfigError(
-            f"limits.communication_mb = {limit:g}, but one round sends "
-            f"{cost.size_bytes / MB:.1f} MB.\n"
+            f"budget.bytes = {limit}, but one round sends {cost.size_bytes} bytes.\n"
             "  Raise it, or send less: a lower adapter.rank or sampling.fraction."
         )
     return False

@@ -9,7 +9,7 @@ import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from silotune.errors import ConfigError, DataError
+from silotune.errors import ConfigError, DataError, EmptyRowError
 
 Message = dict[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": ...}. Where a row has both, its
@@ -19,6 +19,8 @@ Conversation = tuple[Message, ...]
 """What a row teaches: at least one assistant turn; every assistant turn is an answer to learn."""
 
 Row = Mapping[str, Any]
+
+MEND_EMPTY = "  Fill it, remove the row, or leave out all such rows: data.skip_empty = true."
 
 ROLES = ("system", "user", "assistant")
 
@@ -187,9 +189,10 @@ def _message(item: object, *, where: str, what: str) -> Message:
         raise DataError(f"{where}: {what} has an unknown role.\n  Use one of: {', '.join(ROLES)}.")
     # An empty system turn is a known way to switch off a model's own system text.
     may_be_empty = item["role"] == "system"
-    return _turn(
-        item["role"], _text(item["content"], where=where, what=what, may_be_empty=may_be_empty)
-    )
+    content = _text(item["content"], where=where, what=what, may_be_empty=may_be_empty)
+    # rows that were converted before keep their instruction and input apart
+    apart = {key: item[key] for key in ("instruction", "input") if isinstance(item.get(key), str)}
+    return {**_turn(item["role"], content), **(apart if len(apart) == 2 else {})}
 
 
 def _fill(template: str, row: Row, *, where: str, setting: str) -> str:
@@ -209,9 +212,8 @@ def _fill(template: str, row: Row, *, where: str, setting: str) -> str:
     # The fixed part of "Answer: {answer}" must not hide that the row itself says nothing.
     if not filled.strip() or (any(c for _, c in pieces) and not from_row.strip()):
         columns = list_columns(dict.fromkeys(c for _, c in pieces if c is not None))
-        raise DataError(
-            f"{where}: {setting} is empty in this row (from {columns}).\n"
-            "  Fill the columns, or remove the row."
+        raise EmptyRowError(
+            f"{where}: {setting} is empty in this row (from {columns}).\n{MEND_EMPTY}"
         )
     return filled
 
@@ -223,7 +225,7 @@ def is_missing(value: object) -> bool:
 
 def _text(value: object, *, where: str, what: str, may_be_empty: bool = False) -> str:
     if is_missing(value):
-        raise DataError(f"{where}: {what} is missing.\n  Fill it, or remove the row.")
+        raise EmptyRowError(f"{where}: {what} is missing.\n{MEND_EMPTY}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -233,7 +235,7 @@ def _text(value: object, *, where: str, what: str, may_be_empty: bool = False) -
             "data.completion."
         )
     if not may_be_empty and not value.strip():
-        raise DataError(f"{where}: {what} is empty.\n  Fill it, or remove the row.")
+        raise EmptyRowError(f"{where}: {what} is empty.\n{MEND_EMPTY}")
     check_whole(value, where=where, what=what)
     return value
 

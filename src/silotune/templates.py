@@ -54,7 +54,8 @@ ALPACA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
-"""As Stanford Alpaca (Taori et al. 2023) wrote its rows; a system text replaces the preamble."""
+"""Alpaca's words (Taori et al. 2023), with the answer on a line of its own as alpaca-lora has it; a
+system text replaces the preamble."""
 
 VICUNA = (
     "{% if messages and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
@@ -62,7 +63,9 @@ VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}"
     "{% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'] }}"
+    "{% if message['role'] == 'user' %}{{ '' if loop.index0 and "
+    "messages[loop.index0 - 1]['role'] == 'assistant' else ' ' }}"
+    "{{ 'USER: ' + message['content'] }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT: ' + message['content'] }}"
     + END
     + "{% endif %}"
@@ -113,30 +116,40 @@ def resolve_template(given: str) -> str:
     text = given
     if "{" not in given:
         path = Path(given).expanduser()
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except OSError:  # a name that is too long for one
+            found = False
+        if not found:
             raise ConfigError(
                 f"data.template = '{given}': no template of this name, and no such file."
                 f"{did_you_mean(given, TEMPLATES)}\n"
                 f"  There are: {', '.join(TEMPLATES)}. Or give a file with a Jinja chat template."
             )
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"data.template = '{given}' cannot be read: {error}.\n  Give a text file in UTF-8."
+            ) from error
     _check_text(text)
     return text
 
 
 def _check_text(text: str) -> None:
     """Try a template without a tokenizer: no model has to be fetched for a slip in it."""
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    # stand-ins for what a tokenizer gives its template
+    special: Any = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
     try:
         (asked,), _ = render_jinja_template(
-            [list(PROBE[:1])], chat_template=text, add_generation_prompt=True, eos_token="</s>"
+            [list(PROBE[:1])], chat_template=text, add_generation_prompt=True, **special
         )
         (whole,), _ = render_jinja_template(
-            [list(PROBE)], chat_template=text, add_generation_prompt=False, eos_token="</s>"
+            [list(PROBE)], chat_template=text, add_generation_prompt=False, **special
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, and may fail as one
         raise ConfigError(
             f"data.template: not a Jinja chat template: {error}\n"
             "  It is given `messages`, `add_generation_prompt` and `eos_token`."
@@ -145,12 +158,14 @@ def _check_text(text: str) -> None:
 
 
 def _check_answer(asked: str, whole: str) -> None:
-    if PROBE[1]["content"] not in whole[len(asked.rstrip(" ")) :]:
+    asked = asked.rstrip(" ")
+    if not whole.startswith(asked) or PROBE[1]["content"] not in whole[len(asked) :]:
         raise ConfigError(
             "data.template: the text of a conversation does not hold the answer behind what stands "
             "there with add_generation_prompt, so nothing would be learned.\n"
             "  Write message['content'] of the role assistant behind the same words that "
-            "add_generation_prompt writes."
+            "add_generation_prompt writes;\n  a line break behind }} belongs to the text, one "
+            "behind -}} does not."
         )
 
 
@@ -176,6 +191,11 @@ def set_template(tokenizer: Any, template: str = "auto", *, end_token: bool = Tr
             "  Use a model whose tokenizer defines eos_token."
         )
     text = TEMPLATES.get(template, template)
+    if not end_token and TEMPLATES.get(template) is None:
+        raise ConfigError(
+            "train.compat = 'no-end-token' takes the end token out of silotune's own templates, "
+            "and data.template is another here.\n  Use one of them."
+        )
     lacking = text is None and not tokenizer.chat_template
     if lacking:
         text = PLAIN

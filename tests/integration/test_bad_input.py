@@ -101,8 +101,9 @@ def test_all_mistakes_of_overrides_are_reported_together(recipe):
 def test_an_unknown_recipe_offers_the_nearest_shipped_name():
     assert mistake("run", "hospital") == (
         "ConfigError: recipe 'hospital': no such file and no shipped recipe. Did you mean "
-        "'hospitals'?\n  Give the path of a TOML file, or a shipped name: glue-cola, "
-        "glue-sst2, hospitals, workshop."
+        "'hospitals'?\n  Give the path of a TOML file, or a shipped name: blueprint, flowertune, "
+        "flowertune-code, flowertune-finance, flowertune-general, flowertune-medical, glue-cola, "
+        "glue-sst2, hospitals, medical-dora, workshop."
     )
 
 

@@ -47,9 +47,8 @@ CHANGES_THE_ADAPTER = [
     "adapter.dora=true",
     "adapter.kind=prompt; adapter.virtual_tokens=3; adapter.targets=none",
     "adapter.peft={ rank_pattern = { q_proj = 4 } }",
-    "model.quantization=nf4",
     "model.quantization=8",
-    "limits.communication_mb=0.012",
+    "budget.bytes=12000",
     "train.warmup_steps=1",
     "train.weight_decay=0.5",
     "train.clip_norm=1e-3",
@@ -81,7 +80,7 @@ IS_REFUSED_HERE = [
     "runtime.name=flower; runtime.host=0.0.0.0",
     "runtime.device=cuda",
     "report.tracker=wandb",
-    "limits.track=medical",
+    "track=medical",
     "model.revision=main",
 ]
 ELSEWHERE = {
@@ -93,6 +92,7 @@ ELSEWHERE = {
     "data.eval_split": "test_data",
     "data.name": "test_data",
     "data.split": "test_data",
+    "data.skip_empty": "test_data",
     "data.revision": "test_data",
     "report.max_new_tokens": "below",
     "task": "test_classify",

@@ -232,6 +232,7 @@ def test_the_keys_that_say_where_rows_are_are_all_of_them():
     """A new key of [data] must be sorted into one of the two kinds."""
     formats = {"eval_fraction", "prompt", "completion", "system", "max_rows"}
     formats |= {"max_eval_rows", "template", "split_seed", "labels", "text", "text_pair"}
+    formats |= {"skip_empty"}
     assert set(DataConfig.model_fields) == LOCATIONS | formats | {"label"}
     assert set(SERVERS) == LOCATIONS
 
@@ -282,6 +283,25 @@ def test_device_and_threads_are_the_clients_own():
     assert (here.runtime.device, here.runtime.threads) == ("cpu", 3)
     assert here.runtime.name == "in-process"
     assert own_recipe(run, client()).runtime.device == "auto"
+
+
+def test_how_the_base_is_held_is_the_clients_own_where_it_says_so():
+    run = recipe(model={"name": "owner/model", "dtype": "bfloat16", "quantization": "nf4"})
+    here = own_recipe(run, client()).model
+    assert (here.dtype, here.quantization) == ("bfloat16", "nf4")
+    own = client(runtime={"dtype": "float32", "quantization": "none"})
+    here = own_recipe(run, own).model
+    assert (here.name, here.dtype, here.quantization) == ("owner/model", "float32", "none")
+    here = own_recipe(recipe(), client(runtime={"quantization": "int8"})).model
+    assert (here.dtype, here.quantization) == ("auto", "int8")
+
+
+@pytest.mark.parametrize(("key", "value"), [("quantization", "nf4"), ("dtype", "bfloat16")])
+def test_a_client_that_holds_a_base_that_cannot_learn_does_not_train_all_of_it(key, value):
+    """A recipe with these two is refused; a client's own key must not lead there either."""
+    run = recipe(adapter={"kind": "full"}, model__name="owner/model")
+    own_recipe(run, client(runtime={"quantization": "none", "dtype": "float32"}))
+    assert f"runtime.{key} = '{value}'" in refusal(run, client(runtime={key: value}))
 
 
 def test_what_is_computed_stays_the_recipes():

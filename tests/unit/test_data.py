@@ -1,14 +1,18 @@
 import hashlib
 import json
+import re
 
 import pytest
 from pydantic import ValidationError
 
-from silotune.data import ClientRows, fingerprint, load_client, load_clients
-from silotune.errors import ConfigError
+import silotune
+from silotune.config import parse
+from silotune.data import ClientRows, cut_clients, fingerprint, load_client, load_clients
+from silotune.errors import ConfigError, DataError
 from silotune.files import EXAMPLES
 from silotune.partition import PartitionConfig
 from silotune.reading import DataConfig
+from silotune.rows import MEND_EMPTY
 from tests.unit.row_files import SECRET, error_of, make_rows, write
 
 BY_SOURCE = PartitionConfig(by="source")
@@ -29,7 +33,7 @@ def test_bad_rows_are_reported_together(tmp_path):
     assert lines == [
         *(f"{path}:{n}: column 'answer' is empty." for n in range(3, 8)),
         "and 3 more rows",
-        "  Fill it, or remove the row.",
+        MEND_EMPTY,
     ]
 
 
@@ -376,6 +380,74 @@ def test_a_class_of_flwr_datasets_may_cut_by_length(tmp_path):
     assert [len(c.train) + len(c.evaluation) for c in own.values()] == [5, 5, 5, 5]
     first = sorted(questions(own["client-00"].train + own["client-00"].evaluation), key=len)
     assert first == sorted((row["question"] for row in rows[:5]), key=len)
+
+
+def test_rows_that_a_class_leaves_to_no_one_are_counted(tmp_path):
+    path = write(tmp_path / "data.jsonl", make_rows(23))
+
+    def num_unused(cut, *, server_fraction=0.0, **settings):
+        cfg = DataConfig(path=str(path), **settings)
+        _, warnings = cut_clients(cfg, cut, seed=17, server_fraction=server_fraction)
+        return sum(int(re.findall(r"leaves (\d+) of", text)[0]) for text in warnings)
+
+    shards = foreign("ShardPartitioner", 5, partition_by="source", num_shards_per_partition=1)
+    assert num_unused(shards) == 3
+    assert num_unused(shards, max_rows=1, max_eval_rows=1) == 3, "a maximum was asked for"
+    assert num_unused(shards, server_fraction=2 / 23) == 1, "the server's rows are used"
+    assert num_unused(foreign("IidPartitioner", 5)) == 0
+    assert num_unused(PartitionConfig(kind="iid", num_clients=5), max_rows=1) == 0
+
+
+def test_rows_that_are_not_wanted_are_not_counted_as_unused(tmp_path):
+    path = write(tmp_path / "data.jsonl", make_rows(6) + make_rows(6, "south"))
+    cut = PartitionConfig(by="source", only=("north",))
+    assert cut_clients(DataConfig(path=str(path)), cut, seed=17)[1] == []
+
+
+def test_rows_without_a_text_may_be_left_out_and_are_counted(tmp_path):
+    rows = [*make_rows(6), {"source": "north", "question": "Why?", "answer": " "}]
+    path = write(tmp_path / "data.jsonl", [*rows, *make_rows(6, "south")])
+    kept = DataConfig(path=str(path), skip_empty=True)
+    clients, warnings = cut_clients(kept, PartitionConfig(by="source"), seed=17)
+    assert warnings == ["data.skip_empty: 1 rows lack a text and are not used"]
+    whole = load(write(tmp_path / "whole.jsonl", make_rows(6) + make_rows(6, "south")), BY_SOURCE)
+    assert clients == whole
+    with pytest.raises(DataError, match=r"data.jsonl:7: column 'answer' is empty"):
+        load(path, BY_SOURCE)
+
+
+def test_leaving_rows_out_hides_no_other_mistake(tmp_path):
+    path = write(tmp_path / "data.jsonl", [*make_rows(4), {"source": "north", "question": ["a"]}])
+    cfg = DataConfig(path=str(path), skip_empty=True)
+    with pytest.raises(DataError, match=r"data.jsonl:5: no known format"):
+        load_clients(cfg, PartitionConfig(by="source"), seed=17)
+
+
+def test_a_client_whose_rows_all_lack_a_text_is_named(tmp_path):
+    write(tmp_path / "rows" / "north.jsonl", make_rows(4))
+    write(tmp_path / "rows" / "south.jsonl", [{"question": "Why?", "answer": ""}] * 3)
+    cfg = DataConfig(path=str(tmp_path / "rows"), skip_empty=True)
+    with pytest.raises(DataError, match="client 'south' has no row with all texts"):
+        load_clients(cfg, None, seed=17)
+
+
+def test_rows_of_no_one_are_a_warning_before_a_run(tmp_path, tiny_model):
+    rows = write(tmp_path / "data.jsonl", make_rows(23))
+    shards = foreign("ShardPartitioner", 5, partition_by="source", num_shards_per_partition=1)
+    recipe = {
+        "rounds": 1,
+        "model": {"name": str(tiny_model)},
+        "data": {"path": str(rows)},
+        "partition": shards.model_dump(exclude_unset=True),
+    }
+    warning = (
+        "partition.partitioner: 'ShardPartitioner' leaves 3 of the rows to no client; change "
+        "[partition.options] if they matter"
+    )
+    assert silotune.check(parse(recipe)).warnings == [warning]
+    assert silotune.preview(parse(recipe)).warnings == [warning]
+    recipe["partition"] = {"kind": "iid", "num_clients": 5}
+    assert silotune.check(parse(recipe)).warnings == []
 
 
 def test_options_of_a_class_are_checked_before_anything_is_read():

@@ -6,16 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.errors import DataError, ModelError
+from silotune.errors import DataError
 from silotune.models import LoadedModel
-from silotune.tasks.instruct import (
-    collate,
-    loss,
-    prepare,
-    trained_spans,
-)
-from silotune.templates import PLAIN, render, set_template
-from tests.conftest import CHATML, build_tokenizer
+from silotune.tasks.instruct import collate, loss, prepare, trained_spans
+from silotune.templates import render
+from tests.conftest import build_tokenizer
 
 
 def talk(*texts: str):
@@ -84,44 +79,6 @@ def test_the_end_token_is_learned_although_it_is_also_the_padding_token(tokenize
     prepared = prepare([talk("a", "b"), talk("a", "a longer answer")], tokenizer, 512)
     batch = collate(prepared.examples)
     assert (batch.targets == tokenizer.eos_token_id).sum() == 2
-
-
-def test_a_model_without_chat_template_gets_the_plain_one():
-    bare = build_tokenizer(None)
-    assert set_template(bare)
-    assert bare.chat_template == PLAIN
-    (example,) = prepare([talk("Why?", "So.")], bare, 512).examples
-    assert learned_text(bare, example) == "So.<|im_end|>"
-    assert bare.decode(example.ids).startswith("### User:\nWhy?\n\n### Assistant:\nSo.<|im_end|>")
-
-
-def test_the_three_block_template_is_the_workshops_prompt_with_an_end_token():
-    asked = build_tokenizer()
-    assert not set_template(asked, "three-block")
-    rows = ({"role": "system", "content": "Be true!"}, *talk("Why?", " So. "))
-    (example,) = prepare([rows], asked, 512).examples
-    prompt = "### Instruction:\nBe true!\n\n### Input:\nWhy?\n\n### Response:\n"
-    assert asked.decode(example.ids) == f"{prompt}So.<|im_end|>"
-    assert learned_text(asked, example) == "So.<|im_end|>"
-    assert render(asked, rows[:2], ask=True) == prompt
-
-
-def test_a_recipe_may_ask_for_the_plain_template_of_a_chat_model():
-    asked = build_tokenizer()
-    assert not set_template(asked, "plain")
-    assert asked.chat_template == PLAIN
-
-
-def test_a_models_own_chat_template_is_left_alone(tokenizer):
-    assert not set_template(tokenizer)
-    assert tokenizer.chat_template == CHATML
-
-
-def test_a_tokenizer_without_end_token_is_refused():
-    bare = build_tokenizer()
-    bare.eos_token = None
-    with pytest.raises(ModelError, match=r"no end token[\s\S]*defines eos_token"):
-        set_template(bare)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_several_answers():

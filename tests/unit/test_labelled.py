@@ -12,6 +12,7 @@ from silotune.errors import DataError
 from silotune.labelled import FORMATS, labelled_text, sorted_labels
 from silotune.partition import PartitionConfig
 from silotune.reading import DataConfig
+from silotune.rows import MEND_EMPTY
 from tests.unit.row_files import SECRET, write
 from tests.unit.row_files import error_of as error_of_call
 
@@ -173,15 +174,14 @@ def test_a_named_column_that_is_not_there_offers_the_nearest(settings, setting):
 @pytest.mark.parametrize("column", ["premise", "hypothesis"])
 def test_an_empty_text_names_its_column(column, value):
     row = {"premise": SECRET, "hypothesis": SECRET, "label": 0, column: value}
-    assert error_of(row) == (
-        f"data.csv:7: column '{column}' is empty.\n  Fill it, or remove the row."
-    )
+    assert error_of(row) == (f"data.csv:7: column '{column}' is empty.\n{MEND_EMPTY}")
 
 
 @pytest.mark.parametrize("value", [3, [SECRET], {"a": SECRET}, True])
 def test_what_is_no_text_names_its_column(value):
     text = error_of({"text": value, "label": 0})
-    assert text == "data.csv:7: column 'text' holds no text.\n  Fill it, or remove the row."
+    mend = "  Write the text there, or remove the row."
+    assert text == f"data.csv:7: column 'text' holds no text.\n{mend}"
 
 
 def test_half_a_character_is_refused_before_a_tokenizer_sees_it():

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.errors import ConfigError, DataError
-from silotune.rows import conversation, did_you_mean, list_columns, parse_template
+from silotune.rows import MEND_EMPTY, conversation, did_you_mean, list_columns, parse_template
 
 WHERE = "data.csv:7"
 SECRET = "hypertension"
@@ -192,9 +192,7 @@ def test_a_missing_header_line_does_not_spill_a_text_into_the_message():
     ],
 )
 def test_an_empty_text_names_its_column(row, column):
-    assert error_of(row) == (
-        f"data.csv:7: column '{column}' is empty.\n  Fill it, or remove the row."
-    )
+    assert error_of(row) == (f"data.csv:7: column '{column}' is empty.\n{MEND_EMPTY}")
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])

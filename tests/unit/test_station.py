@@ -70,7 +70,7 @@ def test_the_place_is_the_innermost_line_of_silotune():
 def test_the_place_of_an_own_error_is_where_it_was_raised():
     row = {"question": SECRET, "answer": ""}
     failure = failure_from(caught(lambda: conversation(row, where=SECRET)), client="n", round_=1)
-    assert failure.code == "DataError"
+    assert failure.code == "EmptyRowError"
     assert re.fullmatch(r"rows\.py:\d+ in _text", failure.place)
     assert failure.mend == "this client has the reason in its log"
 
@@ -263,6 +263,8 @@ def test_a_query_is_answered_with_counts_and_fingerprints_alone(
         "num_dropped": 0,
         "base_sha256": content_hash(tiny_model),
         "dtype": str(station.worker.loaded.dtype),
+        "quantization": "none",
+        "optimizer": run.train.optimizer,
         "threads": 1,
     }
     process = wire.decode_process(parcel)

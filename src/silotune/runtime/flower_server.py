@@ -188,7 +188,10 @@ class FlowerClients:
                     f"{name}: has not reported within {timeout_s:g} s (runtime.join_timeout_s)"
                 )
             elif name in self.reports:
-                counts = {key: self.reports[name][key] for key in ("num_cut", "num_dropped")}
+                found = self.reports[name]
+                if (used := found["optimizer"]) not in ("", self.run.train.optimizer):
+                    self.progress.note(f"{name}: has not the recipe's optimizer and uses {used}")
+                counts = {key: found[key] for key in ("num_cut", "num_dropped")}
                 if lost := cut_note(name, **counts):
                     self.progress.note(lost)
 

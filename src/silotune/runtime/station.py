@@ -31,6 +31,7 @@ from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.parcel import Parcel
 from silotune.sources import content_hash
 from silotune.tasks import build_task
+from silotune.train import pick_optimizer
 from silotune.types import Failure
 
 PACKAGE = Path(silotune.__file__).parent
@@ -86,6 +87,7 @@ class Station:
 
     def _report(self, data: ClientData) -> Parcel:
         """What the server wants to know before the first round."""
+        run = self.worker.run
         about = {
             "num_train": len(data.examples),
             "num_eval": data.num_eval,
@@ -93,6 +95,8 @@ class Station:
             "num_dropped": data.num_dropped,
             "base_sha256": self.base_sha256,
             "dtype": str(self.worker.loaded.dtype),
+            "quantization": self.worker.loaded.quantization,
+            "optimizer": pick_optimizer(run.train.optimizer, self.worker.loaded.device)[0],
             "threads": torch.get_num_threads(),
         }
         return self._signed(Parcel({"report": about}))

@@ -86,6 +86,8 @@ class _Report(_Form):
     num_dropped: Count
     base_sha256: str = Field(max_length=100)
     dtype: str = Field(max_length=100)
+    quantization: str = Field(default="", max_length=100)
+    optimizer: str = Field(default="", max_length=100)
     threads: Count
 
 
