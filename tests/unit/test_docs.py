@@ -18,6 +18,7 @@ from silotune.algorithm_config import ALGORITHM_CONFIGS
 from silotune.algorithms import ALGORITHMS
 from silotune.client_config import ClientConfig
 from silotune.config import RunConfig, load_recipe, parse, sections
+from silotune.templates import resolve_template
 
 with warnings.catch_warnings():
     # typer 0.20.1 imports a name that click 8.5 calls deprecated
@@ -155,6 +156,12 @@ def test_the_commands_of_the_readme_are_targets_of_the_makefile():
 
 
 # --- Python, links, lists ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", snippets("jinja"))
+def test_a_template_in_the_docs_is_one(text, tmp_path):
+    (tmp_path / "own.jinja").write_text(text, encoding="utf-8")
+    assert resolve_template(str(tmp_path / "own.jinja")) == text
 
 
 @pytest.mark.parametrize("text", snippets("python"))
