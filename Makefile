@@ -19,9 +19,11 @@ $(VENV)/.developing: $(VENV)/.installed
 demo: env
 	$(BIN)/silotune demo
 
+# The engine's tests mostly wait for processes, so they run beside the others and are shown at the end.
 test: dev
-	$(BIN)/pytest -m "not engine" -n 2 --dist loadfile tests/unit tests/integration --doctest-modules src/silotune
-	$(BIN)/pytest -m engine tests/integration
+	@mkdir -p build; $(BIN)/pytest -m engine tests/integration > build/engine.log 2>&1 & engine=$$!; \
+	$(BIN)/pytest -m "not engine" -n 2 --dist loadfile tests/unit tests/integration --doctest-modules src/silotune; \
+	others=$$?; wait $$engine; engine=$$?; cat build/engine.log; exit $$((others | engine))
 
 unit: dev
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit
