@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from silotune.errors import SilotuneError
     from silotune.finished import Run
     from silotune.launch import base_folder, pretrain_teacher, run
+    from silotune.planning import Plan, plan
     from silotune.previewing import preview
     from silotune.progress import PlainProgress, Progress
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Comparison": "silotune.arms",
     "PlainProgress": "silotune.progress",
+    "Plan": "silotune.planning",
     "Progress": "silotune.progress",
     "Run": "silotune.finished",
     "RunConfig": "silotune.config",
@@ -30,6 +32,7 @@ _HOMES = {
     "check": "silotune.checking",
     "compare": "silotune.arms",
     "load_recipe": "silotune.config",
+    "plan": "silotune.planning",
     "pretrain_teacher": "silotune.launch",
     "preview": "silotune.previewing",
     "run": "silotune.launch",
@@ -39,6 +42,7 @@ _HOMES = {
 __all__ = [
     "Comparison",
     "PlainProgress",
+    "Plan",
     "Progress",
     "Run",
     "RunConfig",
@@ -47,6 +51,7 @@ __all__ = [
     "check",
     "compare",
     "load_recipe",
+    "plan",
     "pretrain_teacher",
     "preview",
     "run",

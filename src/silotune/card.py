@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from silotune.adapters import PROMPT_KINDS
 from silotune.comparison import (
     AGAINST,
     against_table,
@@ -60,7 +61,7 @@ def model_card(
         f"# {base['name']}, fine-tuned by {len(summary['clients'])} clients",
         "",
         f"{base['description']}. {summary['rounds']} rounds of {summary['algorithm']}; "
-        f"{_what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
+        f"{what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
         "float32 changes of the trained tensors, without secure aggregation and without "
         "differential privacy, so whoever runs the server could learn about the rows from them.",
         "",
@@ -143,12 +144,18 @@ def _md(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _what_is_trained(run: RunConfig) -> str:
+def what_is_trained(run: RunConfig) -> str:
+    """The adapter in words."""
     a = run.adapter
     if a.kind == "full":
         return "all weights were trained"
+    if a.kind in PROMPT_KINDS:
+        return f"{a.kind} tuning with {a.virtual_tokens} trained vectors in front of the text"
     where = ", ".join(a.targets) if a.targets else "the default modules of the model family"
-    return f"LoRA of rank {a.rank} (alpha {a.alpha:g}) on {where}"
+    if a.kind != "lora":
+        return f"{a.peft.get('peft_type', 'IA3')} on {where}"
+    name = ("DoRA" if a.dora else "LoRA") + (", rank-stabilised," if a.rslora else "")
+    return f"{name} of rank {a.rank} (alpha {a.alpha:g}) on {where}"
 
 
 def python_use(run: RunConfig) -> list[str]:

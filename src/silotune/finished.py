@@ -12,11 +12,21 @@ from silotune.adapters import without_frozen
 from silotune.config import RunConfig
 from silotune.disk import write_atomically
 from silotune.errors import ConfigError, ModelError, RunFolderError, UpdateError
+from silotune.export import GGUF_DEFAULT, check_order, export_run
+from silotune.export_card import ExportKind
 from silotune.generate import answer
+from silotune.gguf_write import GgufType
 from silotune.heads import check_length
-from silotune.models import LoadedModel, base_only, folder_of_base, load_model, write_adapter
+from silotune.models import (
+    LoadedModel,
+    base_only,
+    folder_of_base,
+    load_model,
+    write_adapter,
+)
 from silotune.page import run_page
 from silotune.progress import Progress
+from silotune.pushing import hub_login, push_folder
 from silotune.sources import content_hash, is_hub_id
 from silotune.store import Row, RunFolder
 from silotune.tasks.classify import predictions
@@ -83,30 +93,93 @@ class Run:
         """
         adapter = self.adapter()
         self._check_base()
-        loaded = load_for(self.config)
+        return self._load(self.config, adapter)
+
+    def _load(self, run: RunConfig, adapter: AdapterState) -> LoadedModel:
+        loaded = load_for(run)
         head = loaded.head_modules
-        if head is not None and self.config.adapter.head == "freeze":
+        if head is not None and run.adapter.head == "freeze":
             # saved with the adapter, which is of no use without it; the same as when it was drawn
             adapter = {name: t for name, t in adapter.items() if not head.holds(name)}
         try:
             write_adapter(loaded, without_frozen(loaded.model, loaded.kind, adapter))
         except UpdateError as error:
             raise ModelError(
-                f"{self.path / 'adapter'} does not fit {self.config.model.name}: {error}\n"
+                f"{self.path / 'adapter'} does not fit {run.model.name}: {error}\n"
                 "  Restore the run's own recipe and adapter."
             ) from error
         return loaded
 
-    def _check_base(self) -> None:
+    def _check_base(self, *, there: bool = False) -> None:
+        """Refuse a base that has changed; with `there` one that is gone, too."""
         model = self.config.model
+        newest = is_hub_id(model.name) and model.revision is None  # is what was asked for
+        if newest and not there:
+            return
+        try:
+            folder = folder_of_base(model)
+        except OSError as error:  # a folder that is gone may read like a hub id
+            raise ModelError(
+                f"the base '{model.name}' is gone: it is neither a folder here nor on the hub.\n"
+                "  Restore it, or go where it can be reached."
+            ) from error
+        if newest and not any(folder.glob("*.safetensors")):
+            return  # fetched when it is loaded
         provenance = RunFolder.open(self.path).read_json("provenance.json")
-        if is_hub_id(model.name) and model.revision is None:
-            return  # the newest revision is what was asked for
-        if content_hash(folder_of_base(model)) != provenance["base"]["sha256"]:
+        if content_hash(folder) != provenance["base"]["sha256"]:
             raise ModelError(
                 f"{model.name} is not the base that {self.path} was trained on: its files have "
                 "changed.\n  Restore them, or train anew."
             )
+
+    def export(
+        self,
+        kind: ExportKind = "peft",
+        *,
+        to: Path | str | None = None,
+        gguf_type: GgufType | None = None,
+        push: str | None = None,
+        public: bool = False,
+        progress: Progress | None = None,
+    ) -> Path:
+        """Write the result for others to load, with a card that says where it comes from.
+
+        Args:
+            kind: "peft": the adapter, tokenizer and chat template. "merged": the adapter merged
+                into the base that is not quantised, as a plain model folder. "gguf": the same as
+                one file for llama.cpp, for models of the Llama family.
+            to: The folder to create; by default export/<kind> in the run folder. Never overwritten.
+            gguf_type: How a GGUF file stores matrices; by default f16.
+            push: OWNER/NAME: upload it to the hub too, as whoever is logged in there.
+            public: Whether everyone may read that repository.
+            progress: Told what happens; silent by default.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: Arguments that cannot be, or nobody is logged in to the hub.
+            ModelError: The base is gone or has changed, or there is no such export of this run.
+            RunFolderError: The run is not finished, or the folder cannot be written.
+            SilotuneError: The hub did not take it; the folder stays.
+        """
+        progress = progress or Progress()
+        check_order(self.config, kind, gguf_type=gguf_type, push=push, public=public)
+        _, adapter = self.summary, self.adapter()  # is it finished?
+        self._check_base(there=True)
+        api = hub_login() if push is not None else None
+        place = export_run(
+            self.path,
+            kind,
+            Path(to) if to is not None else self.path / "export" / kind,
+            gguf_type=gguf_type or GGUF_DEFAULT,
+            load=lambda run: self._load(run, adapter),
+            progress=progress,
+        )
+        if push is not None:
+            progress.note(f"pushing to {push}")
+            progress.note(f"pushed: {push_folder(api, place, push, public=public)}")
+        return place
 
     def ask(self, question: str, *, base: bool = False, max_new_tokens: int = 128) -> str:
         """Answer a question with the trained adapter, or with the base.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 
 from silotune.algorithms.base import Algorithm, expected_extra, expected_layout
-from silotune.budget import RoundCost
+from silotune.budget import RoundCost, is_within
 from silotune.config import RunConfig
-from silotune.errors import ConfigError, QuorumError, UpdateError
+from silotune.errors import QuorumError, UpdateError
 from silotune.evaluate import metrics
 from silotune.progress import Progress
 from silotune.sampling import cohort_size, num_needed, sample
@@ -117,26 +117,29 @@ def is_affordable(
     Raises:
         ConfigError: Not even the first round does.
     """
-    limit = run.budget.bytes
-    if limit is None or state.round == run.rounds:
+    if run.budget.bytes is None or state.round == run.rounds:
         return True
-    asked, scored = cohort_size(run.sampling, len(names)), run.evaluate.due(state.round, run.rounds)
+    spent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in folder.metrics())
+    cost = round_cost(run, state, algorithm, len(names))
+    return is_within(run.budget.bytes, spent, cost, first=state.round == 0)
+
+
+def round_cost(
+    run: RunConfig, state: ServerState, algorithm: Algorithm, num_clients: int
+) -> RoundCost:
+    """What the round after `state` sends. Tensors are not looked at, only their sizes."""
+    asked, scored = (
+        cohort_size(run.sampling, num_clients),
+        run.evaluate.due(state.round, run.rounds),
+    )
     extra = expected_extra(algorithm, state).values()
-    cost = RoundCost(
+    return RoundCost(
         down=sum(map(size_bytes, (state.adapter, *_broadcast_extra(state, algorithm).values()))),
         up=sum(map(layout_bytes, (expected_layout(algorithm, state), *extra))),
         num_asked=asked,
-        num_scoring=(len(names) - asked) * scored + len(names) * (run.evaluate.every > 0),
+        num_scoring=(num_clients - asked) * scored,
+        num_last=num_clients * (run.evaluate.every > 0),
     )
-    spent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in folder.metrics())
-    if spent + cost.size_bytes <= limit:
-        return True
-    if state.round == 0:
-        raise ConfigError(
-            f"budget.bytes = {limit}, but one round sends {cost.size_bytes} bytes.\n"
-            "  Raise it, or send less: a lower adapter.rank or sampling.fraction."
-        )
-    return False
 
 
 def _broadcast(state: ServerState, round_: int, algorithm: Algorithm, *, score: bool) -> Broadcast:

@@ -40,7 +40,7 @@ def workplace(tmp_path_factory):
 
 def test_the_readme_shows_the_commands_that_this_file_expects():
     heads = {" ".join(c.split()[:2]) for c in commands()}
-    verbs = ("check", "run", "compare", "ask", "evaluate", "report")
+    verbs = ("check", "data", "run", "compare", "ask", "evaluate", "report")
     assert heads == {"make demo", "make test", *(f"silotune {verb}" for verb in verbs)}
 
 

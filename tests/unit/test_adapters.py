@@ -11,6 +11,7 @@ from pydantic import ValidationError
 import silotune
 from silotune.adapters import AdapterConfig
 from silotune.algorithms.base import LocalContext, LocalRule
+from silotune.card import what_is_trained
 from silotune.checking import check
 from silotune.config import load_recipe, parse
 from silotune.errors import ConfigError, ModelError, SilotuneError
@@ -446,3 +447,21 @@ def test_first_vectors_of_a_text_do_not_read_a_tokenizer_that_the_recipe_names(t
 def test_targets_that_match_nothing_are_told_with_what_there_is(wide, targets, text):
     with pytest.raises(ModelError, match=text):
         load(wide, targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ({}, "LoRA of rank 8 (alpha 16) on the default modules of the model family"),
+        ({"dora": True, "targets": ("q_proj",)}, "DoRA of rank 8 (alpha 16) on q_proj"),
+        ({"rslora": True, "targets": ("q_proj",)}, "LoRA, rank-stabilised, of rank 8"),
+        ({"kind": "ia3", "targets": ("q_proj",)}, "IA3 on q_proj"),
+        ({"kind": "prompt", "virtual_tokens": 4}, "prompt tuning with 4 trained vectors"),
+        ({"kind": "peft", "targets": ("q_proj",), "peft": {"peft_type": "LOHA"}}, "LOHA on q_proj"),
+        ({"kind": "full"}, "all weights were trained"),
+    ],
+)
+def test_a_card_names_the_adapter_that_was_trained(adapter, words):
+    """Regression: every kind was called LoRA."""
+    run = parse({"rounds": 1, "data": {"path": "x"}, "adapter": adapter})
+    assert what_is_trained(run).startswith(words)

@@ -2,7 +2,7 @@
 
 import typer
 
-from silotune.cli import after, data, run
+from silotune.cli import after, data, plan, run
 
 app = typer.Typer(
     name="silotune",
@@ -14,4 +14,5 @@ app = typer.Typer(
 )
 run.register(app)
 data.register(app)
+plan.register(app)
 after.register(app)

@@ -1,7 +1,7 @@
-"""Commands after a run: ask, evaluate, report."""
+"""Commands after a run: ask, evaluate, export, report."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(ask)
     app.command()(evaluate)
+    app.command()(export)
     app.command()(report)
 
 
@@ -136,6 +137,42 @@ def _instructions(path: Path | None) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise ConfigError(f'--instructions {path}: write {{"medqa": "Answer with a letter."}}.')
     return found
+
+
+def export(
+    run: RunFolderArgument,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to create; by default RUN/export/<kind>.")
+    ] = None,
+    kind: Annotated[
+        Literal["peft", "merged", "gguf"],
+        typer.Option(
+            "--as",
+            help="The adapter for PEFT; a plain model with the adapter merged into it; one file "
+            "for llama.cpp (Llama family).",
+        ),
+    ] = "peft",
+    gguf_type: Annotated[
+        Literal["f16", "f32", "q8_0"] | None,
+        typer.Option("--type", help="How a GGUF file stores matrices; by default f16."),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload it to the hub too, for you alone."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: everyone may read it.")
+    ] = False,
+) -> None:
+    """Write a run's result for others to load: PEFT, a merged model, or GGUF; or push it."""
+    with errors_as_exit_codes():
+        import silotune
+        from silotune.progress import pick_progress
+
+        place = silotune.Run(run).export(
+            kind, to=to, gguf_type=gguf_type, push=push, public=public, progress=pick_progress()
+        )
+        typer.echo(place)
 
 
 def report(

@@ -1,0 +1,188 @@
+"""`silotune plan`, and what it says against finished runs of tiny models: bytes to the byte."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import silotune
+from silotune.cli import app
+from silotune.config import parse
+from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl, write_tiny_recipe
+from tests.tiny_encoders import build_tiny_encoder
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model):
+    data = write_jsonl(tmp_path / "rows.jsonl", hospital_rows(num_clients=4))
+
+    def make(**changes):
+        table = {
+            "seed": 3,
+            "rounds": 3,
+            "model": {"name": str(tiny_model), "dtype": "float32"},
+            "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+            "data": {"path": str(data)},
+            "partition": {"by": "source"},
+            "train": {"batch_size": 2, "local_steps": 1, "lr": 1e-2, "max_length": 128},
+            "runtime": {"device": "cpu", "threads": 1},
+            "report": {"page": False, "samples": 0},
+        }
+        return parse(changed(table, changes))
+
+    return make
+
+
+def agree(run, place) -> None:
+    """A plan and the finished run count the same bytes, message by message."""
+    planned = silotune.plan(run, measured=False).traffic
+    done = silotune.run(run, out=place)
+    assert (planned.bytes_down, planned.bytes_up) == (
+        done.summary["bytes_down"],
+        done.summary["bytes_up"],
+    )
+    trained = [row for row in done.metrics if row["event"] == "train"]
+    assert {(row["bytes_down"], row["bytes_up"]) for row in trained} == {(planned.down, planned.up)}
+    both = sum(row["bytes_down"] + row["bytes_up"] for row in trained)
+    assert (planned.training, planned.scoring) == (both, planned.total - both)
+    assert planned.rounds == done.summary["rounds"]
+    if run.task == "classify":
+        for way, one in (("up", planned.head_up), ("down", planned.head_up)):
+            num_sent = sum(row.get(f"bytes_{way}", 0) > 0 for row in done.metrics)
+            assert done.summary[f"head_bytes_{way}"] == one * num_sent
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"algorithm__name": "fedprox"},
+        {"algorithm__name": "fedadam"},
+        {"algorithm__name": "fedavgm", "sampling__fraction": 0.5},
+        {"sampling__num_clients": 1, "evaluate__every": 2},
+        {"sampling__num_clients": 3, "evaluate__every": 0},
+        {"rounds": 5, "evaluate__every": 4, "sampling__fraction": 0.5},
+        {"budget__bytes": 40_000},
+        {"adapter__dora": True},
+        {"adapter": {"kind": "ia3"}},
+        {"adapter": {"kind": "prompt", "virtual_tokens": 3}},
+        {"adapter": {"kind": "prefix", "virtual_tokens": 3}},
+        {"adapter": {"kind": "peft", "peft": {"peft_type": "LOHA", "r": 2}}},
+        {"adapter": {"kind": "peft", "peft": {"peft_type": "ADALORA", "total_step": 9}}},
+        {"adapter": {"kind": "full"}, "train__lr": 1e-4},
+        {"adapter__peft": {"init_lora_weights": "gaussian"}},
+        {"algorithm": {"name": "flower:flwr.serverapp.strategy.FedAvg"}},
+    ],
+    ids=str,
+)
+def test_a_plan_and_a_run_count_the_same_bytes(recipe, tmp_path, changes):
+    agree(recipe(**changes), tmp_path / "run")
+
+
+@pytest.mark.parametrize("head", ["train", "freeze", "local"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_the_head_of_a_classifier_is_counted_where_it_is_sent(recipe, tmp_path, family, kind, head):
+    rows = [
+        {"text": f"film {n}", "label": ("bad", "good", "fair")[n % 3], "site": "ab"[n % 4 == 0]}
+        for n in range(24)
+    ]
+    # BertForMaskedLM has no pooler, so its files lack one, and it learns with the head
+    kind_of_model = {"bert": "AutoModelForMaskedLM", "distilbert": "AutoModel"}[family]
+    place = build_tiny_encoder(tmp_path / "model", family, kind=kind_of_model)
+    run = recipe(
+        task="classify",
+        model={"name": str(place), "dtype": "float32"},
+        data={"path": str(write_jsonl(tmp_path / "films.jsonl", rows))},
+        partition={"by": "site"},
+        adapter={"kind": kind, "head": head},
+        sampling__num_clients=1,
+    )
+    agree(run, tmp_path / "run")
+    planned = silotune.plan(run, measured=False).traffic
+    assert (planned.head_up > 0) == (head == "train")
+    assert (planned.kept > 0) == (head == "local")
+
+
+def test_a_decoder_can_classify_too(recipe, tmp_path, tiny_model):
+    rows = [{"text": f"film {n}", "label": "ab"[n % 2], "site": "xy"[n % 4 > 1]} for n in range(20)]
+    run = recipe(
+        task="classify",
+        data={"path": str(write_jsonl(tmp_path / "films.jsonl", rows))},
+        partition={"by": "site"},
+    )
+    agree(run, tmp_path / "run")
+
+
+# --- a measured plan, and the command
+
+
+def plan(*words):
+    return CliRunner(env={"NO_COLOR": "1"}).invoke(app, ["plan", *map(str, words)])
+
+
+def test_a_model_at_hand_is_measured_on_the_clients_own_rows(recipe, tmp_path):
+    run = recipe(evaluate__every=2)
+    found = silotune.plan(run)
+    assert found.measured is not None
+    assert found.times is not None
+    assert found.measured.real_rows
+    assert found.peak_bytes == found.measured.peak_bytes > 1e8
+    done = silotune.run(run, out=tmp_path / "run")
+    rows = [row for row in done.metrics if row["event"] == "train"]
+    by_round = [
+        sum(row["num_padded_tokens"] for row in rows if row["round"] == r) for r in (1, 2, 3)
+    ]
+    assert list(found.measured.train_tokens) == by_round  # the run's own batches, to the token
+    assert found.batch.num_rows == 2
+    assert found.times.total > found.times.training > found.times.round > found.times.client > 0
+
+
+def test_a_step_that_fails_leaves_an_estimate_and_says_why(recipe, tmp_path):
+    place = build_tiny_model(tmp_path / "broken")
+    (place / "model.safetensors").write_bytes(b"nothing")
+    found = silotune.plan(recipe(model={"name": str(place), "dtype": "float32"}))
+    assert found.measured is None
+    assert found.peak_bytes is not None
+    (why,) = [note for note in found.notes if "no time is given" in note]
+    assert why.startswith("no step could be measured, so no time is given: ")
+    assert "header" in why  # what the library says of the file
+
+
+def test_the_command_shows_bytes_memory_time_and_what_fits(tmp_path, tiny_model):
+    path = write_tiny_recipe(tmp_path, tiny_model)
+    done = plan(path, "--memory", "64", "--bytes", "9500")
+    assert done.exit_code == 0, done.output
+    one = 4 * 2 * (2 * (16 + 16) + 2 * (16 + 8))
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert f"to a client, in a round {one:,} {one} B" in lines
+    assert f"in all {3 * 3 * 2 * one + 3 * one:,} 18.8 kB" in lines
+    assert "part a client the server" in lines
+    assert any(line.startswith("measured on cpu: ") for line in lines)
+    assert "time on this machine, clients one after the other" in lines
+    assert "it does not fit; each of these lines would, the cheapest first" in lines
+    assert any(line.startswith("adapter.rank=1 ") for line in lines)
+    assert any(line.startswith("rounds=1 ") for line in lines)
+
+
+def test_nothing_is_measured_when_nothing_shall_be(tmp_path, tiny_model):
+    done = plan(write_tiny_recipe(tmp_path, tiny_model), "--no-measure", "--bytes", "99999")
+    assert done.exit_code == 0, done.output
+    assert "time on this machine" not in done.stdout
+    assert "note: memory is estimated, and no time is given: nothing was measured" in done.stdout
+    assert "it fits" in done.stdout
+
+
+def test_numbers_for_a_machine(tmp_path, tiny_model):
+    done = plan(write_tiny_recipe(tmp_path, tiny_model), "--no-measure", "--json", "rounds=1")
+    assert done.exit_code == 0, done.output
+    numbers = json.loads(done.stdout)
+    assert numbers["traffic"]["rounds"] == 1
+    assert numbers["times"] is None
+
+
+def test_a_mistake_is_one_error_and_nothing_else(tmp_path, tiny_model):
+    done = plan(write_tiny_recipe(tmp_path, tiny_model), "adapter.rnak=3")
+    assert done.exit_code == 2
+    assert "Did you mean adapter.rank?" in done.stderr
+    assert done.stdout == ""
