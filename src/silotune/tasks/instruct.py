@@ -153,7 +153,9 @@ def check_packing(loaded: LoadedModel, max_length: int = 0) -> None:
     except (RuntimeError, TypeError, ValueError) as error:  # it takes no such mask
         raise ModelError(_UNPACKED) from error
     most = float(padded.abs().max())
-    same = torch.allclose(found[0], padded, rtol=0.05, atol=0.05 * most)
+    # in half precision another order of sums moves such senseless texts by some per cent
+    error = 0.01 if loaded.dtype == torch.float32 else 0.3
+    same = (found[0] - padded).norm() <= error * padded.norm()
     # masked attention carries nothing over; what a hybrid model carries may be small
     apart = torch.allclose(found[0][-4:], found[1][-4:], rtol=0, atol=1e-6 * most)
     # the mask that keeps rows apart takes the place of a window

@@ -1,0 +1,13 @@
+"""Packing on a real model in half precision, where rounding is large."""
+
+import pytest
+
+from silotune.config import load_recipe
+from silotune.finished import load_for
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_real_model_in_bfloat16_is_not_refused_for_its_rounding():
+    """Regression: packed and padded rows differ by a tenth of the largest logit, by rounding."""
+    load_for(load_recipe("hospitals", ["model.dtype=bfloat16", "train.packing=true"]))
