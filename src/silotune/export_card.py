@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from silotune.card import python_use
+from silotune.card import python_use, what_is_trained
 from silotune.config import RunConfig
 from silotune.gguf_write import GgufType
 from silotune.models import folder_of_base
@@ -56,8 +56,8 @@ def export_card(
         "",
         f"# {name}, fine-tuned by {len(clients)} clients",
         "",
-        f"{described}. Rounds of {summary['algorithm']}: {summary['rounds']}; trained was "
-        f"{_what_was_trained(run)}. The clients' rows were never pooled; what travelled were "
+        f"{described}. Rounds of {summary['algorithm']}: {summary['rounds']}; "
+        f"{what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
         "float32 changes of the trained tensors, without secure aggregation and without "
         "differential privacy.",
         "",
@@ -100,20 +100,6 @@ def licence_of(run: RunConfig) -> str | None:
     front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
     found = re.search(r"^license:\s*['\"]?([\w.+-]+)", front[1] if front else "", re.MULTILINE)
     return found[1] if found else None
-
-
-def _what_was_trained(run: RunConfig) -> str:
-    a = run.adapter
-    if a.kind == "lora":
-        more = " with DoRA" if a.dora else " with rsLoRA" if a.rslora else ""
-        return f"a LoRA of rank {a.rank} (alpha {a.alpha:g}){more}"
-    return {
-        "ia3": "IA3",
-        "prompt": f"a prompt of {a.virtual_tokens} vectors",
-        "prefix": f"a prefix of {a.virtual_tokens} vectors",
-        "peft": f"PEFT's {a.peft.get('peft_type')}",
-        "full": "the whole model",
-    }[a.kind]
 
 
 def _notes(

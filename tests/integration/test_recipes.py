@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import silotune
 from silotune.adapters import put_adapter
@@ -18,6 +18,7 @@ from silotune.errors import ConfigError
 from silotune.sampling import cohort_size
 from silotune.train import num_rows, round_lr
 from tests.conftest import write_jsonl
+from tests.published import published_config
 
 PUBLISHED = {
     # recipe: clients, clients a round, rounds, steps, sizes of the model, trained numbers
@@ -30,13 +31,6 @@ PUBLISHED = {
     "flowertune-code": (10, 2, 200, 10, "mistral_7b", 13_631_488),
 }
 """From the published configurations and adapter sizes."""
-
-SIZES = {
-    # layers, width, of the feed-forward, heads, heads of keys and values, vocabulary
-    "open_llama_3b": ("llama", 26, 3200, 8640, 32, 32, 32_000),
-    "mistral_7b": ("mistral", 32, 4096, 14_336, 32, 8, 32_768),
-    "llama_3_8b": ("llama", 32, 4096, 14_336, 32, 8, 128_256),
-}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -57,16 +51,7 @@ def test_a_recipe_holds_the_published_numbers(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_adapter_on_the_published_model_has_the_published_number_of_values(name):
     size, values = PUBLISHED[name][4:]
-    family, layers, width, inner, heads, kv_heads, vocabulary = SIZES[size]
-    config = AutoConfig.for_model(
-        family,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-    )
+    config = published_config(size)
     with torch.device("meta"):  # shapes without memory
         base = AutoModelForCausalLM.from_config(config)
         model = put_adapter(base, load_recipe(name).adapter, 1, None)

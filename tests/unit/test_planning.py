@@ -16,16 +16,7 @@ from silotune.measuring import is_at_hand
 from silotune.shapes import build_shapes
 from silotune.sizing import BatchShape, base_bytes, client_memory, kept_bytes, widest_batch
 from tests.conftest import write_tiny_recipe
-
-SIZES = {
-    # family, layers, width, of the feed-forward, heads, heads of keys and values, vocabulary
-    "open_llama_3b": ("llama", 26, 3200, 8640, 32, 32, 32_000),
-    "open_llama_7b": ("llama", 32, 4096, 11_008, 32, 32, 32_000),
-    "mistral_7b": ("mistral", 32, 4096, 14_336, 32, 8, 32_768),
-    "llama_3_8b": ("llama", 32, 4096, 14_336, 32, 8, 128_256),
-    "smollm2_135m": ("llama", 30, 576, 1536, 9, 3, 49_152),
-}
-"""From the published configurations."""
+from tests.published import published_config
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +28,7 @@ def published(tmp_path_factory):
         if size == "distilbert":
             AutoConfig.for_model("distilbert").save_pretrained(place)
             return place
-        family, layers, width, inner, heads, kv_heads, vocabulary = SIZES[size]
-        AutoConfig.for_model(
-            family,
-            num_hidden_layers=layers,
-            hidden_size=width,
-            intermediate_size=inner,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            vocab_size=vocabulary,
-        ).save_pretrained(place)
+        published_config(size).save_pretrained(place)
         return place
 
     return folder
