@@ -221,8 +221,7 @@ def put_adapter(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> 
             raise ModelError(
                 f"adapter: PEFT cannot place '{what}' on this model: {error}\n  {mend}"
             ) from error
-    learning = {p.data_ptr() for p in base.parameters() if p.requires_grad}
-    if learning & before.keys() or not _marks(base).items() >= before.items():
+    if cfg.peft and _base_changed(base, before):
         raise ConfigError(
             f"adapter.peft: {', '.join(sorted(cfg.peft))} would change weights of the base, which "
             "all clients share and every comparison starts from.\n  Take the option out."
@@ -254,6 +253,12 @@ def _try_out(model: Any, method: str) -> None:
             f"adapter.peft.peft_type = '{method}' does not work on this base: {why}\n"
             "  Take another method, or a base that is not quantised."
         )
+
+
+def _base_changed(base: nn.Module, before: Mapping[int, float]) -> bool:
+    """Whether weights of the base learn now, or are others than `_marks` has seen."""
+    learning = {p.data_ptr() for p in base.parameters() if p.requires_grad}
+    return bool(learning & before.keys()) or not _marks(base).items() >= before.items()
 
 
 def _marks(base: nn.Module) -> dict[int, float]:
