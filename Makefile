@@ -44,6 +44,8 @@ bench: dev
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/messages.py
 	$(BIN)/python benchmarks/runtimes.py
+	$(BIN)/python benchmarks/sweeps.py
+	$(BIN)/python benchmarks/planned.py
 
 docs: dev
 	$(BIN)/python docs/build_recipe_reference.py

@@ -1,5 +1,6 @@
 """Tiny real things for tests: a random Llama of 2 layers, width 16 and byte tokens; and rows."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -162,3 +163,15 @@ samples = 0
         encoding="utf-8",
     )
     return path
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """No file may grow beyond this: what a disk does that is full, for every library's writes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

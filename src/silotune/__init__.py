@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from silotune.planning import Plan, plan
     from silotune.previewing import preview
     from silotune.progress import PlainProgress, Progress
+    from silotune.sweeping import Sweep, sweep
 
 # Resolved when first used: importing silotune costs no torch.
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "Run": "silotune.finished",
     "RunConfig": "silotune.config",
     "SilotuneError": "silotune.errors",
+    "Sweep": "silotune.sweeping",
     "base_folder": "silotune.launch",
     "check": "silotune.checking",
     "compare": "silotune.arms",
@@ -37,6 +39,7 @@ _HOMES = {
     "preview": "silotune.previewing",
     "run": "silotune.launch",
     "shipped_recipes": "silotune.config",
+    "sweep": "silotune.sweeping",
 }
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "SilotuneError",
+    "Sweep",
     "base_folder",
     "check",
     "compare",
@@ -56,6 +60,7 @@ __all__ = [
     "preview",
     "run",
     "shipped_recipes",
+    "sweep",
 ]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.alone import Cost, Plan, cost_of_run, pooled, rows_trained, train_alone
 from silotune.arm_recipes import federated_arms
+from silotune.bench import SharedBase
 from silotune.card import comparison_card
 from silotune.checking import Checked
 from silotune.client import ClientData, Worker
@@ -28,19 +29,11 @@ from silotune.config import CompareConfig, RunConfig
 from silotune.disk import write_atomically, write_json, write_rows
 from silotune.errors import ConfigError, RunFolderError
 from silotune.evaluate import score_each
-from silotune.finished import Run, load_for
+from silotune.finished import Run
 from silotune.generate import answers
 from silotune.launch import open_folder, provenance_of, run_in
 from silotune.memory import load_memory
-from silotune.models import (
-    LoadedModel,
-    is_renewable,
-    read_adapter,
-    renew_adapter,
-    save_adapter,
-    untrained,
-    write_adapter,
-)
+from silotune.models import LoadedModel, save_adapter, untrained, write_adapter
 from silotune.overview import describe_split
 from silotune.page import comparison_page
 from silotune.parts import (
@@ -59,7 +52,6 @@ from silotune.runtime.inprocess import prepare_clients
 from silotune.store import Row, RunFolder
 from silotune.tasks import build_task
 from silotune.tasks.base import Example
-from silotune.tasks.instruct import check_packing
 from silotune.teaching import build_lesson, is_pretrained, pretrain, server_rows
 from silotune.types import AdapterState
 
@@ -157,20 +149,20 @@ def _check(checked: Checked) -> None:
 def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> Comparison:
     if folder.read_json("comparison.json") is not None:
         return Comparison(folder.path)
-    bench = Bench(folder, checked, progress)
+    arms = Arms(folder, checked, progress)
     run = checked.run
-    bench.base()
+    arms.base()
     for seed in seeds_of(run):
         plan: Plan = {}
         for arm, recipe in federated_arms(run).items():
-            done = bench.federated(arm, recipe, seed)
-            plan = plan or rows_trained(done.metrics, bench.data, run)
-        for client in bench.data:
-            bench.alone(client, seed, plan[client])
-        bench.centralized(seed, pooled(plan))
-    parts = places(folder.path, run, bench.data)
+            done = arms.federated(arm, recipe, seed)
+            plan = plan or rows_trained(done.metrics, arms.data, run)
+        for client in arms.data:
+            arms.alone(client, seed, plan[client])
+        arms.centralized(seed, pooled(plan))
+    parts = places(folder.path, run, arms.data)
     scores = read_scores(parts)
-    num_train = {name: len(own.examples) for name, own in bench.data.items()}
+    num_train = {name: len(own.examples) for name, own in arms.data.items()}
     numbers = compare_arms(scores, num_train=num_train, seed=run.seed)
     result = {
         "name": folder.path.name,
@@ -180,8 +172,8 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
         "arms": read_costs(parts),
         **numbers,
         "notes": [*([run.report.note] if run.report.note else []), *numbers["notes"]],
-        "samples": bench.samples(scores),
-        "split": describe_split(checked.rows, bench.loaded.tokenizer, bench.task),
+        "samples": arms.samples(scores),
+        "split": describe_split(checked.rows, arms.loaded.tokenizer, arms.task),
     }
     write_atomically(folder.path / "README.md", comparison_card(result, run).encode())
     write_json(folder.path / "results.json", results(folder.path, run, result))
@@ -201,7 +193,7 @@ class HeldOut:
     """The same rows as text."""
 
 
-class Bench:
+class Arms:
     """One base in memory, the clients' tokens, and the folder of parts."""
 
     def __init__(self, folder: ComparisonFolder, checked: Checked, progress: Progress) -> None:
@@ -210,9 +202,8 @@ class Bench:
         self.task = build_task(run.task, run.data.labels)
         progress.note(f"comparison folder: {folder.path}")
         progress.note(f"loading {run.model.name}")
-        self.loaded: LoadedModel = load_for(run, progress)
+        self.base_model = SharedBase(run, progress)
         provenance_of(folder, checked, self.loaded)
-        self._first = ((run.seed, run.adapter), read_adapter(self.loaded))
         self.data = prepare_clients(checked.rows, self._worker(run))
         everything = tuple(e for own in self.data.values() for e in own.examples)
         self.server_rows = server_rows(run)
@@ -222,6 +213,11 @@ class Bench:
         self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
         arms = 1 + len(self.data) + len(federated_arms(run))
         self.num_parts, self.num_done = 1 + arms * run.compare.seeds, 0
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The base as it is dressed now."""
+        return self.base_model.loaded
 
     def _worker(self, run: RunConfig) -> Worker:
         """Trains as one client without a federation does: whatever it learns is the result."""
@@ -236,7 +232,7 @@ class Bench:
 
     def base(self) -> None:
         """Score the base as it came."""
-        first = self.first(self._recipe(self.run, self.run.seed))
+        first = self.base_model.dress(self._recipe(self.run, self.run.seed))
         with untrained(self.loaded):
             self._part("base", "the base", lambda _: (first, Cost()), self.data)
 
@@ -249,8 +245,7 @@ class Bench:
         def train(_: Path) -> tuple[AdapterState, Cost]:
             taught = self._with_teacher(run)
             opened = RunFolder.open(path) if path.exists() else RunFolder.create(path, taught)
-            first = self.first(run)  # before `loaded` is looked at: it may dress the base anew
-            write_adapter(self.loaded, first)
+            self.base_model.dress(run)  # before `loaded` is looked at: it may be another then
             with opened.locked():
                 done = run_in(
                     opened,
@@ -285,7 +280,7 @@ class Bench:
         run = self._recipe(self.run, seed)
 
         def train(place: Path) -> tuple[AdapterState, Cost]:
-            first = self.first(run)  # before the worker: it may dress the base anew
+            first = self.base_model.dress(run)  # before the worker, which holds what is loaded
             adapter, cost = train_alone(self._worker(run), data, plan, first, place / "state")
             if self.loaded.has_adapter:
                 write_adapter(self.loaded, adapter)
@@ -332,22 +327,6 @@ class Bench:
             )
         taught = how.model_copy(update={"teacher": str(place)})
         return run.model_copy(update={"distill": taught})
-
-    def first(self, run: RunConfig) -> AdapterState:
-        """What every arm of this seed and kind of adapter begins with; the base is dressed for it.
-
-        Only another seed, or another adapter, makes it anew.
-        """
-        wanted = (run.seed, run.adapter)
-        if self._first[0] != wanted:
-            if is_renewable(self.loaded, run.adapter):
-                self.loaded = renew_adapter(self.loaded, run.adapter, seed=run.seed)
-            else:
-                self.loaded = load_for(run)
-            if run.train.packing:
-                check_packing(self.loaded, run.train.max_length)
-            self._first = (wanted, read_adapter(self.loaded))
-        return self._first[1]
 
     # --- parts
 

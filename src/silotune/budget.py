@@ -1,4 +1,4 @@
-"""What a run may spend: the bytes that it sends."""
+"""What a run may spend: the bytes that it sends, and the hours that it takes."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,19 @@ class BudgetConfig(Config):
     bytes: int | None = Field(default=None, ge=1)
     """Of all messages with tensors, both ways, of all clients that answer. The last adapter below
     the ceiling is the result."""
+    hours: float | None = Field(default=None, gt=0)
+    """Of the whole run until its last score, by the clock of its machine; a resumed run goes on
+    counting, and the time between its parts does not count. Judged before each round by the longest
+    one so far, so the first is always done; a round that has begun is not cut."""
+
+
+class PlanConfig(Config):
+    """What is found out before the first round."""
+
+    measure: bool = False
+    """Train one step on the widest batch in a process of its own, as `silotune plan` does; the
+    report then shows predicted memory and time beside the actual ones. Runs only: a comparison
+    takes no notice of it."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +85,15 @@ def is_within(limit: int | None, spent: int, cost: RoundCost, *, first: bool) ->
             "  Raise it, or send less: a lower adapter.rank or sampling.fraction."
         )
     return False
+
+
+def has_time(hours: float | None, spent_s: float, *, round_s: float, last_s: float) -> bool:
+    """Whether one more round, and the scoring of what comes of it, fit below a run's ceiling.
+
+    Args:
+        hours: `budget.hours`.
+        spent_s: Seconds of the run so far.
+        round_s: What the round is expected to take.
+        last_s: What the scoring after it is expected to take.
+    """
+    return hours is None or spent_s + round_s + last_s <= 3600 * hours

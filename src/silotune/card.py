@@ -17,9 +17,13 @@ from silotune.comparison import (
 )
 from silotune.config import RunConfig
 from silotune.report import (
+    budget_lines,
+    budget_warnings,
     cost_lines,
     label_table,
     loss_table,
+    prediction_notes,
+    prediction_table,
     round_table,
     split_table,
     unit_of,
@@ -80,6 +84,8 @@ def model_card(
     ]
     if lost:
         lines += ["", f"**Not better than the base for: {', '.join(lost)}.**"]
+    for text in budget_warnings(summary):
+        lines += ["", f"**{text}**"]
     lines += [
         "",
         "## Rounds",
@@ -89,8 +95,9 @@ def model_card(
         *(["## Clients", "", *markdown_table(split_table(split)), ""] if split else []),
         "## Cost",
         "",
-        *(f"- {line}" for line in cost_lines(summary)),
+        *(f"- {line}" for line in [*budget_lines(summary), *cost_lines(summary)]),
         "",
+        *_predicted(summary),
         "## Use",
         "",
         "```",
@@ -110,8 +117,16 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def _predicted(summary: Mapping[str, Any]) -> list[str]:
+    """Predicted and actual cost as lines, with an empty one at the end; nothing where unknown."""
+    if not (table := prediction_table(summary)):
+        return []
+    return [*markdown_table(table), "", *(f"- {note}" for note in prediction_notes(summary)), ""]
+
+
 def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
     """README.md of a comparison: the report's numbers as Markdown, without rows or answers."""
+    up_to = "Up to " if run.budget.bytes or run.budget.hours else ""
     said = [*comparison_verdict(comparison), *worse_off_warnings(comparison), *comparison["notes"]]
     lines = [
         f"# Was it worth joining? {comparison['base_name']}, {len(comparison['clients'])} clients",
@@ -119,7 +134,7 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
         *(f"- {line}" for line in said),
         "",
         f"Seeds: {', '.join(map(str, comparison['seeds']))}. "
-        f"{'Up to ' if run.budget.bytes else ''}{run.rounds} rounds. All arms are "
+        f"{up_to}{run.rounds} rounds. All arms are "
         "scored on the same held-out rows of each client; a difference is arm minus local, with "
         "its 95 % interval.",
     ]

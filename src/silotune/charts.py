@@ -67,6 +67,12 @@ def training_loss(clients: Mapping[str, Points], unit: str = "nats per token") -
     return _lines(clients, {}, x_label="round", y_label=f"training loss ({unit})")
 
 
+def loss_by_run(runs: Mapping[str, Points], unit: str = "nats per token") -> str:
+    """Held-out loss over all clients, of each run of a sweep, by rounds behind the adapter."""
+    x_label = "rounds behind the adapter (0 = base)"
+    return _lines(runs, {}, x_label=x_label, y_label=f"held-out loss ({unit})", what="run")
+
+
 def bytes_per_round(down: Points, up: Points) -> str:
     """Bytes that all clients together received and sent."""
     rounds = sorted(down.keys() | up.keys())
@@ -212,7 +218,14 @@ def biggest(clients: Mapping[str, Mapping[str, Any]], limit: int = MAX_CLIENTS) 
     return [name for name in clients if name in chosen]
 
 
-def _lines(clients: Mapping[str, Points], overall: Points, *, x_label: str, y_label: str) -> str:
+def _lines(
+    clients: Mapping[str, Points],
+    overall: Points,
+    *,
+    x_label: str,
+    y_label: str,
+    what: str = "client",
+) -> str:
     drawn = {name: p for name, p in clients.items() if p}
     if not drawn:
         return ""
@@ -236,7 +249,7 @@ def _lines(clients: Mapping[str, Points], overall: Points, *, x_label: str, y_la
         _whole_numbers(ax)
         return legend
 
-    return chart(f"{y_label} per round and client", 210, draw)
+    return chart(f"{y_label} per round and {what}", 210, draw)
 
 
 def _named(clients: Mapping[str, Points]) -> dict[str, str]:

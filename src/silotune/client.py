@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from silotune.algorithms.base import Algorithm, LocalContext, LocalOutcome
+from silotune.allocator import release_memory
 from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.errors import DataError
@@ -196,4 +197,5 @@ def train_round(
         bytes_down=size_bytes(broadcast.adapter) + sum(map(size_bytes, broadcast.extra.values())),
         bytes_up=size_bytes(sent) + sum(map(size_bytes, outcome.extra.values())),
     )
+    release_memory()  # the next client's batches have other lengths
     return update, ClientMemory(memory.position + count, kept)

@@ -33,9 +33,10 @@ from silotune.algorithm_config import (
 )
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
-from silotune.budget import BudgetConfig
+from silotune.budget import BudgetConfig, PlanConfig
 from silotune.errors import ConfigError
 from silotune.evaluate import EvaluateConfig
+from silotune.grid import SweepConfig
 from silotune.models import ModelConfig
 from silotune.partition import PartitionConfig
 from silotune.reading import DataConfig
@@ -185,14 +186,22 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     budget: BudgetConfig = BudgetConfig()
+    plan: PlanConfig = PlanConfig()
     report: ReportConfig = ReportConfig()
     compare: CompareConfig = CompareConfig()
+    sweep: SweepConfig = SweepConfig()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Every pair (key, why it cannot be) that no single section can see."""
         if self.checkpoint.keep == "best" and self.evaluate.every == 0:
             yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
         yield from self.runtime.contradictions()
+        if self.plan.measure and self.runtime.name == "flower":
+            yield (
+                "plan.measure",
+                "cannot be used with runtime.name = 'flower': the server has no rows to take a "
+                "step on, and the clients' machines are not its own",
+            )
         yield from self._of_the_task()
         yield from self._of_the_server()
         if "no-end-token" in self.train.compat and TEMPLATES.get(self.data.template) is None:
@@ -309,6 +318,27 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if problem:
             problems.append(problem)
     return parse(table, name=path.stem, problems=problems)
+
+
+def with_overrides(run: RunConfig, overrides: Sequence[str], *, name: str = "recipe") -> RunConfig:
+    """A recipe with other values at some keys, checked like one that is read.
+
+    Args:
+        run: The recipe.
+        overrides: As in `load_recipe`. Another algorithm begins with its own defaults.
+        name: What an error calls the recipe.
+
+    Raises:
+        ConfigError: All mistakes together.
+    """
+    table = tomllib.loads(to_toml(run))
+    problems = [problem for text in overrides if (problem := _apply(table, text))]
+    if chosen_algorithm(table["algorithm"]) != chosen_algorithm(run.algorithm):
+        table["algorithm"] = {}
+        for text in overrides:
+            if text.strip().startswith("algorithm."):
+                _apply(table, text)
+    return parse(table, name=name, problems=problems)
 
 
 def _find(recipe: str | Path) -> Path:
@@ -434,6 +464,8 @@ LISTS = {
     "": '["one", "two"]',
     "adapter.targets": '["q_proj", "v_proj"]',
     "compare.algorithms": '["fedprox"]',
+    "sweep.keys": '["train.lr=1e-4,1e-3"]',
+    "sweep.runs": '["train.lr=1e-3 adapter.rank=8"]',
 }
 """Examples of lists, by key."""
 
@@ -525,8 +557,10 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "checkpoint": CheckpointConfig,
         "runtime": RuntimeConfig,
         "budget": BudgetConfig,
+        "plan": PlanConfig,
         "report": ReportConfig,
         "compare": CompareConfig,
+        "sweep": SweepConfig,
     }
 
 

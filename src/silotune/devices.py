@@ -1,6 +1,7 @@
 """Where a model runs, in which numbers, and how much memory that took."""
 
 import sys
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -57,3 +58,15 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory_bytes(device: torch.device) -> int | None:
+    """What new processes could take without pushing others out; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return None
+    found = dict(line.split(":", 1) for line in lines)
+    return int(found["MemAvailable"].split()[0]) * 1024

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,53 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from silotune.errors import RunFolderError
+from silotune.errors import DiskError, RunFolderError
+
+
+@contextlib.contextmanager
+def writing(path: Path, part: Path | None = None) -> Iterator[None]:
+    """Say in one error that something cannot be written, and leave no part of it.
+
+    Args:
+        path: Its name in the error.
+        part: What is removed then: a file or a folder.
+
+    Raises:
+        DiskError: Instead of whatever the system or a library said.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if part is not None and part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part is not None:
+            part.unlink(missing_ok=True)
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise DiskError(
+            f"{path} cannot be written: {why}.\n"
+            "  Make room, or mend its folder, and try again: what was finished before is whole."
+        ) from error
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be filled, which then takes its place, or goes."""
+    part = path.with_name(path.name + ".part")
+    with writing(path, part):
+        yield part
+        part.replace(path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or none: beside its place first, then renamed into it."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    """Write a whole file or none: beside its place first, then renamed into it.
+
+    Raises:
+        DiskError: It cannot be written; this and all that follow in this file.
+    """
+    with _whole(path) as part, part.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
 
 
 def free_place(first: Path) -> Path:
@@ -40,6 +76,13 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, lines.encode())
 
 
+def written_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_rows` wrote; none where there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that people can read too."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -47,11 +90,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, str]) -> None:
     """Write a safetensors file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata=dict(about))
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    with _whole(path) as part:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata=dict(about))
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,12 +137,11 @@ def save_rows(path: Path, tensors: Mapping[str, Tensor], *, about: str, sync: bo
         layout.setdefault(dtype, []).append((name, list(tensor.shape)))
         parts.setdefault(dtype, []).append(tensor.reshape(-1))
     rows = {dtype: torch.cat(own) for dtype, own in parts.items()}
-    part = path.with_name(path.name + ".part")
-    save_file(rows, part, metadata={"layout": json.dumps(layout), "about": about})
-    if sync:
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-    part.replace(path)
+    with _whole(path) as part:
+        save_file(rows, part, metadata={"layout": json.dumps(layout), "about": about})
+        if sync:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
 
 
 def load_rows(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -139,8 +180,9 @@ def build_folder(final: Path, build: Callable[[Path], None]) -> Path:
     """Let `build(folder)` fill a folder, and put it into its place whole, over what was there."""
     part = final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    build(part)
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
+    with writing(final, part):
+        part.mkdir(parents=True)
+        build(part)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
     return final

@@ -6,6 +6,7 @@ SilotuneError
 │   └── EmptyRowError  a row without a text that is needed
 ├── ModelError       a base model or an adapter that cannot be used           (exit 2)
 ├── RunFolderError   a run folder that is missing, foreign, taken or damaged  (exit 2)
+├── DiskError        a file cannot be written: no room, or no right to        (exit 1)
 ├── UpdateError      what a client sent cannot be combined; the client is named
 ├── Declined         a client's own limits do not allow what a recipe asks for
 ├── EngineError      a process that a runtime started did not do its part      (exit 1)
@@ -49,6 +50,10 @@ class RunFolderError(SilotuneError):
     """A run folder that cannot be created, read or resumed."""
 
     exit_code = 2
+
+
+class DiskError(SilotuneError):
+    """A file cannot be written: no room, or no right to. Nothing half-written stays."""
 
 
 class UpdateError(SilotuneError):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
 
 from silotune.adapters import PROMPT_KINDS
 from silotune.config import RunConfig
@@ -130,7 +129,8 @@ def export_run(
         `place`.
 
     Raises:
-        RunFolderError: Something is there, or the disk does not take it.
+        RunFolderError: Something is there.
+        DiskError: The disk does not take it.
         ModelError: The result cannot be merged, or the model not be written as GGUF.
     """
     _check_free(place)
@@ -243,14 +243,9 @@ def _build(place: Path, fill: Callable[[Path], None]) -> Path:
     new = [parent for parent in place.parents if not parent.exists()]
     try:
         return build_folder(place, fill)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(place.with_name(f".{place.name}.part"), ignore_errors=True)
         for parent in new:
             with contextlib.suppress(OSError):  # somebody else's export is in it by now
                 parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            raise RunFolderError(
-                f"{place} cannot be written, and nothing is left of it: {error}\n"
-                "  Make room there, or give another --to."
-            ) from error
         raise

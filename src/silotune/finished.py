@@ -1,6 +1,5 @@
 """A finished run on disk: its numbers, its adapter, its model, its page."""
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,16 @@ import torch
 from safetensors.torch import load_file
 
 from silotune.adapters import without_frozen
+from silotune.chatting import NO_HEAD, SPEAKERS, Chat, Speaker, Speakers
 from silotune.config import RunConfig
 from silotune.disk import write_atomically
 from silotune.errors import ConfigError, ModelError, RunFolderError, UpdateError
 from silotune.export import GGUF_DEFAULT, check_order, export_run
 from silotune.export_card import ExportKind
-from silotune.generate import answer
 from silotune.gguf_write import GgufType
 from silotune.heads import check_length
 from silotune.models import (
     LoadedModel,
-    base_only,
     folder_of_base,
     load_model,
     write_adapter,
@@ -29,7 +27,6 @@ from silotune.progress import Progress
 from silotune.pushing import hub_login, push_folder
 from silotune.sources import content_hash, is_hub_id
 from silotune.store import Row, RunFolder
-from silotune.tasks.classify import predictions
 from silotune.tasks.instruct import check_packing
 from silotune.templates import resolve_template, set_template
 from silotune.types import AdapterState
@@ -40,6 +37,9 @@ class Run:
     """A finished run on disk."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a text is a path too
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -160,7 +160,8 @@ class Run:
         Raises:
             ConfigError: Arguments that cannot be, or nobody is logged in to the hub.
             ModelError: The base is gone or has changed, or there is no such export of this run.
-            RunFolderError: The run is not finished, or the folder cannot be written.
+            RunFolderError: The run is not finished, or something is in the place.
+            DiskError: The folder cannot be written.
             SilotuneError: The hub did not take it; the folder stays.
         """
         progress = progress or Progress()
@@ -186,27 +187,38 @@ class Run:
 
         The system text and the template are those of training. With the task classify, `question`
         is the text, and the answer its label and how likely the model takes it to be.
+
+        Raises:
+            ConfigError: The question is too long, or the base has no head to answer with.
+        """
+        only: Speaker = "base" if base else "federated"
+        return self.chat(only=only, max_new_tokens=max_new_tokens).say(question)[only]
+
+    def chat(self, *, only: Speaker | None = None, max_new_tokens: int = 128) -> Chat:
+        """Begin a conversation with the base and the federated model, side by side.
+
+        Loads the model once. Where all weights were trained the base is another model, and both are
+        held in memory. A classifier's base has no head, so there the federated model is alone.
+
+        Args:
+            only: Leave the other one out.
+            max_new_tokens: Where an answer that does not end by itself is cut.
+
+        Raises:
+            ConfigError: The base alone is asked for, and has no head.
+            ModelError: See `load`.
         """
         run = self.config
         if run.task == "classify":
-            return self._classify(question, base=base)
-        system = [{"role": "system", "content": run.data.system}] if run.data.system else []
-        messages = (*system, {"role": "user", "content": question})
-        whole = run.adapter.kind == "full"  # then the base is another model
-        loaded = load_for(run) if base and whole else self.load()
-        with base_only(loaded) if base and not whole else contextlib.nullcontext():
-            return answer(loaded, messages, max_new_tokens=max_new_tokens)
-
-    def _classify(self, text: str, *, base: bool) -> str:
-        run = self.config
-        if base:
-            raise ConfigError(
-                "the base has no head for these labels, so it has nothing to say.\n"
-                "  Ask without --base."
-            )
-        shares = predictions(self.load(), [{"text": text}], run.train.max_length)[0]
-        label = (run.data.labels or ())[int(shares.argmax())]
-        return f"{label} ({float(shares.max()):.1%})"
+            if only == "base":
+                raise ConfigError(f"{NO_HEAD}.\n  Ask without --base, and without --only base.")
+            only = "federated"
+        whole = run.adapter.kind == "full"
+        result = None if whole and only == "base" else self.load()
+        base = load_for(run) if whole and only != "federated" else result
+        both = zip(SPEAKERS, (base, result), strict=True)
+        models = {name: m for name, m in both if m is not None and only in (None, name)}
+        return Chat(Speakers(run, models, max_new_tokens))
 
 
 def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:

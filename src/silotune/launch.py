@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from silotune.algorithms.base import keep_local
 from silotune.card import model_card
 from silotune.checking import Checked, check
 from silotune.client import ClientData
@@ -29,13 +30,15 @@ from silotune.models import (
     write_adapter,
 )
 from silotune.overview import describe_split
+from silotune.predicted import compare_with_prediction, measure_first, write_prediction
 from silotune.progress import Both, Progress
 from silotune.quality import question_of
-from silotune.report import summarise
+from silotune.report import budget_warnings, summarise
 from silotune.runtime import flower_engine, inprocess
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.job import Job
 from silotune.sources import SOURCES, content_hash, resolve
+from silotune.spending import begin_part, keep_spent, read_spent
 from silotune.store import RunFolder
 from silotune.tasks import build_task
 from silotune.teaching import is_pretrained, pretrain, server_rows
@@ -132,9 +135,7 @@ def pretrain_teacher(
             f"distill.teacher = '{distill.teacher}' has learned the task already.\n"
             "  Name the model that it began as."
         )
-    name = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
-    first = Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}-teacher"
-    place = Path(out) if out is not None else free_place(first)
+    place = place_for(recipe, out, "-teacher")
     held_out = [row for client in checked.rows.values() for row in client.evaluation]
     pretrain(
         run,
@@ -176,10 +177,15 @@ def open_folder(
     if recipe is None:
         raise ConfigError("give a recipe, or a run folder to resume.")
     checked = check(recipe, overrides)
+    return kind.create(place_for(recipe, out), checked.run), checked
+
+
+def place_for(recipe: str | Path | RunConfig, out: Path | str | None, ending: str = "") -> Path:
+    """Where a new folder goes: `out`, else runs/<time>-<recipe><ending>, where nothing is yet."""
+    if out is not None:
+        return Path(out)
     name = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
-    first = Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}"
-    place = Path(out) if out is not None else free_place(first)
-    return kind.create(place, checked.run), checked
+    return free_place(Path("runs") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}{ending}")
 
 
 def _dotted(run: RunConfig) -> dict[str, Any]:
@@ -229,7 +235,13 @@ def run_in(
     run, loads_before = checked.run, num_base_loads()
     for text in checked.warnings:
         progress.note(f"warning: {text}")
+    if run.budget.bytes is not None or run.budget.hours is not None:
+        begin_part(folder, began)
+    found, seconds_measuring = "a comparison does not measure", 0.0
     if loaded is None:
+        before = time.perf_counter()
+        found = measure_first(run, folder, progress)
+        seconds_measuring = time.perf_counter() - before
         progress.note(f"loading {run.model.name}")
         loaded = load_for(run, progress)
     provenance = provenance_of(folder, checked, loaded)
@@ -238,6 +250,14 @@ def run_in(
     trains_here = run.runtime.name == "in-process"
     base_sha256 = provenance["base"]["sha256"]
     local = local_tensors(run, loaded)
+    planned = write_prediction(
+        folder,
+        run,
+        state,
+        keep_local(algorithm_of(run.algorithm), local),
+        num_clients=len(checked.rows),
+        measured=found,
+    )
     job = Job(run, state, checked.rows, folder, progress, base_sha256, local)
     if trains_here:
         job = replace(job, loaded=loaded, data=data)
@@ -254,6 +274,11 @@ def run_in(
             tracker.log_scores([row for row in rows if row["round"] == done])
     finally:
         job.progress.end()
+        keep_spent(folder, time.perf_counter)  # also of a round that was not finished
+    seconds_scored = earlier + time.perf_counter() - began
+    budget = _budget(run, folder)
+    for text in budget_warnings(budget):
+        progress.note(f"warning: {text}")
     loaded = loaded or load_for(run)
     result = _result(run, folder)
     adapter = _save_result(loaded, run, result, folder)
@@ -268,6 +293,14 @@ def run_in(
             "base_model_loads": num_base_loads() - loads_before + measured.base_model_loads,
             "peak_memory_bytes": measured.peak_memory_bytes,
             "adapter_sha256": file_sha256(adapter),
+            **budget,
+            "predicted": compare_with_prediction(
+                run,
+                planned,
+                folder.metrics(),
+                peak_bytes=measured.peak_memory_bytes,
+                seconds=seconds_scored - seconds_measuring,
+            ),
         },
         head_bytes=size_bytes(
             {n: t for n, t in result.adapter.items() if n in loaded.head - local}
@@ -287,6 +320,23 @@ def run_in(
     if run.report.page:
         done.report()
     return done
+
+
+def _budget(run: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    """The part of the summary that tells of ceilings; empty without any."""
+    if (spent := read_spent(folder)) is None:
+        return {}
+    rounds = [row["seconds"] for row in folder.metrics() if row["event"] == "round"]
+    found = {
+        "bytes": run.budget.bytes,
+        "hours": run.budget.hours,
+        "ended_by": spent["ended_by"],
+        "rounds": len(rounds),
+        "planned_rounds": run.rounds,
+        "seconds": spent["seconds"],
+        "longest_round_seconds": max(rounds),
+    }
+    return {"budget": found}
 
 
 def _tracker(run: RunConfig, folder: RunFolder) -> Tracker | None:

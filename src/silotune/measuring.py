@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from silotune.algorithms.base import keep_local
+from silotune.allocator import release_memory
 from silotune.checking import check
 from silotune.client import ClientData, Worker, train_round
 from silotune.config import RunConfig, parse, to_toml
@@ -44,6 +45,10 @@ from silotune.types import Broadcast
 TIMED = (0.25, 0.75)
 """Where among the forward batches, sorted by their tokens, those lie whose seconds are taken."""
 
+KEPT_SHAPES = 75
+"""For how many shapes of a batch oneDNN keeps its kernels: 1024 kernels, of which a Llama's layers
+with LoRA need about 14 each; seen with SmolLM2-135M in bfloat16, where growth ended at so many."""
+
 TIMEOUT_S = 3600.0
 """How long the process may take, loading the base included."""
 
@@ -58,11 +63,19 @@ class Measurement:
     batch: BatchShape
     """The widest that the run will meet."""
     peak_bytes: int
-    """Largest resident size of the process; on CUDA the largest allocation there."""
+    """Largest resident size that a process comes to which trains the whole run: that of this
+    process, and `bytes_per_shape` for every shape that it did not meet, up to `KEPT_SHAPES`. On
+    CUDA the largest allocation."""
+    bytes_per_shape: int
+    """What stays for every new shape of a batch: kernels that oneDNN builds for it and keeps."""
+    num_shapes: int
+    """Shapes of batches that the run will train on."""
     seconds_start: float
     """Until the first step: libraries, model, rows as tokens."""
     seconds_per_token: float
-    """Of training, padding included."""
+    """Of training on shapes that it met before, padding included."""
+    seconds_building: float
+    """Of the whole run, for kernels of shapes that it did not meet before."""
     seconds_per_scored_token: float
     """Of scoring held-out rows, padding included."""
     train_tokens: tuple[int, ...]
@@ -154,19 +167,34 @@ def _measure(run: RunConfig, began: float) -> Measurement:
         update, _ = train_round(worker, data, asked, ClientMemory(), count=len(examples))
         return update.metrics
 
-    message(widest, score=longest)  # the first is slower: memory is taken, kernels are chosen
-    peak = _peak()
     middle = sorted(scored, key=lambda batch: batch.ids.numel())[len(scored) // 2]
-    timed = [message(ordered[int(share * len(ordered))], score=middle) for share in TIMED]
+    first, picked = ordered[len(ordered) // 2], [ordered[int(x * len(ordered))] for x in TIMED]
+    message(first, score=longest)  # slower than the others: memory is taken, kernels are chosen
+    message(first, score=middle)
+    before = _held()
+    new = [message(batch, score=middle) for batch in picked]
+    timed = [message(batch, score=middle) for batch in picked]
+    built = sum(m["seconds_training"] for m in new) - sum(m["seconds_training"] for m in timed)
+    num_new = len(_shapes([first, *picked], run)) - 1
+    per_shape = max(0, _held() - before) // num_new if num_new else 0
+    # the widest last, as a client may meet it: what shorter ones freed are holes too small for it
+    message(widest, score=longest)
+    shapes = _shapes(ordered, run)
+    num_met = len(_shapes([first, *picked, widest], run))
+    num_unmet = max(0, min(len(shapes), KEPT_SHAPES) - num_met)
+    num_built = len(shapes) if len(shapes) <= KEPT_SHAPES else len(ordered)
     num_tokens = sum(m["num_padded_tokens"] for m in timed)
     beside = sum(m["seconds"] - m["seconds_training"] for m in timed) / len(timed)
     return Measurement(
         device=str(loaded.device),
         real_rows=real,
         batch=_shape(widest, task, run),
-        peak_bytes=peak,
+        peak_bytes=_peak() + per_shape * num_unmet,
+        bytes_per_shape=per_shape,
+        num_shapes=len(shapes),
         seconds_start=start,
         seconds_per_token=sum(m["seconds_training"] for m in timed) / num_tokens,
+        seconds_building=max(0.0, built) / num_new * num_built if num_new else 0.0,
         # what a message costs beside its steps and the score is far less than these
         seconds_per_scored_token=beside / middle.ids.numel() if broadcast.score else 0.0,
         train_tokens=tuple(sum(_num_tokens(b, run) for b in own) for own in rounds),
@@ -228,6 +256,11 @@ def _num_tokens(examples: Sequence[Example], run: RunConfig) -> int:
     return sum(lengths) if run.train.packing else max(lengths) * len(lengths)
 
 
+def _shapes(batches: Sequence[Sequence[Example]], run: RunConfig) -> set[tuple[int, int]]:
+    """Rows and length of each batch; packed ones are a single row."""
+    return {(1 if run.train.packing else len(batch), _num_tokens(batch, run)) for batch in batches}
+
+
 def _shape(examples: Sequence[Example], task: Task, run: RunConfig) -> BatchShape:
     join = task.pack if run.train.packing and task.pack is not None else task.collate
     batch = join(examples)
@@ -237,10 +270,22 @@ def _shape(examples: Sequence[Example], task: Task, run: RunConfig) -> BatchShap
 
 def _peak() -> int:
     """The process's own peak. Linux hands `ru_maxrss` of the starting process on to the started."""
+    found = None if torch.cuda.is_available() else _status("VmHWM")
+    return peak_memory_bytes() if found is None else found
+
+
+def _held() -> int:
+    """What the process holds now, without what is free; 0 where that is not known."""
+    release_memory()
+    return 0 if torch.cuda.is_available() else _status("VmRSS") or 0
+
+
+def _status(key: str) -> int | None:
+    """Bytes by a line of Linux's /proc/self/status; None elsewhere."""
     status = Path("/proc/self/status")
-    if torch.cuda.is_available() or not status.is_file():
-        return peak_memory_bytes()
-    line = next(x for x in status.read_text("utf-8").splitlines() if x.startswith("VmHWM:"))
+    if not status.is_file():
+        return None
+    line = next(x for x in status.read_text("utf-8").splitlines() if x.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 
 

@@ -13,7 +13,17 @@ from silotune.card import python_use
 from silotune.charts import Interval, Split
 from silotune.comparison import AGAINST, against_table, cost_table
 from silotune.config import RunConfig, to_toml
-from silotune.report import cost_lines, label_table, loss_table, unit_of, worse_off
+from silotune.report import (
+    budget_lines,
+    budget_warnings,
+    cost_lines,
+    label_table,
+    loss_table,
+    prediction_notes,
+    prediction_table,
+    unit_of,
+    worse_off,
+)
 from silotune.store import Row, held_out_losses
 from silotune.verdicts import (
     comparison_verdict,
@@ -74,14 +84,16 @@ def run_page(
     header, *table = loss_table(summary)  # with hyphens: it is for terminals too
     lost = worse_off(summary)
     warnings = [f"Not better than the base for: {', '.join(lost)}."] if lost else []
-    return _render(
+    warnings += budget_warnings(summary)
+    return render(
+        "report.html",
         kind="run",
         title=f"{provenance['base']['name']}, fine-tuned by {num_clients(summary['clients'])}",
         subtitle=f"{summary['rounds']} rounds of {summary['algorithm']}, result after round "
         f"{summary['result_round']}",
         verdict=[run_verdict(summary)],
         warnings=warnings,
-        notes=[run.report.note] if run.report.note else [],
+        notes=[*([run.report.note] if run.report.note else []), *budget_lines(summary)],
         loss_header=header,
         loss_rows=[(name, *(_typeset(cell) for cell in cells)) for name, *cells in table],
         lost=lost,
@@ -89,6 +101,10 @@ def run_page(
         label_table=label_table(summary),
         loss_charts=_drawn(_loss_charts(rows, unit_of(summary))),
         cost_lines=cost_lines(summary),
+        prediction_table=[
+            (name, *map(_typeset, cells)) for name, *cells in prediction_table(summary)
+        ],
+        prediction_notes=prediction_notes(summary),
         cost_charts=_drawn(
             _cost_charts(rows, summary["rounds"], charts.biggest(summary["clients"]))
         ),
@@ -122,11 +138,12 @@ def comparison_page(
     result, seeds = comparison["result"], comparison["seeds"]
     # first, and not to be replaced by a client of that name
     groups = {MEAN: {}, **comparison["clients"]} | {MEAN: comparison["overall"]}
-    return _render(
+    return render(
+        "report.html",
         kind="comparison",
         title=f"Was it worth joining? {comparison['base_name']}, "
         f"{num_clients(comparison['clients'])}",
-        subtitle=f"{'up to ' if run.budget.bytes else ''}{run.rounds} rounds, "
+        subtitle=f"{'up to ' if run.budget.bytes or run.budget.hours else ''}{run.rounds} rounds, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, seeds))}",
         verdict=comparison_verdict(comparison),
@@ -323,7 +340,8 @@ def _typeset(cell: str) -> str:
     return "–" if cell == "-" else cell.replace("-", "−")
 
 
-def _render(**page: Any) -> str:
+def render(template: str, **page: Any) -> str:
+    """Fill one of the package's templates; all that is data is escaped."""
     import jinja2
 
     env = jinja2.Environment(
@@ -333,4 +351,4 @@ def _render(**page: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return env.get_template("report.html").render(page)
+    return env.get_template(template).render(page)

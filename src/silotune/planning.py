@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from silotune.algorithms.base import Algorithm, expected_layout, keep_local
-from silotune.budget import RoundCost, is_within
+from silotune.budget import RoundCost, has_time, is_within
 from silotune.checking import check, check_track
 from silotune.config import RunConfig, load_recipe
 from silotune.errors import DataError
 from silotune.files import locate
 from silotune.fitting import Change, Limits, Prediction, find_changes
 from silotune.measuring import Measurement, is_at_hand, measure
+from silotune.progress import human_bytes, human_seconds
 from silotune.rounds import round_cost
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.shapes import Shapes, build_shapes, first_state
@@ -92,6 +93,8 @@ class Times:
     """One round's steps, on average."""
     training: float
     """The steps of all rounds."""
+    score: float
+    """All clients' held-out rows, once."""
     scoring: float
     """Held-out rows, as often as `evaluate.every` says."""
 
@@ -170,8 +173,6 @@ def plan(
     shapes, algorithm = build_shapes(run), algorithm_of(run.algorithm)
     sent = traffic(run, shapes, algorithm, num_clients)
     notes += list(shapes.notes)
-    if sent.rounds < run.rounds:
-        notes.append(f"budget.bytes ends the run after round {sent.rounds} of {run.rounds}")
     found = measure(run.model_copy(update={"rounds": sent.rounds})) if here else None
     if isinstance(found, str):
         notes.append(f"no step could be measured, so no time is given: {found}")
@@ -181,6 +182,8 @@ def plan(
         notes.append(f"memory is estimated, and no time is given: {why}")
     elif not found.real_rows:
         notes.append("the rows could not be read: measured with made-up ones of full length")
+    times = None if found is None else expected_times(run, sent.rounds, sent.num_asked, found)
+    notes += _budget_notes(run, sent, times)
     if run.server.work != "none":
         notes.append("the server's own training is in none of the numbers")
     batch = found.batch if found is not None else widest_batch(run)
@@ -197,7 +200,7 @@ def plan(
         server=server,
         batch=batch,
         measured=found,
-        times=None if found is None else _times(run, sent, found),
+        times=times,
         limits=limits or Limits(),
         changes=(),
         fits=None,
@@ -237,7 +240,7 @@ def traffic(run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: i
         algorithm, shapes.head if run.adapter.head == "local" else frozenset[str]()
     )
     state = first_state(shapes, algorithm, num_clients)
-    costs = list(_rounds(run, state, algorithm, num_clients))
+    costs = list(expected_rounds(run, state, algorithm, num_clients))
     sent = expected_layout(algorithm, state)
     head = {n: t for n, t in state.adapter.items() if n in shapes.head}
     own = {n: t for n, t in state.adapter.items() if algorithm.local.personal(n)}
@@ -265,10 +268,20 @@ def traffic(run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: i
     )
 
 
-def _rounds(
+def expected_rounds(
     run: RunConfig, state: ServerState, algorithm: Algorithm, num_clients: int
 ) -> Iterator[RoundCost]:
-    """The rounds that budget.bytes allows."""
+    """The rounds that budget.bytes allows, with what each sends if every client answers.
+
+    Args:
+        run: The recipe.
+        state: Any of the run's; only the sizes of its tensors are looked at.
+        algorithm: With the tensors that stay at the clients.
+        num_clients: How many there are.
+
+    Raises:
+        ConfigError: Not even one round fits below budget.bytes.
+    """
     spent = 0
     for done in range(run.rounds):
         cost = round_cost(run, replace(state, round=done), algorithm, num_clients)
@@ -281,16 +294,72 @@ def _rounds(
 # --- seconds --------------------------------------------------------------------------------------
 
 
-def _times(run: RunConfig, sent: Traffic, found: Measurement) -> Times:
-    training = sum(found.train_tokens) * found.seconds_per_token
-    scored = [r for r in range(sent.rounds) if run.evaluate.due(r, run.rounds)]
-    times = len(scored) + (run.evaluate.every > 0)
+def expected_times(run: RunConfig, rounds: int, num_asked: int, found: Measurement) -> Times:
+    """Seconds of a run's first `rounds` rounds, by one that was measured.
+
+    Args:
+        run: The recipe.
+        rounds: That are done: fewer than the recipe's where budget.bytes ends the run before.
+        num_asked: Clients that train in a round.
+        found: Made for this recipe, with at least so many rounds.
+    """
+    share = rounds / len(found.train_tokens)
+    steps = sum(found.train_tokens[:rounds]) * found.seconds_per_token
+    training = steps + share * found.seconds_building
+    scored = [r for r in range(rounds) if run.evaluate.due(r, run.rounds)]
+    once = sum(found.scored_tokens.values()) * found.seconds_per_scored_token
     return Times(
         start=found.seconds_start,
-        client=training / sent.rounds / sent.num_asked,
-        round=training / sent.rounds,
+        client=training / rounds / num_asked,
+        round=training / rounds,
         training=training,
-        scoring=times * sum(found.scored_tokens.values()) * found.seconds_per_scored_token,
+        score=once,
+        scoring=(len(scored) + 1) * once,  # the last adapter too
+    )
+
+
+def rounds_within(run: RunConfig, times: Times, rounds: int) -> int:
+    """After how many of `rounds` rounds budget.hours ends the run, by the rule of the run itself.
+
+    But for the first, which a run does even if it takes too long: here it may come out as 0.
+    """
+    spent, longest = times.start, 0.0
+    for done in range(rounds):
+        this = times.round + times.score * run.evaluate.due(done, run.rounds)
+        longest = max(longest, this)
+        if not has_time(run.budget.hours, spent, round_s=longest, last_s=times.score):
+            return done
+        spent += this
+    return rounds
+
+
+def _budget_notes(run: RunConfig, sent: Traffic, times: Times | None) -> Iterator[str]:
+    """For every ceiling whether it is met, or which round is the last below it."""
+    limit, hours = run.budget.bytes, run.budget.hours
+    if limit is not None and sent.rounds < run.rounds:
+        yield f"budget.bytes ends the run after round {sent.rounds} of {run.rounds}"
+    elif limit is not None:
+        yield f"budget.bytes is met: {human_bytes(sent.total)} of {human_bytes(limit)}"
+    if hours is None:
+        return
+    if times is None:
+        yield "whether budget.hours is met is not known: no time is given"
+        return
+    done, whole = rounds_within(run, times, sent.rounds), human_seconds(times.total)
+    if done == sent.rounds:
+        yield f"budget.hours is met: about {whole} of {human_seconds(3600 * hours)}"
+    elif done == 0:
+        yield too_short(run, times)
+    else:
+        yield f"budget.hours ends the run after about round {done} of {run.rounds}"
+
+
+def too_short(run: RunConfig, times: Times) -> str:
+    """That not even one round fits below budget.hours, and how long it takes with its scores."""
+    first = times.start + times.round + 2 * times.score  # of the base, and of the result
+    return (
+        f"budget.hours = {run.budget.hours:g}, but one round takes about {human_seconds(first)}, "
+        "loading and scores included"
     )
 
 

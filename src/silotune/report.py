@@ -174,6 +174,53 @@ def cost_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def budget_warnings(summary: Mapping[str, Any]) -> list[str]:
+    """That the run went beyond budget.hours, where it did."""
+    budget = summary.get("budget")
+    if not budget or budget["hours"] is None or budget["seconds"] <= 3600 * budget["hours"]:
+        return []
+    one = f", and round 1 alone took {human_seconds(budget['longest_round_seconds'])}"
+    return [
+        f"budget.hours = {budget['hours']:g} was not kept: the run took "
+        f"{human_seconds(budget['seconds'])} until the last score"
+        f"{one if budget['rounds'] == 1 else ''}."
+    ]
+
+
+def budget_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Which ceiling ended the run after which round, where one did."""
+    budget = summary.get("budget")
+    if not budget or budget["ended_by"] is None:
+        return []
+    after = f"round {budget['rounds']} of {budget['planned_rounds']}"
+    return [f"{budget['ended_by']} ended the run after {after}"]
+
+
+def prediction_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: what was predicted, what it was, and the difference in percent.
+
+    Empty for runs of an older silotune.
+    """
+    if not (found := summary.get("predicted")):
+        return []
+    words = {
+        "bytes": ("sent, both ways", human_bytes),
+        "memory": ("peak memory", human_bytes),
+        "seconds": ("time until the last score", human_seconds),
+    }
+    lines = [("cost", "predicted", "actual", "difference")]
+    for key, (what, shown) in words.items():
+        if (pair := found[key]) is not None:
+            both = (shown(pair["predicted"]), shown(pair["actual"]))
+            lines.append((what, *both, f"{100 * pair['difference']:+.1f} %"))
+    return lines
+
+
+def prediction_notes(summary: Mapping[str, Any]) -> list[str]:
+    """Why predicted and actual costs differ, or do not compare."""
+    return list(summary.get("predicted", {}).get("notes", ()))
+
+
 def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Header and rows: a round a line; its losses over all clients, bytes and seconds.
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 
 from silotune.algorithms.base import Algorithm, expected_extra, expected_layout
-from silotune.budget import RoundCost, is_within
+from silotune.budget import RoundCost, has_time, is_within
 from silotune.config import RunConfig
 from silotune.errors import QuorumError, UpdateError
 from silotune.evaluate import metrics
 from silotune.progress import Progress
 from silotune.sampling import cohort_size, num_needed, sample
 from silotune.seeds import generator
+from silotune.spending import Clock, expected_seconds, seconds_spent, write_spent
 from silotune.store import Row, RunFolder, Spool
 from silotune.tree import check_finite, check_same_layout, l2_norm, layout_bytes, size_bytes
 from silotune.types import (
@@ -41,6 +42,7 @@ def run_rounds(
     folder: RunFolder,
     progress: Progress,
     improve: Improve | None = None,
+    clock: Clock = time.perf_counter,
 ) -> ServerState:
     """Run the rounds that are left, and score the last adapter.
 
@@ -52,6 +54,7 @@ def run_rounds(
         folder: Where updates, checkpoints and metrics go.
         progress: Told what happens; decides nothing.
         improve: What the server does on rows of its own after each aggregation, see teaching.py.
+        clock: Seconds of which only differences count, the same in all processes of this machine.
 
     Returns:
         The state after the last round.
@@ -60,9 +63,9 @@ def run_rounds(
         QuorumError: Too few usable updates; what was done so far is kept and can be resumed.
     """
     num_labels = len(run.data.labels or ())
-    going = is_affordable(run, state, algorithm, clients.names(), folder)
-    while going and state.round < run.rounds:
-        r, began = state.round + 1, time.perf_counter()
+    ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
+    while ended_by is None and state.round < run.rounds:
+        r, began = state.round + 1, clock()
         # 1. Who takes part: drawn from (seed, round), so a resumed run asks the same clients.
         cohort = sample(clients.names(), run.sampling, generator(run.seed, "sampling", r))
         progress.begin_round(r, cohort)
@@ -89,13 +92,13 @@ def run_rounds(
         # 6. What the server learns on rows of its own, where it has some: fine-tuned or distilled.
         state, own = improve(state) if improve else (state, [])
         # 7. Write it down; a crash after this line loses nothing.
-        rows = round_rows(r, cohort, spool, failures, scores, seconds=time.perf_counter() - began)
+        rows = round_rows(r, cohort, spool, failures, scores, seconds=clock() - began)
         folder.append_metrics([*own, *rows])
-        going = is_affordable(run, state, algorithm, clients.names(), folder)
-        folder.save(state, last=r == run.rounds or not going)
+        ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
+        folder.save(state, last=r == run.rounds or ended_by is not None)
         progress.end_round(r, rows)
-    if state.round < run.rounds:
-        progress.note(f"budget.bytes ends the run after round {state.round}")
+    if ended_by is not None:
+        progress.note(f"{ended_by} ends the run after round {state.round}")
     if run.evaluate.due(state.round, state.round):
         final = _broadcast(state, state.round + 1, algorithm, score=True)
         progress.begin_scoring(clients.names())
@@ -105,23 +108,39 @@ def run_rounds(
     return state
 
 
-def is_affordable(
+def next_ceiling(
     run: RunConfig,
     state: ServerState,
     algorithm: Algorithm,
     names: Sequence[str],
     folder: RunFolder,
-) -> bool:
-    """Whether the next round, and the scoring of what comes of it, fit below the run's ceiling.
+    clock: Clock,
+) -> str | None:
+    """The ceiling that the next round, and the scoring of what comes of it, would go beyond.
+
+    What was spent, and the answer, are written to the run folder.
+
+    Returns:
+        Its key, or None where there is no such ceiling, or no next round.
 
     Raises:
-        ConfigError: Not even the first round does.
+        ConfigError: Not even the first round fits below budget.bytes. That it does not fit below
+            budget.hours shows only when it is done.
     """
-    if run.budget.bytes is None or state.round == run.rounds:
-        return True
-    spent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in folder.metrics())
-    cost = round_cost(run, state, algorithm, len(names))
-    return is_within(run.budget.bytes, spent, cost, first=state.round == 0)
+    limit, hours, found = run.budget.bytes, run.budget.hours, None
+    if limit is None and hours is None:
+        return None
+    if state.round < run.rounds:
+        rows, spent_s = folder.metrics(), seconds_spent(folder, clock)
+        sent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
+        cost = round_cost(run, state, algorithm, len(names))
+        round_s, last_s = expected_seconds(rows) if hours is not None else (0.0, 0.0)
+        if not is_within(limit, sent, cost, first=state.round == 0):
+            found = "budget.bytes"
+        elif state.round > 0 and not has_time(hours, spent_s, round_s=round_s, last_s=last_s):
+            found = "budget.hours"
+    write_spent(folder, clock, ended_by=found)
+    return found
 
 
 def round_cost(

@@ -26,6 +26,8 @@ from silotune.disk import (
     save_rows,
     save_tensors,
     write_atomically,
+    write_rows,
+    writing,
 )
 from silotune.errors import RunFolderError
 from silotune.evaluate import add_label_counts
@@ -301,18 +303,22 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def metrics(self) -> list[Row]:
-        """All rows written so far."""
+        """All rows written so far, without a half-written line: its round comes again."""
         if not self._metrics_path.exists():
             return []
-        lines = self._metrics_path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        rows: list[Row] = []
+        for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill or a full disk
+                rows.append(json.loads(line))
+        return rows
 
     def append_metrics(self, rows: Iterable[Row]) -> None:
         """Add rows at the end of metrics.jsonl."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         if not lines:
             return
-        with self._metrics_path.open("a", encoding="utf-8") as file:
+        path = self._metrics_path
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -321,17 +327,9 @@ class RunFolder:
         """Forget metrics of rounds after `round_`, and a half-written line: they come again."""
         if not self._metrics_path.exists():
             return
-        kept: list[str] = []
-        for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line, cut off by a kill
-            # the adapter after round r is scored in round r + 1
-            behind = row["round"] + 1 if row["event"] == "evaluate" else row["round"]
-            if behind <= round_:
-                kept.append(line + "\n")
-        write_atomically(self._metrics_path, "".join(kept).encode())
+        # the adapter after round r is scored in round r + 1
+        kept = [r for r in self.metrics() if r["round"] + (r["event"] == "evaluate") <= round_]
+        write_rows(self._metrics_path, kept)
 
     # --- results
 

@@ -40,7 +40,8 @@ def workplace(tmp_path_factory):
 
 def test_the_readme_shows_the_commands_that_this_file_expects():
     heads = {" ".join(c.split()[:2]) for c in commands()}
-    verbs = ("check", "data", "run", "compare", "ask", "evaluate", "report")
+    verbs = ("check", "data", "plan", "sweep", "run", "compare", "ask", "chat", "evaluate")
+    verbs += ("export", "report")
     assert heads == {"make demo", "make test", *(f"silotune {verb}" for verb in verbs)}
 
 
@@ -51,7 +52,7 @@ def test_every_command_runs_in_the_order_shown(workplace, tiny_model):
         if command in MAKE:
             continue
         _, verb, *rest = shlex.split(command)
-        if verb in ("run", "compare") and "--resume" not in rest:
+        if verb in ("run", "compare", "sweep", "plan") and "--resume" not in rest:
             small = ["train.local_steps=1", "train.max_length=256", "runtime.threads=1"]
             rest += [f"model.name={tiny_model}", *small]
         if verb == "compare":
@@ -61,6 +62,7 @@ def test_every_command_runs_in_the_order_shown(workplace, tiny_model):
             cwd=workplace,
             capture_output=True,
             text=True,
+            input="What is 1?\n" if verb == "chat" else "",
         )
         assert done.returncode == 0, (command, done.stderr)
         assert done.stdout, command

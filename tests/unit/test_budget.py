@@ -1,4 +1,5 @@
-"""A ceiling for what a run may send, and the rules of a leaderboard's tracks."""
+"""Ceilings for what a run may send and how long it may take, and the rules of a leaderboard's
+tracks."""
 
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from silotune.checking import check, check_track
 from silotune.config import parse
 from silotune.errors import ConfigError
 from silotune.progress import Progress
+from silotune.report import budget_lines, budget_warnings
 from silotune.rounds import run_rounds
+from silotune.spending import begin_part, expected_seconds, read_spent
 from silotune.store import RunFolder
 from silotune.tracks import TRACKS
 from silotune.tree import sha256
@@ -110,6 +113,152 @@ def test_a_run_does_as_many_rounds_as_fit_below_its_ceiling(
     assert (saved.round, sha256(saved.adapter)) == (state.round, sha256(state.adapter))
 
 
+# --- the ceiling for hours, by a clock that only the clients move
+
+
+class SlowClients(Clients):
+    """Each message takes its seconds by a clock of their own: steps, and a score beside them."""
+
+    def __init__(self, steps, *, score=0.0, now=0.0):
+        self.steps, self.score, self.now = steps, score, now
+
+    def clock(self):
+        return self.now
+
+    def train(self, cohort, broadcast: Broadcast):
+        for update in super().train(cohort, broadcast):
+            beside = self.score if broadcast.score else 0.0
+            steps = self.steps[broadcast.round - 1] / len(cohort)
+            self.now += steps + beside
+            seconds = {"seconds_training": steps, "seconds": steps + beside}
+            yield replace(update, metrics={**update.metrics, **seconds})
+
+    def evaluate(self, cohort, broadcast: Broadcast):
+        for score in super().evaluate(cohort, broadcast):
+            self.now += self.score
+            yield score
+
+
+def go_slowly(folder, clients, *, progress=None):
+    """As launch.py begins a part of a run, on a folder that may hold an earlier one."""
+    begin_part(folder, clients.clock())
+    state = folder.load_state() or ServerState(0, START, {})
+    folder.rewind(state.round)
+    cfg, build = ALGORITHMS["fedavg"]
+    return run_rounds(
+        folder.run,
+        state,
+        algorithm=build(cfg()),
+        clients=clients,
+        folder=folder,
+        progress=progress or Progress(),
+        clock=clients.clock,
+    )
+
+
+def rounds_by_hand(steps, *, score: float, every: int, limit: float) -> int:
+    """The longest round so far and the last scoring must fit, from the second round on."""
+    spent, longest = 0.0, 0.0
+    for done, step in enumerate(steps):
+        last = len(NAMES) * score if every else 0.0
+        if done and spent + longest + last > limit:
+            return done
+        took = step + (last if every and done % every == 0 else 0.0)
+        spent, longest = spent + took, max(longest, took)
+    return len(steps)
+
+
+@given(
+    steps=st.lists(st.integers(1, 40).map(lambda n: 4.0 * n), min_size=4, max_size=4),
+    score=st.sampled_from([0.0, 1.0, 8.0]),
+    every=st.integers(0, 3),
+    limit=st.integers(1, 720),
+)
+@settings(max_examples=40)
+def test_a_run_ends_before_the_round_that_would_go_beyond_its_hours(
+    tmp_path_factory, steps, score, every, limit
+):
+    run = stand_in_recipe(evaluate__every=every, budget__hours=(limit + 0.5) / 3600)
+    folder = RunFolder.create(tmp_path_factory.mktemp("hours") / "run", run)
+    clients = SlowClients(steps, score=score)
+    state = go_slowly(folder, clients)
+    assert state.round == rounds_by_hand(steps, score=score, every=every, limit=limit + 0.5)
+    spent, saved = read_spent(folder), folder.load_state()
+    assert spent is not None
+    assert saved is not None
+    assert spent["ended_by"] == (None if state.round == 4 else "budget.hours")
+    assert (saved.round, sha256(saved.adapter)) == (state.round, sha256(state.adapter))
+    scored = {r["client"] for r in folder.metrics() if r["event"] == "evaluate"}
+    assert scored == (set(NAMES) if every else set())
+    if state.round > 1 and max(steps) == steps[0]:  # no round was longer than those before it
+        assert clients.now <= limit + 0.5
+
+
+class StopAfter(Progress):
+    def __init__(self, round_):
+        self.round = round_
+
+    def end_round(self, round_, rows):
+        if round_ == self.round:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("round_", [1, 2, 3])
+def test_a_resumed_run_counts_the_hours_before_it_and_not_those_between(tmp_path, round_):
+    run = stand_in_recipe(rounds=6, budget__hours=35 / 3600)
+    folder = RunFolder.create(tmp_path / "run", run)
+    clients = SlowClients([10.0] * 6)
+    with pytest.raises(KeyboardInterrupt):
+        go_slowly(folder, clients, progress=StopAfter(round_))
+    later = SlowClients([10.0] * 6, now=clients.now - 5000)  # another start of the machine
+    assert go_slowly(folder, later).round == 3
+    spent = read_spent(folder)
+    assert spent is not None
+    assert (spent["seconds"], spent["ended_by"]) == (30.0, "budget.hours")
+
+
+def test_hours_count_on_where_rounds_are_repeated_from_their_spooled_updates(tmp_path):
+    # no checkpoint before the fifth round: the first two come again at once, their hours are spent
+    run = stand_in_recipe(rounds=6, budget__hours=35 / 3600, checkpoint__every=5)
+    folder = RunFolder.create(tmp_path / "run", run)
+    clients = SlowClients([10.0] * 6)
+    with pytest.raises(KeyboardInterrupt):
+        go_slowly(folder, clients, progress=StopAfter(2))
+    assert go_slowly(folder, clients).round == 3
+    assert clients.now == 30.0
+
+
+def test_whichever_ceiling_comes_first_ends_the_run(tmp_path):
+    both = {"budget__bytes": bytes_of(3, asked=4, every=1), "budget__hours": 25 / 3600}
+    for name, changes in {
+        "budget.hours": both,
+        "budget.bytes": {**both, "budget__hours": 100 / 3600},
+    }.items():
+        folder = RunFolder.create(tmp_path / name, stand_in_recipe(**changes))
+        state = go_slowly(folder, SlowClients([10.0] * 4))
+        spent = read_spent(folder)
+        assert spent is not None
+        assert (state.round, spent["ended_by"]) == ({"budget.hours": 2}.get(name, 3), name)
+
+
+def test_clients_that_only_score_count_by_their_rows():
+    def score(client, num_examples):
+        row = {"event": "evaluate", "round": 0, "client": client, "status": "ok"}
+        return {**row, "num_examples": num_examples}
+
+    def train(client, seconds):
+        row = {"event": "train", "round": 1, "client": client, "train_loss": 1.0}
+        return {**row, "seconds": seconds, "seconds_training": 10.0}
+
+    rows = [train("a", 12.0), train("b", 13.0), score("a", 2), score("b", 3), score("c", 5)]
+    one = {"event": "round", "round": 1, "seconds": 60.0}
+    assert expected_seconds([*rows, one]) == (60.0, 10.0)
+    # clients side by side: all scores, and all steps, were in these seconds
+    assert expected_seconds([*rows, {**one, "seconds": 7.0}]) == (7.0, 7.0)
+    assert expected_seconds([train("a", 12.0), {**one, "seconds": 14.0}]) == (14.0, 0.0)
+    assert expected_seconds([]) == (0.0, 0.0)
+
+
 # --- whole runs
 
 ADAPTER = 4 * 2 * (2 * (16 + 16) + 2 * (16 + 8))
@@ -177,7 +326,7 @@ def test_a_limited_run_that_was_stopped_ends_as_one_that_was_not(
             if moment == f"round {round_}":
                 raise KeyboardInterrupt
 
-        def begin_scoring(self, names):
+        def begin_scoring(self, clients):
             if moment == "scoring":
                 raise KeyboardInterrupt
 
@@ -201,6 +350,53 @@ def test_a_ceiling_below_one_round_is_a_mistake_and_leaves_nothing(recipe, tmp_p
         "  Raise it, or send less: a lower adapter.rank or sampling.fraction."
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_first_round_beyond_the_hours_leaves_a_result_and_a_warning(recipe, tmp_path):
+    class Heard(Progress):
+        said = ()
+
+        def note(self, text):
+            self.said = (*self.said, text)
+
+    heard = Heard()
+    one = silotune.run(recipe(rounds=1), out=tmp_path / "one")
+    done = silotune.run(
+        recipe(budget__hours=1e-9, report__page=True), out=tmp_path / "run", progress=heard
+    )
+    assert done.summary["adapter_sha256"] == one.summary["adapter_sha256"]
+    assert done.summary["rounds"] == 1
+    assert done.summary["overall"]["federated_loss"] is not None
+    (first,), (second,) = budget_lines(done.summary), budget_warnings(done.summary)
+    assert first == "budget.hours ended the run after round 1 of 4"
+    assert second.startswith("budget.hours = 1e-09 was not kept: the run took ")
+    assert "and round 1 alone took " in second
+    assert "budget.hours ends the run after round 1" in heard.said
+    assert f"warning: {second}" in heard.said
+    for name in ("README.md", "report.html"):
+        text = (done.path / name).read_text("utf-8")
+        assert first in text, name
+        assert second in text, name
+
+
+def test_hours_that_suffice_are_not_mentioned(recipe, tmp_path):
+    done = silotune.run(recipe(rounds=2, budget__hours=1.0), out=tmp_path / "run")
+    assert budget_lines(done.summary) == budget_warnings(done.summary) == []
+    assert done.summary["budget"]["ended_by"] is None
+    assert 0 < done.summary["budget"]["seconds"] < 3600
+
+
+def test_a_run_that_its_hours_ended_stays_ended_when_its_last_scoring_is_resumed(recipe, tmp_path):
+    class Stop(Progress):
+        def begin_scoring(self, clients):
+            raise KeyboardInterrupt
+
+    run = recipe(budget__hours=1e-9)
+    with pytest.raises(KeyboardInterrupt):
+        silotune.run(run, out=tmp_path / "run", progress=Stop())
+    resumed = silotune.run(resume=tmp_path / "run")
+    assert resumed.summary["rounds"] == resumed.summary["budget"]["rounds"] == 1
+    assert resumed.summary["budget"]["ended_by"] == "budget.hours"
 
 
 # --- tracks of the leaderboard

@@ -2,7 +2,7 @@
 
 import typer
 
-from silotune.cli import after, data, plan, run
+from silotune.cli import after, chat, data, plan, run, sweep
 
 app = typer.Typer(
     name="silotune",
@@ -15,4 +15,6 @@ app = typer.Typer(
 run.register(app)
 data.register(app)
 plan.register(app)
+sweep.register(app)
 after.register(app)
+chat.register(app)

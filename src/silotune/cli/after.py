@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, print_json, print_table
+from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table
 
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
@@ -33,7 +33,7 @@ def ask(
         if json:
             print_json({"question": question, "answer": text, "base": base})
         else:
-            typer.echo(text)
+            typer.echo(plain(text))
 
 
 def evaluate(

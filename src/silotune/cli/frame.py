@@ -2,14 +2,25 @@
 
 import contextlib
 import json
+import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
 import typer
 
 from silotune.errors import SilotuneError
+
+_SEQUENCES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, places
+    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\)"  # titles, links, the clipboard
+    r"|\x1b[ -/]*[0-~]",
+    re.DOTALL,
+)
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""They show letters in another order than that in which they stand."""
 
 
 class Stopped(BaseException):
@@ -59,3 +70,16 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
         table.add_row(*row)
     wide = None if sys.stdout.isatty() else 240  # a pipe has no edge at which to fold
     Console(highlight=False, markup=False, width=wide).print(table)
+
+
+def plain(text: str) -> str:
+    """A text without what steers a terminal: escape sequences, control characters, reordering.
+
+    Line breaks and tabs stay. What a model says, or somebody pastes, is shown and never obeyed.
+    """
+    text = _SEQUENCES.sub("", text.replace("\r\n", "\n"))
+    return "".join(
+        c
+        for c in text
+        if c in "\n\t" or not (unicodedata.category(c) in ("Cc", "Cs") or c in _REORDERING)
+    )

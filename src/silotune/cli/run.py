@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, print_json, print_table
+from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table
 from silotune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -191,7 +191,17 @@ def _print_comparison(done: "Comparison") -> None:
 
 
 def _print_result(done: "Run") -> None:
-    from silotune.report import cost_lines, label_table, loss_table, unit_of, worse_off
+    from silotune.report import (
+        budget_lines,
+        budget_warnings,
+        cost_lines,
+        label_table,
+        loss_table,
+        prediction_notes,
+        prediction_table,
+        unit_of,
+        worse_off,
+    )
 
     summary: dict[str, Any] = done.summary
     typer.echo(f"\nheld-out loss ({unit_of(summary)}, lower is better)\n")
@@ -201,11 +211,19 @@ def _print_result(done: "Run") -> None:
         print_table(labels)
     if lost := worse_off(summary):
         typer.echo(f"\nnot better than the base for: {', '.join(lost)}")
+    for text in budget_warnings(summary):
+        typer.echo(f"\n{text}")
     typer.echo()
     if done.config.report.note:
         typer.echo(done.config.report.note)
-    for line in cost_lines(summary):
+    for line in [*budget_lines(summary), *cost_lines(summary)]:
         typer.echo(line)
+    if predicted := prediction_table(summary):
+        typer.echo()
+        print_table(predicted)
+        for note in prediction_notes(summary):
+            typer.echo(f"note: {note}")
+        typer.echo()
     typer.echo(f"adapter: {done.path / 'adapter'}")
     if done.config.report.page:
         typer.echo(f"report: {done.path / 'report.html'}")
@@ -214,7 +232,7 @@ def _print_result(done: "Run") -> None:
 def _print_answers(done: "Run") -> None:
     """One held-out question, answered before and after."""
     for sample in done.samples[:1]:
-        typer.echo(f"\nquestion   {sample['question']}")
+        typer.echo(f"\nquestion   {plain(sample['question'])}")
         for arm, text in sample["answers"].items():
-            typer.echo(f"{arm:<10} {text}")
+            typer.echo(f"{arm:<10} {plain(text)}")
     typer.echo(f'\nask it yourself: silotune ask {done.path} "your question"')
