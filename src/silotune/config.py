@@ -225,6 +225,14 @@ class RunConfig(Config):
                 "model.quantization",
                 "and adapter.kind = 'full' exclude each other: quantised weights cannot learn",
             )
+        arms = (self.algorithm, *self.compare.algorithms)
+        for name in dict.fromkeys(chosen_algorithm(arm) for arm in arms if arm.needs_lora):
+            if kind != "lora":
+                why = f"with algorithm '{name}', which works on LoRA's two factors; use lora"
+                yield "adapter.kind", f"'{kind}' cannot be used {why}"
+            elif self.adapter.dora:
+                why = "what DoRA makes of the factors is not linear in them, so means are not exact"
+                yield "adapter.dora", f"cannot be used with algorithm '{name}': {why}"
         if kind in PROMPT_KINDS and self.task == "classify":
             yield "adapter.kind", f"'{kind}' works with task = \"instruct\" only"
         if kind in PROMPT_KINDS and self.server.work == "distill":

@@ -16,6 +16,7 @@ from silotune.algorithms.fedopt import (
     fedyogi,
 )
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
+from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
 
 ALGORITHMS: dict[str, tuple[type[AlgorithmConfig], Callable[[Any], Algorithm]]] = {
     "fedavg": (FedAvgConfig, fedavg),
@@ -24,4 +25,5 @@ ALGORITHMS: dict[str, tuple[type[AlgorithmConfig], Callable[[Any], Algorithm]]] 
     "fedadagrad": (FedAdagradConfig, fedadagrad),
     "fedadam": (FedAdamConfig, fedadam),
     "fedyogi": (FedYogiConfig, fedyogi),
+    "ffa_lora": (FFALoRAConfig, ffa_lora),
 }

@@ -6,7 +6,7 @@ the training loop reads, so that no algorithm writes its own loop.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class AlgorithmConfig(Config):
 
     weights: Literal["examples", "uniform"] = "examples"
     """Weight of a client in the mean: the rows of its train part, or the same for all."""
+    needs_lora: ClassVar[bool] = False
+    """Whether it works on LoRA's two factors, so that other kinds of adapter are refused."""
 
 
 @dataclass(frozen=True)
