@@ -16,6 +16,7 @@ from silotune.comparison import (
     score_table,
 )
 from silotune.config import RunConfig
+from silotune.promise import privacy_lines
 from silotune.report import (
     budget_lines,
     budget_warnings,
@@ -66,8 +67,8 @@ def model_card(
         "",
         f"{base['description']}. {summary['rounds']} rounds of {summary['algorithm']}; "
         f"{what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
-        "float32 changes of the trained tensors, without secure aggregation and without "
-        "differential privacy, so whoever runs the server could learn about the rows from them.",
+        f"float32 changes of the trained tensors, without secure aggregation{_noise(summary)}, so "
+        "whoever runs the server could learn about the rows from them.",
         "",
         run_verdict(summary),
         "",
@@ -98,6 +99,7 @@ def model_card(
         *(f"- {line}" for line in [*budget_lines(summary), *cost_lines(summary)]),
         "",
         *_predicted(summary),
+        *_privacy(summary),
         "## Use",
         "",
         "```",
@@ -115,6 +117,18 @@ def model_card(
         "and client in `metrics.jsonl`",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _noise(summary: Mapping[str, Any]) -> str:
+    if "privacy" in summary:
+        return " and with noise on their mean only (see Privacy)"
+    return " and without differential privacy"
+
+
+def _privacy(summary: Mapping[str, Any]) -> list[str]:
+    if (found := summary.get("privacy")) is None:
+        return []
+    return ["## Privacy", "", *(f"- {line}" for line in privacy_lines(found)), ""]
 
 
 def _predicted(summary: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from silotune.files import locate
 from silotune.labelled import sorted_labels
 from silotune.overview import label_warnings
 from silotune.partition import PartitionConfig
+from silotune.promise import Promise, promise_of
 from silotune.quantization import check_quantization
 from silotune.reading import TaskRow
 from silotune.runtime.flower_engine import check_installed
@@ -42,6 +43,8 @@ class Checked:
     rows: Mapping[str, ClientRows]
     warnings: Sequence[str] = ()
     """What is allowed and may surprise."""
+    promise: Promise | None = None
+    """What [privacy] promises, where there is one."""
 
 
 def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Checked:
@@ -83,7 +86,14 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
     if run.server.work == "distill" and run.distill.teacher is not None:
         check_name(run.distill.teacher, "distill.teacher")
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
-    return Checked(run, rows, warnings)
+    promise = promise_of(run, len(rows))
+    if promise is not None and promise["delta"] >= 1 / len(rows):
+        warnings.append(
+            f"privacy.delta = {promise['delta']:g} is no smaller than 1 by the "
+            f"{len(rows)} clients: "
+            "giving one of them away whole would keep such a promise"
+        )
+    return Checked(run, rows, warnings, promise)
 
 
 def check_track(run: RunConfig) -> None:

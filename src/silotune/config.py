@@ -39,6 +39,7 @@ from silotune.evaluate import EvaluateConfig
 from silotune.grid import SweepConfig
 from silotune.models import ModelConfig
 from silotune.partition import PartitionConfig
+from silotune.privacy.base import PrivacyConfig
 from silotune.reading import DataConfig
 from silotune.rows import did_you_mean
 from silotune.sampling import SamplingConfig
@@ -180,6 +181,7 @@ class RunConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     train: TrainConfig = TrainConfig()
     algorithm: AnyAlgorithmConfig = Field(default_factory=lambda: ALGORITHM_CONFIGS["fedavg"]())
+    privacy: PrivacyConfig = PrivacyConfig()
     server: ServerConfig = ServerConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -211,6 +213,44 @@ class RunConfig(Config):
         if any(arm in arms[:i] for i, arm in enumerate(arms)):
             yield "compare.algorithms", "names an algorithm twice, or the recipe's own again"
         yield from self._of_the_adapter()
+        yield from self._of_privacy()
+
+    def _of_privacy(self) -> Iterator[tuple[str, str]]:
+        """What would make [privacy] mean less than it says."""
+        cfg, own = self.privacy, type(self.privacy).model_fields
+        if cfg.unit == "none":
+            given = [key for key in own if getattr(cfg, key) != own[key].default]
+            yield from (
+                (f"privacy.{key}", 'has an effect with unit = "client" only') for key in given
+            )
+            return
+        if (cfg.noise_multiplier is None) == (cfg.target_epsilon is None):
+            yield "privacy.noise_multiplier", "or target_epsilon: give one of both"
+        if cfg.delta is None:
+            yield "privacy.delta", "is missing: give one well below 1 by the number of clients"
+        if cfg.clipping == "fixed":
+            adaptive = [k for k in ("quantile", "clip_lr") if getattr(cfg, k) != own[k].default]
+            yield from (
+                (f"privacy.{k}", 'has an effect with clipping = "adaptive"') for k in adaptive
+            )
+        arms = {"algorithm": self.algorithm}
+        arms |= {f"compare.algorithms.{i}": arm for i, arm in enumerate(self.compare.algorithms)}
+        for where, arm in arms.items():
+            if isinstance(arm, FlowerStrategyConfig):
+                yield where, "a Flower strategy cannot be private here: what it releases is unknown"
+            elif arm.weights != "uniform":
+                yield (
+                    f"{where}.weights",
+                    "with [privacy] must be 'uniform': a weight by rows would let a large client "
+                    "move the mean by more than the noise covers",
+                )
+        if self.checkpoint.keep == "best":
+            yield "checkpoint.keep", "'best' chooses by held-out losses, which have no noise"
+        if self.runtime.name == "flower":
+            yield (
+                "runtime.name",
+                "'flower' cannot be private yet: clients would send their losses without noise",
+            )
 
     def _of_the_adapter(self) -> Iterator[tuple[str, str]]:
         """What cannot be trained on such a base, or for such a task."""
@@ -481,11 +521,6 @@ LISTS = {
 def _explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
     key = ".".join(where)
     match item["type"]:
-        case "extra_forbidden" if where[0] == "privacy":
-            return (
-                "privacy: differential privacy is not part of this version, and a run that only "
-                "looked private would be worse than none. Take the section out"
-            )
         case "extra_forbidden":
             chosen = chosen_algorithm(table.get("algorithm", {}))
             others = [n for n, cfg in ALGORITHM_CONFIGS.items() if where[-1] in cfg.model_fields]
@@ -561,6 +596,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "server": ServerConfig,
         "distill": DistillConfig,
         "algorithm": ALGORITHM_CONFIGS.get(algorithm, AlgorithmConfig),
+        "privacy": PrivacyConfig,
         "evaluate": EvaluateConfig,
         "checkpoint": CheckpointConfig,
         "runtime": RuntimeConfig,

@@ -14,6 +14,7 @@ from silotune.card import python_use, what_is_trained
 from silotune.config import RunConfig
 from silotune.gguf_write import GgufType
 from silotune.models import folder_of_base
+from silotune.promise import privacy_lines
 from silotune.report import unit_of
 from silotune.sources import SOURCES, is_hub_id
 
@@ -44,8 +45,15 @@ def export_card(
     licence, name = licence_of(run), base_name(run)
     train = [client["num_train"] for client in clients]
     before, after = (summary["overall"][f"{arm}_loss"] for arm in ("base", "federated"))
-    scored = "" if None in (before, after) else f"{before:.4f} before, {after:.4f} after, "
+    # a private run's losses have no noise: what leaves this machine does not tell them
+    secret = None in (before, after) or "privacy" in summary
+    scored = "" if secret else f"{before:.4f} before, {after:.4f} after, "
     described = base["description"] if run.model.name in SOURCES else name
+    private = (
+        [f"- {line}" for line in privacy_lines(summary["privacy"])] + [""]
+        if "privacy" in summary
+        else []
+    )
     lines = [
         "---",
         f"library_name: {library}",
@@ -58,9 +66,10 @@ def export_card(
         "",
         f"{described}. Rounds of {summary['algorithm']}: {summary['rounds']}; "
         f"{what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
-        "float32 changes of the trained tensors, without secure aggregation and without "
-        "differential privacy.",
+        "float32 changes of the trained tensors, without secure aggregation and "
+        + ("with differential privacy:" if private else "without differential privacy."),
         "",
+        *private,
         *([f"Held-out loss of all clients: {scored}in {unit_of(summary)}.", ""] if scored else []),
         *(line for note in _notes(run, provenance, moved, kind) for line in (note, "")),
         "## Use",

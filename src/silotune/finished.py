@@ -24,6 +24,7 @@ from silotune.models import (
 )
 from silotune.page import run_page
 from silotune.progress import Progress
+from silotune.promise import releases, statement
 from silotune.pushing import hub_login, push_folder
 from silotune.sources import content_hash, is_hub_id
 from silotune.store import Row, RunFolder
@@ -60,6 +61,16 @@ class Run:
     def samples(self) -> list[dict[str, Any]]:
         """Some held-out questions with what base and result answer; [] where none were asked."""
         return RunFolder.open(self.path).read_json("samples.json") or []
+
+    @property
+    def privacy(self) -> dict[str, Any] | None:
+        """What it promised, what it has spent, and every release; None without [privacy].
+
+        Enough to compute epsilon anew; see docs/privacy.md.
+        """
+        folder = RunFolder.open(self.path)
+        found = statement(folder.run, folder)
+        return found and {**found, "releases": releases(folder)}
 
     def report(self) -> Path:
         """Write report.html: the run on one page, without a network. Returns its path."""

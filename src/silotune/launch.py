@@ -32,6 +32,7 @@ from silotune.models import (
 from silotune.overview import describe_split
 from silotune.predicted import compare_with_prediction, measure_first, write_prediction
 from silotune.progress import Both, Progress
+from silotune.promise import statement, with_privacy
 from silotune.quality import question_of
 from silotune.report import budget_warnings, summarise
 from silotune.runtime import flower_engine, inprocess
@@ -245,7 +246,7 @@ def run_in(
         progress.note(f"loading {run.model.name}")
         loaded = load_for(run, progress)
     provenance = provenance_of(folder, checked, loaded)
-    state = folder.load_state() or _first_state(run, loaded, len(checked.rows))
+    state = folder.load_state() or _first_state(run, loaded, folder, len(checked.rows))
     earlier = sum(r["seconds"] for r in folder.metrics() if r["event"] == "round")
     trains_here = run.runtime.name == "in-process"
     base_sha256 = provenance["base"]["sha256"]
@@ -294,6 +295,7 @@ def run_in(
             "peak_memory_bytes": measured.peak_memory_bytes,
             "adapter_sha256": file_sha256(adapter),
             **budget,
+            **({} if (told := statement(run, folder)) is None else {"privacy": told}),
             "predicted": compare_with_prediction(
                 run,
                 planned,
@@ -376,9 +378,12 @@ def _save_result(
     return folder.install("adapter", lambda part: save_adapter(loaded, part, base_name=name))
 
 
-def _first_state(run: RunConfig, loaded: LoadedModel, num_clients: int) -> ServerState:
+def _first_state(
+    run: RunConfig, loaded: LoadedModel, folder: RunFolder, num_clients: int
+) -> ServerState:
     adapter = read_adapter(loaded)
-    return ServerState(0, adapter, algorithm_of(run.algorithm).init(adapter, num_clients))
+    algorithm = with_privacy(algorithm_of(run.algorithm), run, folder, num_clients)
+    return ServerState(0, adapter, algorithm.init(adapter, num_clients))
 
 
 def _result(run: RunConfig, folder: RunFolder) -> ServerState:

@@ -13,6 +13,7 @@ from silotune.card import python_use
 from silotune.charts import Interval, Split
 from silotune.comparison import AGAINST, against_table, cost_table
 from silotune.config import RunConfig, to_toml
+from silotune.promise import privacy_lines
 from silotune.report import (
     budget_lines,
     budget_warnings,
@@ -105,6 +106,7 @@ def run_page(
             (name, *map(_typeset, cells)) for name, *cells in prediction_table(summary)
         ],
         prediction_notes=prediction_notes(summary),
+        privacy_lines=privacy_lines(summary["privacy"]) if "privacy" in summary else [],
         cost_charts=_drawn(
             _cost_charts(rows, summary["rounds"], charts.biggest(summary["clients"]))
         ),

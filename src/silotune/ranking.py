@@ -41,6 +41,11 @@ def _notes(done: Sequence[Mapping[str, Any]], *, num_failed: int) -> list[str]:
             "the runs were scored on different rows or tokens (rows, tokenizer, template or "
             "train.max_length differ), so their losses do not rank them"
         )
+    if any(row.get("epsilon") is not None for row in done):
+        notes.append(
+            "each private run has spent its own epsilon, and choosing among them by held-out loss "
+            "is covered by none"
+        )
     if len(done) > 1:
         notes.append(
             f"the best of {len(done)} runs looks better than it is, since the rows that rank it "

@@ -11,6 +11,7 @@ from silotune.config import RunConfig
 from silotune.errors import QuorumError, UpdateError
 from silotune.evaluate import metrics
 from silotune.progress import Progress
+from silotune.promise import num_released
 from silotune.sampling import cohort_size, num_needed, sample
 from silotune.seeds import generator
 from silotune.spending import Clock, expected_seconds, seconds_spent, write_spent
@@ -128,9 +129,12 @@ def next_ceiling(
             budget.hours shows only when it is done.
     """
     limit, hours, found = run.budget.bytes, run.budget.hours, None
+    if run.privacy.unit != "none" and state.round < run.rounds:
+        # a round that a crash repeated was a release too
+        found = "privacy" if num_released(run, folder) >= run.rounds else None
     if limit is None and hours is None:
-        return None
-    if state.round < run.rounds:
+        return found
+    if found is None and state.round < run.rounds:
         rows, spent_s = folder.metrics(), seconds_spent(folder, clock)
         sent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
         cost = round_cost(run, state, algorithm, len(names))

@@ -494,4 +494,5 @@ def _numbers(run: Run) -> dict[str, Any]:
         "seconds": summary["seconds_total"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "rounds": summary["rounds"],
+        "epsilon": summary.get("privacy", {}).get("epsilon", {}).get("pld"),
     }

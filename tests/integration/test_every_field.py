@@ -119,6 +119,13 @@ ELSEWHERE = {
     "compare.algorithms": "test_compare",
     "compare.only": "test_compare",
     "compare.max_new_tokens": "test_compare",
+    **{
+        f"privacy.{key}": "test_private_run"
+        for key in ("unit", "noise_multiplier", "target_epsilon", "delta", "noise")
+    },
+    **{
+        f"privacy.{key}": "test_privacy" for key in ("clip_norm", "clipping", "quantile", "clip_lr")
+    },
     "sweep.keys": "test_sweep",
     "sweep.runs": "test_sweep",
     "sweep.search": "test_sweep",

@@ -47,6 +47,18 @@ def runs(recipe, tmp_path_factory):
     }
 
 
+def test_private_noise_is_added_at_the_server_of_an_engine_too(recipe, tmp_path):
+    keys = [
+        *(*SHORT, "algorithm.weights=uniform", "privacy.unit=client", "privacy.delta=0.1"),
+        *("privacy.noise_multiplier=1", "privacy.noise=seeded", "privacy.clip_norm=0.5"),
+    ]
+    one_actor = [f"runtime.client_cpus={usable_threads()}", "runtime.name=flower-simulation"]
+    here = silotune.run(recipe, keys, out=tmp_path / "here")
+    there = silotune.run(recipe, [*keys, *one_actor], out=tmp_path / "there")
+    assert there.summary["adapter_sha256"] == here.summary["adapter_sha256"]
+    assert there.summary["privacy"] == here.summary["privacy"]
+
+
 def engine_processes() -> list[psutil.Process]:
     """Whatever belongs to an engine, by its private folder or Flower's programs."""
     found = []

@@ -346,6 +346,7 @@ def test_a_resolved_recipe_reads_back_equal_whatever_is_set(name, overrides):
 
 
 # A value that differs from the default and is allowed, and what must be set beside it.
+NOISE = ["privacy.noise_multiplier=1", "privacy.delta=0.1"]
 OTHER: dict[str, tuple[str, list[str]]] = {
     "seed": ("4", []),
     "rounds": ("7", []),
@@ -466,6 +467,20 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     ),
     "compare.only": ('["a"]', []),
     "compare.max_new_tokens": ("64", []),
+    **{
+        f"privacy.{key}": (value, ["privacy.unit=client", "algorithm.weights=uniform", *more])
+        for key, (value, more) in {
+            "unit": ("client", NOISE),
+            "noise_multiplier": ("2.5", ["privacy.delta=0.1"]),
+            "target_epsilon": ("2.5", ["privacy.delta=0.1"]),
+            "delta": ("0.25", ["privacy.noise_multiplier=1"]),
+            "clip_norm": ("2.5", NOISE),
+            "clipping": ("adaptive", NOISE),
+            "quantile": ("0.25", [*NOISE, "privacy.clipping=adaptive"]),
+            "clip_lr": ("0.5", [*NOISE, "privacy.clipping=adaptive"]),
+            "noise": ("seeded", NOISE),
+        }.items()
+    },
     "sweep.keys": ('["train.lr=1e-4,1e-3"]', []),
     "sweep.runs": ('["train.lr=1e-4", "rounds=2"]', []),
     "sweep.search": ("9", []),

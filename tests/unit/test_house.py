@@ -28,6 +28,7 @@ ORDER = [
     "partition",
     "foreign_partition",
     "algorithms",
+    "privacy",
     "gguf_llama",
     "gguf_write",
     "sources",
@@ -57,6 +58,7 @@ ORDER = [
     "memory",
     "client_config",
     "store",
+    "promise",
     "progress",
     "tracking",
     "report",
@@ -99,7 +101,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-TORCH_ONLY = ("algorithms", "types", "tree", "seeds", "sampling", "errors")
+TORCH_ONLY = ("algorithms", "privacy", "types", "tree", "seeds", "sampling", "errors")
 HEAVY = {"transformers", "peft", "trl", "flwr", "datasets"}
 
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from silotune.cli import after, chat, data, plan, run, sweep
+from silotune.cli import after, chat, data, plan, privacy, run, sweep
 
 app = typer.Typer(
     name="silotune",
@@ -16,5 +16,6 @@ run.register(app)
 data.register(app)
 plan.register(app)
 sweep.register(app)
+privacy.register(app)
 after.register(app)
 chat.register(app)

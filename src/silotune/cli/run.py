@@ -82,6 +82,11 @@ def check(recipe: Recipe, overrides: Overrides = None, json: AsJson = False) -> 
             return
         body = [(name, str(t), str(e)) for name, t, e in counts]
         print_table([("client", "train rows", "held-out rows"), *body])
+        if checked.promise is not None:
+            from silotune.promise import check_lines
+
+            for text in check_lines(checked.promise):
+                typer.echo(text)
         for text in checked.warnings:
             typer.echo(f"warning: {text}")
         typer.echo("no mistakes found")
@@ -218,6 +223,10 @@ def _print_result(done: "Run") -> None:
         typer.echo(done.config.report.note)
     for line in [*budget_lines(summary), *cost_lines(summary)]:
         typer.echo(line)
+    if "privacy" in summary:
+        from silotune.promise import privacy_lines
+
+        typer.echo(f"privacy: {privacy_lines(summary['privacy'])[0]}")
     if predicted := prediction_table(summary):
         typer.echo()
         print_table(predicted)

@@ -22,6 +22,7 @@ from silotune.algorithms.base import keep_local
 from silotune.config import RunConfig
 from silotune.errors import EngineError, SilotuneError, UpdateError
 from silotune.progress import Progress
+from silotune.promise import with_privacy
 from silotune.report import cut_note
 from silotune.rounds import run_rounds
 from silotune.runtime import wire
@@ -75,7 +76,8 @@ def main(grid: Grid, context: Context) -> None:
         state = folder.load_state()
         assert state is not None, "the first adapter is saved before the engine starts"
         folder.rewind(state.round)
-        algorithm = keep_local(algorithm_of(run.algorithm), json.loads(settings["local"]))
+        plain = keep_local(algorithm_of(run.algorithm), json.loads(settings["local"]))
+        algorithm = with_privacy(plain, run, folder, len(names))
         # the server's rows and teacher are named in the folder's recipe alone: clients read `run`
         own = RunFolder.open(folder.path).run
         work = open_server_work(own, folder, algorithm=algorithm, progress=progress)

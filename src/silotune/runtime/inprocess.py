@@ -17,6 +17,7 @@ from silotune.devices import peak_memory_bytes
 from silotune.errors import ClientTimeout, UpdateError
 from silotune.memory import load_memory
 from silotune.progress import Progress
+from silotune.promise import with_privacy
 from silotune.report import cut_note
 from silotune.rounds import run_rounds
 from silotune.runtime.flower_strategy import algorithm_of
@@ -33,7 +34,8 @@ def drive(job: Job) -> Measured:
     assert job.loaded is not None, "this runtime trains on the model it is given"
     torch.set_num_threads(job.run.runtime.threads)
     run = job.run
-    algorithm = keep_local(algorithm_of(run.algorithm), job.local)
+    plain = keep_local(algorithm_of(run.algorithm), job.local)
+    algorithm = with_privacy(plain, run, job.folder, len(job.names))
     worker = Worker(job.loaded, build_task(run.task, run.data.labels), run, algorithm)
     data = job.data or prepare_clients(job.rows, worker)
     server = open_server_work(

@@ -1,0 +1,107 @@
+"""Client-level privacy: the sum of clipped changes, with noise, before the server's step.
+
+Unit: a client with all its rows. Adversary: whoever sees the adapter after every round, and nothing
+else; the server sees the changes themselves and is trusted. Neighbours: the same federation with
+one client's changes put to zero in all rounds. Assumes no luck by sampling: a client may be asked
+in every round. The mean is over the clients that a round plans to ask, however many answer, and no
+client weighs more than another: so one client moves the sum by at most the clip norm, and the noise
+never becomes less than planned.
+
+McMahan et al. 2018, arXiv:1710.06963, Algorithm 1, with their fixed denominator; Andrew et al.
+2021, arXiv:1905.03871, for the norm.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from silotune.algorithms.base import Algorithm
+from silotune.privacy.base import PrivacyConfig
+from silotune.privacy.clip import clip_by_global_norm, next_clip_norm, split_noise
+from silotune.privacy.gaussian import Noise
+from silotune.types import AdapterState, Change, ServerState, Updates
+
+PURPOSE = "privacy"
+"""The guard's place in the server's memory."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One round's release, as it is written down before it happens."""
+
+    round: int
+    noise_multiplier: float
+    """Of the whole release, in units of the sensitivity."""
+    clip_norm: float
+    num_planned: int
+    """Clients that the mean is over."""
+    num_updates: int
+    """Clients that answered. Known to the server only; no part of what is released."""
+
+
+def guarded(
+    algorithm: Algorithm,
+    cfg: PrivacyConfig,
+    *,
+    noise_multiplier: float,
+    num_planned: int,
+    noise: Callable[[int], Noise],
+    write_down: Callable[[Release], None],
+) -> Algorithm:
+    """An algorithm whose change is clipped, averaged with equal weights, and noised.
+
+    Args:
+        algorithm: What steps with the change. Its own `combine` is not used.
+        cfg: [privacy].
+        noise_multiplier: Of a round's release.
+        num_planned: Clients that a round asks.
+        noise: Where a round's noise comes from.
+        write_down: Told of a release before it is made, so that a crash cannot hide it.
+
+    Raises:
+        ValueError: Adaptive clipping cannot have so much noise; see `split_noise`.
+    """
+    assert algorithm.linear, "a change that is no sum of deltas has no such sensitivity"
+    assert algorithm.extra_layout is None, "what is sent beside the delta is not covered"
+    of_change, of_count = noise_multiplier, 0.0
+    if cfg.clipping == "adaptive":
+        of_change, of_count = split_noise(noise_multiplier, num_clients=num_planned)
+
+    def init(adapter: AdapterState, num_clients: int) -> dict[str, AdapterState]:
+        first = torch.tensor([cfg.clip_norm], dtype=torch.float32)
+        return {**algorithm.init(adapter, num_clients), PURPOSE: {"clip_norm": first}}
+
+    def combine(state: ServerState, updates: Updates) -> Change:
+        clip_norm = float(state.extra[PURPOSE]["clip_norm"])
+        total: dict[str, Tensor] = {}
+        num_within = num_updates = 0
+        for update in updates:
+            clipped, norm = clip_by_global_norm(
+                update.delta, clip_norm=clip_norm, who=f"client '{update.client}'"
+            )
+            total = {n: t + total[n] for n, t in clipped.items()} if total else clipped
+            num_within += norm <= clip_norm
+            num_updates += 1
+        round_ = state.round + 1
+        write_down(Release(round_, noise_multiplier, clip_norm, num_planned, num_updates))
+        draw = noise(round_)
+        delta = {
+            name: ((total[name] + draw(total[name].shape, of_change * clip_norm)) / num_planned)
+            for name in sorted(total)
+        }
+        if cfg.clipping == "adaptive":
+            share = (num_within + float(draw([1], of_count))) / num_planned
+            clip_norm = next_clip_norm(
+                clip_norm, share_within=share, quantile=cfg.quantile, lr=cfg.clip_lr
+            )
+        then = torch.tensor([clip_norm], dtype=torch.float32)
+        return Change({n: t.float() for n, t in delta.items()}, {PURPOSE: {"clip_norm": then}})
+
+    def step(state: ServerState, change: Change) -> ServerState:
+        inside = {k: v for k, v in state.extra.items() if k != PURPOSE}
+        after = algorithm.step(replace(state, extra=inside), Change(change.delta))
+        return replace(after, extra={**after.extra, **change.extra})
+
+    return replace(algorithm, init=init, combine=combine, step=step)

@@ -1,0 +1,68 @@
+"""Clipping: no client's change moves the sum by more than a bound.
+
+Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping". arXiv:1905.03871.
+"""
+
+import math
+
+from torch import Tensor
+
+from silotune.tree import check_finite, l2_norm
+from silotune.types import AdapterState
+
+
+def clip_by_global_norm(
+    delta: AdapterState, *, clip_norm: float, who: str
+) -> tuple[dict[str, Tensor], float]:
+    """Scale a change so that its L2 norm over all tensors together is at most `clip_norm`.
+
+    Args:
+        delta: Change of one client; tensors of any shape. Not modified.
+        clip_norm: Bound, > 0, in the units of the weights.
+        who: Whose change it is, for the error.
+
+    Returns:
+        The scaled copy in float64, in which the bound holds to its rounding; and the norm before.
+
+    Raises:
+        UpdateError: A tensor holds NaN or infinity; the message names it.
+    """
+    check_finite(delta, who=who)
+    norm = l2_norm(delta)
+    factor = 1.0 if norm <= clip_norm else clip_norm / norm  # a change of zeros passes
+    return {name: tensor.double() * factor for name, tensor in delta.items()}, norm
+
+
+def next_clip_norm(clip_norm: float, *, share_within: float, quantile: float, lr: float) -> float:
+    """The norm of the next round: `C exp(-lr (b - quantile))`.
+
+    Args:
+        clip_norm: C, of this round.
+        share_within: b, the noised share of clients whose norm was at most C. Where more of them
+            fit than wanted, C shrinks.
+        quantile: The share that is wanted.
+        lr: How fast.
+    """
+    return clip_norm * math.exp(-lr * (share_within - quantile))
+
+
+def split_noise(noise_multiplier: float, *, num_clients: int) -> tuple[float, float]:
+    """Share one release's noise between the change and the count of clients within the norm.
+
+    Returns:
+        The noise multiplier of the change, `(z^-2 - (2 s)^-2)^-1/2`, and the standard deviation s
+        of the count, a twentieth of the planned clients. Both together cost what `noise_multiplier`
+        alone does.
+
+    Raises:
+        ValueError: So much noise cannot be split: z >= 2 s.
+    """
+    std_count = num_clients / 20
+    if noise_multiplier == 0:
+        return 0.0, 0.0
+    if noise_multiplier >= 2 * std_count:
+        raise ValueError(
+            f"adaptive clipping with {num_clients} clients a round allows a noise multiplier below "
+            f"{2 * std_count:g}, got {noise_multiplier:g}"
+        )
+    return (noise_multiplier**-2 - (2 * std_count) ** -2) ** -0.5, std_count

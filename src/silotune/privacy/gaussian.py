@@ -1,0 +1,49 @@
+"""Where noise comes from: the system's own source, or a seed for tests and paired experiments.
+
+Reference:
+    Holohan and Braghin 2021, "Secure Random Sampling in Differential Privacy". arXiv:2107.10138:
+    a sum of several Gaussians hides what a single one's rounding tells (Mironov 2012, "On
+    Significance of the Least Significant Bits for Differential Privacy").
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Noise = Callable[[Sequence[int], float], Tensor]
+"""(shape, standard deviation) -> fresh Gaussian noise, float64."""
+
+NUM_SUMMED = 4
+"""Gaussians in a number: to take one apart by its rounding, all four have to be guessed."""
+
+
+def secure_noise(shape: Sequence[int], std: float) -> Tensor:
+    """Gaussian noise from the system's cryptographic source (getrandom); no seed, no state."""
+    count = math.prod(shape)
+    total = np.zeros(count)
+    for _ in range(NUM_SUMMED):
+        total += _box_muller(count)
+    return torch.as_tensor(total * (std / math.sqrt(NUM_SUMMED))).reshape(tuple(shape))
+
+
+def _box_muller(count: int) -> np.ndarray:
+    """Standard Gaussians of uniform ones with 53 bits (Box and Muller 1958)."""
+    pairs = (count + 1) // 2
+    bits = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64) >> np.uint64(11)
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53  # never 0
+    radius = np.sqrt(-2.0 * np.log(uniform[:pairs]))
+    angle = 2.0 * np.pi * uniform[pairs:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def seeded_noise(generator: torch.Generator) -> Noise:
+    """The same noise for the same generator: for simulations only."""
+
+    def draw(shape: Sequence[int], std: float) -> Tensor:
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * std
+
+    return draw

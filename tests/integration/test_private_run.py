@@ -1,0 +1,161 @@
+"""Whole private runs on the tiny model: the promise, the ledger, the statement, the refusals."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import silotune
+from silotune.cli import app
+from silotune.errors import ConfigError
+from silotune.privacy.accountant import spent
+from silotune.progress import Progress
+from tests.conftest import write_tiny_recipe
+
+UNIFORM = "algorithm.weights=uniform"
+CLIENT = ["privacy.unit=client", "privacy.delta=1e-3", "privacy.clip_norm=0.5", UNIFORM]
+SEEDED = [*CLIENT, "privacy.noise_multiplier=2", "privacy.noise=seeded"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_model):
+    return write_tiny_recipe(tmp_path_factory.mktemp("private"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def done(recipe, tmp_path_factory):
+    return silotune.run(recipe, SEEDED, out=tmp_path_factory.mktemp("runs") / "seeded")
+
+
+def test_check_says_what_is_promised_before_anything_runs(recipe):
+    keys = [*CLIENT, "privacy.target_epsilon=3"]
+    answer = CliRunner().invoke(app, ["check", str(recipe), *keys])
+    assert answer.exit_code == 0, answer.output
+    assert "privacy: (3.000, 0.001)-DP per client after 3 rounds" in answer.stdout
+    promise = silotune.check(recipe, keys).promise
+    assert promise is not None
+    cost = spent(noise_multiplier=promise["noise_multiplier"], num_releases=3, delta=1e-3)
+    assert 2.99 < cost.pld <= 3
+    assert silotune.check(recipe).promise is None
+
+
+def test_a_statement_can_be_computed_anew_from_what_is_printed(done):
+    answer = CliRunner().invoke(app, ["privacy", str(done.path), "--json"])
+    found = json.loads(answer.stdout)
+    assert [row["round"] for row in found["releases"]] == [1, 2, 3]
+    assert {row["noise_multiplier"] for row in found["releases"]} == {2.0}
+    assert {row["num_planned"] for row in found["releases"]} == {3}
+    cost = spent(noise_multiplier=2.0, num_releases=3, delta=found["promise"]["delta"])
+    assert found["epsilon"] == {"pld": cost.pld, "rdp": cost.rdp}
+    twice = spent(noise_multiplier=1.0, num_releases=3, delta=1e-3)
+    assert found["epsilon_replace"] == twice.pld
+    assert done.summary["privacy"]["epsilon"] == found["epsilon"]
+
+
+def test_every_output_says_that_seeded_noise_protects_nobody(done):
+    told = "ANYTHING: the noise is seeded"
+    assert told in CliRunner().invoke(app, ["privacy", str(done.path)]).stdout
+    for text in ((done.path / "README.md").read_text(), done.report().read_text()):
+        assert told in text
+        assert "DP per client" in text
+    card = (done.export() / "README.md").read_text()
+    assert told in card
+    assert "Held-out loss" not in card, "it has no noise, and an export is for others"
+
+
+def test_without_a_section_every_output_says_that_there_is_none(recipe, tmp_path):
+    plain = silotune.run(recipe, ["rounds=1"], out=tmp_path / "r")
+    assert "without differential privacy" in (plain.path / "README.md").read_text()
+    assert "no differential privacy" in CliRunner().invoke(app, ["privacy", str(plain.path)]).stdout
+    assert "privacy" not in plain.summary
+
+
+def test_the_noise_is_in_the_adapter_and_no_two_secure_runs_are_the_same(done, recipe, tmp_path):
+    keys = [*CLIENT, "privacy.noise_multiplier=2", "rounds=1"]
+    one, other = (silotune.run(recipe, keys, out=tmp_path / name) for name in ("a", "b"))
+    assert one.summary["adapter_sha256"] != other.summary["adapter_sha256"]
+    again = silotune.run(recipe, SEEDED, out=tmp_path / "c")
+    assert again.summary["adapter_sha256"] == done.summary["adapter_sha256"]
+    assert one.privacy is not None
+    assert not any("ANYTHING" in text for text in one.privacy["not_protected"])
+
+
+class StopIn(Progress):
+    """Ends a run after a round was released and before it is over, as a kill would."""
+
+    def __init__(self, round_: int) -> None:
+        self.round_ = round_
+
+    def end_round(self, round_, rows):
+        if round_ == self.round_:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_private_run_goes_on_to_the_same_adapter(done, recipe, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        silotune.run(recipe, SEEDED, out=tmp_path / "r", progress=StopIn(2))
+    again = silotune.run(resume=tmp_path / "r")
+    assert again.summary["adapter_sha256"] == done.summary["adapter_sha256"]
+    assert again.summary["privacy"] == done.summary["privacy"]
+
+
+def test_a_round_that_a_crash_repeats_is_a_release_more_and_the_run_ends_one_sooner(
+    recipe, tmp_path, monkeypatch
+):
+    """The ledger never resets, and the last adapter below the promise is the result."""
+    from silotune.store import RunFolder
+
+    save = RunFolder.save
+
+    def crash(self, state, *, last):
+        if state.round == 2:
+            raise KeyboardInterrupt
+        save(self, state, last=last)
+
+    keys = [*CLIENT, "privacy.noise_multiplier=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", crash)
+        with pytest.raises(KeyboardInterrupt):
+            silotune.run(recipe, keys, out=tmp_path / "r")
+    again = silotune.run(resume=tmp_path / "r")
+    found = again.privacy
+    assert found is not None
+    assert [row["round"] for row in found["releases"]] == [1, 2, 2]
+    assert found["num_released"] == found["promise"]["num_releases"] == 3
+    assert again.summary["rounds"] == again.summary["result_round"] == 2
+    assert found["epsilon"] == found["promise"]["epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["privacy.unit=client"], "privacy.noise_multiplier: or target_epsilon: give one of both"),
+        ([*SEEDED, "privacy.target_epsilon=3"], "give one of both"),
+        (
+            ["privacy.unit=client", "privacy.noise_multiplier=1", UNIFORM],
+            "privacy.delta: is missing",
+        ),
+        (["privacy.noise_multiplier=1"], 'has an effect with unit = "client" only'),
+        ([*SEEDED, "algorithm.weights=examples"], "a weight by rows"),
+        ([*SEEDED, "checkpoint.keep=best"], "held-out losses, which have no noise"),
+        ([*SEEDED, "runtime.name=flower"], "cannot be private yet"),
+        ([*SEEDED, "privacy.quantile=0.3"], 'has an effect with clipping = "adaptive"'),
+        ([*SEEDED, "privacy.clipping=adaptive"], "noise multiplier below 0.3"),
+        ([*SEEDED, "privacy.unit=record"], "privacy.unit"),
+        (
+            [*SEEDED, "algorithm={ name = 'flower:flwr.serverapp.strategy.FedAvg' }"],
+            "Flower strategy",
+        ),
+        ([*SEEDED, 'compare.algorithms=["fedprox"]'], "compare.algorithms.0.weights"),
+    ],
+)
+def test_what_would_mean_less_than_it_says_is_refused_before_the_run(recipe, keys, message):
+    with pytest.raises(ConfigError) as caught:
+        silotune.check(recipe, keys)
+    assert message in str(caught.value)
+
+
+def test_a_delta_that_gives_a_client_away_is_warned_of(recipe):
+    keys = [key for key in SEEDED if "delta" not in key]
+    found = silotune.check(recipe, [*keys, "privacy.delta=0.5"])
+    assert any("giving one of them away" in text for text in found.warnings)
