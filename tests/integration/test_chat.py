@@ -215,17 +215,17 @@ def read_until(descriptor: int, text: str, *, timeout_s: float = 120) -> str:
     return seen
 
 
-def interrupt(process: subprocess.Popen, *, timeout_s: float = 60) -> int:
+def interrupt(process: subprocess.Popen, *, timeout_s: float = 90) -> int:
     """Press Ctrl-C until it ends, as people do.
 
     Python's readline sleeps through a signal that comes between its prompt and its first look at
-    the terminal.
+    the terminal. Not too soon again: Python takes a second one while it ends as a kill.
     """
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(2)
+            return process.wait(20)
     raise AssertionError("it does not end")
 
 

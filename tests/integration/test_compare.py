@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import silotune
-from silotune import alone, arms
+from silotune import alone, bench
 from silotune.cli import app
 from silotune.errors import ConfigError, RunFolderError
 from silotune.launch import load_for
@@ -213,7 +213,7 @@ def test_a_lone_client_that_was_stopped_between_rounds_goes_on_there(recipe, tmp
     ],
 )
 def test_a_mistake_is_said_before_a_model_is_loaded(recipe, tmp_path, monkeypatch, keys, says):
-    monkeypatch.setattr(arms, "load_for", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bench, "load_for", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match=says):
         silotune.compare(recipe, keys, out=tmp_path / "c")
     assert not (tmp_path / "c").exists()
