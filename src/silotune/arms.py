@@ -70,6 +70,9 @@ class Comparison:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a text is a path too
+
     @property
     def result(self) -> dict[str, Any]:
         """comparison.json: means, differences, intervals, verdicts, costs; see docs/compare.md."""

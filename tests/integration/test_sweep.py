@@ -9,13 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 import silotune
-from silotune import bench, sweeping
+from silotune import bench, sweeping, trials
 from silotune.cli import app
 from silotune.errors import ConfigError, RunFolderError
 from silotune.models import num_base_loads
 from silotune.progress import Progress
 from silotune.ranking import sweep_table
 from silotune.sweep_worker import WorkerProcess
+from silotune.trials import num_jobs, read_sweep, trials_of
 from tests.conftest import build_tiny_model, write_tiny_recipe
 
 KEYS = ["adapter.rank=2,4", "train.lr=1e-3,1e-2", "report.samples=0"]
@@ -203,16 +204,16 @@ def test_a_recipe_may_bring_its_own_sweep_and_asked_values_win(recipe):
     own = '\n[sweep]\nkeys = ["train.lr=1e-3,1e-2", "adapter.rank=2,4"]\nsearch = 3\n'
     path = recipe.with_name("own.toml")
     path.write_text(recipe.read_text() + own)
-    base = sweeping._read(path, ["train.lr=1e-4", "rounds=1,2"], (), 0)
+    base = read_sweep(path, ["train.lr=1e-4", "rounds=1,2"], (), 0)
     assert base.sweep.keys == ("adapter.rank=2,4", "rounds=1,2")
     assert base.sweep.search == 3
     assert base.train.lr == 1e-4
     path.write_text(recipe.read_text() + '\n[sweep]\nruns = ["rounds=1", "rounds=2"]\n')
-    assert [trial.run.rounds for trial in sweeping._trials(sweeping._read(path, [], (), 0))] == [
+    assert [trial.run.rounds for trial in trials_of(read_sweep(path, [], (), 0))] == [
         1,
         2,
     ]
-    assert not sweeping._read(path, ["rounds=1,2"], (), 0).sweep.runs
+    assert not read_sweep(path, ["rounds=1,2"], (), 0).sweep.runs
 
 
 def test_a_search_tries_new_values_within_their_ranges_and_goes_on_where_it_was(recipe, tmp_path):
@@ -289,20 +290,20 @@ def test_a_sweep_is_no_run(done):
 
 
 def test_runs_on_one_base_follow_each_other_whatever_their_order(recipe):
-    trials = sweeping._trials(
-        sweeping._read(recipe, ["train.lr=1e-3,1e-2", "model.dtype=float32,bfloat16"], (), 0)
+    found = trials_of(
+        read_sweep(recipe, ["train.lr=1e-3,1e-2", "model.dtype=float32,bfloat16"], (), 0)
     )
-    queue, last, order = sweeping.Listed(trials), None, []
+    queue, last, order = sweeping.Listed(found), None, []
     while (last := queue.take(last)) is not None:
         order.append(last.number)
     assert order == [1, 3, 2, 4]
 
 
 def test_only_as_many_runs_at_once_as_memory_allows(recipe, monkeypatch):
-    trials = sweeping._trials(sweeping._read(recipe, ["train.lr=1e-3,1e-2,1e-4"], (), 0))
-    monkeypatch.setattr(sweeping, "usable_threads", lambda: 8)
-    each = silotune.plan(trials[0].run, measured=False).peak_bytes
+    found = trials_of(read_sweep(recipe, ["train.lr=1e-3,1e-2,1e-4"], (), 0))
+    monkeypatch.setattr(trials, "usable_threads", lambda: 8)
+    each = silotune.plan(found[0].run, measured=False).peak_bytes
     assert each is not None
     for free, jobs in ((100 * each, 3), (2.6 * each, 2), (0.5 * each, 1)):
-        monkeypatch.setattr(sweeping, "available_memory_bytes", lambda _, free=free: int(free))
-        assert sweeping._num_jobs(trials, 3, Progress()) == jobs
+        monkeypatch.setattr(trials, "available_memory_bytes", lambda _, free=free: int(free))
+        assert num_jobs(found, 3, Progress()) == jobs

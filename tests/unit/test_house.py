@@ -92,6 +92,7 @@ ORDER = [
     "launch",
     "bench",
     "arms",
+    "trials",
     "searching",
     "sweep_worker",
     "sweep_page",

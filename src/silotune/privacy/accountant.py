@@ -14,6 +14,8 @@ from typing import Any
 from silotune.errors import ConfigError
 
 LIBRARY = ("dp_accounting", "dp_accounting.pld", "dp_accounting.rdp")
+GRID, GRID_SHARE = 1e-4, 1e-5
+"""Width of the PLD accountant's grid, and its least share of epsilon; both round up."""
 SLACK = 1.001
 """By what the tight bound may be above the loose one: discretisation."""
 
@@ -48,12 +50,16 @@ def spent(*, noise_multiplier: float, num_releases: int, delta: float) -> Epsilo
 
 @functools.lru_cache(maxsize=256)
 def _of_one(noise_multiplier: float, delta: float) -> Epsilon:
-    accountants, gaussian = _library()
-    found: list[float] = []
-    for accountant in accountants:
-        accountant.compose(gaussian(noise_multiplier))
-        found.append(float(accountant.get_epsilon(delta)))
-    pld, rdp = found
+    dp, pld_library, rdp_library = _libraries()
+    release = dp.GaussianDpEvent(noise_multiplier)
+    loose = rdp_library.RdpAccountant()
+    loose.compose(release)
+    rdp = float(loose.get_epsilon(delta))
+    # the grid spans a multiple of epsilon: next to no noise would fill the memory with it
+    width = max(GRID, GRID_SHARE * rdp)
+    tight = pld_library.PLDAccountant(value_discretization_interval=width)
+    tight.compose(release)
+    pld = float(tight.get_epsilon(delta))
     assert pld <= rdp * SLACK, f"accountants disagree: PLD {pld}, RDP {rdp}"
     return Epsilon(pld, rdp)
 
@@ -80,8 +86,8 @@ def noise_for(*, target_epsilon: float, num_releases: int, delta: float) -> floa
     return float(f"{high:.6g}") if fits(float(f"{high:.6g}")) else high
 
 
-def _library() -> tuple[tuple[Any, Any], Any]:
-    """Both accountants, fresh, and the event of a Gaussian release."""
+def _libraries() -> tuple[Any, Any, Any]:
+    """dp_accounting and its two accountants' modules."""
     try:
         dp, pld, rdp = map(import_module, LIBRARY)
     except ImportError as error:
@@ -89,4 +95,4 @@ def _library() -> tuple[tuple[Any, Any], Any]:
             "[privacy] needs dp-accounting, which is not installed.\n"
             "  Install it: pip install 'silotune[privacy]'"
         ) from error
-    return (pld.PLDAccountant(), rdp.RdpAccountant()), dp.GaussianDpEvent
+    return dp, pld, rdp
