@@ -10,7 +10,8 @@ import pytest
 @pytest.mark.timeout(600)
 def test_the_demo_command_runs(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "silotune", "demo", "rounds=1", "train.local_steps=1"]
+    short = ["rounds=1", "train.local_steps=1", "data.max_eval_rows=4"]
+    command = [sys.executable, "-m", "silotune", "demo", *short]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for text in ("held-out loss", "NINDS", "question", "federated ", "adapter:", "in training"):
