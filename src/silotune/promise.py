@@ -116,6 +116,8 @@ def _noise(run: RunConfig, round_: int) -> Noise:
 def _write_down(folder: RunFolder, release: Release) -> None:
     path = folder.path / LEDGER
     with writing(path), path.open("a", encoding="utf-8") as file:
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # a crash cut the last line off: it stays a line of its own
         file.write(json.dumps(asdict(release)) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -151,8 +153,8 @@ def statement(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:
     """What a run has spent, beside its promise; None for a run without [privacy].
 
     Returns:
-        promise, num_released, epsilon (by both accountants), epsilon_replace, protected and
-        not_protected, as sentences.
+        promise, num_released, epsilon (by both accountants), epsilon_replace, and not_protected, as
+        sentences.
     """
     promise: Promise | None = folder.read_json(FILE)
     if promise is None:

@@ -6,10 +6,13 @@ import pytest
 from typer.testing import CliRunner
 
 import silotune
+from silotune import promise
 from silotune.cli import app
 from silotune.errors import ConfigError
 from silotune.privacy.accountant import spent
+from silotune.privacy.client_level import Release
 from silotune.progress import Progress
+from silotune.store import RunFolder
 from tests.conftest import write_tiny_recipe
 
 UNIFORM = "algorithm.weights=uniform"
@@ -32,9 +35,9 @@ def test_check_says_what_is_promised_before_anything_runs(recipe):
     answer = CliRunner().invoke(app, ["check", str(recipe), *keys])
     assert answer.exit_code == 0, answer.output
     assert "privacy: (3.000, 0.001)-DP per client after 3 rounds" in answer.stdout
-    promise = silotune.check(recipe, keys).promise
-    assert promise is not None
-    cost = spent(noise_multiplier=promise["noise_multiplier"], num_releases=3, delta=1e-3)
+    told = silotune.check(recipe, keys).promise
+    assert told is not None
+    cost = spent(noise_multiplier=told["noise_multiplier"], num_releases=3, delta=1e-3)
     assert 2.99 < cost.pld <= 3
     assert silotune.check(recipe).promise is None
 
@@ -103,8 +106,6 @@ def test_a_round_that_a_crash_repeats_is_a_release_more_and_the_run_ends_one_soo
     recipe, tmp_path, monkeypatch
 ):
     """The ledger never resets, and the last adapter below the promise is the result."""
-    from silotune.store import RunFolder
-
     save = RunFolder.save
 
     def crash(self, state, *, last):
@@ -124,6 +125,15 @@ def test_a_round_that_a_crash_repeats_is_a_release_more_and_the_run_ends_one_soo
     assert found["num_released"] == found["promise"]["num_releases"] == 3
     assert again.summary["rounds"] == again.summary["result_round"] == 2
     assert found["epsilon"] == found["promise"]["epsilon"]
+
+
+def test_a_line_of_the_ledger_that_a_crash_cut_off_swallows_no_later_release(done, tmp_path):
+    folder = RunFolder.create(tmp_path / "r", done.config)
+    (folder.path / "privacy.jsonl").write_text('{"round": 1, "noi')
+    promise._write_down(folder, Release(1, 2.0, 0.5, 3, 3))
+    found = promise.releases(folder)
+    assert [row["round"] for row in found] == [1, 1]
+    assert found[1]["noise_multiplier"] == 2.0
 
 
 @pytest.mark.parametrize(
