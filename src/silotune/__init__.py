@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from silotune.arms import Comparison, compare
+    from silotune.auditing import audit
     from silotune.checking import check
     from silotune.config import RunConfig, load_recipe, shipped_recipes
     from silotune.errors import SilotuneError
@@ -30,6 +31,7 @@ _HOMES = {
     "RunConfig": "silotune.config",
     "SilotuneError": "silotune.errors",
     "Sweep": "silotune.sweeping",
+    "audit": "silotune.auditing",
     "base_folder": "silotune.launch",
     "check": "silotune.checking",
     "compare": "silotune.arms",
@@ -51,6 +53,7 @@ __all__ = [
     "RunConfig",
     "SilotuneError",
     "Sweep",
+    "audit",
     "base_folder",
     "check",
     "compare",

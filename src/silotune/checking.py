@@ -21,7 +21,7 @@ from silotune.files import locate
 from silotune.labelled import sorted_labels
 from silotune.overview import label_warnings
 from silotune.partition import PartitionConfig
-from silotune.promise import Promise, promise_of
+from silotune.promise import Promise, promise_of, too_few_for
 from silotune.quantization import check_quantization
 from silotune.reading import TaskRow
 from silotune.runtime.flower_engine import check_installed
@@ -86,11 +86,10 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
     if run.server.work == "distill" and run.distill.teacher is not None:
         check_name(run.distill.teacher, "distill.teacher")
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
-    promise = promise_of(run, len(rows))
-    if promise is not None and promise["delta"] >= 1 / len(rows):
+    promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
+    if promise is not None and (few := too_few_for(promise)) is not None:
         warnings.append(
-            f"privacy.delta = {promise['delta']:g} is no smaller than 1 by the "
-            f"{len(rows)} clients: "
+            f"privacy.delta = {promise['delta']:g} is no smaller than 1 by the {few}: "
             "giving one of them away whole would keep such a promise"
         )
     return Checked(run, rows, warnings, promise)

@@ -6,7 +6,7 @@ What `train_round` returns first is all that leaves the client.
 import contextlib
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from silotune.algorithms.base import Algorithm, LocalContext, LocalOutcome
@@ -15,11 +15,14 @@ from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.errors import DataError
 from silotune.evaluate import build_eval_batches, evaluate
+from silotune.ledger import FILE as LEDGER
 from silotune.memory import ClientMemory, load_memory, save_memory
 from silotune.models import LoadedModel, read_adapter, untrained, write_adapter
+from silotune.own_privacy import Ledger, OwnPlan, lots, own_noise, own_plan, row_guard
+from silotune.privacy.client_level import noised
 from silotune.seeds import derive, generator
 from silotune.tasks.base import Batch, Example, Task
-from silotune.train import build_batches, num_rows, plan_steps, round_lr, stream, train
+from silotune.train import build_batches, num_rows, plan_lots, plan_steps, round_lr, stream, train
 from silotune.tree import check_finite, size_bytes, subtract
 from silotune.types import Broadcast, Score, Update
 
@@ -44,6 +47,8 @@ class Worker:
     task: Task
     run: RunConfig
     algorithm: Algorithm
+    ledger: Ledger | None = None
+    """Where releases of rows are written down; absent: in each client's own folder."""
 
 
 def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
@@ -100,11 +105,18 @@ def take_part(
 
     Raises:
         UpdateError: Training ended in NaN or infinity; nothing is sent or kept.
+        BudgetSpent: With record-level privacy: no budget is left for this round.
     """
+    run = worker.run
+    private = own_plan(run, len(data.examples), count=count)
+    if private is not None:  # written down first: a crash must not hide a release
+        ledger = worker.ledger or Ledger(own / LEDGER)
+        seeded = run.privacy.noise == "seeded"
+        ledger.begin(private, client=data.name, round_=broadcast.round, seeded=seeded)
     memory = load_memory(own, broadcast.round)
     update, memory = train_round(worker, data, broadcast, memory, count=count)
     # before the update counts: asked again after a crash, the client starts from the older memory
-    oldest = broadcast.round - worker.run.checkpoint.every
+    oldest = broadcast.round - run.checkpoint.every
     save_memory(own, broadcast.round, memory, keep_from=oldest)
     return update
 
@@ -137,6 +149,7 @@ def train_round(
     received_score = score(worker, data, broadcast, memory) if broadcast.score else None
 
     # personal tensors are the client's own: what was received is only their first value
+    private = own_plan(run, len(data.examples), count=count)
     personal = memory.tensors.get("personal", {})
     start = {**broadcast.adapter, **personal}
     write_adapter(loaded, start)
@@ -150,9 +163,16 @@ def train_round(
         count = num_rows(run.train, len(data.examples))
     again = "same-samples" in run.train.compat
     flow = stream(len(data.examples), run.seed, data.name, start=0 if again else memory.position)
-    rows = list(itertools.islice(flow, count))
-    order = generator(run.seed, "order", data.name, 1 if again else broadcast.round)
-    steps = plan_steps(rows, [e.ids.numel() for e in data.examples], run.train, order)
+    lengths = [e.ids.numel() for e in data.examples]
+    guard = None
+    if private is None or private.unit != "record":
+        rows = list(itertools.islice(flow, count))
+        order = generator(run.seed, "order", data.name, 1 if again else broadcast.round)
+        steps = plan_steps(rows, lengths, run.train, order)
+    else:  # every step draws from all rows, in secret
+        lot_rows = lots(run, private, client=data.name, round_=broadcast.round)
+        steps = plan_lots(lot_rows, lengths, run.train)
+        guard = row_guard(run, private, client=data.name, round_=broadcast.round)
     lr = round_lr(run.train, broadcast.round, run.rounds)
     result = train(
         loaded,
@@ -164,12 +184,19 @@ def train_round(
         round_=broadcast.round,
         lr=lr,
         seed=derive(run.seed, "dropout", data.name, broadcast.round),
+        guard=guard,
     )
     after = read_adapter(loaded)
     moved = subtract(after, start)
     # here too, and not only at the server: what is wrong must not enter this client's own memory
     check_finite(moved, who=f"client '{data.name}', round {broadcast.round}")
     delta = {n: t for n, t in moved.items() if rule.trains(n, broadcast.round)}
+    if private is not None and private.unit == "client":  # before anything is made of it
+        noise = own_noise(run, client=data.name, round_=broadcast.round)
+        delta = noised(
+            delta, clip_norm=private.clip_norm, noise_multiplier=private.noise_multiplier,
+            noise=noise, who=f"client '{data.name}'",
+        )  # fmt: skip
     outcome = rule.finish(delta, result.lr_sum, context) if rule.finish else LocalOutcome()
     sent = {n: t for n, t in delta.items() if not rule.personal(n)}
     kept = dict(outcome.memory)
@@ -190,6 +217,7 @@ def train_round(
             "num_targets": result.num_targets,
             "seconds_training": result.seconds,
             "seconds": time.perf_counter() - began,
+            **({} if private is None else _mechanism(private)),
         },
         settings=dict(rule.settings),
         extra=outcome.extra,
@@ -199,3 +227,22 @@ def train_round(
     )
     release_memory()  # the next client's batches have other lengths
     return update, ClientMemory(memory.position + count, kept)
+
+
+TOLD = ("lr", "num_steps", "seconds", "seconds_training")
+MECHANISM = ("noise_multiplier", "sampling_rate", "num_lots")
+
+
+def withheld(update: Update) -> Update:
+    """What a real client sends under [privacy]: no loss, no score and no count of its rows' tokens.
+
+    None of them has noise. What stays follows from the recipe and the number of rows, or shows in
+    the time that the message takes.
+    """
+    known = {key: value for key, value in update.metrics.items() if key in TOLD + MECHANISM}
+    return replace(update, metrics=known, score=None)
+
+
+def _mechanism(private: OwnPlan) -> dict[str, float]:
+    """What a round's releases were, for whoever adds epsilons up. Tells nothing about the rows."""
+    return {key: float(getattr(private, key)) for key in MECHANISM}

@@ -8,17 +8,18 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from silotune.config import RunConfig, usable_threads
 from silotune.data import ClientRows, load_client
 from silotune.errors import ConfigError, Declined
 from silotune.memory import folder_name
+from silotune.privacy.base import PrivacyConfig
 from silotune.quantization import Quantization
 from silotune.reading import DataConfig, TaskRow
 from silotune.sources import SOURCES, is_hub_id
@@ -38,6 +39,18 @@ class LimitsConfig(Config):
     """Rounds in one run."""
     models: tuple[str, ...] | None = None
     """Base models that may be trained here, by the names that recipes use."""
+    epsilon: float | None = Field(default=None, gt=0)
+    """What all runs on this client's rows together may cost in privacy. Only recipes with noise at
+    the client are then allowed; one that aims at more gets more noise here, and no round begins
+    that would go beyond. The ledger is privacy.jsonl in `state`."""
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    """The delta of that epsilon; well below 1 by the number of rows."""
+
+    @model_validator(mode="after")
+    def _a_pair(self) -> "LimitsConfig":
+        if (self.epsilon is None) != (self.delta is None):
+            raise ValueError("epsilon and delta belong together: give both")
+        return self
 
 
 class OwnRuntimeConfig(Config):
@@ -142,6 +155,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     steps = run.train.local_steps
     if limits.max_steps is not None and steps is not None and steps > limits.max_steps:
         refused.append(f"train.local_steps = {steps} is above limits.max_steps")
+    refused += _against_privacy(run.privacy, own)
     if own.model is None and not _is_public(run.model.name):
         refused.append("model.name is a path of the server; set model to this client's own copy")
     if run.adapter.kind == "full":
@@ -170,9 +184,30 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
             "model": model,
             "data": own_data(run, own),
             "partition": None,
+            "privacy": _own_privacy(run.privacy, limits),
             "runtime": run.runtime.model_copy(update=machine),
         }
     )
+
+
+def _against_privacy(asked: PrivacyConfig, own: ClientConfig) -> Iterator[str]:
+    """What a recipe's privacy lacks for this client."""
+    if asked.unit != "none" and asked.noise == "seeded":
+        yield "privacy.noise = 'seeded' protects nobody: whoever knows the recipe can take it off"
+    if own.limits.epsilon is not None and not asked.is_at_client:
+        yield (
+            "limits.epsilon asks for noise at this client: privacy.unit = 'record', or 'client' "
+            "with noise_at = 'client'"
+        )
+
+
+def _own_privacy(asked: PrivacyConfig, limits: LimitsConfig) -> PrivacyConfig:
+    """The recipe's privacy with no larger epsilon and delta than this client allows."""
+    if limits.epsilon is None or limits.delta is None:
+        return asked
+    delta = limits.delta if asked.delta is None else min(asked.delta, limits.delta)
+    target = asked.target_epsilon and min(asked.target_epsilon, limits.epsilon)
+    return asked.model_copy(update={"delta": delta, "target_epsilon": target})
 
 
 def _is_public(name: str) -> bool:

@@ -221,18 +221,76 @@ class RunConfig(Config):
         if cfg.unit == "none":
             given = [key for key in own if getattr(cfg, key) != own[key].default]
             yield from (
-                (f"privacy.{key}", 'has an effect with unit = "client" only') for key in given
+                (f"privacy.{key}", 'has an effect with unit = "client" or "record" only')
+                for key in given
             )
             return
         if (cfg.noise_multiplier is None) == (cfg.target_epsilon is None):
             yield "privacy.noise_multiplier", "or target_epsilon: give one of both"
         if cfg.delta is None:
-            yield "privacy.delta", "is missing: give one well below 1 by the number of clients"
+            yield "privacy.delta", f"is missing: give one well below 1 by the number of {cfg.unit}s"
         if cfg.clipping == "fixed":
             adaptive = [k for k in ("quantile", "clip_lr") if getattr(cfg, k) != own[k].default]
             yield from (
                 (f"privacy.{k}", 'has an effect with clipping = "adaptive"') for k in adaptive
             )
+        if self.checkpoint.keep == "best":
+            yield "checkpoint.keep", "'best' chooses by held-out losses, which have no noise"
+        if self.runtime.name == "flower":
+            if self.evaluate.every > 0:
+                yield (
+                    "evaluate.every",
+                    "with [privacy] and runtime.name = 'flower' must be 0: real clients keep their "
+                    "losses, which have no noise",
+                )
+            if cfg.noise == "seeded":
+                yield (
+                    "privacy.noise",
+                    "'seeded' is for simulations: real clients would be protected by nothing",
+                )
+        if cfg.unit == "record":
+            yield from self._of_records()
+        if cfg.is_at_client:
+            yield from self._of_own_noise()
+        else:
+            yield from self._of_noise_at_the_server()
+
+    def _of_records(self) -> Iterator[tuple[str, str]]:
+        """What would make the protection of rows mean less, or cannot give a row's gradient."""
+        if self.privacy.noise_at != "server":
+            yield "privacy.noise_at", 'has an effect with unit = "client" only: rows always have it'
+        if self.train.packing:
+            yield (
+                "train.packing",
+                "puts rows into one, and privacy.unit = 'record' has to tell them apart",
+            )
+        if "same-samples" in self.train.compat:
+            yield "train.compat", "'same-samples' would end the secret draw of rows"
+        if self.model.gradient_checkpointing:
+            yield (
+                "model.gradient_checkpointing",
+                "hides the gradients of single rows that privacy.unit = 'record' needs",
+            )
+        if self.adapter.kind != "lora" or self.adapter.dora:
+            kind = "dora" if self.adapter.kind == "lora" else f"kind = '{self.adapter.kind}'"
+            yield (
+                "adapter.kind",
+                f"with privacy.unit = 'record' must be 'lora' without dora: {kind} gives no "
+                "gradients of single rows",
+            )
+
+    def _of_own_noise(self) -> Iterator[tuple[str, str]]:
+        """What only a server that adds the noise can do."""
+        if self.privacy.clipping == "adaptive":
+            yield (
+                "privacy.clipping",
+                "'adaptive' has an effect with noise at the server only, which knows the norms",
+            )
+
+    def _of_noise_at_the_server(self) -> Iterator[tuple[str, str]]:
+        """What would make the protection of clients mean less."""
+        if self.privacy.max_participations is not None:
+            yield "privacy.max_participations", "has an effect with noise at the client only"
         arms = {"algorithm": self.algorithm}
         arms |= {f"compare.algorithms.{i}": arm for i, arm in enumerate(self.compare.algorithms)}
         for where, arm in arms.items():
@@ -244,13 +302,6 @@ class RunConfig(Config):
                     "with [privacy] must be 'uniform': a weight by rows would let a large client "
                     "move the mean by more than the noise covers",
                 )
-        if self.checkpoint.keep == "best":
-            yield "checkpoint.keep", "'best' chooses by held-out losses, which have no noise"
-        if self.runtime.name == "flower":
-            yield (
-                "runtime.name",
-                "'flower' cannot be private yet: clients would send their losses without noise",
-            )
 
     def _of_the_adapter(self) -> Iterator[tuple[str, str]]:
         """What cannot be trained on such a base, or for such a task."""

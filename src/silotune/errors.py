@@ -9,6 +9,7 @@ SilotuneError
 ├── DiskError        a file cannot be written: no room, or no right to        (exit 1)
 ├── UpdateError      what a client sent cannot be combined; the client is named
 ├── Declined         a client's own limits do not allow what a recipe asks for
+├── BudgetSpent      a client's privacy budget allows no further round
 ├── EngineError      a process that a runtime started did not do its part      (exit 1)
 ├── QuorumError      too few usable updates in a round; the run stops         (exit 1)
 └── ClientTimeout    a client did not answer in time; it is named
@@ -62,6 +63,10 @@ class UpdateError(SilotuneError):
 
 class Declined(SilotuneError):
     """A client does not take part. The text names keys and limits, so the server may read it."""
+
+
+class BudgetSpent(SilotuneError):
+    """A client's privacy budget allows no further round. The text names epsilons, never rows."""
 
 
 class EngineError(SilotuneError):

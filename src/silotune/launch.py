@@ -246,7 +246,7 @@ def run_in(
         progress.note(f"loading {run.model.name}")
         loaded = load_for(run, progress)
     provenance = provenance_of(folder, checked, loaded)
-    state = folder.load_state() or _first_state(run, loaded, folder, len(checked.rows))
+    state = folder.load_state() or _first_state(run, loaded, folder, checked.rows)
     earlier = sum(r["seconds"] for r in folder.metrics() if r["event"] == "round")
     trains_here = run.runtime.name == "in-process"
     base_sha256 = provenance["base"]["sha256"]
@@ -379,11 +379,12 @@ def _save_result(
 
 
 def _first_state(
-    run: RunConfig, loaded: LoadedModel, folder: RunFolder, num_clients: int
+    run: RunConfig, loaded: LoadedModel, folder: RunFolder, rows: Mapping[str, ClientRows]
 ) -> ServerState:
     adapter = read_adapter(loaded)
-    algorithm = with_privacy(algorithm_of(run.algorithm), run, folder, num_clients)
-    return ServerState(0, adapter, algorithm.init(adapter, num_clients))
+    num_examples = {name: len(own.train) for name, own in rows.items()}
+    algorithm = with_privacy(algorithm_of(run.algorithm), run, folder, num_examples)
+    return ServerState(0, adapter, algorithm.init(adapter, len(rows)))
 
 
 def _result(run: RunConfig, folder: RunFolder) -> ServerState:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from silotune.store import Row, held_out_losses, overall_scores, train_loss
+from silotune.store import Row, held_out_losses, overall_scores, train_loss, trained
 from silotune.types import Failure, Update
 
 
@@ -214,10 +214,11 @@ class LiveProgress(PlainProgress):
 
 def _facts(update: Update) -> str:
     m = update.metrics
-    return (
-        f"loss {m['train_loss']:.3f}, {int(m['num_tokens'])} tokens "
-        f"in {human_seconds(m['seconds'])}, {human_bytes(update.bytes_up)} up"
+    # a real client under [privacy] keeps its loss
+    told = (
+        f"loss {m['train_loss']:.3f}, {int(m['num_tokens'])} tokens " if "train_loss" in m else ""
     )
+    return f"{told}in {human_seconds(m['seconds'])}, {human_bytes(update.bytes_up)} up"
 
 
 class _Clock:
@@ -245,8 +246,8 @@ class _Clock:
         self.bytes += sum(
             int(row.get("bytes_up", 0)) + int(row.get("bytes_down", 0)) for row in rows
         )
-        loss = train_loss(rows)
-        parts: list[Any] = [f"round {round_}/{self.rounds} done: train loss {loss:.3f}"]
+        loss = f": train loss {train_loss(rows):.3f}" if trained(rows) else ""
+        parts: list[Any] = [f"round {round_}/{self.rounds} done{loss}"]
         labels = overall_scores(rows)
         for behind, held_out in held_out_losses(rows).items():
             right = f", accuracy {labels[behind]['accuracy']:.3f}" if behind in labels else ""

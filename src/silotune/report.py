@@ -5,7 +5,7 @@ from typing import Any
 
 from silotune.config import RunConfig
 from silotune.progress import human_bytes, human_seconds
-from silotune.store import Row, held_out_losses, overall_scores, train_loss
+from silotune.store import Row, held_out_losses, overall_scores, train_loss, trained
 
 ARMS = ("base", "federated")
 
@@ -36,7 +36,7 @@ def summarise(
         if row["event"] == "evaluate" and row["status"] == "ok"
     }
     overall = held_out_losses(rows)
-    trained = [row for row in rows if row["event"] == "train" and "num_tokens" in row]
+    own = [row for row in rows if row["event"] == "train" and "seconds_training" in row]
     at_server = [row for row in rows if row["event"] == "server"]
     sent = {
         key: [n for row in rows if (n := row.get(key, 0))] for key in ("bytes_up", "bytes_down")
@@ -67,8 +67,8 @@ def summarise(
             "federated_loss": overall.get(result_round),
         },
         **{key: sum(sizes) for key, sizes in sent.items()},
-        "tokens_trained": sum(int(row["num_tokens"]) for row in trained),
-        "seconds_training": sum(row["seconds_training"] for row in trained),
+        "tokens_trained": sum(int(row.get("num_tokens", 0)) for row in own),
+        "seconds_training": sum(row["seconds_training"] for row in own),
         **found,
         **measured,
     }
@@ -244,7 +244,7 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         lines.append(
             (
                 str(last["round"]),
-                f"{train_loss(own):.3f}",
+                f"{train_loss(own):.3f}" if trained(own) else "-",
                 "-" if after is None else f"{after:.3f}",
                 *scores(last["round"]),
                 human_bytes(sent),

@@ -18,6 +18,7 @@ from silotune.spending import Clock, expected_seconds, seconds_spent, write_spen
 from silotune.store import Row, RunFolder, Spool
 from silotune.tree import check_finite, check_same_layout, l2_norm, layout_bytes, size_bytes
 from silotune.types import (
+    BUDGET_SPENT,
     AdapterState,
     Arrival,
     Broadcast,
@@ -81,7 +82,9 @@ def run_rounds(
         # 3. Check one at a time, then spool: what cannot be combined must not touch anything.
         expected = what_is_expected(algorithm, state, waiting, num_labels)
         failures = accept(arrivals, spool, expected, progress)
-        check_quorum(run, r, cohort, spool, failures)
+        if ended_by := check_quorum(run, r, cohort, spool, failures):
+            folder.save(state, last=True)
+            break
         # 4. Whoever was not asked scores the adapter too, so that every curve is over all clients.
         absent = [name for name in clients.names() if name not in cohort] if scoring else []
         scores: list[Score | Failure] = []
@@ -129,9 +132,9 @@ def next_ceiling(
             budget.hours shows only when it is done.
     """
     limit, hours, found = run.budget.bytes, run.budget.hours, None
-    if run.privacy.unit != "none" and state.round < run.rounds:
+    if run.privacy.unit != "none" and not run.privacy.is_at_client and state.round < run.rounds:
         # a round that a crash repeated was a release too
-        found = "privacy" if num_released(run, folder) >= run.rounds else None
+        found = "privacy" if num_released(folder) >= run.rounds else None
     if limit is None and hours is None:
         return found
     if found is None and state.round < run.rounds:
@@ -298,15 +301,22 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
 
 def check_quorum(
     run: RunConfig, round_: int, cohort: Sequence[str], spool: Spool, failures: Sequence[Failure]
-) -> None:
+) -> str | None:
     """Stop the run when too few usable updates arrived.
+
+    Returns:
+        "privacy" where it ends well, with the adapter of the round before: so many clients have no
+        privacy left to give that the others are too few. None where there are enough.
 
     Raises:
         QuorumError: Names the clients that are missing, and why.
     """
     needed, arrived = num_needed(run.sampling, len(cohort)), len(spool)
     if arrived >= needed:
-        return
+        return None
+    spent = sum(failure.code == BUDGET_SPENT for failure in failures)
+    if round_ > 1 and spent and arrived + spent >= needed:
+        return "privacy"
     reasons = "\n".join(f"  {f.client}: {f.code}: {first_line(f.place)}" for f in failures)
     raise QuorumError(
         f"round {round_}: {arrived} usable updates of {len(cohort)}, and sampling.quorum = "

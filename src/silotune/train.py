@@ -4,6 +4,7 @@ No trainer object is built per client and round. The loop knows neither clients 
 what an algorithm changes in local training arrives as a `LocalRule`.
 """
 
+import contextlib
 import importlib.util
 import math
 import time
@@ -18,9 +19,10 @@ from torch import nn
 from silotune.algorithms.base import LocalContext, LocalRule
 from silotune.errors import UpdateError
 from silotune.models import LoadedModel
+from silotune.privacy.record_level import RowGuard
 from silotune.quantization import tame_bitsandbytes
 from silotune.seeds import generator
-from silotune.tasks.base import Batch, Example, Task
+from silotune.tasks.base import Batch, Example, Task, row_losses
 from silotune.types import Config
 
 Compat = Literal["late-schedule", "same-samples", "no-end-token"]
@@ -57,7 +59,8 @@ class TrainConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled for adamw, as an L2 term for sgd."""
     clip_norm: float = Field(default=1.0, ge=0)
-    """Bound on the L2 norm of the gradient over all trained tensors; 0 switches clipping off."""
+    """Bound on the L2 norm of the gradient over all trained tensors; 0 switches clipping off. Not
+    used with privacy.unit = "record", which bounds every row's gradient instead."""
     max_length: int = Field(default=512, ge=2)
     """Tokens after which a row is cut at its end."""
     packing: bool = False
@@ -183,6 +186,27 @@ def plan_steps(
     return [shuffled[i : i + n] for i in range(0, len(shuffled), n)]
 
 
+def plan_lots(
+    lots: Iterable[Sequence[int]], lengths: Sequence[int], cfg: TrainConfig
+) -> list[list[list[int]]]:
+    """Cut lots of any size into forward batches of at most `batch_size` rows of similar length.
+
+    Args:
+        lots: The rows of every optimizer step; a step may have none.
+        lengths: Tokens of every row of the client.
+        cfg: batch_size.
+
+    Returns:
+        Steps, each a list of batches, each a list of row indices.
+    """
+    steps: list[list[list[int]]] = []
+    for lot in lots:
+        ordered = sorted(lot, key=lambda row: (lengths[row], row))
+        size = cfg.batch_size
+        steps.append([ordered[i : i + size] for i in range(0, len(ordered), size)])
+    return steps
+
+
 def build_batches(
     steps: Sequence[Sequence[Sequence[int]]],
     examples: Sequence[Example],
@@ -207,6 +231,7 @@ def train(
     round_: int,
     lr: float,
     seed: int,
+    guard: RowGuard | None = None,
 ) -> LocalResult:
     """Train the model in place, one optimizer step per element of `steps`.
 
@@ -222,9 +247,11 @@ def train(
         round_: Decides which tensors learn.
         lr: The round's learning rate.
         seed: Of dropout, in a forked generator.
+        guard: Clips each row's gradient and noises every step; for record-level privacy.
 
     Raises:
         UpdateError: The loss became NaN or infinite.
+        ModelError: With a guard: rows cannot be told apart in this model.
     """
     learning = {n: p for n, p in loaded.parameters.items() if rule.trains(n, round_)}
     for name, p in loaded.parameters.items():
@@ -238,17 +265,23 @@ def train(
     lr_sum = 0.0
     started = time.perf_counter()
     cuda = [loaded.device] if loaded.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    watched = contextlib.nullcontext() if guard is None else guard.watching(loaded.model)
+    with torch.random.fork_rng(devices=cuda), watched:
         torch.manual_seed(seed)
         loaded.model.train()
         for batches in steps:
             step_trained = sum(batch.num_trained for batch in batches)
             for batch in batches:
-                loss = task.loss(loaded, batch).loss_sum
-                (loss / step_trained).backward()
-                loss_sum += loss.detach()
+                loss = task.loss(loaded, batch)
+                if guard is None:
+                    (loss.loss_sum / step_trained).backward()
+                else:
+                    guard.add(row_losses(loss, batch), learning)
+                loss_sum += loss.loss_sum.detach()
                 num_tokens += batch.num_real_tokens
                 num_padded += batch.ids.numel()
+            if guard is not None:
+                guard.release(learning)  # what follows sees the noised gradient only
             if rule.penalty is not None:  # once per step, not once per forward batch
                 penalty = rule.penalty(learning, context)
                 penalty.backward()
@@ -256,7 +289,7 @@ def train(
                 for name, p in learning.items():
                     assert p.grad is not None
                     p.grad = rule.correct(name, p.grad, context)
-            if cfg.clip_norm > 0:
+            if cfg.clip_norm > 0 and guard is None:
                 nn.utils.clip_grad_norm_(learning.values(), cfg.clip_norm)
             lr_sum += (now := step_lr(cfg, lr, num_steps))
             for group in optimizer.param_groups:
@@ -267,7 +300,8 @@ def train(
             num_steps += 1
         loaded.model.eval()
     mean_loss = float(loss_sum) / max(1, num_trained)
-    if not math.isfinite(mean_loss):
+    # a guarded step is finite whatever the rows are, and whether a loss was must not show
+    if guard is None and not math.isfinite(mean_loss):
         raise UpdateError(
             "the training loss is not a number.\n  Lower train.lr or set train.clip_norm."
         )

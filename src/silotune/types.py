@@ -137,6 +137,9 @@ class Failure:
     mend: str = ""
 
 
+BUDGET_SPENT = "privacy budget spent"
+"""The code of a failure of a client that has no privacy left to give."""
+
 Arrival = Update | Failure
 
 

@@ -123,6 +123,8 @@ ELSEWHERE = {
         f"privacy.{key}": "test_private_run"
         for key in ("unit", "noise_multiplier", "target_epsilon", "delta", "noise")
     },
+    "privacy.max_participations": "test_private_records",
+    "privacy.noise_at": "test_private_records",
     **{
         f"privacy.{key}": "test_privacy" for key in ("clip_norm", "clipping", "quantile", "clip_lr")
     },

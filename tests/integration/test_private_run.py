@@ -1,6 +1,7 @@
 """Whole private runs on the tiny model: the promise, the ledger, the statement, the refusals."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +10,7 @@ import silotune
 from silotune import promise
 from silotune.cli import app
 from silotune.errors import ConfigError
+from silotune.ledger import write_down
 from silotune.privacy.accountant import spent
 from silotune.privacy.client_level import Release
 from silotune.progress import Progress
@@ -130,7 +132,7 @@ def test_a_round_that_a_crash_repeats_is_a_release_more_and_the_run_ends_one_soo
 def test_a_line_of_the_ledger_that_a_crash_cut_off_swallows_no_later_release(done, tmp_path):
     folder = RunFolder.create(tmp_path / "r", done.config)
     (folder.path / "privacy.jsonl").write_text('{"round": 1, "noi')
-    promise._write_down(folder, Release(1, 2.0, 0.5, 3, 3))
+    write_down(folder.path / "privacy.jsonl", asdict(Release(1, 2.0, 0.5, 3, 3)))
     found = promise.releases(folder)
     assert [row["round"] for row in found] == [1, 1]
     assert found[1]["noise_multiplier"] == 2.0
@@ -145,13 +147,14 @@ def test_a_line_of_the_ledger_that_a_crash_cut_off_swallows_no_later_release(don
             ["privacy.unit=client", "privacy.noise_multiplier=1", UNIFORM],
             "privacy.delta: is missing",
         ),
-        (["privacy.noise_multiplier=1"], 'has an effect with unit = "client" only'),
+        (["privacy.noise_multiplier=1"], 'has an effect with unit = "client" or "record" only'),
         ([*SEEDED, "algorithm.weights=examples"], "a weight by rows"),
         ([*SEEDED, "checkpoint.keep=best"], "held-out losses, which have no noise"),
-        ([*SEEDED, "runtime.name=flower"], "cannot be private yet"),
+        ([*SEEDED, "runtime.name=flower"], "evaluate.every: with [privacy] and runtime.name"),
         ([*SEEDED, "privacy.quantile=0.3"], 'has an effect with clipping = "adaptive"'),
         ([*SEEDED, "privacy.clipping=adaptive"], "noise multiplier below 0.3"),
-        ([*SEEDED, "privacy.unit=record"], "privacy.unit"),
+        ([*SEEDED, "privacy.unit=row"], "privacy.unit"),
+        ([*SEEDED, "privacy.max_participations=2"], "with noise at the client only"),
         (
             [*SEEDED, "algorithm={ name = 'flower:flwr.serverapp.strategy.FedAvg' }"],
             "Flower strategy",
@@ -163,6 +166,21 @@ def test_what_would_mean_less_than_it_says_is_refused_before_the_run(recipe, key
     with pytest.raises(ConfigError) as caught:
         silotune.check(recipe, keys)
     assert message in str(caught.value)
+
+
+def test_a_promise_without_noise_is_strict_json_and_promises_nothing(recipe, tmp_path):
+    """It once held Infinity, which no other program's JSON reads."""
+    keys = [*CLIENT, "privacy.noise_multiplier=0", "rounds=1"]
+    done = silotune.run(recipe, keys, out=tmp_path / "r")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    for name in ("privacy.json", "summary.json"):
+        json.loads((done.path / name).read_text(), parse_constant=refuse)
+    told = CliRunner().invoke(app, ["privacy", str(done.path)]).stdout
+    assert "(no bound, 0.001)-DP per client" in told
+    assert "ANYTHING: the noise multiplier is 0" in told
 
 
 def test_a_delta_that_gives_a_client_away_is_warned_of(recipe):

@@ -479,8 +479,10 @@ OTHER: dict[str, tuple[str, list[str]]] = {
             "quantile": ("0.25", [*NOISE, "privacy.clipping=adaptive"]),
             "clip_lr": ("0.5", [*NOISE, "privacy.clipping=adaptive"]),
             "noise": ("seeded", NOISE),
+            "noise_at": ("client", NOISE),
         }.items()
     },
+    "privacy.max_participations": ("2", [*NOISE, "privacy.unit=record"]),
     "sweep.keys": ('["train.lr=1e-4,1e-3"]', []),
     "sweep.runs": ('["train.lr=1e-4", "rounds=2"]', []),
     "sweep.search": ("9", []),

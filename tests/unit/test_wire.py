@@ -371,7 +371,11 @@ SPOILT = {
     "a metric that is a text": ({"metrics": {**METRICS, "train_loss": "x" + SECRET}}, "train_loss"),
     "a metric that is NaN": ({"metrics": {**METRICS, "train_loss": float("nan")}}, "train_loss"),
     "a metric that is infinite": ({"metrics": {**METRICS, "seconds": float("inf")}}, "seconds"),
-    "a missing metric": ({"metrics": {"train_loss": 1.0}}, "metrics.num_tokens"),
+    "a missing metric": ({"metrics": {"train_loss": 1.0, "num_tokens": 1}}, "metrics.seconds"),
+    "half of a loss": (
+        {"metrics": {"train_loss": 1.0, "seconds": 1.0, "seconds_training": 1.0}},
+        "metrics",
+    ),
     # rows of metrics.jsonl hold metrics beside these keys: a client must not write over them
     "a metric called round": ({"metrics": {**METRICS, "round": 99}}, "metrics.round"),
     "a metric called client": ({"metrics": {**METRICS, "client": 1.0}}, "metrics.client"),

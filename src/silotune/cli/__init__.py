@@ -2,7 +2,7 @@
 
 import typer
 
-from silotune.cli import after, chat, data, plan, privacy, run, sweep
+from silotune.cli import after, audit, chat, data, plan, privacy, run, sweep
 
 app = typer.Typer(
     name="silotune",
@@ -17,5 +17,6 @@ data.register(app)
 plan.register(app)
 sweep.register(app)
 privacy.register(app)
+audit.register(app)
 after.register(app)
 chat.register(app)

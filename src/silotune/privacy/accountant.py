@@ -6,16 +6,22 @@ discretisation, which is pessimistic; Renyi accounting (RDP: Mironov 2017) is an
 """
 
 import functools
+import logging
 import math
+from collections import Counter
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from silotune.errors import ConfigError
 
-LIBRARY = ("dp_accounting", "dp_accounting.pld", "dp_accounting.rdp")
-GRID, GRID_SHARE = 1e-4, 1e-5
-"""Width of the PLD accountant's grid, and its least share of epsilon; both round up."""
+GRID, GRID_SHARE = 1e-5, 5e-5
+"""Least width of the PLD accountant's grid, and its share of epsilon: rounds up, in digits that
+nobody shows."""
 SLACK = 1.001
 """By what the tight bound may be above the loose one: discretisation."""
 
@@ -29,70 +35,159 @@ class Epsilon:
     rdp: float
 
 
-def spent(*, noise_multiplier: float, num_releases: int, delta: float) -> Epsilon:
-    """Epsilon of so many Gaussian releases on everybody: no sampling, so no gain by it.
+@dataclass(frozen=True)
+class Steps:
+    """Releases of one kind: Gaussian noise on what a random part of the units gives."""
+
+    noise_multiplier: float
+    """Standard deviation of the noise by the sensitivity."""
+    num_releases: int
+    sampling_rate: float = 1.0
+    """Probability with which a unit takes part in a release, drawn for each by itself (Poisson) and
+    in secret; 1 where all take part, or where nothing is gained by chance."""
+
+
+def spent(
+    *, noise_multiplier: float, num_releases: int, delta: float, sampling_rate: float = 1.0
+) -> Epsilon:
+    """Epsilon of releases of one kind; see `spent_in_all`."""
+    return spent_in_all([Steps(noise_multiplier, num_releases, sampling_rate)], delta=delta)
+
+
+def spent_in_all(steps: Iterable[Steps], *, delta: float) -> Epsilon:
+    """Epsilon of all these releases together.
 
     Args:
-        noise_multiplier: Standard deviation of the noise by the sensitivity.
-        num_releases: Of the same size.
+        steps: In any order.
         delta: Between 0 and 1.
 
     Raises:
         ConfigError: dp-accounting is not installed.
     """
-    if num_releases == 0:
+    counts = Counter[tuple[float, float]]()
+    for own in steps:
+        counts[own.noise_multiplier, own.sampling_rate] += own.num_releases
+    kinds = tuple(sorted((z, n, q) for (z, q), n in counts.items() if n > 0 and q > 0))
+    if not kinds:
         return Epsilon(0.0, 0.0)
-    if noise_multiplier == 0:
+    if any(z == 0 for z, _, _ in kinds):
         return Epsilon(math.inf, math.inf)
-    # T Gaussians of one size are one Gaussian, sqrt(T) times as telling: exact, and quick
-    return _of_one(noise_multiplier / math.sqrt(num_releases), delta)
+    return _composed(kinds, delta)
 
 
-@functools.lru_cache(maxsize=256)
-def _of_one(noise_multiplier: float, delta: float) -> Epsilon:
-    dp, pld_library, rdp_library = _libraries()
-    release = dp.GaussianDpEvent(noise_multiplier)
-    loose = rdp_library.RdpAccountant()
-    loose.compose(release)
-    rdp = float(loose.get_epsilon(delta))
-    # the grid spans a multiple of epsilon: next to no noise would fill the memory with it
+@functools.lru_cache(maxsize=1024)
+def _composed(kinds: tuple[tuple[float, int, float], ...], delta: float) -> Epsilon:
+    rdp = _loose(kinds, delta)
+    # the grid spans a multiple of epsilon: one of fixed width fills the memory
     width = max(GRID, GRID_SHARE * rdp)
-    tight = pld_library.PLDAccountant(value_discretization_interval=width)
-    tight.compose(release)
+    tight: Any = _library("dp_accounting.pld").PLDAccountant(value_discretization_interval=width)
+    for event in _events(kinds):
+        tight.compose(event)
     pld = float(tight.get_epsilon(delta))
-    assert pld <= rdp * SLACK, f"accountants disagree: PLD {pld}, RDP {rdp}"
+    assert pld <= rdp * SLACK + width, f"accountants disagree: PLD {pld}, RDP {rdp}"
     return Epsilon(pld, rdp)
 
 
-def noise_for(*, target_epsilon: float, num_releases: int, delta: float) -> float:
+def _loose(kinds: tuple[tuple[float, int, float], ...], delta: float) -> float:
+    """The bound by Renyi divergences: milliseconds."""
+    accountant: Any = _library("dp_accounting.rdp").RdpAccountant()
+    with _quiet():
+        for event in _events(kinds):
+            accountant.compose(event)
+        return float(accountant.get_epsilon(delta))
+
+
+def _events(kinds: tuple[tuple[float, int, float], ...]) -> list[Any]:
+    dp: Any = _library("dp_accounting")
+    events: list[Any] = []
+    for z, count, q in kinds:
+        if q == 1:  # T Gaussians of one size are one, sqrt(T) times as telling: exact, and quick
+            events.append(dp.GaussianDpEvent(z / math.sqrt(count)))
+        else:
+            sampled = dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z))
+            events.append(dp.SelfComposedDpEvent(sampled, count))
+    return events
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """RDP leaves out the orders whose series does not converge, which is sound, and warns of it."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def noise_for(
+    *, target_epsilon: float, num_releases: int, delta: float, sampling_rate: float = 1.0
+) -> float:
     """The smallest noise multiplier, to four digits, that keeps the releases within an epsilon.
 
     Args:
         target_epsilon: By the PLD accountant.
         num_releases: As many as are planned.
         delta: Between 0 and 1.
+        sampling_rate: As in `Steps`.
     """
+    optimize: Any = _library("scipy.optimize")  # dp-accounting stands on it
 
-    def fits(noise_multiplier: float) -> bool:
-        cost = spent(noise_multiplier=noise_multiplier, num_releases=num_releases, delta=delta)
-        return cost.pld <= target_epsilon
+    def above(log_z: float, *, tight: bool = True) -> float:
+        """How far epsilon is above the target, by its logarithm."""
+        kind = Steps(math.exp(log_z), num_releases, sampling_rate)
+        kinds = ((kind.noise_multiplier, num_releases, sampling_rate),)
+        found = spent_in_all([kind], delta=delta).pld if tight else _loose(kinds, delta)
+        return math.log(max(found, 1e-12) / target_epsilon)
 
-    low, high = 0.0, 1.0
-    while not fits(high):
-        low, high = high, 2 * high
-    while high - low > 5e-5 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return float(f"{high:.6g}") if fits(float(f"{high:.6g}")) else high
+    # the loose bound is quick, and says where to look: the tight one needs a little less noise
+    high = 0.0
+    while above(high, tight=False) > 0:
+        high += math.log(2)
+    while above(high - math.log(2), tight=False) <= 0:
+        high -= math.log(2)
+    while above(high - 0.1, tight=False) <= 0:
+        high -= 0.1
+    low = high - 0.1
+    while above(low) <= 0:
+        high, low = low, low - 0.1
+    log_z: float = optimize.brentq(above, low, high, xtol=1e-5)
+    z = float(f"{math.exp(log_z):.6g}")
+    while above(math.log(z)) > 0:
+        z = float(f"{z * (1 + 1e-5):.6g}")
+    return z
 
 
-def _libraries() -> tuple[Any, Any, Any]:
-    """dp_accounting and its two accountants' modules."""
+def third_opinion(steps: Steps, *, delta: float) -> float:
+    """Epsilon by Opacus' PRV accountant (Gopi et al. 2021, arXiv:2106.02848): its upper bound.
+
+    Infinite where epsilon is above 50, where that accountant's memory has no bound.
+
+    Raises:
+        ConfigError: Opacus is not installed.
+    """
     try:
-        dp, pld, rdp = map(import_module, LIBRARY)
+        library: Any = import_module("opacus.accountants")
+    except ImportError as error:
+        raise ConfigError(
+            "privacy.unit = 'record' needs opacus, which is not installed.\n"
+            "  Install it: pip install 'silotune[privacy]'"
+        ) from error
+    if spent_in_all([steps], delta=delta).rdp > 50:
+        return math.inf
+    accountant = library.PRVAccountant()
+    accountant.history = [(steps.noise_multiplier, steps.sampling_rate, steps.num_releases)]
+    with np.errstate(all="ignore"):  # it takes logarithms of 0 at the ends of its grid, rightly
+        return float(accountant.get_epsilon(delta))
+
+
+def _library(name: str) -> Any:
+    """dp_accounting, or a part of what it brings."""
+    try:
+        return import_module(name)
     except ImportError as error:
         raise ConfigError(
             "[privacy] needs dp-accounting, which is not installed.\n"
             "  Install it: pip install 'silotune[privacy]'"
         ) from error
-    return dp, pld, rdp

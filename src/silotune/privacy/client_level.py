@@ -41,6 +41,28 @@ class Release:
     """Clients that answered. Known to the server only; no part of what is released."""
 
 
+def noised(
+    delta: AdapterState, *, clip_norm: float, noise_multiplier: float, noise: Noise, who: str
+) -> dict[str, Tensor]:
+    """One client's change, clipped and noised by itself: what a server that is not trusted gets.
+
+    Args:
+        delta: The client's change, all tensors of it. Not modified.
+        clip_norm: Bound on its L2 norm over all tensors together.
+        noise_multiplier: Standard deviation of the noise in every number, in units of `clip_norm`.
+        noise: Where the noise comes from.
+        who: Whose change it is, for the error.
+
+    Raises:
+        UpdateError: A tensor holds NaN or infinity.
+    """
+    clipped, _ = clip_by_global_norm(delta, clip_norm=clip_norm, who=who)
+    std = noise_multiplier * clip_norm
+    return {
+        name: (clipped[name] + noise(clipped[name].shape, std)).float() for name in sorted(clipped)
+    }
+
+
 def guarded(
     algorithm: Algorithm,
     cfg: PrivacyConfig,

@@ -30,14 +30,32 @@ def secure_noise(shape: Sequence[int], std: float) -> Tensor:
     return torch.as_tensor(total * (std / math.sqrt(NUM_SUMMED))).reshape(tuple(shape))
 
 
+def secure_uniform(count: int) -> Tensor:
+    """Numbers in (0, 1) from the same source, float64: what nobody can foresee."""
+    return torch.as_tensor(_uniform(count))
+
+
+def _uniform(count: int) -> np.ndarray:
+    bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
+    return (bits.astype(np.float64) + 0.5) * 2.0**-53  # never 0
+
+
 def _box_muller(count: int) -> np.ndarray:
     """Standard Gaussians of uniform ones with 53 bits (Box and Muller 1958)."""
     pairs = (count + 1) // 2
-    bits = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64) >> np.uint64(11)
-    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53  # never 0
+    uniform = _uniform(2 * pairs)
     radius = np.sqrt(-2.0 * np.log(uniform[:pairs]))
     angle = 2.0 * np.pi * uniform[pairs:]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def seeded_uniform(generator: torch.Generator) -> Callable[[int], Tensor]:
+    """The same numbers in [0, 1) for the same generator: for simulations only."""
+
+    def draw(count: int) -> Tensor:
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+
+    return draw
 
 
 def seeded_noise(generator: torch.Generator) -> Noise:

@@ -13,7 +13,9 @@ from silotune.client_config import (
 )
 from silotune.config import RunConfig
 from silotune.errors import UpdateError
+from silotune.ledger import FILE as LEDGER
 from silotune.memory import folder_name
+from silotune.own_privacy import Ledger
 from silotune.runtime.parcel import Parcel
 from silotune.runtime.station import Place, Station, guarded
 
@@ -50,7 +52,13 @@ class Deployed:
             if not run_id.isalnum():
                 raise UpdateError("the run's id is not a plain word")
             kept = Path(own.state) / "runs" / run_id / folder_name(own.name)
-            self._station = Station(Place(here, lambda _: rows, lambda _: kept))
+            limits = own.limits
+            ledger = Ledger(
+                Path(own.state) / LEDGER, run_id, epsilon=limits.epsilon, delta=limits.delta or 0.0
+            )
+            private = here.privacy.unit != "none"
+            place = Place(here, lambda _: rows, lambda _: kept, ledger=ledger, withholds=private)
+            self._station = Station(place)
             self._now = (recipe, run_id, own)
         return self._station
 

@@ -77,7 +77,7 @@ def main(grid: Grid, context: Context) -> None:
         assert state is not None, "the first adapter is saved before the engine starts"
         folder.rewind(state.round)
         plain = keep_local(algorithm_of(run.algorithm), json.loads(settings["local"]))
-        algorithm = with_privacy(plain, run, folder, len(names))
+        algorithm = with_privacy(plain, run, folder, clients.num_examples())
         # the server's rows and teacher are named in the folder's recipe alone: clients read `run`
         own = RunFolder.open(folder.path).run
         work = open_server_work(own, folder, algorithm=algorithm, progress=progress)
@@ -169,6 +169,10 @@ class FlowerClients:
                 f"(runtime.join_timeout_s).\n{hint}"
                 "  What the engine wrote is in engine.log, in the run folder."
             )
+
+    def num_examples(self) -> dict[str, int]:
+        """Rows of every client's train part; 0 for one that has not reported yet."""
+        return {name: self.reports.get(name, {}).get("num_train", 0) for name in self.names()}
 
     def facts(self) -> dict[str, Any]:
         """Rows per client and what the answering processes said of themselves."""

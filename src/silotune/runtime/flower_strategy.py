@@ -99,7 +99,10 @@ def aggregate(
         by_node = _check_messages(cfg, orders, _record(state.adapter), set(answers))
         for node, update in answers.items():
             (key,) = by_node[node].content.array_records
-            facts = {count: int(weight_of(update, cfg)), loss: update.metrics["train_loss"]}
+            facts = {
+                count: int(weight_of(update, cfg)),
+                loss: update.metrics.get("train_loss", 0.0),
+            }
             trained = _record(add(state.adapter, update.delta))
             content = RecordDict({key: trained, "metrics": MetricRecord(facts)})
             replies.append(Message(content, reply_to=by_node[node]))

@@ -7,6 +7,7 @@ for each client.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from silotune.algorithms.base import keep_local
 from silotune.client import ClientData, Worker, prepare_client, score, take_part
 from silotune.data import ClientRows
 from silotune.devices import peak_memory_bytes
-from silotune.errors import ClientTimeout, UpdateError
+from silotune.errors import BudgetSpent, ClientTimeout, UpdateError
 from silotune.memory import load_memory
 from silotune.progress import Progress
 from silotune.promise import with_privacy
@@ -26,7 +27,7 @@ from silotune.store import RunFolder
 from silotune.tasks import build_task
 from silotune.teaching import open_server_work
 from silotune.tree import size_bytes
-from silotune.types import Arrival, Broadcast, Failure, Score
+from silotune.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score
 
 
 def drive(job: Job) -> Measured:
@@ -35,9 +36,11 @@ def drive(job: Job) -> Measured:
     torch.set_num_threads(job.run.runtime.threads)
     run = job.run
     plain = keep_local(algorithm_of(run.algorithm), job.local)
-    algorithm = with_privacy(plain, run, job.folder, len(job.names))
-    worker = Worker(job.loaded, build_task(run.task, run.data.labels), run, algorithm)
-    data = job.data or prepare_clients(job.rows, worker)
+    unguarded = Worker(job.loaded, build_task(run.task, run.data.labels), run, plain)
+    data = job.data or prepare_clients(job.rows, unguarded)
+    num_rows = {name: len(own.examples) for name, own in data.items()}
+    algorithm = with_privacy(plain, run, job.folder, num_rows)
+    worker = replace(unguarded, algorithm=algorithm)
     server = open_server_work(
         run, job.folder, algorithm=algorithm, progress=job.progress, loaded=job.loaded
     )
@@ -118,6 +121,8 @@ class InProcessClients:
                 yield take_part(self.worker, self.data[name], broadcast, own)
             except UpdateError as error:
                 yield Failure(name, broadcast.round, "training failed", str(error))
+            except BudgetSpent as error:
+                yield Failure(name, broadcast.round, BUDGET_SPENT, str(error))
 
     def evaluate(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Score | Failure]:
         """Score one client after the other."""

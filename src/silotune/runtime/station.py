@@ -10,7 +10,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,22 @@ import torch
 
 import silotune
 from silotune.algorithms.base import keep_local
-from silotune.client import ClientData, Worker, prepare_client, score, take_part
+from silotune.client import ClientData, Worker, prepare_client, score, take_part, withheld
 from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.devices import peak_memory_bytes
-from silotune.errors import Declined, SilotuneError, UpdateError
+from silotune.errors import BudgetSpent, Declined, SilotuneError, UpdateError
 from silotune.finished import load_for, local_tensors
 from silotune.memory import load_memory
 from silotune.models import folder_of_base, num_base_loads
+from silotune.own_privacy import Ledger
 from silotune.runtime import wire
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.parcel import Parcel
 from silotune.sources import content_hash
 from silotune.tasks import build_task
 from silotune.train import pick_optimizer
-from silotune.types import Failure
+from silotune.types import BUDGET_SPENT, Failure
 
 PACKAGE = Path(silotune.__file__).parent
 
@@ -47,6 +48,10 @@ class Place:
     """A client's rows, by its name."""
     folder: Callable[[str], Path]
     """The folder of what a client keeps, by its name."""
+    ledger: Ledger | None = None
+    """Where a real client writes down what it releases, over all runs on its rows."""
+    withholds: bool = False
+    """Whether what has no noise stays here; for real clients under [privacy]."""
 
 
 class Station:
@@ -63,7 +68,8 @@ class Station:
         self.place = place
         loaded = load_for(run)
         algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
-        self.worker = Worker(loaded, build_task(run.task, run.data.labels), run, algorithm)
+        task = build_task(run.task, run.data.labels)
+        self.worker = Worker(loaded, task, run, algorithm, place.ledger)
         self.base_sha256 = content_hash(folder_of_base(run.model))
         self.data: dict[str, ClientData] = {}
 
@@ -74,8 +80,17 @@ class Station:
             return self._report(data)
         broadcast, own = wire.decode_broadcast(parcel), self.place.folder(client)
         if kind == "train":
+            if self.place.withholds:
+                broadcast = replace(broadcast, score=False)
             update = take_part(self.worker, data, broadcast, own)
+            if self.place.withholds:
+                update = withheld(update)
             return self._signed(wire.encode_update(update))
+        if self.place.withholds:
+            raise Declined(
+                f"client '{client}' keeps its scores: under [privacy] they have no noise.\n"
+                "  Set evaluate.every = 0."
+            )
         memory = load_memory(own, broadcast.round)
         result = score(self.worker, data, broadcast, memory)
         return self._signed(wire.encode_score(result, broadcast.round))
@@ -123,7 +138,11 @@ def guarded(work: Callable[[], Parcel], *, client: str, round_: int) -> Parcel:
 
 def failure_from(error: BaseException, *, client: str, round_: int) -> Failure:
     """Code and place of an error. Only texts that hold names and shapes alone are passed on."""
-    told = {UpdateError: "training failed", Declined: "declined"}
+    told = {
+        UpdateError: "training failed",
+        Declined: "declined",
+        BudgetSpent: BUDGET_SPENT,
+    }
     if type(error) in told:
         return Failure(client, round_, told[type(error)], str(error)[:1000])
     frames = traceback.extract_tb(error.__traceback__)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from torch import Tensor
 
 from silotune.errors import UpdateError
@@ -51,17 +51,29 @@ class _Score(_Form):
 
 
 class _Metrics(_Form):
-    """What every update says of its training. Other keys could write over those of a row."""
+    """What every update says of its training. Other keys could write over those of a row.
 
-    train_loss: FiniteFloat
-    penalty: FiniteFloat = 0.0
+    Under [privacy] real clients leave out what their rows decide; see `client.withheld`.
+    """
+
+    train_loss: FiniteFloat | None = None
+    penalty: FiniteFloat | None = None
     lr: FiniteFloat = 0.0
     num_steps: Count = 0
-    num_tokens: Count
-    num_targets: Count = 0
-    num_padded_tokens: Count = 0
+    num_tokens: Count | None = None
+    num_targets: Count | None = None
+    num_padded_tokens: Count | None = None
     seconds_training: FiniteFloat
     seconds: FiniteFloat
+    noise_multiplier: FiniteFloat | None = None
+    sampling_rate: FiniteFloat | None = None
+    num_lots: Count | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "_Metrics":
+        if (self.train_loss is None) != (self.num_tokens is None):
+            raise ValueError("train_loss and num_tokens belong together")
+        return self
 
 
 class _Update(_Tensors):
@@ -167,7 +179,7 @@ def decode_answer(parcel: Parcel, client: str, *, bytes_down: int) -> Update | S
         return _checked(_score_of(client, facts, size_bytes=bytes_down))
     form = _read(_Update, about.get("update"))
     groups = _unflatten(form, parcel.values)
-    facts = form.model_dump(exclude={"tensors", "score"}, exclude_unset=True)
+    facts = form.model_dump(exclude={"tensors", "score"}, exclude_unset=True, exclude_none=True)
     score = None
     if form.score is not None:
         score = _checked(_score_of(client, form.score.model_dump()))

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from silotune.models import LoadedModel
@@ -59,6 +61,19 @@ class Loss:
     """(num_trained, vocabulary or labels), with a graph while training."""
     attentions: tuple[Tensor, ...] = ()
     """When asked for: of every layer, (batch, heads, length, length)."""
+
+
+def row_losses(loss: Loss, batch: Batch) -> Tensor:
+    """The mean loss of every row over its own targets, (batch,), with a graph.
+
+    A mean over the targets of all rows together would let one row's length change another's part.
+    """
+    targets = batch.targets.to(loss.logits.device)
+    each = F.cross_entropy(loss.logits, targets, reduction="none")  # (num_trained,)
+    rows = (batch.positions // batch.ids.shape[1]).to(each.device)
+    zeros = each.new_zeros(batch.ids.shape[0])
+    counts = zeros.index_add(0, rows, torch.ones_like(each))
+    return zeros.index_add(0, rows, each) / counts.clamp(min=1)
 
 
 @dataclass(frozen=True)
