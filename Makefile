@@ -46,6 +46,7 @@ bench: dev
 	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/sweeps.py
 	$(BIN)/python benchmarks/planned.py
+	$(BIN)/python benchmarks/private_step.py
 
 docs: dev
 	$(BIN)/python docs/build_recipe_reference.py

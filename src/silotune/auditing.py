@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from silotune.algorithms.base import expected_layout, keep_local
 from silotune.audit_result import claim_of, result_of
@@ -29,8 +30,9 @@ from silotune.finished import Run, load_for, local_tensors
 from silotune.launch import place_for, provenance_of, run_in
 from silotune.membership import drawn_rows, infer_membership, losses
 from silotune.models import LoadedModel, read_adapter, untrained
+from silotune.own_privacy import own_plan, protected
 from silotune.privacy.bounds import exposure
-from silotune.privacy.canaries import CanaryClients
+from silotune.privacy.canaries import CanaryClients, Protect
 from silotune.progress import Progress
 from silotune.promise import statement, with_privacy
 from silotune.reading import TaskRow
@@ -48,7 +50,7 @@ CANARIES, FEWEST = 100, 10
 """By default, and at least: with ten canaries no guess refutes more than an epsilon of 1.05."""
 NUM_OTHERS = 200
 """Secrets beside a canary's own among which it is ranked."""
-NUM_EXPOSED = 20
+NUM_EXPOSED = 8
 """Canaries of either kind that are ranked: each costs so many losses more."""
 BLACK_BOX = "looks at losses under the last adapter alone, not at what clients sent on the way"
 
@@ -202,6 +204,7 @@ def _with_clients(
         layout=expected_layout(plain, ServerState(0, first)),
         settings=plain.local.settings,
         seed=run.seed,
+        protect=_own_noise_of(run) if run.privacy.is_at_client else None,
     )
     num_rows = {name: len(own.examples) for name, own in inner.data.items()}
     num_rows |= dict.fromkeys(clients.canaries, 1)
@@ -224,6 +227,17 @@ def _with_clients(
     scores = clients.scores(first, last.adapter)
     told = result_of(clients.coins, scores, statement(run, folder), notes)
     return {"attack": "canary clients", **told}
+
+
+def _own_noise_of(run: RunConfig) -> Protect:
+    """What every client does to its change, as `client.train_round` does it."""
+
+    def protect(delta: dict[str, Tensor], client: str, round_: int) -> dict[str, Tensor]:
+        plan = own_plan(run, 1)
+        assert plan is not None, "asked for with noise at the client only"
+        return protected(run, plan, delta, client=client, round_=round_)
+
+    return protect
 
 
 # --- canary rows ----------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from silotune.evaluate import build_eval_batches, evaluate
 from silotune.ledger import FILE as LEDGER
 from silotune.memory import ClientMemory, load_memory, save_memory
 from silotune.models import LoadedModel, read_adapter, untrained, write_adapter
-from silotune.own_privacy import Ledger, OwnPlan, lots, own_noise, own_plan, row_guard
-from silotune.privacy.client_level import noised
+from silotune.own_privacy import Ledger, OwnPlan, lots, own_plan, protected, row_guard
 from silotune.seeds import derive, generator
 from silotune.tasks.base import Batch, Example, Task
 from silotune.train import build_batches, num_rows, plan_lots, plan_steps, round_lr, stream, train
@@ -192,11 +191,7 @@ def train_round(
     check_finite(moved, who=f"client '{data.name}', round {broadcast.round}")
     delta = {n: t for n, t in moved.items() if rule.trains(n, broadcast.round)}
     if private is not None and private.unit == "client":  # before anything is made of it
-        noise = own_noise(run, client=data.name, round_=broadcast.round)
-        delta = noised(
-            delta, clip_norm=private.clip_norm, noise_multiplier=private.noise_multiplier,
-            noise=noise, who=f"client '{data.name}'",
-        )  # fmt: skip
+        delta = protected(run, private, delta, client=data.name, round_=broadcast.round)
     outcome = rule.finish(delta, result.lr_sum, context) if rule.finish else LocalOutcome()
     sent = {n: t for n, t in delta.items() if not rule.personal(n)}
     kept = dict(outcome.memory)

@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from silotune.config import RunConfig
 from silotune.errors import BudgetSpent
 from silotune.ledger import lines, write_down
 from silotune.privacy.accountant import Steps, noise_for, spent_in_all
+from silotune.privacy.client_level import noised
 from silotune.privacy.gaussian import (
     Noise,
     secure_noise,
@@ -24,6 +27,7 @@ from silotune.privacy.gaussian import (
 )
 from silotune.privacy.record_level import RowGuard, draw_lots
 from silotune.seeds import generator
+from silotune.types import AdapterState
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,23 @@ def own_noise(run: RunConfig, *, client: str, round_: int) -> Noise:
     if run.privacy.noise == "secure":
         return secure_noise
     return seeded_noise(generator(run.seed, "privacy", client, round_))
+
+
+def protected(
+    run: RunConfig, plan: OwnPlan, delta: AdapterState, *, client: str, round_: int
+) -> dict[str, Tensor]:
+    """What leaves a client that protects itself as a whole: its change, clipped and noised.
+
+    Raises:
+        UpdateError: A tensor holds NaN or infinity.
+    """
+    return noised(
+        delta,
+        clip_norm=plan.clip_norm,
+        noise_multiplier=plan.noise_multiplier,
+        noise=own_noise(run, client=client, round_=round_),
+        who=f"client '{client}'",
+    )
 
 
 def row_guard(run: RunConfig, plan: OwnPlan, *, client: str, round_: int) -> RowGuard:

@@ -11,7 +11,7 @@ bounds nothing, so it is not used.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,10 @@ def guess(coins: Sequence[bool], scores: Sequence[float], num_guesses: int) -> G
     return Guesses(tuple(said), 2 * half, right)
 
 
+Protect = Callable[[dict[str, Tensor], str, int], dict[str, Tensor]]
+"""(change, client, round) -> what leaves the client, clipped and noised by itself."""
+
+
 class CanaryClients:
     """Fulfils `Clients`: those of `inner`, and canaries among them.
 
@@ -99,6 +103,9 @@ class CanaryClients:
         layout: What an update must look like.
         settings: Of the local rule, which every update echoes.
         seed: Names the coins and the directions.
+        protect: What a client does to its change before it is sent; then the attack is the
+            server's, which sees each client's own. None: the noise is the server's, and the attack
+            is that of whoever sees the adapters.
     """
 
     def __init__(
@@ -110,8 +117,11 @@ class CanaryClients:
         layout: Layout,
         settings: Settings,
         seed: int,
+        protect: Protect | None = None,
     ) -> None:
         self.inner = inner
+        self._protect = protect
+        self._seen = [0.0] * count
         self.coins = toss(count, seed)
         self.canaries = _free_names(count, inner.names())
         self._place = {name: n for n, name in enumerate(self.canaries)}
@@ -137,10 +147,12 @@ class CanaryClients:
         yield from self.inner.evaluate([n for n in cohort if n not in self._place], broadcast)
 
     def scores(self, first: AdapterState, last: AdapterState) -> list[float]:
-        """Of every canary: what the rounds moved the adapter along its direction, in clip norms.
+        """Of every canary: what the rounds released along its direction, in clip norms.
 
-        That is the sum over the rounds of what each released, as a canary's direction stays.
+        Of all together that is how far the adapter moved, as a canary's direction stays.
         """
+        if self._protect is not None:
+            return list(self._seen)
         moved = torch.cat(
             [(last[n].double() - first[n].double()).reshape(-1) for n in self._shapes]
         )
@@ -163,6 +175,11 @@ class CanaryClients:
             size = math.prod(shape)
             delta[key] = sent[at : at + size].reshape(shape).to(self._layout[key].dtype)
             at += size
+        if self._protect is not None:
+            delta = self._protect(delta, name, broadcast.round)
+            released = torch.cat([delta[key].double().reshape(-1) for key in self._shapes])
+            seen = float(released @ self._direction(n).double())
+            self._seen[n] += seen / (self._norm / SIZE)
         return Update(
             client=name,
             round=broadcast.round,
