@@ -174,7 +174,11 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
         "result": "federated",
         "arms": read_costs(parts),
         **numbers,
-        "notes": [*([run.report.note] if run.report.note else []), *numbers["notes"]],
+        "notes": [
+            *([run.report.note] if run.report.note else []),
+            *_of_privacy(run),
+            *numbers["notes"],
+        ],
         "samples": arms.samples(scores),
         "split": describe_split(checked.rows, arms.loaded.tokenizer, arms.task),
     }
@@ -410,6 +414,17 @@ class Arms:
                 {"client": client, "question": question, "reference": reference, "answers": said}
             )
         return found
+
+
+def _of_privacy(run: RunConfig) -> list[str]:
+    """Which arms [privacy] holds for."""
+    if run.privacy.unit == "record":
+        return ["every arm but the base protects its rows, each with noise for its own rows"]
+    if run.privacy.is_at_client:
+        return ["every arm but the base noises whole holders; the pooled one has a single holder"]
+    if run.privacy.unit == "client":
+        return ["the federated arms protect clients; lone and centralized arms have no noise"]
+    return []
 
 
 def _personal(run: Path | None, client: str) -> AdapterState:

@@ -21,6 +21,7 @@ from silotune.report import (
     budget_lines,
     budget_warnings,
     cost_lines,
+    is_scored,
     label_table,
     loss_table,
     prediction_notes,
@@ -51,11 +52,8 @@ def model_card(
         provenance: provenance.json.
         split: What each client holds; may be empty.
     """
-    table = markdown_table(loss_table(summary))
     base = provenance["base"]
-    lost = worse_off(summary)
-    overall = summary["overall"]["federated_loss"]
-    target, labels = unit_of(summary).rsplit(" ", 1)[1], label_table(summary)
+    lost, labels = worse_off(summary), label_table(summary)
     lines = [
         "---",
         f"library_name: {'transformers' if run.adapter.kind == 'full' else 'peft'}",
@@ -67,20 +65,12 @@ def model_card(
         "",
         f"{base['description']}. {summary['rounds']} rounds of {summary['algorithm']}; "
         f"{what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
-        f"float32 changes of the trained tensors, without secure aggregation{_noise(summary)}, so "
-        "whoever runs the server could learn about the rows from them.",
+        f"float32 changes of the trained tensors, without secure aggregation{_noise(run)}.",
         "",
         run_verdict(summary),
         "",
         *([run.report.note, ""] if run.report.note else []),
-        f"## Held-out loss ({unit_of(summary)}, lower is better)",
-        "",
-        *table,
-        "",
-        (
-            f"Each client's own held-out rows; the last line is weighted by {target}s"
-            + ("." if overall is None or labels else f", perplexity {math.exp(overall):.1f}.")
-        ),
+        *_results(summary),
         *(["", "## Held-out labels", "", *markdown_table(labels)] if labels else []),
     ]
     if lost:
@@ -110,7 +100,9 @@ def model_card(
         "",
         "## Provenance",
         "",
-        f"- data: {provenance['data']['path']}, sha256 of all rows {provenance['data']['sha256']}",
+        f"- data: {provenance['data']['path']}"
+        # whoever knows all rows but one could try that one out
+        + ("" if "privacy" in summary else f", sha256 of all rows {provenance['data']['sha256']}"),
         f"- base: {base['name']}, sha256 {base['sha256']}",
         f"- adapter: sha256 {summary['adapter_sha256']}, after round {summary['result_round']}",
         f"- seed {run.seed}; recipe in `recipe.toml`, versions in `provenance.json`, every round "
@@ -119,10 +111,34 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _noise(summary: Mapping[str, Any]) -> str:
-    if "privacy" in summary:
-        return " and with noise on their mean only (see Privacy)"
-    return " and without differential privacy"
+def _results(summary: Mapping[str, Any]) -> list[str]:
+    """The table of clients, and what its last line is."""
+    table = markdown_table(loss_table(summary))
+    if not is_scored(summary):
+        return ["## Rows", "", *table]
+    unit, overall = unit_of(summary), summary["overall"]["federated_loss"]
+    perplexity = ""
+    if overall is not None and not label_table(summary):
+        perplexity = f", perplexity {math.exp(overall):.1f}"
+    return [
+        f"## Held-out loss ({unit}, lower is better)",
+        "",
+        *table,
+        "",
+        f"Each client's own held-out rows; the last line is weighted by {unit.rsplit(' ', 1)[1]}s"
+        f"{perplexity}.",
+    ]
+
+
+def _noise(run: RunConfig) -> str:
+    """What the changes had for protection, and what follows."""
+    if run.privacy.is_at_client:
+        return ", each with the noise of its own client in it (see Privacy)"
+    none = run.privacy.unit == "none"
+    noise = (
+        "without differential privacy" if none else "with noise on their mean only (see Privacy)"
+    )
+    return f" and {noise}, so whoever runs the server could learn about the rows from them"
 
 
 def _privacy(summary: Mapping[str, Any]) -> list[str]:

@@ -82,7 +82,9 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
     warnings = [*unused, *strategy_warnings(run.algorithm), *([notice] if notice else [])]
     if run.task == "classify":
         run = _with_labels(run, rows, own)
-        warnings += label_warnings(rows, run.data.labels or ())
+        # of real clients' rows under [privacy] nobody else is to know
+        if run.runtime.name != "flower" or run.privacy.unit == "none":
+            warnings += label_warnings(rows, run.data.labels or ())
     if run.server.work == "distill" and run.distill.teacher is not None:
         check_name(run.distill.teacher, "distill.teacher")
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))

@@ -19,6 +19,7 @@ from silotune.ledger import FILE as LEDGER
 from silotune.memory import ClientMemory, load_memory, save_memory
 from silotune.models import LoadedModel, read_adapter, untrained, write_adapter
 from silotune.own_privacy import Ledger, OwnPlan, lots, own_plan, protected, row_guard
+from silotune.row_check import check_row_gradients
 from silotune.seeds import derive, generator
 from silotune.tasks.base import Batch, Example, Task
 from silotune.train import build_batches, num_rows, plan_lots, plan_steps, round_lr, stream, train
@@ -172,7 +173,11 @@ def train_round(
         lot_rows = lots(run, private, client=data.name, round_=broadcast.round)
         steps = plan_lots(lot_rows, lengths, run.train)
         guard = row_guard(run, private, client=data.name, round_=broadcast.round)
+        learning = {n: p for n, p in loaded.parameters.items() if rule.trains(n, broadcast.round)}
+        pairs = data.examples[0].segments is not None
+        check_row_gradients(loaded, worker.task, learning, pairs=pairs)
     lr = round_lr(run.train, broadcast.round, run.rounds)
+    whole = private is not None and private.unit == "client"
     result = train(
         loaded,
         build_batches(steps, data.examples, worker.task, packed=run.train.packing),
@@ -184,13 +189,17 @@ def train_round(
         lr=lr,
         seed=derive(run.seed, "dropout", data.name, broadcast.round),
         guard=guard,
+        must_be_finite=not whole,
     )
     after = read_adapter(loaded)
     moved = subtract(after, start)
+    if whole and not all(bool(t.isfinite().all()) for t in moved.values()):
+        # no change, under the same noise: that training failed is told by the rows, without any
+        after, moved = start, subtract(start, start)
     # here too, and not only at the server: what is wrong must not enter this client's own memory
     check_finite(moved, who=f"client '{data.name}', round {broadcast.round}")
     delta = {n: t for n, t in moved.items() if rule.trains(n, broadcast.round)}
-    if private is not None and private.unit == "client":  # before anything is made of it
+    if private is not None and whole:  # before anything is made of it
         delta = protected(run, private, delta, client=data.name, round_=broadcast.round)
     outcome = rule.finish(delta, result.lr_sum, context) if rule.finish else LocalOutcome()
     sent = {n: t for n, t in delta.items() if not rule.personal(n)}

@@ -28,6 +28,9 @@ from silotune.types import Config
 
 LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
 """Keys of [data] that say where rows are: a client never takes them from a recipe."""
+CLIP_NORMS = (1e-9, 1e9)
+"""Least and largest that are taken: float32 rounds what is far smaller to nothing, and sums of what
+is far larger are infinite. A bound would then not be one."""
 
 
 class LimitsConfig(Config):
@@ -155,7 +158,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     steps = run.train.local_steps
     if limits.max_steps is not None and steps is not None and steps > limits.max_steps:
         refused.append(f"train.local_steps = {steps} is above limits.max_steps")
-    refused += _against_privacy(run.privacy, own)
+    refused += _against_privacy(run, own)
     if own.model is None and not _is_public(run.model.name):
         refused.append("model.name is a path of the server; set model to this client's own copy")
     if run.adapter.kind == "full":
@@ -190,10 +193,23 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     )
 
 
-def _against_privacy(asked: PrivacyConfig, own: ClientConfig) -> Iterator[str]:
-    """What a recipe's privacy lacks for this client."""
-    if asked.unit != "none" and asked.noise == "seeded":
-        yield "privacy.noise = 'seeded' protects nobody: whoever knows the recipe can take it off"
+def _against_privacy(run: RunConfig, own: ClientConfig) -> Iterator[str]:
+    """What a recipe's privacy lacks for this client. Its server may not have checked it."""
+    asked = run.privacy
+    if asked.unit != "none":
+        if asked.noise == "seeded":
+            yield (
+                "privacy.noise = 'seeded' protects nobody: whoever knows the recipe can take it off"
+            )
+        else:
+            yield from (f"{key}: {why}" for key, why in run.contradictions())
+        if not CLIP_NORMS[0] <= asked.clip_norm <= CLIP_NORMS[1]:
+            yield f"privacy.clip_norm = {asked.clip_norm:g} is beyond what float32 can clip and add"
+        if run.data.template not in TEMPLATES and "template" not in own.data.model_fields_set:
+            yield (
+                "data.template is a program of the server's, which could turn what rows say into "
+                "their number; name a known one, or set it in this client's own [data]"
+            )
     if own.limits.epsilon is not None and not asked.is_at_client:
         yield (
             "limits.epsilon asks for noise at this client: privacy.unit = 'record', or 'client' "
@@ -275,6 +291,9 @@ def write_client_configs(
         The paths of the configurations by client name.
     """
     paths: dict[str, Path] = {}
+    data = {"path": "train.jsonl", "eval_path": "eval.jsonl"}
+    if run.data.template not in TEMPLATES:  # a text, which the clients agree to
+        data["template"] = run.data.template
     for name, own in sorted(rows.items()):
         place = folder / folder_name(name)
         place.mkdir(parents=True)
@@ -284,7 +303,7 @@ def write_client_configs(
         table: dict[str, Any] = {
             "name": name,
             "state": str(state(name).absolute()),
-            "data": {"path": "train.jsonl", "eval_path": "eval.jsonl"},
+            "data": data,
             "runtime": {
                 "device": run.runtime.device,
                 "threads": run.runtime.threads,

@@ -79,8 +79,9 @@ def export_card(
         "## Provenance",
         "",
         f"- clients: {len(clients)}; rows: {sum(train)} to train on (a client has {min(train)} to "
-        f"{max(train)}), {sum(client['num_eval'] for client in clients)} held out, sha256 of all "
-        f"{provenance['data']['sha256']}",
+        f"{max(train)}), {sum(client['num_eval'] for client in clients)} held out"
+        # whoever knows all rows but one could try that one out
+        + ("" if private else f", sha256 of all {provenance['data']['sha256']}"),
         f"- rounds: {summary['rounds']} of {summary['algorithm']}; this is the result after round "
         f"{summary['result_round']}",
         f"- base: {name}, sha256 {base['sha256']}"

@@ -1,5 +1,6 @@
 """A finished run on disk: its numbers, its adapter, its model, its page."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,16 @@ class Run:
         """
         folder = RunFolder.open(self.path)
         found = statement(folder.run, folder)
-        return found and {**found, "releases": releases(folder)}
+        return found and {**found, "releases": releases(folder), "sha256": self._sha256()}
+
+    def _sha256(self) -> dict[str, str]:
+        """What the statement speaks of: the recipe, the promise, and the result's tensors."""
+        names = ("recipe.toml", "privacy.json", "adapter/adapter_model.safetensors")
+        return {
+            name: hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+            for name in names
+            if (self.path / name).is_file()
+        }
 
     def report(self) -> Path:
         """Write report.html: the run on one page, without a network. Returns its path."""

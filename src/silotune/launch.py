@@ -300,7 +300,7 @@ def run_in(
                 run,
                 planned,
                 folder.metrics(),
-                peak_bytes=measured.peak_memory_bytes,
+                peak_bytes=measured.peak_memory_bytes or 0,
                 seconds=seconds_scored - seconds_measuring,
             ),
         },

@@ -33,7 +33,7 @@ def write_down(path: Path, row: Mapping[str, Any]) -> None:
 def lines(path: Path) -> list[dict[str, Any]]:
     """Every release that was made, or begun, in order; [] where there is no ledger.
 
-    A line that a crash cut off counts too: as one more like the one before.
+    A line that a crash cut off counts too: as one more like the one before, of nobody by name.
     """
     found: list[dict[str, Any]] = []
     if not path.exists():
@@ -43,4 +43,5 @@ def lines(path: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except json.JSONDecodeError:
             found.append({**(found[-1] if found else {}), "round": len(found) + 1})
+            found[-1].pop("client", None)
     return found

@@ -150,7 +150,8 @@ class Ledger:
     """Where a client writes down what it releases, and how much it allows."""
 
     path: Path
-    """A file of the client's own. It may hold the lines of many runs on the same rows."""
+    """A file of the client's own. It may hold the lines of many runs on the same rows, and those of
+    other clients that keep their state in the same folder."""
     run_id: str = ""
     """Tells this run's lines from others'."""
     epsilon: float | None = None
@@ -165,8 +166,9 @@ class Ledger:
             BudgetSpent: They would go beyond the plan, or beyond what the client allows. Nothing is
                 written or released.
         """
-        before = lines(self.path)
-        now = {"run": self.run_id, "round": round_, "seeded": seeded, **asdict(plan)}
+        before = [line for line in lines(self.path) if line.get("client", client) == client]
+        now = {"run": self.run_id, "client": client, "round": round_, "seeded": seeded}
+        now |= asdict(plan)
         if seeded and any(_same(line, now) for line in before):
             return  # the same noise again tells nothing new
         mine = [line for line in before if line.get("run") == self.run_id]
@@ -177,13 +179,33 @@ class Ledger:
                 "\n  Start a new run with more, at a larger epsilon or with more noise."
             )
         if self.epsilon is not None:
-            cost = spent_in_all(released([*before, now]), delta=self.delta).pld
-            if cost > self.epsilon:
-                raise BudgetSpent(
-                    f"{who}: this round would spend epsilon {cost:.3f} in all, above its own "
-                    f"limit of {self.epsilon:g}.\n  Only this client's own people can raise it."
+            cost = spent_in_all(released(_per_row([*before, now])), delta=self.delta).pld
+            if not cost <= self.epsilon:
+                # the numbers are for this client's own log: other runs are not the server's affair
+                numbers = ValueError(
+                    f"epsilon would be {cost:.3f}, limits.epsilon {self.epsilon:g}"
                 )
+                raise BudgetSpent(
+                    f"{who}: its own limit for privacy allows no further round.\n"
+                    "  Only this client's own people can raise limits.epsilon."
+                ) from numbers
         write_down(self.path, now)
+
+
+def _per_row(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A ledger of one unit as it is; one of both as what it tells about a single row.
+
+    What a release of the whole client hides is that change or none. A row more turns one clipped
+    change into another, up to two norms away, so for a row the noise is half of what it is called.
+    """
+    if len({line.get("unit") for line in ledger}) == 1:
+        return ledger
+    return [
+        {**line, "noise_multiplier": line["noise_multiplier"] / 2}
+        if line.get("unit") == "client"
+        else line
+        for line in ledger
+    ]
 
 
 def _same(line: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

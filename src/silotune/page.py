@@ -18,6 +18,7 @@ from silotune.report import (
     budget_lines,
     budget_warnings,
     cost_lines,
+    is_scored,
     label_table,
     loss_table,
     prediction_notes,
@@ -98,6 +99,7 @@ def run_page(
         loss_header=header,
         loss_rows=[(name, *(_typeset(cell) for cell in cells)) for name, *cells in table],
         lost=lost,
+        scored=is_scored(summary),
         unit=unit_of(summary),
         label_table=label_table(summary),
         loss_charts=_drawn(_loss_charts(rows, unit_of(summary))),
@@ -325,7 +327,13 @@ def _shared(
         "recipe": to_toml(run),
         "seed": run.seed,
         "provenance": provenance,
+        "rows_sha256": rows_sha256(run, provenance),
     }
+
+
+def rows_sha256(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
+    """The hash of all rows; None under [privacy]: who knows all but one could try that one out."""
+    return provenance["data"]["sha256"] if run.privacy.unit == "none" else None
 
 
 def _use(run: RunConfig, provenance: Mapping[str, Any]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from silotune.privacy.gaussian import Noise, secure_noise, seeded_noise
 from silotune.sampling import cohort_size
 from silotune.seeds import generator
 from silotune.store import RunFolder
+from silotune.types import BUDGET_SPENT
 
 FILE = "privacy.json"
 Promise = dict[str, Any]
@@ -216,7 +217,8 @@ def releases(folder: RunFolder) -> list[dict[str, Any]]:
     """Every release that was made, or begun, in order.
 
     Of noise at the server the run's ledger. Of noise at the clients each one's own, where it is at
-    hand, else what the server took down of the rounds; `client` names whose it is.
+    hand, else what the server took down of the rounds; `client` names whose it is. There a message
+    without a usable answer counts as its client's plan: it may have been a release all the same.
     """
     if not folder.run.privacy.is_at_client:
         return lines(folder.path / LEDGER)
@@ -224,7 +226,16 @@ def releases(folder: RunFolder) -> list[dict[str, Any]]:
     own = {name: lines(folder.client_folder(name) / LEDGER) for name in clients}
     if any(own.values()):
         return [{"client": name, **line} for name, found in own.items() for line in found]
-    return [row for row in folder.metrics() if row["event"] == "train" and "num_lots" in row]
+    return [
+        row if "num_lots" in row else {**clients[row["client"]], **row}
+        for row in folder.metrics()
+        if row["event"] == "train"
+        if "num_lots" in row or (row["client"] in clients and row["status"] not in NOT_TRAINED)
+    ]
+
+
+NOT_TRAINED = ("declined", BUDGET_SPENT, "not connected", "not reachable", "late")
+"""Failures before a client trains. What came late has failed before, by its deadline."""
 
 
 def num_released(folder: RunFolder) -> int:
@@ -291,10 +302,18 @@ def _spent_by_clients(folder: RunFolder, promise: Promise) -> dict[str, Any]:
 def _not_protected(run: RunConfig, promise: Mapping[str, Any]) -> list[str]:
     record, at_client = run.privacy.unit == "record", run.privacy.is_at_client
     found = [
-        "numbers of rows, sizes and times of messages, and who took part",
-        "losses, norms and other numbers about clients, of training and of held-out rows: they "
-        "have no noise, and are in this folder's metrics, report and card. Do not publish them",
+        "numbers of rows that can be used, sizes and times of messages, who took part, and whether "
+        "a client's rows made it fail",
+        "the SHA-256 of all rows in this folder's provenance.json: whoever knows the others can "
+        "try out a row by it. Do not publish it",
     ]
+    if run.runtime.name != "flower":
+        found.append(
+            "losses, norms and other numbers about clients, of training and of held-out rows: they "
+            "have no noise, and are in this folder's metrics, report and card. Do not publish them"
+        )
+    elif not at_client:
+        found.append("norms of clients' changes: they are in this folder's metrics, without noise")
     if record:
         found.insert(
             0, "a client as a whole: what many of its rows have in common is learned, and shows"

@@ -67,7 +67,10 @@ def summarise(
             "federated_loss": overall.get(result_round),
         },
         **{key: sum(sizes) for key, sizes in sent.items()},
-        "tokens_trained": sum(int(row.get("num_tokens", 0)) for row in own),
+        # real clients under [privacy] keep it
+        "tokens_trained": sum(int(row["num_tokens"]) for row in own)
+        if all("num_tokens" in row for row in own)
+        else None,
         "seconds_training": sum(row["seconds_training"] for row in own),
         **found,
         **measured,
@@ -137,14 +140,24 @@ def worse_off(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def is_scored(summary: Mapping[str, Any]) -> bool:
+    """Whether any client's held-out loss is known, of base or result."""
+    arms = (c[f"{arm}_loss"] for c in summary["clients"].values() for arm in ARMS)
+    return any(loss is not None for loss in arms)
+
+
 def loss_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: client, rows, held-out loss of base and federated adapter, difference."""
+    """Header and rows: client, rows, held-out loss of base and federated adapter, difference.
+
+    Where no loss is known the rows alone.
+    """
     lines = [("client", "train rows", "held-out rows", "base", "federated", "change")]
     for name, c in summary["clients"].items():
         lines.append((name, str(c["num_train"]), str(c["num_eval"]), *_three(c)))
     rows = [summary["clients"][name] for name in summary["clients"]]
     totals = (str(sum(c["num_train"] for c in rows)), str(sum(c["num_eval"] for c in rows)))
-    return [*lines, ("all", *totals, *_three(summary["overall"]))]
+    table: list[tuple[str, ...]] = [*lines, ("all", *totals, *_three(summary["overall"]))]
+    return table if is_scored(summary) else [line[:3] for line in table]
 
 
 def _three(c: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -164,13 +177,14 @@ def cost_lines(summary: Mapping[str, Any]) -> list[str]:
         + (f" (head {human_bytes(summary[f'head_{key}'])})" if summary.get(f"head_{key}") else "")
         for key in ("bytes_down", "bytes_up")
     )
+    tokens, peak = summary["tokens_trained"], summary["peak_memory_bytes"]
     return [
         f"sent to clients {down}, sent by clients {up}",
         f"{human_seconds(summary['seconds_training'])} in training, {server}"
         f"{human_seconds(other)} in everything else",
-        f"{summary['tokens_trained']} tokens trained, base loaded "
-        f"{summary['base_model_loads']} time(s), "
-        f"peak memory {human_bytes(summary['peak_memory_bytes'])}",
+        ("" if tokens is None else f"{tokens} tokens trained, ")
+        + f"base loaded {summary['base_model_loads']} time(s)"
+        + ("" if peak is None else f", peak memory {human_bytes(peak)}"),
     ]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from silotune import charts
 from silotune.config import RunConfig, to_toml
-from silotune.page import Drawing, render
+from silotune.page import Drawing, render, rows_sha256
 from silotune.ranking import sweep_table, title_of, verdict
 
 
@@ -45,6 +45,7 @@ def sweep_page(
         split={},
         seed=run.seed,
         adapter_sha256=None,
+        rows_sha256=rows_sha256(run, provenance),
         title=f"{len(result['runs'])} runs of {run.model.name}",
         subtitle=f"changed from run to run: {', '.join(result['keys'])}",
         verdict=[verdict(result)],

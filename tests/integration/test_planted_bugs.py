@@ -61,9 +61,9 @@ def delta_of(seed: int, size: float = 1.0) -> dict:
     return {name: size * t / l2_norm(drawn) for name, t in drawn.items()}
 
 
-def recipe(**privacy):
+def recipe(seed=17, **privacy):
     given = {"unit": "client", "delta": 1e-5, "noise": "seeded", **privacy}
-    return parse({"rounds": 1, "data": {"path": "medquad_mini"}, "privacy": given,
+    return parse({"rounds": 1, "seed": seed, "data": {"path": "medquad_mini"}, "privacy": given,
                   "algorithm": {"weights": "uniform"}})  # fmt: skip
 
 
@@ -198,13 +198,15 @@ class Rows(torch.nn.Module):
         return sum(self.layers[n](t.flatten(1)).flatten() for n, t in rows.items())
 
 
-def stepped(rows: dict | None, *, z: float = 0.0, lot_size: float = 4.0) -> dict:
+def stepped(
+    rows: dict | None, *, z: float = 0.0, lot_size: float = 4.0, seed: int = 17, round_: int = 1
+) -> dict:
     """What a step makes of some rows; None is an empty lot."""
     model = Rows()
     learning = {name: layer.weight for name, layer in model.layers.items()}
-    run = recipe(unit="record", noise_multiplier=z, clip_norm=0.5)
+    run = recipe(seed, unit="record", noise_multiplier=z, clip_norm=0.5)
     plan = own_privacy.OwnPlan("record", 100, 0.5, z, 0.04, lot_size, 1, 1)
-    own = own_privacy.row_guard(run, plan, client="north", round_=1)
+    own = own_privacy.row_guard(run, plan, client="north", round_=round_)
     with own.watching(model):
         if rows is not None:
             own.add(model.losses(rows), learning)
@@ -255,23 +257,56 @@ def secure_noise_knows_no_seed() -> None:
     assert not torch.equal(one, two)
 
 
-def an_audit_of_rows_does_not_refute_the_claim() -> None:
-    """Rows with random directions, in or out by a coin, through lots, clipping and noise."""
-    z, delta, count, steps = 4.0, 1e-4, 400, 3
-    coins, gen = toss(count, 11), torch.Generator().manual_seed(11)
-    seeds = torch.randint(1 << 30, (count,), generator=gen).tolist()
-    drawn = [delta_of(seed, 10.0) for seed in seeds]
+COUNT, Z, RATE, STEPS, DELTA = 400, 3.0, 0.5, 6, 1e-4
+CLAIM = spent(noise_multiplier=Z, num_releases=STEPS, delta=DELTA, sampling_rate=RATE).pld
+
+
+def audit_of_rows(seed: int, *, noise: float = 1.0) -> int:
+    """Rows with random directions, in or out by a coin, through lots, clipping and noise.
+
+    Args:
+        seed: Of coins, directions, lots and noise.
+        noise: What is drawn, by what is claimed.
+
+    Returns:
+        How many of the guesses are right.
+    """
+    coins = toss(COUNT, seed)
+    gen = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(1 << 30, (COUNT,), generator=gen).tolist()
+    drawn = [delta_of(own, 10.0) for own in seeds]
     inside = [row for row, coin in zip(drawn, coins, strict=True) if coin]
+    run = recipe(seed, unit="record", noise_multiplier=Z, clip_norm=0.5)
+    plan = own_privacy.OwnPlan("record", len(inside), 0.5, Z, RATE, 1.0, STEPS, 1)
     total = {name: torch.zeros(math.prod(shape)) for name, shape in SHAPES.items()}
-    for _ in range(steps):
-        found = stepped(batch(*inside), z=z, lot_size=float(len(inside)))
+    lots = own_privacy.lots(run, plan, client="north", round_=1)
+    for step, lot in enumerate(lots, start=1):
+        rows = batch(*[inside[n] for n in lot]) if lot else None
+        found = stepped(rows, z=noise * Z, lot_size=1.0, seed=seed, round_=step)
         total = {name: t + found[name].flatten() for name, t in total.items()}
     scores = [sum(float(row[n].flatten() @ total[n]) for n in total) for row in drawn]
-    made = guess(coins, scores, num_guesses(count))
-    lower = epsilon_lower_bound(
-        num_guesses=made.num_guesses, num_correct=made.num_correct, num_canaries=count, delta=delta
+    return guess(coins, scores, num_guesses(COUNT)).num_correct
+
+
+def bound(*right: int) -> float:
+    """Of several audits together: guesses on independent coins add up."""
+    return epsilon_lower_bound(
+        num_guesses=num_guesses(COUNT) * len(right),
+        num_correct=sum(right),
+        num_canaries=COUNT * len(right),
+        delta=DELTA,
     )
-    assert lower <= spent(noise_multiplier=z, num_releases=steps, delta=delta).pld
+
+
+def an_audit_of_rows_does_not_refute_the_claim() -> None:
+    assert bound(audit_of_rows(0), audit_of_rows(1)) <= CLAIM
+
+
+def test_a_correct_mechanism_of_rows_never_exceeds_its_claim_and_a_third_of_its_noise_is_caught():
+    right = [audit_of_rows(seed) for seed in range(20)]
+    assert max(bound(own) for own in right) <= CLAIM
+    assert 0 < bound(*right) <= CLAIM, "an audit without power would pass too"
+    assert bound(*(audit_of_rows(seed, noise=1 / 3) for seed in range(20))) > CLAIM
 
 
 # --- ledgers and what is told ---------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Whole runs that protect rows: each client's plan, its ledger, the statement, the refusals."""
 
+import hashlib
 import json
 import math
 
@@ -65,6 +66,9 @@ def test_a_statement_can_be_computed_anew_from_what_is_printed(done):
     assert found["epsilon"]["pld"] == worst == found["promise"]["epsilon"]["pld"]
     assert worst <= found["promise"]["epsilon_prv"] <= worst + 0.05
     assert done.summary["privacy"]["epsilon"] == found["epsilon"]
+    for name, digest in found["sha256"].items():
+        assert hashlib.sha256((done.path / name).read_bytes()).hexdigest() == digest
+    assert len(found["sha256"]) == 3
     told = CliRunner().invoke(app, ["privacy", str(done.path)]).stdout
     assert "DP per record" in told
     assert "ANYTHING: the noise is seeded" in told
@@ -183,6 +187,23 @@ def test_noise_of_clients_is_on_what_is_clipped_over_all_tensors(recipe, tmp_pat
     norms = [row["delta_norm"] for row in found.metrics if row["event"] == "train"]
     assert norms == pytest.approx([1e-3] * 3, rel=1e-5)
     assert found.privacy["epsilon"]["pld"] is None
+
+
+def test_a_comparison_trains_every_arm_with_the_same_protection_and_says_so(recipe, tmp_path):
+    keys = [*SEEDED, "compare.seeds=1", "rounds=1"]
+    result = silotune.compare(recipe, keys, out=tmp_path / "c").result
+    assert any("every arm but the base protects its rows" in text for text in result["notes"])
+    arms = result["arms"]
+    assert arms["local"]["tokens"] == arms["federated"]["tokens"] > 0, "the same secret lots"
+    own = sorted((tmp_path / "c").rglob("privacy.jsonl"))
+    assert len(own) == 3 + 3 + 1  # lone clients, the federation's clients, the pooled rows
+
+
+def test_a_comparison_says_which_arms_noise_at_the_server_leaves_out(recipe, tmp_path):
+    keys = [*CLIENTS[:1], *CLIENTS[2:], "privacy.noise_multiplier=1", "privacy.noise=seeded"]
+    keys += ["algorithm.weights=uniform", "compare.seeds=1", "rounds=1"]
+    result = silotune.compare(recipe, keys, out=tmp_path / "c").result
+    assert any("lone and centralized arms have no noise" in text for text in result["notes"])
 
 
 def test_a_classifier_learns_its_head_under_the_same_bound(tmp_path):

@@ -110,6 +110,11 @@ def test_a_recipe_runs_end_to_end_on_a_small_model(name, wide_model, instruct_fi
     assert (max(r["penalty"] for r in rows) > 0) == (name == "medical-dora")  # the term acts
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["use_dora"] == run.adapter.dora
+    private = done.privacy
+    assert (private is not None) == (name == "blueprint")
+    if private is not None:
+        assert private["epsilon"]["pld"] <= 3
+        assert private["promise"]["unit"].startswith("record")
     asked = done.ask("Say how old it is.", max_new_tokens=3)
     assert isinstance(asked, str)
 
@@ -123,7 +128,8 @@ def test_a_leaderboards_rules_are_kept_or_the_track_is_taken_out(name, instruct_
 def test_the_blueprints_published_privacy_is_worth_what_its_noise_says(instruct_file):
     """Noise 0.02 of the clip norm, in 100 rounds: if it were clipped, and it never is."""
     keys = [
-        *(f"data.path={instruct_file / 'instruct.jsonl'}", "algorithm.weights=uniform"),
+        *("privacy=none", f"data.path={instruct_file / 'instruct.jsonl'}"),
+        "algorithm.weights=uniform",
         *("privacy.unit=client", "privacy.noise_multiplier=0.02", "privacy.clip_norm=0.5"),
         *("privacy.delta=1e-5", "rounds=100"),
     ]

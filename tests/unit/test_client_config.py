@@ -1,6 +1,7 @@
 """A client's own configuration wins: own rows, own machine, own limits; a recipe names no path."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,10 @@ from silotune.client_config import (
 from silotune.config import parse
 from silotune.data import ClientRows, load_clients
 from silotune.errors import ConfigError, Declined
+from silotune.privacy.base import PrivacyConfig
 from silotune.reading import DataConfig
 from silotune.train import num_rows
-from tests.conftest import changed, hospital_rows, write_jsonl
+from tests.conftest import CHATML, changed, hospital_rows, write_jsonl
 
 
 def recipe(**changes):
@@ -486,3 +488,122 @@ def test_what_a_client_of_a_simulation_gets_is_its_own_and_nothing_else(tmp_path
     assert all(folder.parent == tmp_path / "c" for folder in folders)
     text = (paths["north"].parent / "train.jsonl").read_text(encoding="utf-8")
     assert json.loads(text) == {"messages": list(talk)}
+
+
+# --- privacy -------------------------------------------------------------------------------------
+
+PRIVATE = {
+    "unit": "record",
+    "noise_multiplier": 1.0,
+    "delta": 1e-3,
+    "clip_norm": 0.5,
+}
+AT_CLIENT = {**PRIVATE, "unit": "client", "noise_at": "client"}
+OWN = {"epsilon": 2.0, "delta": 1e-5}
+
+
+def private(**changes):
+    """A recipe as a server sends it; what would be refused there is no mistake here."""
+    privacy = {**PRIVATE, **changes.pop("privacy", {})}
+    run = recipe(privacy=PRIVATE, **changes)
+    return run.model_copy(update={"privacy": PrivacyConfig.model_validate(privacy)})
+
+
+@pytest.mark.parametrize("half", [{"epsilon": 3.0}, {"delta": 1e-5}])
+def test_an_epsilon_without_its_delta_is_no_limit(tmp_path, half):
+    table = {"name": "n", "data": {"path": "r.jsonl"}, "limits": half}
+    with pytest.raises(ConfigError, match="epsilon and delta belong together: give both"):
+        load_client_config(write(tmp_path, tomli_w.dumps(table)))
+
+
+@pytest.mark.parametrize("limits", [{"epsilon": 0.0}, {"epsilon": -1.0}, {"delta": 0.0}])
+def test_a_limit_of_nothing_is_refused(tmp_path, limits):
+    table = {"name": "n", "data": {"path": "r.jsonl"}, "limits": {**OWN, **limits}}
+    with pytest.raises(ConfigError, match=f"limits.{next(iter(limits))}"):
+        load_client_config(write(tmp_path, tomli_w.dumps(table)))
+
+
+def test_an_own_epsilon_asks_for_noise_at_this_client():
+    own = client(limits=OWN)
+    at_server = {"unit": "client", "noise_at": "server"}
+    for run in (recipe(), private(algorithm__weights="uniform", privacy=at_server)):
+        assert "limits.epsilon asks for noise at this client" in refusal(run, own)
+        assert own_recipe(run, client()).privacy == run.privacy, "without a limit it may be so"
+    for privacy in (PRIVATE, AT_CLIENT):
+        assert own_recipe(private(privacy=privacy), own).privacy.is_at_client
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        ({"target_epsilon": 9.0, "delta": 0.999}, (2.0, 1e-5)),
+        ({"target_epsilon": 0.5, "delta": 1e-9}, (0.5, 1e-9)),
+        ({"target_epsilon": 9.0, "delta": 1e-9}, (2.0, 1e-9)),
+    ],
+)
+def test_the_smaller_epsilon_and_delta_count(asked, taken):
+    run = private(privacy={**asked, "noise_multiplier": None})
+    here = own_recipe(run, client(limits=OWN)).privacy
+    assert (here.target_epsilon, here.delta) == taken
+    assert own_recipe(run, client()).privacy == run.privacy
+
+
+def test_a_limit_does_not_become_a_target_beside_a_noise_multiplier():
+    here = own_recipe(private(), client(limits=OWN)).privacy
+    assert (here.noise_multiplier, here.target_epsilon, here.delta) == (1.0, None, 1e-5)
+
+
+@pytest.mark.parametrize("privacy", [PRIVATE, AT_CLIENT])
+@pytest.mark.parametrize("limits", [{}, OWN])
+def test_seeded_noise_is_refused_by_every_real_client(privacy, limits):
+    run = private(privacy={**privacy, "noise": "seeded"})
+    assert "'seeded' protects nobody" in refusal(run, client(limits=limits))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "why"),
+    [
+        ("train", "packing", True, "train.packing: puts rows into one"),
+        ("train", "compat", ("same-samples",), "would end the secret draw of rows"),
+        ("model", "gradient_checkpointing", True, "hides the gradients of single rows"),
+        ("adapter", "dora", True, "without dora"),
+        ("privacy", "noise_multiplier", None, "or target_epsilon: give one of both"),
+        ("privacy", "target_epsilon", 3.0, "or target_epsilon: give one of both"),
+        ("privacy", "clipping", "adaptive", "with noise at the server only"),
+        ("privacy", "clip_norm", math.inf, "privacy.clip_norm = inf is beyond what float32"),
+        ("privacy", "clip_norm", 1e30, "privacy.clip_norm = 1e+30 is beyond what float32"),
+        ("privacy", "clip_norm", 1e-40, "privacy.clip_norm = 1e-40 is beyond what float32"),
+    ],
+)
+def test_a_client_checks_by_itself_what_an_honest_server_would_have_refused(part, key, value, why):
+    run = private()
+    own = client(limits=OWN)
+    own_recipe(run, own)
+    changed_part = getattr(run, part).model_copy(update={key: value})
+    assert why in refusal(run.model_copy(update={part: changed_part}), own)
+
+
+TRAP = (
+    "{% for m in messages %}{% if 'measles' in m.content %}{{ 'x' * 9999 }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_private_recipe_brings_no_program_that_looks_into_rows(tmp_path):
+    """With it the number of rows that fit train.max_length would answer any question."""
+    run = private(data={"path": "x.jsonl", "template": TRAP})
+    assert "data.template is a program of the server's" in refusal(run, client())
+    mine = client(data={"path": "own.jsonl", "template": "alpaca"})
+    assert own_recipe(run, mine).data.template == "alpaca"
+    own_recipe(private(data={"path": "x.jsonl", "template": "vicuna"}), client())
+    open_ = recipe(data={"path": "x.jsonl", "template": TRAP})
+    assert own_recipe(open_, client()).data.template == TRAP, "there is nothing to protect"
+
+
+def test_clients_of_a_rehearsal_agree_to_its_own_template(tmp_path):
+    talk = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    run = private(data={"path": "x.jsonl", "template": CHATML})
+    paths = write_client_configs(
+        tmp_path / "c", {"north": ClientRows("north", (talk,), (talk,))}, run,
+        model="/base", state=lambda name: tmp_path / name,
+    )  # fmt: skip
+    assert own_recipe(run, load_client_config(paths["north"])).data.template == CHATML

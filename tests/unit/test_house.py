@@ -46,6 +46,7 @@ ORDER = [
     "templates",
     "tasks",
     "train",
+    "row_check",
     "server",
     "evaluate",
     "generate",

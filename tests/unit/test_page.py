@@ -181,6 +181,33 @@ def test_run_page_without_scores_split_and_samples_leaves_these_parts_out():
     assert page.tags.count("svg") == 3  # training loss, bytes, seconds
 
 
+def test_run_page_shows_nothing_in_the_place_of_numbers_that_clients_kept_to_themselves():
+    summary = {**summary_of(NAMES), "tokens_trained": None, "peak_memory_bytes": None}
+    for losses in (*summary["clients"].values(), summary["overall"]):
+        losses.update(base_loss=None, federated_loss=None)
+    kept = ("train_loss", "num_tokens")
+    rows = [
+        {key: value for key, value in row.items() if key not in kept}
+        for row in rows_of(NAMES)
+        if row["event"] != "evaluate"
+    ]
+    page = Reader(page_of_run(summary=summary, rows=rows))
+    assert page.tags.count("svg") == 2  # bytes, seconds
+    for absent in (
+        "tokens trained",
+        "peak memory",
+        "None",
+        "0.000",
+        "Held-out loss (",
+        "lower is better",
+    ):
+        assert absent not in page.text
+    words = " ".join(page.text.split())
+    assert "client train rows held-out rows" in words
+    assert "held-out rows base" not in words, "columns of dashes"
+    assert "base loaded 1 time(s)" in page.text
+
+
 def test_rows_that_failed_or_diverged_leave_gaps_and_no_error():
     nan = {"event": "evaluate", "round": 1, "client": "north", "status": "ok", "num_tokens": 5}
     lost = {"event": "train", "round": 2, "client": "west", "status": "late", "place": "too late"}

@@ -14,9 +14,11 @@ from silotune.errors import BudgetSpent, ModelError
 from silotune.ledger import lines
 from silotune.models import ModelConfig, load_model, quiet_libraries, read_adapter, write_adapter
 from silotune.own_privacy import Ledger, OwnPlan, released
+from silotune.privacy import record_level
 from silotune.privacy.accountant import Steps, noise_for, spent, spent_in_all, third_opinion
 from silotune.privacy.gaussian import secure_noise, secure_uniform, seeded_noise, seeded_uniform
 from silotune.privacy.record_level import RowGuard, draw_lots, row_norms
+from silotune.row_check import check_row_gradients
 from silotune.tasks.base import row_losses
 from silotune.tasks.classify import classify
 from silotune.tasks.instruct import INSTRUCT
@@ -212,6 +214,32 @@ def test_a_gradient_that_is_not_of_single_rows_is_refused(case):
     p.grad = None
 
 
+def test_every_private_round_proves_its_row_gradients_and_leaves_the_model_as_it_was(case):
+    loaded, task, _, start = case
+    loaded.model.train()
+    check_row_gradients(loaded, task, loaded.parameters)
+    assert loaded.model.training
+    assert all(p.grad is None for p in loaded.parameters.values())
+    assert all(torch.equal(t, start[n]) for n, t in read_adapter(loaded).items())
+    loaded.model.eval()
+    check_row_gradients(loaded, task, loaded.parameters)
+    assert not loaded.model.training
+
+
+def test_a_wrong_row_gradient_stops_the_round(case, monkeypatch):
+    """Rows mixed up in one layer, as with a wrong batch dimension."""
+    loaded, task, _, _ = case
+    right = record_level._row_gradients
+
+    def mixed(name, p):
+        own = right(name, p)
+        return own if own is None else own.mean(0, keepdim=True).expand_as(own)
+
+    monkeypatch.setattr(record_level, "_row_gradients", mixed)
+    with pytest.raises(ModelError, match="the gradient of a single row cannot be had"):
+        check_row_gradients(loaded, task, loaded.parameters)
+
+
 # --- noise ------------------------------------------------------------------------------------
 
 
@@ -380,6 +408,11 @@ def test_the_third_accountant_is_not_asked_where_its_memory_has_no_bound(rate, z
     assert math.isinf(third_opinion(Steps(z, releases, rate), delta=1e-3))
 
 
+@pytest.mark.parametrize("z", [1e-3, 1e-4, 1e-6])
+def test_hardly_any_noise_is_an_enormous_epsilon_and_no_crash(z):
+    assert spent(noise_multiplier=z, num_releases=3, delta=1e-5).pld > 1e5
+
+
 def test_the_third_accountant_knows_releases_without_sampling():
     third = third_opinion(Steps(5.0, 100), delta=1e-5)
     assert third == pytest.approx(9.9973, abs=0.02)
@@ -437,7 +470,7 @@ def test_a_client_own_limit_holds_over_all_runs_on_its_rows(tmp_path):
     two = spent_in_all([Steps(2.0, 10, 0.1)], delta=1e-5).pld
     begin(Ledger(path, "run1", two + 1e-9, 1e-5), 1)
     begin(Ledger(path, "run2", two + 1e-9, 1e-5), 1)
-    with pytest.raises(BudgetSpent, match="above its own limit of"):
+    with pytest.raises(BudgetSpent, match="its own limit for privacy allows no further round"):
         begin(Ledger(path, "run3", two + 1e-9, 1e-5), 1)
     assert len(lines(path)) == 2
 

@@ -11,11 +11,22 @@ import pytest
 import tomli_w
 
 from silotune.client import Worker, prepare_client, score, take_part
-from silotune.config import load_recipe
+from silotune.config import load_recipe, parse
 from silotune.data import load_clients
-from silotune.errors import DataError, Declined, QuorumError, SilotuneError, UpdateError
+from silotune.errors import (
+    BudgetSpent,
+    DataError,
+    Declined,
+    QuorumError,
+    SilotuneError,
+    UpdateError,
+)
+from silotune.finished import load_for
+from silotune.ledger import lines
 from silotune.memory import load_memory
 from silotune.models import load_model, num_base_loads, read_adapter
+from silotune.privacy.accountant import Steps, spent_in_all
+from silotune.privacy.base import PrivacyConfig
 from silotune.rows import conversation
 from silotune.runtime import flower_client, resident, wire
 from silotune.runtime.deployed import Deployed
@@ -27,9 +38,10 @@ from silotune.sources import content_hash
 from silotune.store import RunFolder
 from silotune.tasks.instruct import INSTRUCT
 from silotune.templates import set_template
-from silotune.tree import sha256
+from silotune.tree import l2_norm, sha256
 from silotune.types import Broadcast, Failure, Score, Update
 from tests.conftest import write_jsonl, write_tiny_recipe
+from tests.tiny_encoders import build_tiny_encoder
 
 SECRET = "patient 4711 has measles"
 
@@ -141,6 +153,7 @@ def test_the_text_of_an_exception_stays_here(error, capsys):
     [
         (UpdateError("client 'n', round 2: 'a' holds NaN"), "training failed"),
         (Declined("client 'n' does not take part:\n  rounds = 9 is above"), "declined"),
+        (BudgetSpent("client 'n', round 2: this round would spend"), "privacy budget spent"),
     ],
 )
 def test_texts_that_hold_names_alone_are_passed_on(error, code):
@@ -493,3 +506,250 @@ def test_clients_that_share_a_machine_take_turns(run, own, tmp_path):
         assert thread.is_alive(), "it waits for the other to end"
     thread.join(30)
     assert "report" in answers[0].about
+
+
+# --- a real client under [privacy] ---------------------------------------------------------------
+
+RECORD = {"unit": "record", "noise_multiplier": 1.0, "delta": 1e-2, "clip_norm": 0.5}
+WHOLE = {**RECORD, "unit": "client", "noise_at": "client"}
+AT_SERVER = {**RECORD, "unit": "client"}
+LEDGER = "state/privacy.jsonl"
+TOLD = {"lr", "num_steps", "seconds", "seconds_training"}
+MECHANISM = {"noise_multiplier", "sampling_rate", "num_lots"}
+
+
+def private(run, privacy=RECORD, **train):
+    """The recipe, as a server may send it: checked or not."""
+    weights = "uniform" if privacy is AT_SERVER else "examples"
+    return run.model_copy(
+        update={
+            "privacy": PrivacyConfig.model_validate(privacy),
+            "train": run.train.model_copy(update=train),
+            "algorithm": run.algorithm.model_copy(update={"weights": weights}),
+        }
+    )
+
+
+def train(run, round_, adapter, **more):
+    return message(run, "train", wire.encode_broadcast(Broadcast(round_, adapter)), **more)
+
+
+def answered(client, asked) -> Update:
+    answer = client.answer(asked)
+    got = wire.decode_answer(answer, "hospital-0", bytes_down=0)
+    assert isinstance(got, Update), got
+    return got
+
+
+def cost(*lots: tuple[float, int, float], delta=1e-2) -> float:
+    return spent_in_all([Steps(*own) for own in lots], delta=delta).pld
+
+
+@pytest.mark.parametrize(
+    ("privacy", "told"),
+    [(RECORD, TOLD | MECHANISM), (WHOLE, TOLD | MECHANISM), (AT_SERVER, TOLD)],
+)
+def test_nothing_without_noise_leaves_a_private_client(run, own, base, privacy, told):
+    """Its rows are cut, and it is asked for a score; a plain client tells all of that."""
+    asked = private(run, privacy, max_length=36)
+    client = Deployed(own())
+    plain = Deployed(own()).answer(message(private(run, {}, max_length=36), "query")).about
+    about = client.answer(message(asked, "query")).about
+    assert plain["report"]["num_cut"] > 0
+    assert plain["process"]["peak_memory_bytes"] > 0
+    assert (about["report"]["num_cut"], about["report"]["num_dropped"]) == (0, 0)
+    assert about["process"]["peak_memory_bytes"] == 0
+    assert about["report"]["num_train"] == plain["report"]["num_train"]
+    sent = client.answer(train(asked, 1, base[1]))
+    assert sent.about["process"]["peak_memory_bytes"] == 0
+    assert set(sent.about["update"]["metrics"]) == told
+    assert sent.about["update"]["score"] is None
+    assert sent.about["update"]["num_examples"] == plain["report"]["num_train"]
+    failure = refusal(
+        client, message(asked, "evaluate", wire.encode_broadcast(Broadcast(2, base[1])))
+    )
+    assert failure.code == "declined"
+    assert "keeps its scores" in failure.place
+    full = Deployed(own()).answer(train(private(run, {}), 1, base[1])).about["update"]
+    assert full["score"] is not None
+    assert {"train_loss", "num_tokens", "num_targets", "penalty"} <= set(full["metrics"])
+
+
+def test_every_answer_to_a_training_message_is_a_line_of_the_ledger(run, own, base):
+    """Asked for the same round again and again, in one run or by another name of it."""
+    path = own()
+    client, asked = Deployed(path), private(run)
+    for n in range(3):
+        answered(client, train(asked, 1, base[1]))
+        assert len(lines(path.parent / LEDGER)) == n + 1
+    assert [line["round"] for line in lines(path.parent / LEDGER)] == [1, 1, 1]
+    failure = refusal(client, train(asked, 1, base[1]))
+    assert failure.code == "privacy budget spent"
+    assert "its privacy budget is for 3 round(s)" in failure.place
+    answered(client, train(asked, 1, base[1], run_id="b2"))
+    found = lines(path.parent / LEDGER)
+    assert [line["run"] for line in found] == ["a1", "a1", "a1", "b2"]
+    client.answer(message(asked, "query"))
+    assert len(lines(path.parent / LEDGER)) == 4, "what is no release is no line"
+
+
+def spend(client, recipes, adapter, **more):
+    """Ask in every way that a server has, until the client has answered none of them."""
+    sent = []
+    for n in range(8):
+        got = wire.decode_answer(
+            client.answer(train(recipes[n % len(recipes)], n + 1, adapter, run_id=f"r{n}", **more)),
+            "hospital-0", bytes_down=0,
+        )  # fmt: skip
+        sent.append(got)
+    assert all(isinstance(s, Update) or s.code == "privacy budget spent" for s in sent), sent
+    return sum(isinstance(s, Update) for s in sent)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [{"noise_multiplier": 1.0}],
+        [{"noise_multiplier": 1.0, "max_participations": 2}, {"max_participations": 10**6}],
+        [{"noise_multiplier": 1.0}, {"noise_multiplier": 0.9, "clip_norm": 1e8}],
+        [{"noise_multiplier": 1.0}, {"noise_multiplier": 0.0}],
+        [{"noise_multiplier": 1e-6}],
+        [{"delta": 0.999}],
+        [WHOLE],
+        [WHOLE, RECORD],
+    ],
+)
+def test_whatever_a_server_asks_an_own_limit_holds(run, own, base, changes):
+    """Repeated rounds, new names of a run, changed recipes, less noise, more participations."""
+    path = own(epsilon=3.0, delta=1e-2)
+    recipes = [private(run, {**RECORD, **change}) for change in changes]
+    recipes = [recipe.model_copy(update={"rounds": 10**4}) for recipe in recipes]
+    count = spend(Deployed(path), recipes, base[1])
+    found = lines(path.parent / LEDGER)
+    assert len(found) == count
+    # a row that is there or not turns one clipped change into another: twice the bound
+    mixed = len({line["unit"] for line in found}) == 2
+    noises = [
+        line["noise_multiplier"] / (2 if mixed and line["unit"] == "client" else 1)
+        for line in found
+    ]
+    spent = [(z, line["num_lots"], line["sampling_rate"])
+             for z, line in zip(noises, found, strict=True)]  # fmt: skip
+    assert cost(*spent) <= 3.0
+    assert (count == 0) == (changes == [{"noise_multiplier": 1e-6}])
+    if len(changes) == 1 and count:
+        assert cost(*spent, spent[0]) > 3.0, "and it takes part as long as it may"
+
+
+def test_a_target_beyond_the_own_limit_gets_more_noise_here(run, own, base):
+    path = own(epsilon=1.0, delta=1e-3)
+    wanted = {"noise_multiplier": None, "target_epsilon": 50.0, "delta": 0.999}
+    asked = private(run, {**WHOLE, **wanted})
+    client = Deployed(path)
+    for round_ in (1, 2, 3):
+        told = answered(client, train(asked, round_, base[1])).metrics
+        assert 0.99 < cost((told["noise_multiplier"], 3, 1.0), delta=1e-3) <= 1.0
+    assert refusal(client, train(asked, 4, base[1])).code == "privacy budget spent"
+
+
+@pytest.mark.parametrize("kind", ["query", "train", "evaluate"])
+@pytest.mark.parametrize("privacy", [{}, AT_SERVER, {**RECORD, "noise": "seeded"}])
+def test_a_recipe_without_this_clients_noise_gets_nothing(run, own, base, kind, privacy):
+    path = own(epsilon=3.0, delta=1e-2)
+    sent = wire.encode_broadcast(Broadcast(1, base[1]))
+    failure = refusal(Deployed(path), message(private(run, privacy), kind, sent))
+    assert failure.code == "declined"
+    assert "privacy" in failure.place
+    assert lines(path.parent / LEDGER) == []
+
+
+def test_protection_that_is_taken_away_in_mid_run_ends_the_run_for_this_client(run, own, base):
+    path = own(epsilon=50.0, delta=1e-2)
+    client = Deployed(path)
+    answered(client, train(private(run), 1, base[1]))
+    assert refusal(client, train(private(run, {}), 2, base[1])).code == "declined"
+    assert refusal(client, train(private(run, packing=True), 2, base[1])).code == "declined"
+    assert len(lines(path.parent / LEDGER)) == 1
+    answered(client, train(private(run), 2, base[1]))
+
+
+def test_clients_that_keep_their_state_in_one_folder_spend_their_own_budgets(run, own, base):
+    path = own(epsilon=6.0, delta=1e-2)
+    other = path.with_name("other.toml")
+    other.write_text(path.read_text().replace("hospital-0", "hospital-1"), encoding="utf-8")
+    asked = private(run)
+    one, two = spend(Deployed(path), [asked], base[1]), spend(Deployed(other), [asked], base[1])
+    assert one == two > 1
+    assert len(lines(path.parent / LEDGER)) == one + two
+
+
+@pytest.mark.parametrize(("lr", "start"), [(1e30, 0.0), (1e-2, 1e30)])
+def test_a_whole_client_whose_training_fails_sends_noise_and_not_that_it_failed(
+    run, own, base, lr, start
+):
+    """Whether changes or a loss overflow is decided by the rows; it must not be told."""
+    wild = {"lr": lr, "clip_norm": 0.0}
+    sent = {name: t + start for name, t in base[1].items()}
+    plain = Deployed(own()).answer(train(private(run, {}, **wild), 1, sent))
+    failure = plain.about["failure"]
+    assert failure["code"] == "training failed", "or this would show nothing"
+    assert ("the training loss is not a number" in failure["place"]) == (start > 0)
+    got = answered(Deployed(own()), train(private(run, WHOLE, **wild), 1, sent))
+    size = sum(t.numel() for t in got.delta.values())
+    assert 0.4 < l2_norm(got.delta) / size**0.5 < 0.6, "1.0 * 0.5 in every number"
+    silent = {**WHOLE, "noise_multiplier": 0.0}
+    got = answered(Deployed(own()), train(private(run, silent, **wild), 1, sent, run_id="b"))
+    assert l2_norm(got.delta) == 0
+
+
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
+def test_no_weight_moves_a_private_client_beyond_its_bound(run, own, base, weights):
+    bare = private(run, {**WHOLE, "noise_multiplier": 0.0, "clip_norm": 1e-3}, lr=10.0)
+    asked = bare.model_copy(
+        update={"algorithm": bare.algorithm.model_copy(update={"weights": weights})}
+    )
+    got = answered(Deployed(own()), train(asked, 1, base[1]))
+    assert l2_norm(got.delta) == pytest.approx(1e-3, rel=1e-5)
+    assert got.num_examples == 6
+
+
+def test_a_head_that_stays_is_trained_under_the_same_noise_and_never_sent(tmp_path):
+    model = build_tiny_encoder(tmp_path / "m", "bert")
+    rows = [{"text": "ab" * (i % 7 + 1), "label": "ab"[i % 2]} for i in range(12)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    table = {
+        "name": "hospital-0",
+        "model": str(model),
+        "data": {"path": "rows.jsonl"},
+        "runtime": {"device": "cpu", "threads": 1},
+        "limits": {"epsilon": 100.0, "delta": 1e-2},
+    }
+    path = tmp_path / "client.toml"
+    path.write_text(tomli_w.dumps(table), encoding="utf-8")
+
+    def head(noise_multiplier, run_id):
+        """What the client keeps of its head; every step takes all rows, so only noise is chance."""
+        recipe = parse(
+            {
+                "rounds": 1,
+                "task": "classify",
+                "model": {"name": str(model), "dtype": "float32"},
+                "adapter": {"rank": 2, "alpha": 4, "head": "local"},
+                "data": {"path": "x", "labels": ["a", "b"]},
+                "train": {"batch_size": 99, "local_steps": 2, "max_length": 32},
+                "privacy": {**RECORD, "noise_multiplier": noise_multiplier},
+                "runtime": {"device": "cpu", "threads": 1},
+            }
+        )
+        loaded = load_for(recipe)
+        client = Deployed(path)
+        got = answered(client, train(recipe, 1, read_adapter(loaded), run_id=run_id))
+        assert got.delta, "the adapter is sent"
+        assert not got.delta.keys() & loaded.head
+        kept = load_memory(tmp_path / "state" / "runs" / run_id / "hospital-0", 2)
+        assert kept.tensors["personal"].keys() == loaded.head
+        return sha256(kept.tensors["personal"])
+
+    assert head(5.0, "a") != head(5.0, "b")
+    path.write_text(tomli_w.dumps({**table, "limits": {}}), encoding="utf-8")
+    assert head(0.0, "c") == head(0.0, "d"), "nothing else is left to chance"

@@ -200,6 +200,7 @@ def _print_result(done: "Run") -> None:
         budget_lines,
         budget_warnings,
         cost_lines,
+        is_scored,
         label_table,
         loss_table,
         prediction_notes,
@@ -209,7 +210,10 @@ def _print_result(done: "Run") -> None:
     )
 
     summary: dict[str, Any] = done.summary
-    typer.echo(f"\nheld-out loss ({unit_of(summary)}, lower is better)\n")
+    if is_scored(summary):
+        typer.echo(f"\nheld-out loss ({unit_of(summary)}, lower is better)\n")
+    else:
+        typer.echo("\nrows (held-out loss was not measured)\n")
     print_table(loss_table(summary))
     if labels := label_table(summary):
         typer.echo("\nheld-out labels (higher is better)\n")

@@ -46,5 +46,5 @@ class Measured:
     """num_train and num_eval of each client that answered."""
     base_model_loads: int
     """By all processes together, without the server's own."""
-    peak_memory_bytes: int
-    """Of the largest process."""
+    peak_memory_bytes: int | None
+    """Of the largest process; None where none tells."""

@@ -51,7 +51,8 @@ class Place:
     ledger: Ledger | None = None
     """Where a real client writes down what it releases, over all runs on its rows."""
     withholds: bool = False
-    """Whether what has no noise stays here; for real clients under [privacy]."""
+    """Whether what has no noise stays here; for real clients under [privacy]. The number of rows is
+    told."""
 
 
 class Station:
@@ -102,12 +103,13 @@ class Station:
 
     def _report(self, data: ClientData) -> Parcel:
         """What the server wants to know before the first round."""
-        run = self.worker.run
+        run, quiet = self.worker.run, self.place.withholds
         about = {
             "num_train": len(data.examples),
             "num_eval": data.num_eval,
-            "num_cut": data.num_cut,
-            "num_dropped": data.num_dropped,
+            # how long rows are is in them
+            "num_cut": 0 if quiet else data.num_cut,
+            "num_dropped": 0 if quiet else data.num_dropped,
             "base_sha256": self.base_sha256,
             "dtype": str(self.worker.loaded.dtype),
             "quantization": self.worker.loaded.quantization,
@@ -121,7 +123,8 @@ class Station:
         about: dict[str, Any] = {
             "id": f"{platform.node()}/{os.getpid()}",
             "base_loads": num_base_loads(),
-            "peak_memory_bytes": peak_memory_bytes(),
+            # the longest rows of a step decide it
+            "peak_memory_bytes": 0 if self.place.withholds else peak_memory_bytes(),
         }
         return Parcel({**parcel.about, "process": about}, parcel.values)
 

@@ -1,0 +1,152 @@
+"""What privacy costs in accuracy: `python benchmarks/private.py [--resume] [--out DIR]`.
+
+Question types of MedQuAD (read from ../shared beside the repository when they are there) with
+MiniLM of 6 layers: 9 clients by source and 20 alike; epsilon 1, 3, 8 and no privacy; single rows
+and whole clients; FedAvg on both factors and FFA-LoRA; three seeds, the same for all. Two sweeps,
+which --resume goes on with; then the table, and a plot of it.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import silotune
+from silotune.charts import MARKERS, PALETTE
+from silotune.config import parse
+from silotune.progress import PlainProgress
+from silotune.svg import Legend, chart
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "medquad_types"
+SEEDS, EPSILONS = (17, 18, 19), (1, 3, 8)
+ALGORITHMS = ("fedavg", "ffa_lora")
+PARTITIONS: dict[str, dict[str, Any]] = {
+    "9 clients by source": {"by": "source"},
+    "20 clients alike": {"kind": "iid", "num_clients": 20},
+}
+RECIPE: dict[str, Any] = {
+    "rounds": 4,
+    "task": "classify",
+    "model": {"name": "minilm-l6"},
+    # the values of the last layer: little to noise, and hardly a backward pass
+    "adapter": {
+        "rank": 8,
+        "alpha": 64,
+        "targets": ["value"],
+        "peft": {"layers_to_transform": [5]},
+    },
+    "data": {"text": "text", "label": "label_name"},
+    "train": {"batch_size": 8, "local_epochs": 1, "lr": 5e-3, "max_length": 32},
+    "algorithm": {"weights": "uniform"},
+    "evaluate": {"every": 4, "batch_size": 64},
+    "report": {"page": False, "samples": 0},
+}
+PRIVATE = "privacy.delta=1e-3 privacy.noise=seeded"
+UNITS = {
+    # noise makes AdamW's steps all of one size, so that a mean over clients cannot cancel it
+    "record": "privacy.unit=record privacy.clip_norm=0.3 train.optimizer=sgd train.lr=5",
+    "client": "privacy.unit=client privacy.clip_norm=1.0",
+}
+
+
+def main() -> None:
+    """Train what is missing, and print and draw what came out."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--out", type=Path, default=Path("runs/private"))
+    options.add_argument("--resume", action="store_true")
+    options.add_argument("--jobs", type=int, default=1)
+    options.add_argument("overrides", nargs="*", metavar="key=value")
+    args = options.parse_intermixed_args()
+    if not DATA.is_dir():
+        sys.exit("skipped: medquad_types is not beside this repository")
+    arms = list(all_arms())
+    scores: dict[str, dict[tuple[str, str, str], list[float]]] = {}
+    for n, (name, cut) in enumerate(PARTITIONS.items()):
+        place = args.out / f"part-{n}"
+        if args.resume and place.exists():
+            done = silotune.sweep(resume=place, jobs=args.jobs, progress=PlainProgress())
+        else:
+            files = {"path": str(DATA / "train.jsonl"), "eval_path": str(DATA / "dev.jsonl")}
+            recipe = {**RECIPE, "data": {**RECIPE["data"], **files}, "partition": cut}
+            done = silotune.sweep(
+                parse(recipe),
+                args.overrides,
+                runs=[keys for _, keys in arms],
+                jobs=args.jobs,
+                out=place,
+                progress=PlainProgress(),
+            )
+        scores[name] = accuracies(done, [arm for arm, _ in arms])
+        print_table(name, scores[name])
+    (args.out / "privacy.svg").write_text(draw(scores), encoding="utf-8")
+
+
+def all_arms() -> "list[tuple[tuple[str, str, str], str]]":
+    """Every run: (unit, algorithm, epsilon), and its keys."""
+    found: list[tuple[tuple[str, str, str], str]] = []
+    for seed in SEEDS:
+        for algorithm in ALGORITHMS:
+            keys = f"seed={seed} algorithm.name={algorithm} algorithm.weights=uniform"
+            found.append((("none", algorithm, "inf"), keys))
+            for unit, own in UNITS.items():
+                for epsilon in EPSILONS:
+                    noise = f"{PRIVATE} {own} privacy.target_epsilon={epsilon}"
+                    found.append(((unit, algorithm, str(epsilon)), f"{keys} {noise}"))
+    return found
+
+
+def accuracies(
+    done: silotune.Sweep, arms: "list[tuple[str, str, str]]"
+) -> "dict[tuple[str, str, str], list[float]]":
+    """Accuracy over all held-out rows by arm, a value for each seed."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    by_number = {own["number"]: own for own in done.result["runs"]}
+    for number, arm in enumerate(arms, start=1):
+        run = silotune.Run(done.path / by_number[number]["path"])
+        right = run.summary["scores"]["overall"]["federated"]["accuracy"]
+        found.setdefault(arm, []).append(right)
+    return found
+
+
+def print_table(name: str, scores: "dict[tuple[str, str, str], list[float]]") -> None:
+    """Means and spreads over the seeds, and FFA-LoRA less FedAvg, paired by seed."""
+    print(f"\n{name}: accuracy, mean (least to most of {len(SEEDS)} seeds)")
+    for unit, epsilon in dict.fromkeys((unit, epsilon) for unit, _, epsilon in scores):
+        cells = [f"{unit}, epsilon {epsilon}"]
+        pair = [scores[unit, algorithm, epsilon] for algorithm in ALGORITHMS]
+        for own in pair:
+            cells.append(f"{statistics.fmean(own):.3f} ({min(own):.3f} to {max(own):.3f})")
+        apart = [b - a for a, b in zip(*pair, strict=True)]
+        cells.append(f"{statistics.fmean(apart):+.3f} ({min(apart):+.3f} to {max(apart):+.3f})")
+        print(" | ".join(cells))
+
+
+def draw(scores: "dict[str, dict[tuple[str, str, str], list[float]]]") -> str:
+    """Mean accuracy by epsilon, a line for each federation, unit and algorithm."""
+
+    def lines(ax: "Axes") -> Legend:
+        shown: Legend = {}
+        ticks = [*map(str, EPSILONS), "inf"]
+        looks = iter(zip(PALETTE, MARKERS, strict=False))
+        for name, own in scores.items():
+            for unit in UNITS:
+                for algorithm in ALGORITHMS:
+                    arms = [(unit, algorithm, str(e)) for e in EPSILONS]
+                    arms.append(("none", algorithm, "inf"))
+                    heights = [statistics.fmean(own[arm]) for arm in arms]
+                    color, marker = next(looks)
+                    (line,) = ax.plot(range(len(ticks)), heights, color=color, marker=marker)
+                    shown[f"{name}, {unit}, {algorithm}"] = line
+        ax.set(xlabel="epsilon", ylabel="accuracy")
+        ax.set_xticks(range(len(ticks)), ticks)
+        return shown
+
+    return chart("Accuracy by epsilon, unit and algorithm", 260, lines)
+
+
+if __name__ == "__main__":
+    main()
