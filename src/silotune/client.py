@@ -19,6 +19,7 @@ from silotune.ledger import FILE as LEDGER
 from silotune.memory import ClientMemory, load_memory, save_memory
 from silotune.models import LoadedModel, read_adapter, untrained, write_adapter
 from silotune.own_privacy import Ledger, OwnPlan, lots, own_plan, protected, row_guard
+from silotune.privacy.record_level import RowGuard
 from silotune.row_check import check_row_gradients
 from silotune.seeds import derive, generator
 from silotune.tasks.base import Batch, Example, Task
@@ -148,8 +149,8 @@ def train_round(
     run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
     received_score = score(worker, data, broadcast, memory) if broadcast.score else None
 
-    # personal tensors are the client's own: what was received is only their first value
     private = own_plan(run, len(data.examples), count=count)
+    # personal tensors are the client's own: what was received is only their first value
     personal = memory.tensors.get("personal", {})
     start = {**broadcast.adapter, **personal}
     write_adapter(loaded, start)
@@ -158,24 +159,13 @@ def train_round(
         extra=broadcast.extra,
         memory=memory.tensors,
     )
-    # fresh rows: the stream goes on where this client's last round ended
     if count is None:
         count = num_rows(run.train, len(data.examples))
-    again = "same-samples" in run.train.compat
-    flow = stream(len(data.examples), run.seed, data.name, start=0 if again else memory.position)
-    lengths = [e.ids.numel() for e in data.examples]
-    guard = None
-    if private is None or private.unit != "record":
-        rows = list(itertools.islice(flow, count))
-        order = generator(run.seed, "order", data.name, 1 if again else broadcast.round)
-        steps = plan_steps(rows, lengths, run.train, order)
-    else:  # every step draws from all rows, in secret
-        lot_rows = lots(run, private, client=data.name, round_=broadcast.round)
-        steps = plan_lots(lot_rows, lengths, run.train)
-        guard = row_guard(run, private, client=data.name, round_=broadcast.round)
-        learning = {n: p for n, p in loaded.parameters.items() if rule.trains(n, broadcast.round)}
-        pairs = data.examples[0].segments is not None
-        check_row_gradients(loaded, worker.task, learning, pairs=pairs)
+    if private is not None and private.unit == "record":
+        steps, guard = _guarded_steps(worker, data, private, round_=broadcast.round)
+    else:
+        guard = None
+        steps = _steps(worker, data, round_=broadcast.round, start=memory.position, count=count)
     lr = round_lr(run.train, broadcast.round, run.rounds)
     whole = private is not None and private.unit == "client"
     result = train(
@@ -231,6 +221,35 @@ def train_round(
     )
     release_memory()  # the next client's batches have other lengths
     return update, ClientMemory(memory.position + count, kept)
+
+
+def _steps(
+    worker: Worker, data: ClientData, *, round_: int, start: int, count: int
+) -> list[list[list[int]]]:
+    """A round's rows: fresh ones, from where this client's last round ended its stream."""
+    run, lengths = worker.run, [example.ids.numel() for example in data.examples]
+    again = "same-samples" in run.train.compat
+    flow = stream(len(data.examples), run.seed, data.name, start=0 if again else start)
+    order = generator(run.seed, "order", data.name, 1 if again else round_)
+    return plan_steps(list(itertools.islice(flow, count)), lengths, run.train, order)
+
+
+def _guarded_steps(
+    worker: Worker, data: ClientData, private: OwnPlan, *, round_: int
+) -> tuple[list[list[list[int]]], RowGuard]:
+    """A round's lots, each drawn from all rows in secret, and what protects them.
+
+    Raises:
+        ModelError: The gradients of single rows cannot be had in this model.
+    """
+    run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
+    learning = {n: p for n, p in loaded.parameters.items() if rule.trains(n, round_)}
+    pairs = data.examples[0].segments is not None
+    check_row_gradients(loaded, worker.task, learning, pairs=pairs)
+    drawn = lots(run, private, client=data.name, round_=round_)
+    lengths = [example.ids.numel() for example in data.examples]
+    guard = row_guard(run, private, client=data.name, round_=round_)
+    return plan_lots(drawn, lengths, run.train), guard
 
 
 TOLD = ("lr", "num_steps", "seconds", "seconds_training")

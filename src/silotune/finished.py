@@ -103,7 +103,7 @@ class Run:
 
     def adapter(self) -> AdapterState:
         """The result's tensors by name, float32."""
-        return _read_result(self.path / "adapter")
+        return read_result(self.path / "adapter")
 
     def load(self) -> LoadedModel:
         """The model with the result in it.
@@ -272,7 +272,12 @@ def local_tensors(run: RunConfig, loaded: LoadedModel) -> frozenset[str]:
     return loaded.head if run.adapter.head == "local" else frozenset()
 
 
-def _read_result(adapter: Path) -> dict[str, torch.Tensor]:
+def read_result(adapter: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter or model, by name.
+
+    Raises:
+        RunFolderError: There are none.
+    """
     files = sorted(adapter.glob("*.safetensors"))
     if not files:
         raise RunFolderError(

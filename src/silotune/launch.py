@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from silotune.algorithms.base import keep_local
 from silotune.card import model_card
 from silotune.checking import Checked, check
@@ -18,7 +20,7 @@ from silotune.config import RunConfig
 from silotune.data import ClientRows, fingerprint
 from silotune.disk import free_place, write_atomically, write_json
 from silotune.errors import ConfigError, RunFolderError, SilotuneError
-from silotune.finished import Run, load_for, local_tensors
+from silotune.finished import Run, load_for, local_tensors, read_result
 from silotune.generate import Answer, answers
 from silotune.models import (
     LoadedModel,
@@ -45,7 +47,7 @@ from silotune.tasks import build_task
 from silotune.teaching import is_pretrained, pretrain, server_rows
 from silotune.tracking import Tracker
 from silotune.tree import size_bytes
-from silotune.types import ServerState
+from silotune.types import AdapterState, ServerState
 
 RUNTIMES = {
     "in-process": inprocess.drive,
@@ -375,7 +377,25 @@ def _save_result(
 ) -> Path:
     write_adapter(loaded, result.adapter)
     name = run.model.name
-    return folder.install("adapter", lambda part: save_adapter(loaded, part, base_name=name))
+    place = folder.install("adapter", lambda part: save_adapter(loaded, part, base_name=name))
+    if loaded.has_adapter:
+        _check_saved(place, result.adapter)
+    return place
+
+
+def _check_saved(place: Path, adapter: AdapterState) -> None:
+    """Read the result again: what is on the disk has to be what was trained and scored.
+
+    Raises:
+        RunFolderError: It is not; the tensor is named.
+    """
+    saved = read_result(place)
+    for name, tensor in adapter.items():
+        if name not in saved or not torch.equal(saved[name].to(tensor.dtype), tensor):
+            raise RunFolderError(
+                f"{place}: '{name}' is not there as it was trained.\n"
+                "  The checkpoint has it: free the disk of faults, and resume the run."
+            )
 
 
 def _first_state(

@@ -127,7 +127,8 @@ def test_a_client_whose_own_limit_is_reached_declines_and_the_others_go_on(runs,
     one, two, told = runs
     status = {row["client"]: row["status"] for row in two.metrics if row["event"] == "train"}
     assert status == {"hospital-0": "ok", "hospital-1": "privacy budget spent"}
-    assert "hospital-1: privacy budget spent: client 'hospital-1', round 1: this round" in told
+    why = "privacy budget spent: client 'hospital-1', round 1: its own limit for privacy"
+    assert f"hospital-1: {why}" in told
     assert [len(ledger_of(place, n, two)) for n in range(2)] == [1, 0]
     assert [len(ledger_of(place, n, one)) for n in range(3)] == [2, 2, 2]
     released_by = {name: own["num_released"] for name, own in two.privacy["clients"].items()}

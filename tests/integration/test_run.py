@@ -6,8 +6,10 @@ import tomllib
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import silotune
+from silotune import launch
 from silotune.config import parse, to_toml
 from silotune.errors import ConfigError, RunFolderError
 from silotune.models import num_base_loads, read_adapter
@@ -323,3 +325,23 @@ def test_an_unfinished_run_says_how_to_go_on(go):
     (done.path / "summary.json").unlink()
     with pytest.raises(RunFolderError, match=r"not finished[\s\S]*silotune run --resume"):
         _ = done.summary
+
+
+def test_a_result_that_the_disk_does_not_hold_as_it_was_trained_is_no_result(
+    tiny_model, hospital_file, tmp_path, monkeypatch
+):
+    """Others lost days to adapters that were trained well and saved as zeros (opacus 820)."""
+    save = launch.save_adapter
+
+    def spoilt(loaded, folder, *, base_name):
+        save(loaded, folder, base_name=base_name)
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if "lora_B" in name)
+        save_file({**tensors, name: tensors[name] * 0}, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "save_adapter", spoilt)
+        with pytest.raises(RunFolderError, match="is not there as it was trained"):
+            silotune.run(recipe_of(tiny_model, hospital_file, rounds=1), out=tmp_path / "r")
+    assert silotune.run(resume=tmp_path / "r").adapter()
