@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parents[2] / "shared" / "data" / "medquad_types"
 SEEDS, EPSILONS = (17, 18, 19), (1, 3, 8)
 ALGORITHMS = ("fedavg", "ffa_lora")
-PARTITIONS: dict[str, dict[str, Any]] = {
-    "9 clients by source": {"by": "source"},
-    "20 clients alike": {"kind": "iid", "num_clients": 20},
+PARTITIONS: dict[str, tuple[dict[str, Any], float]] = {
+    # how rows are cut, and the step of DP-SGD: the largest clients by source take 68 a round
+    "9 clients by source": ({"by": "source"}, 2),
+    "20 clients alike": ({"kind": "iid", "num_clients": 20}, 5),
 }
 RECIPE: dict[str, Any] = {
     "rounds": 4,
@@ -48,7 +49,7 @@ RECIPE: dict[str, Any] = {
 PRIVATE = "privacy.delta=1e-3 privacy.noise=seeded"
 UNITS = {
     # noise makes AdamW's steps all of one size, so that a mean over clients cannot cancel it
-    "record": "privacy.unit=record privacy.clip_norm=0.3 train.optimizer=sgd train.lr=5",
+    "record": "privacy.unit=record privacy.clip_norm=0.3 train.optimizer=sgd",
     "client": "privacy.unit=client privacy.clip_norm=1.0",
 }
 
@@ -63,9 +64,9 @@ def main() -> None:
     args = options.parse_intermixed_args()
     if not DATA.is_dir():
         sys.exit("skipped: medquad_types is not beside this repository")
-    arms = list(all_arms())
     scores: dict[str, dict[tuple[str, str, str], list[float]]] = {}
-    for n, (name, cut) in enumerate(PARTITIONS.items()):
+    for n, (name, (cut, lr)) in enumerate(PARTITIONS.items()):
+        arms = all_arms(lr)
         place = args.out / f"part-{n}"
         if args.resume and place.exists():
             done = silotune.sweep(resume=place, jobs=args.jobs, progress=PlainProgress())
@@ -85,8 +86,8 @@ def main() -> None:
     (args.out / "privacy.svg").write_text(draw(scores), encoding="utf-8")
 
 
-def all_arms() -> "list[tuple[tuple[str, str, str], str]]":
-    """Every run: (unit, algorithm, epsilon), and its keys."""
+def all_arms(lr: float) -> "list[tuple[tuple[str, str, str], str]]":
+    """Every run: (unit, algorithm, epsilon), and its keys; `lr` is the step of DP-SGD."""
     found: list[tuple[tuple[str, str, str], str]] = []
     for seed in SEEDS:
         for algorithm in ALGORITHMS:
@@ -95,6 +96,7 @@ def all_arms() -> "list[tuple[tuple[str, str, str], str]]":
             for unit, own in UNITS.items():
                 for epsilon in EPSILONS:
                     noise = f"{PRIVATE} {own} privacy.target_epsilon={epsilon}"
+                    noise += f" train.lr={lr}" if unit == "record" else ""
                     found.append(((unit, algorithm, str(epsilon)), f"{keys} {noise}"))
     return found
 
