@@ -48,7 +48,7 @@ RECIPE: dict[str, Any] = {
 }
 PRIVATE = "privacy.delta=1e-3 privacy.noise=seeded"
 UNITS = {
-    # noise makes AdamW's steps all of one size, so that a mean over clients cannot cancel it
+    # SGD, for AdamW did not learn under noise in the pilot (docs/experiments.md)
     "record": "privacy.unit=record privacy.clip_norm=0.3 train.optimizer=sgd",
     "client": "privacy.unit=client privacy.clip_norm=1.0",
 }

@@ -109,8 +109,9 @@ class RowGuard:
         # a row that overflows counts for nothing, so that the sum of the others stays as it is
         usable = torch.isfinite(norms)
         factors = torch.where(usable, (self.clip_norm / norms.clamp(min=1e-300)).clamp(max=1), 0)
+        all_usable = bool(usable.all())
         for name, own in found.items():
-            whole = own if bool(usable.all()) else torch.where(_beside(usable, own), own, 0)
+            whole = own if all_usable else torch.where(_beside(usable, own), own, 0)
             clipped = torch.einsum("n,n...->...", factors.to(own.dtype), whole)
             self._sums[name] = self._sums[name] + clipped if name in self._sums else clipped
 
