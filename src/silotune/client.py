@@ -179,7 +179,7 @@ def train_round(
         lr=lr,
         seed=derive(run.seed, "dropout", data.name, broadcast.round),
         guard=guard,
-        must_be_finite=not whole,
+        must_be_finite=private is None,
     )
     after = read_adapter(loaded)
     moved = subtract(after, start)

@@ -249,7 +249,8 @@ def train(
         lr: The round's learning rate.
         seed: Of dropout, in a forked generator.
         guard: Clips each row's gradient and noises every step; for record-level privacy.
-        must_be_finite: Whether a loss that is not is an error; not where that would tell something.
+        must_be_finite: Whether a loss that is not is an error; not where a client protects itself,
+            for it would tell something about its rows.
 
     Raises:
         UpdateError: The loss became NaN or infinite.
@@ -302,8 +303,7 @@ def train(
             num_steps += 1
         loaded.model.eval()
     mean_loss = float(loss_sum) / max(1, num_trained)
-    # a guarded step is finite whatever the rows are, and whether a loss was must not show
-    if guard is None and must_be_finite and not math.isfinite(mean_loss):
+    if must_be_finite and not math.isfinite(mean_loss):
         raise UpdateError(
             "the training loss is not a number.\n  Lower train.lr or set train.clip_norm."
         )
