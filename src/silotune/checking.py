@@ -14,6 +14,7 @@ from silotune.client_config import (
     own_rows,
 )
 from silotune.config import RunConfig, load_recipe
+from silotune.consortium.roster import is_consortium, names_in
 from silotune.data import ClientRows, cut_clients
 from silotune.devices import pick_device
 from silotune.errors import ConfigError, DataError
@@ -82,8 +83,9 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
     warnings = [*unused, *strategy_warnings(run.algorithm), *([notice] if notice else [])]
     if run.task == "classify":
         run = _with_labels(run, rows, own)
-        # of real clients' rows under [privacy] nobody else is to know
-        if run.runtime.name != "flower" or run.privacy.unit == "none":
+        # of real clients' rows under [privacy] nobody else is to know; elsewhere nobody here does
+        here = any(own.train for own in rows.values())
+        if here and (run.runtime.name != "flower" or run.privacy.unit == "none"):
             warnings += label_warnings(rows, run.data.labels or ())
     if run.server.work == "distill" and run.distill.teacher is not None:
         check_name(run.distill.teacher, "distill.teacher")
@@ -144,7 +146,8 @@ def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
     And a warning for rows that are not used.
     """
     place = locate(run.data.path)
-    if place is None or not is_client_folder(place):
+    clients_own = place is not None and (is_client_folder(place) or is_consortium(place))
+    if place is None or not clients_own:
         return cut_clients(
             run.data,
             run.partition,
@@ -154,12 +157,12 @@ def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
         )
     if run.runtime.name != "flower":
         raise ConfigError(
-            f"data.path = '{run.data.path}' holds clients' own configurations, and these count "
+            f"data.path = '{run.data.path}' stands for clients of their own, and these count "
             "in deployment only.\n  Set runtime.name = 'flower', or give the rows themselves."
         )
     if run.partition is not None and run.partition != PartitionConfig():
         raise ConfigError(
-            f"data.path = '{run.data.path}' holds clients' own configurations, so [partition] has "
+            f"data.path = '{run.data.path}' stands for clients of their own, so [partition] has "
             "nothing to cut.\n  Remove [partition]."
         )
     if run.server.data_fraction > 0:
@@ -172,5 +175,16 @@ def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
             "data.labels is missing: the server cannot read it from rows that are the clients' "
             'own.\n  Name all classes: data.labels = ["no", "yes"].'
         )
+    if is_consortium(place):
+        return {name: ClientRows(name, (), ()) for name in _members(place)}, []
     owners = [load_client_config(path) for path in load_client_configs(place).values()]
     return {own.name: own_rows(run, own) for own in owners}, []
+
+
+def _members(place: Path) -> Sequence[str]:
+    if not (names := names_in(place)):
+        raise ConfigError(
+            f"nobody is in the consortium of {place} yet.\n"
+            "  Let a client in: silotune server approve REQUEST"
+        )
+    return names

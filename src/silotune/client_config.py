@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from silotune.config import RunConfig, usable_threads
+from silotune.consortium.roster import is_consortium
 from silotune.data import ClientRows, load_client
 from silotune.errors import ConfigError, Declined
 from silotune.memory import folder_name
@@ -123,7 +124,7 @@ def load_client_config(path: Path) -> ClientConfig:
 
 def is_client_folder(place: Path) -> bool:
     """Whether a folder holds clients' configurations instead of rows."""
-    return place.is_dir() and any(place.glob("*.toml"))
+    return place.is_dir() and not is_consortium(place) and any(place.glob("*.toml"))
 
 
 def load_client_configs(folder: Path) -> dict[str, Path]:

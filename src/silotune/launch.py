@@ -17,9 +17,11 @@ from silotune.card import model_card
 from silotune.checking import Checked, check
 from silotune.client import ClientData
 from silotune.config import RunConfig
+from silotune.consortium.roster import is_consortium
 from silotune.data import ClientRows, fingerprint
 from silotune.disk import free_place, write_atomically, write_json
 from silotune.errors import ConfigError, RunFolderError, SilotuneError
+from silotune.files import locate
 from silotune.finished import Run, load_for, local_tensors, read_result
 from silotune.generate import Answer, answers
 from silotune.models import (
@@ -37,7 +39,7 @@ from silotune.progress import Both, Progress
 from silotune.promise import statement, with_privacy
 from silotune.quality import question_of
 from silotune.report import budget_warnings, summarise
-from silotune.runtime import flower_engine, inprocess
+from silotune.runtime import flower_engine, hosted, inprocess
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.job import Job
 from silotune.sources import SOURCES, content_hash, resolve
@@ -52,7 +54,7 @@ from silotune.types import AdapterState, ServerState
 RUNTIMES = {
     "in-process": inprocess.drive,
     "flower-simulation": flower_engine.drive,
-    "flower": flower_engine.drive,
+    "flower": hosted.drive,
 }
 """What runs a job's rounds, by `runtime.name`."""
 F = TypeVar("F", bound=RunFolder)
@@ -262,6 +264,9 @@ def run_in(
         measured=found,
     )
     job = Job(run, state, checked.rows, folder, progress, base_sha256, local)
+    place = locate(run.data.path)
+    if place is not None and is_consortium(place):
+        job = replace(job, consortium=place)
     if trains_here:
         job = replace(job, loaded=loaded, data=data)
     else:
@@ -288,7 +293,8 @@ def run_in(
     summary = summarise(
         run,
         folder.metrics(),
-        {name: measured.num_rows.get(name, NOT_MET) for name in job.names},
+        # clients of a consortium may have joined since the run began
+        {n: measured.num_rows.get(n, NOT_MET) for n in sorted({*job.names, *measured.num_rows})},
         result_round=result.round,
         measured={
             "runtime": run.runtime.name,
@@ -427,7 +433,7 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
             "sha256": content_hash(folder_of_base(run.model)),
             "revision": run.model.revision,
         },
-        "data": {"path": run.data.path, "sha256": fingerprint(checked.rows)},
+        "data": {"path": run.data.path, "sha256": _fingerprint(checked)},
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantization": loaded.quantization,
@@ -448,6 +454,12 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
                 "a new run."
             )
     return before
+
+
+def _fingerprint(checked: Checked) -> str | None:
+    """Of all rows; None where they are the clients' own, in a consortium whose members change."""
+    place = locate(checked.run.data.path)
+    return None if place and is_consortium(place) else fingerprint(checked.rows)
 
 
 def _libraries(run: RunConfig) -> list[str]:

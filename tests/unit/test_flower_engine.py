@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -21,17 +22,13 @@ from silotune.config import parse
 from silotune.data import ClientRows
 from silotune.errors import ConfigError, EngineError, QuorumError
 from silotune.progress import Progress
-from silotune.runtime import flower_engine
-from silotune.runtime.flower_engine import (
-    OWN,
-    _Engine,
-    _private_folder,
-    _travelling,
-    check_installed,
-)
+from silotune.runtime import flower_engine, kept, submission
+from silotune.runtime.flower_engine import _Engine, check_installed, private_folder
 from silotune.runtime.job import Job
 from silotune.runtime.keeper import MARK
+from silotune.runtime.kept import KEEPER
 from silotune.runtime.reported import FileProgress, write_outcome
+from silotune.runtime.submission import OWN, RUNS, SETTINGS, travelling
 from silotune.store import RunFolder
 from silotune.types import ServerState
 from tests.conftest import changed, hospital_rows, write_jsonl
@@ -192,7 +189,7 @@ def test_in_simulation_paths_are_whole(tmp_path, monkeypatch):
         model__name="models/tiny",
         partition={"by": "source"},
     )
-    sent = _travelling(run)
+    sent = travelling(run)
     assert sent.data.path == str(tmp_path / "rows.jsonl")
     assert sent.data.eval_path == str(tmp_path / "held")
     assert sent.model.name == str(tmp_path / "models" / "tiny")
@@ -205,7 +202,7 @@ def test_in_simulation_paths_are_whole(tmp_path, monkeypatch):
 def test_in_simulation_the_home_folder_is_spelt_out(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_jsonl(tmp_path / "rows.jsonl", hospital_rows())
-    sent = _travelling(recipe(data__path="~/rows.jsonl"))
+    sent = travelling(recipe(data__path="~/rows.jsonl"))
     assert sent.data.path == str(tmp_path / "rows.jsonl")
 
 
@@ -219,11 +216,11 @@ def test_in_simulation_names_stay_names_also_beside_folders_that_are_called_so(
     """A named example or model wins over a folder of its name, here as everywhere."""
     monkeypatch.chdir(tmp_path)
     run = recipe(data__path=path, model__name=model)
-    assert _travelling(run) == run
+    assert travelling(run) == run
     if "/" not in path:
         (tmp_path / path).mkdir()
         (tmp_path / model).mkdir()
-        assert _travelling(run) == run
+        assert travelling(run) == run
 
 
 def test_in_deployment_no_path_of_the_server_is_sent(tmp_path):
@@ -234,7 +231,7 @@ def test_in_deployment_no_path_of_the_server_is_sent(tmp_path):
         data={"path": str(rows), "eval_path": str(held), "system": "S", "max_rows": 3},
         partition={"by": "source"},
     )
-    sent = _travelling(run)
+    sent = travelling(run)
     text = sent.model_dump_json(serialize_as_any=True)
     assert str(tmp_path) not in text
     assert sent.partition is None
@@ -256,7 +253,7 @@ def test_in_deployment_with_own_configurations_formats_are_sent_and_places_are_n
             "eval_fraction": 0.3,
         },
     )
-    sent = _travelling(run)
+    sent = travelling(run)
     assert str(tmp_path) not in sent.model_dump_json(serialize_as_any=True)
     assert sent.data.model_dump(exclude_defaults=True) == {
         "path": OWN,
@@ -369,19 +366,28 @@ def test_the_app_is_a_folder_that_points_into_this_package(job, tmp_path, monkey
     monkeypatch.setattr(engine, "_flwr", flwr)
     engine.submit()
     (words,) = commands
-    assert words[:3] == ("run", str(engine.private / "app"), "engine")
+    assert words[:3] == ("run", str(engine.work / "app"), "engine")
     assert words[words.index("--federation-config") + 1] == engine._resources()
-    assert [p.name for p in (engine.private / "app").iterdir()] == ["pyproject.toml"]
-    table = tomllib.loads((engine.private / "app" / "pyproject.toml").read_text())
+    assert [p.name for p in (engine.work / "app").iterdir()] == ["pyproject.toml"]
+    table = tomllib.loads((engine.work / "app" / "pyproject.toml").read_text())
     flower = table["tool"]["flwr"]["app"]
-    settings = tomllib.loads((engine.private / "settings.toml").read_text())
-    assert set(flower["config"]) == set(settings), "Flower takes declared keys only"
-    assert all(isinstance(value, str) for value in settings.values())
-    assert json.loads(settings["clients"]) == ["north", "south"]
-    assert settings["folder"] == str(the_job.folder.path.absolute())
-    assert settings["run"].isalnum(), "a client makes a folder of it"
-    assert settings["base_sha256"] == "ab" * 32
-    assert json.loads(settings["recipe"])["rounds"] == 1
+    told = tomllib.loads((engine.work / "told.toml").read_text())
+    assert set(flower["config"]) == set(told), "Flower takes declared keys only"
+    assert all(isinstance(value, str) for value in told.values())
+    folder = str(the_job.folder.path.absolute())
+    assert json.loads(told["clients"]) == ["north", "south"]
+    assert told["folder"] == folder
+    assert told["run"].isalnum(), "a client makes a folder of it"
+    assert json.loads(told["recipe"])["rounds"] == 1
+    assert Path(engine._environment()[RUNS]) / told["run"] == engine.work
+    own = json.loads((engine.work / SETTINGS).read_text())
+    assert own == {
+        "clients": ["north", "south"],
+        "folder": folder,
+        "base_sha256": "ab" * 32,
+        "local": [],
+        "members": None,
+    }
     for component, maker in (("serverapp", "ServerApp"), ("clientapp", "ClientApp")):
         module, name = flower["components"][component].split(":")
         spec = importlib.util.find_spec(module)
@@ -411,7 +417,7 @@ def test_a_run_that_flower_does_not_take_is_an_engine_error(job, tmp_path, monke
 def test_what_flwr_says_besides_json_goes_to_the_log(job, tmp_path, monkeypatch, said):
     engine = engine_of(job(), tmp_path)
     program = script(tmp_path, f"import sys; print({said!r}); print('hints', file=sys.stderr)")
-    monkeypatch.setattr(flower_engine, "_program", lambda name: program)
+    monkeypatch.setattr(submission, "program", lambda name: program)
     assert engine._flwr("run") == {}
     assert "hints" in engine.log.read_text()
 
@@ -430,7 +436,7 @@ def script(tmp_path, code) -> str:
 def folders(monkeypatch):
     """The private folders of engines, and after the test: none is left, nor a process in them."""
     made: list[Path] = []
-    real = flower_engine._private_folder
+    real = flower_engine.private_folder
 
     def noted():
         class Noted:
@@ -444,7 +450,7 @@ def folders(monkeypatch):
 
         return Noted()
 
-    monkeypatch.setattr(flower_engine, "_private_folder", noted)
+    monkeypatch.setattr(flower_engine, "private_folder", noted)
     yield made
     for folder in made:
         assert not folder.exists()
@@ -459,7 +465,7 @@ def folders(monkeypatch):
 
 
 def drive(job, monkeypatch, program):
-    monkeypatch.setattr(flower_engine, "_program", lambda name: program)
+    monkeypatch.setattr(kept, "program", lambda name: program)
     return flower_engine.drive(job)
 
 
@@ -521,8 +527,8 @@ def test_a_keeper_that_is_killed_is_named_and_the_users_own_children_live_on(
 
     def kill_the_keeper(self):
         time.sleep(0.3)
-        self._keeper.kill()
-        self._keeper.wait()
+        os.kill(self._kept.pid, signal.SIGKILL)
+        self._kept._keeper.wait()
         return False
 
     monkeypatch.setattr(_Engine, "_answers", kill_the_keeper)
@@ -542,49 +548,48 @@ FACTS = {"num_rows": {}, "processes": []}
 
 
 class Alive:
-    """A keeper that has nothing to report."""
+    """A keeper that says that these have ended, and nothing more."""
 
-    def __init__(self, *lines):
-        self.lines = [json.dumps(line).encode() for line in lines]
-        self.stdout = self
-        self.ended = None
+    mark = "a mark"
 
-    def poll(self):
-        return self.ended
+    def __init__(self, *ended):
+        self.reports = list(ended)
 
-    def readline(self):
-        return self.lines.pop(0) if self.lines else b""
+    def ended(self):
+        while self.reports:
+            yield self.reports.pop(0)
 
 
 @pytest.fixture
 def engine(job, tmp_path):
     made = engine_of(job(), tmp_path)
     made.run_id = 7
-    made._keeper = Alive()
+    made._kept = Alive()
+    made.work.mkdir(parents=True)
     return made
 
 
 def test_the_last_lines_are_heard_before_the_outcome_counts(engine, monkeypatch):
     """They were lost when they came, with the outcome, between two looks."""
-    real = flower_engine.Follower.follow
+    real = submission.Follower.follow
     looks = []
 
     def follow(self):
         real(self)
         looks.append(len(looks))
         if len(looks) == 1:  # all that is left happens right after the first look
-            progress = FileProgress(engine.private)
+            progress = FileProgress(engine.work)
             progress.note("the last line")
             progress.end()
-            write_outcome(engine.private, FACTS, None)
+            write_outcome(engine.work, FACTS, None)
 
-    monkeypatch.setattr(flower_engine.Follower, "follow", follow)
+    monkeypatch.setattr(submission.Follower, "follow", follow)
     assert engine.follow() == {**FACTS, "error": None}
     assert engine.job.progress.notes == ["the last line"]
 
 
 def test_the_error_that_ended_the_rounds_is_raised_here(engine):
-    write_outcome(engine.private, FACTS, QuorumError("round 1: 0 usable updates"))
+    write_outcome(engine.work, FACTS, QuorumError("round 1: 0 usable updates"))
     with pytest.raises(QuorumError, match="round 1: 0 usable updates"):
         engine.follow()
 
@@ -593,8 +598,8 @@ def test_a_server_app_that_is_gone_without_a_word_is_named(engine, monkeypatch):
     monkeypatch.setattr(engine, "_status", lambda: "finished:failed")
     done = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
     done.wait()
-    line = json.dumps({"event": "started", "pid": done.pid})
-    (engine.private / "progress.jsonl").write_text(line + "\n")
+    line = json.dumps({"event": "started", "pid": done.pid, "born": time.time()})
+    (engine.work / "progress.jsonl").write_text(line + "\n")
     with pytest.raises(
         EngineError, match=r"ended without a result \(Flower says: finished:failed\)"
     ):
@@ -602,22 +607,21 @@ def test_a_server_app_that_is_gone_without_a_word_is_named(engine, monkeypatch):
 
 
 def test_a_server_app_that_does_not_begin_is_given_up(engine, monkeypatch):
-    monkeypatch.setattr(flower_engine, "SUBMIT_S", 0.2)
+    monkeypatch.setattr(submission, "SUBMIT_S", 0.2)
     monkeypatch.setattr(engine, "_status", lambda: "pending")
     with pytest.raises(EngineError, match=r"did not begin within 0\.2 s \(Flower says: pending\)"):
         engine.follow()
 
 
 def test_a_client_that_ends_is_a_note_and_a_superlink_that_ends_is_an_error(engine):
-    engine._keeper = Alive({"ended": "client north", "code": -9})
-    write_outcome(engine.private, FACTS, None)
+    engine._kept = Alive(("client north", -9))
+    write_outcome(engine.work, FACTS, None)
     assert engine.follow()["error"] is None
     assert engine.job.progress.notes == ["client north ended with exit status -9"]
-    engine._keeper = Alive({"ended": "superlink", "code": -9})
+    engine._kept = Alive(("superlink", -9))
     with pytest.raises(EngineError, match="Flower's superlink ended with exit status -9"):
         engine.follow()
-    engine._keeper = Alive()
-    engine._keeper.ended = -9
+    engine._kept = Alive((KEEPER, -9))
     with pytest.raises(EngineError, match="the keeper of the engine's processes has ended"):
         engine.follow()
 
@@ -636,8 +640,8 @@ def test_flowers_word_on_a_run_is_read_or_unknown(engine, monkeypatch, answer, s
     assert engine._status() == status
 
 
-def test_the_private_folder_is_short_and_for_this_user_alone():
-    with _private_folder() as folder:
+def test_theprivate_folder_is_short_and_for_this_user_alone():
+    with private_folder() as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
         assert folder.stat().st_uid == os.getuid()
         assert len(str(folder)) < 40

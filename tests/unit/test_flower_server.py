@@ -30,6 +30,7 @@ from silotune.runtime.parcel import Parcel
 from silotune.runtime.records import from_record, to_record
 from silotune.runtime.reported import Follower, read_outcome
 from silotune.runtime.station import guarded
+from silotune.runtime.submission import RUNS, SETTINGS
 from silotune.sampling import sample
 from silotune.seeds import generator
 from silotune.store import RunFolder
@@ -1065,26 +1066,27 @@ def test_an_update_that_comes_while_the_last_adapter_is_scored_is_named(tmp_path
 # --- the server app ------------------------------------------------------------------------------
 
 
-def context_of(tmp_path, run, names=NAMES) -> Context:
+def context_of(tmp_path, monkeypatch, run, names=NAMES) -> Context:
     folder = RunFolder.create(tmp_path / "run", run)
     folder.save(ServerState(0, START), last=False)
-    private = tmp_path / "private"
-    private.mkdir()
+    place = tmp_path / "private"
+    place.mkdir()
+    monkeypatch.setenv(RUNS, str(tmp_path))
     settings = {
-        "recipe": run.model_dump_json(serialize_as_any=True),
-        "clients": json.dumps(list(names)),
-        "run": folder.run_id(),
+        "clients": list(names),
         "folder": str(folder.path),
-        "private": str(private),
         "base_sha256": BASE,
-        "local": "[]",
+        "local": [],
+        "members": None,
     }
-    return Context(1, 1, {}, RecordDict(), settings)
+    (place / SETTINGS).write_text(json.dumps(settings))
+    told = {"recipe": run.model_dump_json(serialize_as_any=True), "run": place.name}
+    return Context(1, 1, {}, RecordDict(), told)
 
 
-def test_the_app_runs_the_rounds_and_leaves_progress_and_outcome(tmp_path):
+def test_the_app_runs_the_rounds_and_leaves_progress_and_outcome(tmp_path, monkeypatch):
     run = recipe(evaluate={"every": 1})
-    flower_server.app(Nodes(clients_by()), context_of(tmp_path, run))
+    flower_server.app(Nodes(clients_by()), context_of(tmp_path, monkeypatch, run))
     outcome = read_outcome(tmp_path / "private")
     assert outcome is not None
     assert outcome["num_rows"] == {name: {"num_train": 3, "num_eval": 2} for name in NAMES}
@@ -1098,9 +1100,9 @@ def test_the_app_runs_the_rounds_and_leaves_progress_and_outcome(tmp_path):
     assert sorted(heard.done) == [(r, name) for r in (1, 2) for name in NAMES]
 
 
-def test_the_app_leaves_the_error_that_ended_the_rounds(tmp_path):
+def test_the_app_leaves_the_error_that_ended_the_rounds(tmp_path, monkeypatch):
     nodes = {11: Client("east", train=lambda b: failing(ValueError(SECRET), b.round, "east"))}
-    context = context_of(tmp_path, recipe())
+    context = context_of(tmp_path, monkeypatch, recipe())
     with pytest.raises(QuorumError):
         flower_server.app(Nodes(nodes), context)
     with pytest.raises(QuorumError, match=r"east: ValueError: station\.py:\d+ in guarded"):
@@ -1109,12 +1111,12 @@ def test_the_app_leaves_the_error_that_ended_the_rounds(tmp_path):
         assert SECRET not in path.read_text()
 
 
-def test_a_bug_in_the_app_leaves_its_kind_and_no_text(tmp_path, capsys):
+def test_a_bug_in_the_app_leaves_its_kind_and_no_text(tmp_path, monkeypatch, capsys):
     class Broken(Nodes):
         def get_node_ids(self):
             raise ZeroDivisionError(SECRET)
 
-    context = context_of(tmp_path, recipe())
+    context = context_of(tmp_path, monkeypatch, recipe())
     with pytest.raises(ZeroDivisionError):
         flower_server.app(Broken(), context)
     with pytest.raises(EngineError, match="the server app ended with ZeroDivisionError"):
@@ -1124,9 +1126,9 @@ def test_a_bug_in_the_app_leaves_its_kind_and_no_text(tmp_path, capsys):
         assert SECRET not in path.read_text()
 
 
-def test_the_app_goes_on_where_a_checkpoint_ended(tmp_path):
+def test_the_app_goes_on_where_a_checkpoint_ended(tmp_path, monkeypatch):
     run = recipe(rounds=3)
-    context = context_of(tmp_path, run)
+    context = context_of(tmp_path, monkeypatch, run)
     grid = Nodes(clients_by())
     flower_server.app(grid, context)
     whole = RunFolder.open(tmp_path / "run").load_state()

@@ -129,10 +129,12 @@ def test_each_event_is_heard_at_once(tmp_path, written):
 def test_the_process_that_tells_is_known(tmp_path):
     follower = Follower(tmp_path, Recording())
     follower.follow()
-    assert follower.pid is None, "nothing is there yet"
+    assert follower.process is None, "nothing is there yet"
     progress = FileProgress(tmp_path)
     follower.follow()
-    assert follower.pid == os.getpid()
+    assert follower.process is not None
+    assert follower.process[0] == os.getpid()
+    assert not follower.has_ended()
     progress.end()
 
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from silotune.cli import after, audit, chat, data, plan, privacy, run, sweep
+from silotune.cli import after, audit, chat, client, data, plan, privacy, run, server, sweep
 
 app = typer.Typer(
     name="silotune",
@@ -20,3 +20,5 @@ privacy.register(app)
 audit.register(app)
 after.register(app)
 chat.register(app)
+server.register(app)
+client.register(app)

@@ -6,7 +6,6 @@ used, refused by name, or named as late.
 
 import contextlib
 import itertools
-import json
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from silotune.algorithms.base import keep_local
 from silotune.config import RunConfig
+from silotune.consortium.roster import Roster
 from silotune.errors import EngineError, SilotuneError, UpdateError
 from silotune.progress import Progress
 from silotune.promise import with_privacy
@@ -30,6 +30,7 @@ from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.parcel import Parcel
 from silotune.runtime.records import from_record, to_record
 from silotune.runtime.reported import FileProgress, write_outcome
+from silotune.runtime.submission import read_settings
 from silotune.store import RunFolder
 from silotune.teaching import open_server_work
 from silotune.types import Arrival, Broadcast, Failure, Score, Update
@@ -61,14 +62,20 @@ ENGINE_CODES = {
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds that are left, in the run folder that the run's config names."""
-    settings = {key: str(value) for key, value in context.run_config.items()}
-    run = RunConfig.model_validate_json(settings["recipe"])
+    told = {key: str(value) for key, value in context.run_config.items()}
+    run = RunConfig.model_validate_json(told["recipe"])
     torch.set_num_threads(run.runtime.threads)
-    folder, private = RunFolder(Path(settings["folder"]), run), Path(settings["private"])
-    progress = FileProgress(private)
-    names, base = json.loads(settings["clients"]), settings["base_sha256"]
-    window = IN_SIMULATION if run.runtime.name == "flower-simulation" else None
-    clients = FlowerClients(grid, names, run, progress, base_sha256=base, window=window)
+    place, settings = read_settings(told["run"])
+    folder, progress = RunFolder(Path(settings["folder"]), run), FileProgress(place)
+    clients = FlowerClients(
+        grid,
+        settings["clients"],
+        run,
+        progress,
+        base_sha256=settings["base_sha256"],
+        roster=Roster(Path(settings["members"])) if settings["members"] else None,
+        window=IN_SIMULATION if run.runtime.name == "flower-simulation" else None,
+    )
     error: BaseException | None = None
     try:
         clients.join()
@@ -76,7 +83,7 @@ def main(grid: Grid, context: Context) -> None:
         state = folder.load_state()
         assert state is not None, "the first adapter is saved before the engine starts"
         folder.rewind(state.round)
-        plain = keep_local(algorithm_of(run.algorithm), json.loads(settings["local"]))
+        plain = keep_local(algorithm_of(run.algorithm), settings["local"])
         algorithm = with_privacy(plain, run, folder, clients.num_examples())
         # the server's rows and teacher are named in the folder's recipe alone: clients read `run`
         own = RunFolder.open(folder.path).run
@@ -97,7 +104,7 @@ def main(grid: Grid, context: Context) -> None:
             traceback.print_exc()
         raise
     finally:
-        write_outcome(private, clients.facts(), error)
+        write_outcome(place, clients.facts(), error)
         progress.end()
 
 
@@ -124,6 +131,7 @@ class FlowerClients:
         progress: Progress,
         *,
         base_sha256: str = "",
+        roster: Roster | None = None,
         window: int | None = None,
     ) -> None:
         """Nothing is sent yet; see `join`.
@@ -134,9 +142,10 @@ class FlowerClients:
             run: The recipe.
             progress: Told who joined.
             base_sha256: The server's base model; a client with another is not asked.
+            roster: Who is in, where clients come and go; each is believed its own name only.
             window: Messages under way at once; all when absent.
         """
-        self.window = window
+        self.window, self.roster = window, roster
         self.grid, self.run, self.progress = grid, run, progress
         self.base_sha256 = base_sha256
         self.reports: dict[str, dict[str, Any]] = {}
@@ -151,7 +160,10 @@ class FlowerClients:
 
     def names(self) -> Sequence[str]:
         """All clients of the run, sorted, whether they are reachable now or not."""
-        return self._names
+        # what [privacy] promises is of the clients with which the run began
+        if self.roster is None or self.run.privacy.unit != "none":
+            return self._names
+        return list(self.roster.nodes())
 
     def check_anybody(self) -> None:
         """Raise when no client has said a word: then the engine is at fault, not a client.
@@ -187,8 +199,8 @@ class FlowerClients:
     def join(self) -> None:
         """Wait until every client has reported, or the time is up; the quorum decides then."""
         timeout_s = self.run.runtime.join_timeout_s
-        self._gather(self._names, timeout_s, newcomers_only=False)
-        for name in self._names:
+        self._gather(self.names(), timeout_s, newcomers_only=False)
+        for name in self.names():
             if name not in self._nodes and name not in self._refused:
                 self.progress.note(
                     f"{name}: has not reported within {timeout_s:g} s (runtime.join_timeout_s)"
@@ -212,7 +224,9 @@ class FlowerClients:
         deadline = time.monotonic() + timeout_s
         asked: set[int] = set()
         while True:
-            new = sorted(set(self.grid.get_node_ids()) - self._met)[: self._room()]
+            online = set(self.grid.get_node_ids())
+            self._met &= online  # whoever comes back may have mended why it was refused
+            new = sorted(online - self._met)[: self._room()]
             self._met.update(new)
             asked.update(new)
             queries = [Asked("query", node, f"node {node}", 0) for node in new]
@@ -240,19 +254,23 @@ class FlowerClients:
 
     def _register(self, node: int, answer: Parcel) -> None:
         """Note who answered, or why it cannot take part."""
-        name = str(answer.about.get("client", f"node {node}"))[:1000]
+        said = str(answer.about.get("client", f"node {node}"))[:1000]
+        # a consortium knows by the key who this is, whatever it says of itself
+        name = said if self.roster is None else self.roster.name_of(node) or f"node {node}"
         try:
             report = wire.decode_report(answer, name)
         except UpdateError:
             report = Failure(name, 0, "unreadable", "its report cannot be read")
         held, online = self._nodes.get(name), set(self.grid.get_node_ids())
         problem: Failure | None = None
-        if isinstance(report, Failure):
+        if name != said:
+            problem = Failure(name, 0, "other name", "it reports by another than its key's")
+        elif isinstance(report, Failure):
             problem = report
         elif self.base_sha256 and report["base_sha256"] != self.base_sha256:
             place = f"its base model has the sha256 {report['base_sha256'][:12]}..."
             problem = Failure(name, 0, "other base model", place)
-        elif name not in self._names:
+        elif name not in self.names():
             problem = Failure(name, 0, "unknown client", "this run has no client of that name")
         elif held is not None and held != node and held in online:
             problem = Failure(name, 0, "name taken", "another node has reported as this client")
@@ -263,7 +281,7 @@ class FlowerClients:
             self._nodes[name], self.reports[name] = node, report
             return
         self.progress.note(f"{name}: {problem.code}: {problem.place}")
-        if name in self._names and name not in self._nodes:
+        if name in self.names() and name not in self._nodes:
             self._refused[name] = problem
 
     def _forget(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from silotune.client import ClientData
 from silotune.config import RunConfig
@@ -29,6 +30,8 @@ class Job:
     """Tensors that are learned and stay at each client."""
     loaded: LoadedModel | None = None
     """The base with its adapter; only for a runtime that trains in this process."""
+    consortium: Path | None = None
+    """The consortium whose members are the clients; None: they are processes of this machine."""
     data: Mapping[str, ClientData] | None = None
     """The same rows as tokens, when another run of this process has made them."""
 

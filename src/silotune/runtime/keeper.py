@@ -1,10 +1,10 @@
 """Holds an engine's processes, and ends them all when its own starter is gone, however it went.
 
-It reads lines of JSON from its standard input: what to start. When that input closes (the run is
-over, or was killed) everything that was started is ended: all its descendants, also those that lost
-their parents, and every process that carries the engine's mark in its environment, for systems
-without adoption; then the engine's private folder is removed. Started as
-`python -m silotune.runtime.keeper MARK FOLDER`.
+It reads lines of JSON from its standard input: what to start, and what to send a signal to. When
+that input closes (the run is over, or was killed) everything that was started is ended: all its
+descendants, also those that lost their parents, and every process that carries the engine's mark in
+its environment, for systems without adoption; then the engine's private folder is removed. Started
+as `python -m silotune.runtime.keeper MARK FOLDER`.
 """
 
 import contextlib
@@ -49,6 +49,9 @@ def main(mark: str, folder: Path) -> None:
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
                     order = json.loads(line)
+                    if "signal" in order:
+                        _tell(started, order["name"], order["signal"])
+                        continue
                     try:
                         process = _start(order, mark)
                     except OSError as error:
@@ -62,6 +65,13 @@ def main(mark: str, folder: Path) -> None:
     finally:
         end_all(mark, adopted=True)
     shutil.rmtree(folder, ignore_errors=True)  # after an error its starter still reads the log
+
+
+def _tell(started: dict[int, tuple[str, subprocess.Popen[bytes]]], name: str, signum: int) -> None:
+    for pid, (own, _) in started.items():
+        if own == name:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
 
 
 def _report(name: str, code: int) -> None:

@@ -18,6 +18,8 @@ from silotune.store import Row
 from silotune.types import Failure, Update
 
 PROGRESS, OUTCOME = "progress.jsonl", "outcome.json"
+CLOCK_S = 60.0
+"""By how much the system may come to another time for the same birth, when its clock is set."""
 
 
 class FileProgress(Progress):
@@ -25,7 +27,7 @@ class FileProgress(Progress):
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / PROGRESS).open("a", encoding="utf-8", buffering=1)
-        self._say("started", pid=os.getpid())
+        self._say("started", pid=os.getpid(), born=born(os.getpid()))
 
     def _say(self, event: str, **facts: Any) -> None:
         self._file.write(json.dumps({"event": event, **facts}) + "\n")
@@ -75,8 +77,16 @@ class Follower:
         self._path = folder / PROGRESS
         self._progress = progress
         self._at = 0
-        self.pid: int | None = None
-        """The server app's process, once it has started."""
+        self.process: tuple[int, float | None] | None = None
+        """The server app's process, once it has started: its number, and when it was born."""
+
+    def has_ended(self) -> bool:
+        """Whether the server app has started and is not there any more."""
+        if self.process is None:
+            return False
+        pid, then = self.process
+        now = born(pid)
+        return now is None or (then is not None and abs(now - then) > CLOCK_S)
 
     def follow(self) -> None:
         """Pass on what is new."""
@@ -84,7 +94,7 @@ class Follower:
             kind = event.pop("event")
             match kind:
                 case "started":
-                    self.pid = event["pid"]
+                    self.process = event["pid"], event["born"]
                 case "client_done":
                     self._progress.client_done(Update(delta={}, **event))
                 case "client_failed":
@@ -102,6 +112,20 @@ class Follower:
                     return  # being written
                 self._at += len(line)
                 yield json.loads(line)
+
+
+def born(pid: int) -> float | None:
+    """When a process began; None when there is none of that number, or it has ended.
+
+    Numbers are given again after a while, and after a start of the machine at once.
+    """
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
 
 
 def write_outcome(folder: Path, facts: Mapping[str, Any], error: BaseException | None) -> None:

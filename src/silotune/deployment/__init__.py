@@ -1,0 +1,1 @@
+"""Real clients: a server that stays up, clients that stay joined, and a rehearsal of both."""

@@ -1,0 +1,252 @@
+"""A run is handed to a SuperLink and followed: what travels, what stays, and how it ends.
+
+The app that Flower gets is a pyproject whose components point into this package. Clients are told
+the recipe and the run's id; what is the server's alone lies in a file beside it, in the folder that
+the server app finds by its environment.
+"""
+
+import json
+import os
+import subprocess
+import sysconfig
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from silotune.client_config import LOCATIONS, is_client_folder
+from silotune.config import RunConfig
+from silotune.consortium.roster import MEMBERS, is_consortium
+from silotune.disk import write_json
+from silotune.errors import EngineError
+from silotune.files import EXAMPLES, locate
+from silotune.reading import DataConfig
+from silotune.runtime.job import Job
+from silotune.runtime.kept import program
+from silotune.runtime.reported import OUTCOME, Follower, read_outcome
+from silotune.server import DistillConfig, ServerConfig
+from silotune.sources import SOURCES
+
+SUBMIT_S = 120.0
+"""Seconds in which the server app has to begin."""
+RUNS = "SILOTUNE_RUNS"
+"""Environment variable of the server app: the folder in which each run has its own, by its id."""
+SETTINGS = "settings.json"
+CONNECTION = "engine"
+"""How the SuperLink is called in Flower's own configuration."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OWN = "each client's own"
+APP = """\
+[project]
+name = "silotune-run"
+version = "0.0.0"
+[tool.flwr.app]
+publisher = "silotune"
+[tool.flwr.app.components]
+serverapp = "silotune.runtime.flower_server:app"
+clientapp = "silotune.runtime.flower_client:app"
+[tool.flwr.app.config]
+"""
+
+
+def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -> dict[str, str]:
+    """The caller's environment, without what Flower would send home or install.
+
+    Args:
+        home: Flower's own folder.
+        private: For sockets and other short-lived files.
+        runs: See `RUNS`.
+        threads: Processor threads of each process.
+    """
+    asked = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK]
+    no_proxy = ",".join(filter(None, asked))
+    own = {
+        # a proxy for the world outside would be asked for this machine's own ports too
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
+        # Flower starts its own programs by name
+        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "TMPDIR": str(private),
+        "OMP_NUM_THREADS": str(threads),
+        RUNS: str(runs),
+    }
+    return {**os.environ, **own}
+
+
+class Link:
+    """A SuperLink that runs, and one job on it. Whoever owns the SuperLink's processes inherits."""
+
+    def __init__(self, job: Job, *, work: Path, log: Path) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            job: The run.
+            work: The run's own folder for settings, progress and outcome; its name is the run's id.
+            log: Where Flower's commands write what is not JSON.
+        """
+        self.job, self.work, self.log = job, work, log
+        self.run_id: int | None = None
+
+    def _environment(self) -> dict[str, str]:
+        raise NotImplementedError
+
+    def _options(self) -> list[str]:
+        """Further words of `flwr run`."""
+        return []
+
+    def _check_alive(self) -> None:
+        """Raise when waiting is of no use any more."""
+
+    def submit(self) -> None:
+        """Hand the app over.
+
+        Raises:
+            EngineError: Flower does not take it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(self.work / SETTINGS, own_settings(self.job))
+        told = told_settings(self.job)
+        app, values = self.work / "app", self.work / "told.toml"
+        app.mkdir(exist_ok=True)
+        empty = "".join(f'{key} = ""\n' for key in told)
+        (app / "pyproject.toml").write_text(APP + empty, encoding="utf-8")
+        values.write_text(tomli_w.dumps(told), encoding="utf-8")
+        words = ["run", str(app), CONNECTION, "--run-config", str(values), "--format", "json"]
+        answer = self._flwr(*words, *self._options())
+        self.run_id = answer.get("run-id")
+        if not answer.get("success") or self.run_id is None:
+            raise self._problem("Flower did not take the run")
+
+    def follow(self) -> dict[str, Any]:
+        """Pass on progress until the server app has left its outcome.
+
+        Raises:
+            EngineError: It ended without one.
+        """
+        follower = Follower(self.work, self.job.progress)
+        deadline = time.monotonic() + SUBMIT_S
+        while True:
+            self._check_alive()
+            gone = follower.has_ended()
+            late = follower.process is None and time.monotonic() > deadline
+            ended = (self.work / OUTCOME).exists()  # looked at first: the last lines come before
+            follower.follow()
+            if ended and (outcome := read_outcome(self.work)):
+                return outcome
+            if gone or late:
+                what = "ended without a result" if gone else f"did not begin within {SUBMIT_S:g} s"
+                raise self._problem(f"Flower's server app {what} (Flower says: {self._status()})")
+            time.sleep(0.1)
+
+    def _status(self) -> str:
+        runs = self._flwr("ls", CONNECTION, "--run-id", str(self.run_id), "--format", "json")
+        entry = (runs.get("runs") or [{}])[0]
+        return str(entry.get("status", "unknown"))
+
+    def _flwr(self, *words: str) -> dict[str, Any]:
+        return flwr(words, environment=self._environment(), log=self.log)
+
+    def _problem(self, what: str) -> EngineError:
+        return EngineError(
+            f"{what}.\n  What the engine wrote: {self.job.folder.path / 'engine.log'}\n"
+            "  What was finished is kept; resume the run to go on."
+        )
+
+
+def flwr(words: "tuple[str, ...]", *, environment: Mapping[str, str], log: Path) -> dict[str, Any]:
+    """One command of Flower's own, its answer read as JSON; empty where it is none."""
+    done = subprocess.run(
+        [program("flwr"), *words],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    with log.open("a", encoding="utf-8") as file:
+        file.write(done.stderr)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(done.stdout)
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+# --- what is told, and what is not ----------------------------------------------------------------
+
+
+def told_settings(job: Job) -> dict[str, str]:
+    """What the server app and every client is told."""
+    told = {
+        "recipe": travelling(job.run).model_dump_json(serialize_as_any=True),
+        "run": job.folder.run_id(),
+    }
+    if job.run.runtime.name == "flower-simulation":  # actors are this machine's own
+        folder = str(job.folder.path.absolute())
+        told |= {"clients": json.dumps(sorted(job.names)), "folder": folder}
+    return told
+
+
+def own_settings(job: Job) -> dict[str, Any]:
+    """What the server app alone is told."""
+    return {
+        "clients": sorted(job.names),
+        "folder": str(job.folder.path.absolute()),
+        "base_sha256": job.base_sha256,
+        "local": sorted(job.local),
+        "members": str((job.consortium / MEMBERS).absolute()) if job.consortium else None,
+    }
+
+
+def read_settings(run_id: str) -> tuple[Path, dict[str, Any]]:
+    """The run's own folder and settings, as the server app finds them."""
+    work = Path(os.environ[RUNS]) / run_id
+    return work, json.loads((work / SETTINGS).read_text(encoding="utf-8"))
+
+
+def travelling(run: RunConfig) -> RunConfig:
+    """The recipe as it is sent: whole paths in simulation, no place of rows in deployment."""
+    # what the server does with its own rows is no client's business
+    mine = {"server": ServerConfig(), "distill": DistillConfig()}
+    if run.runtime.name == "flower":
+        data = _without_places(run.data)
+        return run.model_copy(update={"data": data, "partition": None, **mine})
+    # but that a part of them is not the clients' is: actors read the rows anew
+    mine["server"] = ServerConfig(data_fraction=run.server.data_fraction)
+    whole = {
+        key: str(Path(value).expanduser().absolute())
+        for key in ("path", "eval_path")
+        if (value := getattr(run.data, key))
+        and value not in EXAMPLES
+        and Path(value).expanduser().exists()
+    }
+    model = {}
+    if run.model.name not in SOURCES and Path(run.model.name).expanduser().exists():
+        model = {"name": str(Path(run.model.name).expanduser().absolute())}
+    return run.model_copy(
+        update={
+            "data": run.data.model_copy(update=whole),
+            "model": run.model.model_copy(update=model),
+            **mine,
+        }
+    )
+
+
+def _without_places(data: DataConfig) -> DataConfig:
+    """What a recipe says of rows without saying where they are."""
+    place = locate(data.path)
+    if place is not None and (is_client_folder(place) or is_consortium(place)):
+        return data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
+    # these clients were cut from one data set: their rows are converted and split already
+    return DataConfig(path=OWN, system=data.system, template=data.template, labels=data.labels)
+
+
+def _default(key: str) -> Any:
+    return DataConfig.model_fields[key].default

@@ -1,0 +1,309 @@
+"""A consortium by its own commands: real processes, keys, certificates and the proxy between."""
+
+import json
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from flwr.superlink.routers.control.router import router as control
+
+import silotune
+from silotune.consortium.certificates import client_certificate, new_key, pem, write_key
+from silotune.consortium.folder import Consortium
+from silotune.consortium.kit import read_kit
+from silotune.runtime.flower_engine import free_port
+from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.engine]
+
+CLIENTS = ("hospital-0", "hospital-1", "hospital-2")
+
+
+def silotune_command(*words) -> list[str]:
+    return [sys.executable, "-m", "silotune", *map(str, words)]
+
+
+class Place:
+    """A consortium and its clients, each with a folder of its own."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.server = folder / "consortium"
+        self.port = free_port()
+        self.recipe = write_tiny_recipe(folder, model)
+        self.processes: dict[str, subprocess.Popen] = {}
+        address = f"127.0.0.1:{self.port}"
+        self.do("server", "init", "demo", "--address", address, "--listen", address)
+
+    def do(self, *words) -> str:
+        done = subprocess.run(
+            silotune_command(*words), cwd=self.folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def start(self, name: str, *words) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                silotune_command(*words), cwd=self.folder, stdout=log, stderr=log
+            )
+
+    def up(self) -> None:
+        self.start("up", "server", "up")
+
+    def add(self, name: str) -> None:
+        """A client's people and the server's do what the documentation says."""
+        rows = [{k: v for k, v in r.items() if k != "source"} for r in rows_of(name)]
+        write_jsonl(self.folder / f"{name}.jsonl", rows)
+        self.do("client", "init", name)
+        self.do("server", "approve", f"{name}/request.toml")
+        kit = self.server / "kits" / f"{name}.toml"
+        words = ("--data", f"{name}.jsonl", "--model", self.model)
+        self.start(name, "client", "join", kit, *words)
+
+    def submit(self, *overrides) -> Path:
+        said = self.do("server", "submit", self.recipe, *overrides)
+        return self.folder / said.removeprefix("run folder: ").strip()
+
+    def status(self) -> dict:
+        return json.loads(self.do("server", "status", "--json"))
+
+    def state(self, run: Path) -> str:
+        return json.loads((run / "server.json").read_text())["state"]
+
+    def log(self, name: str) -> str:
+        path = self.folder / f"{name}.log"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, what: str, ready, timeout_s: float = 150) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            assert time.monotonic() < deadline, f"{what} did not come: {self.log('up')}"
+            time.sleep(0.2)
+
+    def wait_until_done(self, run: Path) -> None:
+        def ended() -> bool:
+            state = self.state(run)
+            assert state not in ("failed", "stopped"), (run / "job.log").read_text()
+            return state == "done"
+
+        self.wait_for(f"the end of {run.name}", ended)
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            process.wait(60)
+
+
+def rows_of(name: str) -> list[dict]:
+    return [row for row in hospital_rows() if row["source"] == name]
+
+
+def trained(run: Path) -> dict[int, set[str]]:
+    """Whose update was used, by round."""
+    found: dict[int, set[str]] = {}
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        if row["event"] == "train" and row["status"] == "ok":
+            found.setdefault(row["round"], set()).add(row["client"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model):
+    made = Place(tmp_path_factory.mktemp("deployment"), tiny_model)
+    made.up()
+    for name in CLIENTS[:2]:
+        made.add(name)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def first(place):
+    """A run of two clients, as it is meant to be."""
+    joined = [f"'{name}' is connected to demo" for name in CLIENTS[:2]]
+    place.wait_for(
+        "both clients",
+        lambda: all(text in place.log(n) for text, n in zip(joined, CLIENTS[:2], strict=True)),
+    )
+    run = place.submit("rounds=2")
+    place.wait_until_done(run)
+    return run
+
+
+def test_a_consortium_learns_what_one_process_learns_bit_for_bit(first, place, tmp_path):
+    write_jsonl(tmp_path / "two.jsonl", [r for n in CLIENTS[:2] for r in rows_of(n)])
+    keys = ["rounds=2", f"data.path={tmp_path / 'two.jsonl'}"]
+    here = silotune.run(place.recipe, keys, out=tmp_path / "here")
+    summary = json.loads((first / "summary.json").read_text())
+    assert summary["adapter_sha256"] == here.summary["adapter_sha256"]
+    assert summary["clients"] == here.summary["clients"]
+
+
+def test_each_client_loads_the_base_once_for_a_whole_run(first):
+    summary = json.loads((first / "summary.json").read_text())
+    # the server's own: for the first adapter, and for the result
+    assert summary["base_model_loads"] == 2 + len(CLIENTS[:2])
+
+
+def test_nobody_is_told_a_path_of_the_server_or_who_else_is_in(first, place):
+    """The recipe travels through the clients' logs and state; the server's folder does not."""
+    for name in CLIENTS[:2]:
+        for path in (place.folder / name).rglob("*"):
+            if path.is_file() and path.name not in ("client.toml", "key.pem"):
+                text = path.read_bytes()
+                assert str(place.server).encode() not in text, path
+                other = CLIENTS[1 - CLIENTS.index(name)]
+                assert other.encode() not in text, path
+
+
+# --- what a client's credentials open ------------------------------------------------------------
+
+
+def gate_client(place: Place, name: str) -> httpx.Client:
+    kit = read_kit(place.server / "kits" / f"{name}.toml")
+    certificate = place.folder / f"{name}-certificate.pem"
+    certificate.write_text(kit.certificate)
+    (place.folder / "authority.pem").write_text(kit.authority)
+    context = ssl.create_default_context(cafile=str(place.folder / "authority.pem"))
+    context.load_cert_chain(certificate, place.folder / name / "key.pem")
+    kind = {"Content-Type": "application/protobuf"}
+    return httpx.Client(base_url=f"https://127.0.0.1:{place.port}", verify=context, headers=kind)
+
+
+CONTROL = sorted(route.path for route in control.routes)
+
+
+def test_every_control_path_is_refused_to_a_client(first, place):
+    assert "/v1/control/start-run" in CONTROL, CONTROL
+    with gate_client(place, CLIENTS[0]) as client:
+        assert client.post("/v1/fleet/pull-messages").status_code != 403, "this one is passed on"
+        for path in CONTROL:
+            tricks = ("", "/v1/fleet/..", "/v1/fleet/%2e%2e/..", "/", "/v1/fleet/;/..")
+            for before in tricks:
+                for method in ("POST", "GET", "PUT"):
+                    said = client.request(method, before + path)
+                    assert said.status_code in (403, 404), (method, before + path)
+        for path in ("/", "/docs", "/openapi.json", "/health", "/v1/runtime/pull", "/metrics"):
+            assert client.post(path).status_code == client.get(path).status_code == 403
+
+
+def test_without_the_proxy_anybody_may_control_the_engine(first, place):
+    """What the gate is for: the engine itself asks for no credentials at all."""
+    table = tomllib.loads((place.server / "engine" / "flwr" / "config.toml").read_text())
+    address = table["superlink"]["engine"]["address"]
+    kind = {"Content-Type": "application/protobuf"}
+    with httpx.Client(base_url=f"https://{address}", verify=False, headers=kind) as nobody:
+        for name in ("list-nodes", "list-runs"):
+            assert nobody.post(f"/v1/control/{name}").status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["no certificate", "own authority", "never approved"])
+def test_who_was_not_approved_does_not_get_past_the_handshake(first, place, tmp_path, kind):
+    consortium = Consortium.open(place.server)
+    key = new_key()
+    context = ssl.create_default_context(cafile=str(place.server / "authority" / "certificate.pem"))
+    if kind != "no certificate":
+        signer = new_key() if kind == "own authority" else consortium._signer()
+        made = client_certificate(consortium.authority(), signer, key.public_key(), CLIENTS[0])
+        write_key(tmp_path / "key.pem", key)
+        (tmp_path / "certificate.pem").write_text(pem(made))
+        context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    with (
+        httpx.Client(base_url=f"https://127.0.0.1:{place.port}", verify=context) as client,
+        pytest.raises(httpx.TransportError),
+    ):
+        client.post("/v1/fleet/pull-messages")
+
+
+# --- who comes and goes, and what is killed ------------------------------------------------------
+
+
+def test_a_third_joins_in_mid_run_and_a_killed_server_goes_on_by_itself(first, place):
+    run = place.submit("rounds=7")
+    place.wait_for("a first round", lambda: 1 in trained(run))
+    place.add(CLIENTS[2])
+    place.wait_for(
+        "the third client", lambda: any(CLIENTS[2] in own for own in trained(run).values())
+    )
+    killed = place.processes.pop("up")
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    done = max(trained(run))
+    assert place.state(run) == "running", "nobody could write down that it is not"
+    place.up()
+    place.wait_until_done(run)
+    found = trained(run)
+    assert sorted(found) == list(range(1, 8))
+    assert found[1] == set(CLIENTS[:2])
+    assert all(found[r] == set(CLIENTS) for r in range(done + 1, 8)), found
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["clients"]) == set(CLIENTS)
+
+
+def test_a_revoked_client_is_out_at_once_and_nobody_else(place):
+    with gate_client(place, CLIENTS[0]) as client, gate_client(place, CLIENTS[1]) as other:
+        assert client.post("/v1/fleet/pull-messages").status_code == 401
+        place.do("server", "revoke", CLIENTS[0])
+        place.wait_for("its end", lambda: f"{CLIENTS[0]} is out" in place.log("up"))
+
+        def refused() -> bool:
+            try:
+                client.post("/v1/fleet/pull-messages")
+            except httpx.TransportError:
+                return True
+            return False
+
+        place.wait_for("the gate", refused, 20)
+        assert other.post("/v1/fleet/pull-messages").status_code == 401, "a signature is missing"
+    clients = {own["name"]: own["online"] for own in place.status()["clients"]}
+    assert clients == {CLIENTS[1]: True, CLIENTS[2]: True}
+
+
+def test_a_run_that_is_stopped_keeps_what_it_finished_and_goes_on_when_asked(place):
+    run = place.submit("rounds=3")
+    place.wait_for("a first round", lambda: 1 in trained(run))
+    place.do("server", "stop", run.name)
+    place.wait_for("the stop", lambda: place.state(run) == "stopped")
+    assert not (run / "summary.json").exists()
+    place.do("server", "submit", "--again", run.name)
+    place.wait_until_done(run)
+    assert sorted(trained(run)) == [1, 2, 3]
+    assert "scoring the last adapter at 2 clients" in place.do("server", "log", run.name)
+
+
+def test_a_rehearsal_does_all_of_it_and_leaves_nothing_running(tiny_model, tmp_path):
+    """Cut from one data set, as a simulation is; one client, since each is some processes more."""
+    recipe = write_tiny_recipe(tmp_path, tiny_model)
+    words = ["rehearse", recipe, "rounds=1", "--clients", "1", "--out", "rehearsal", "--json"]
+    done = subprocess.run(
+        silotune_command(*words), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "hospital-0 is connected" in done.stderr
+    summary = json.loads(done.stdout)
+    assert list(summary["clients"]) == [CLIENTS[0]]
+    left = [p.info for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info)]
+    assert left == []
+
+
+def test_every_command_of_the_readme_is_one_that_is_run_here():
+    """test_readme.py leaves them out, since some never end."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^silotune ((?:server|client) \w+|rehearse)", readme, re.MULTILINE))
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert shown
+    for words in shown:
+        assert ", ".join(f'"{word}"' for word in words.split()) in here or words == "rehearse"
