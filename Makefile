@@ -21,15 +21,15 @@ demo: env
 
 # The engine's tests mostly wait for processes, so they run beside the others and are shown at the end.
 test: dev
-	@mkdir -p build; $(BIN)/pytest -m engine tests/integration > build/engine.log 2>&1 & engine=$$!; \
-	$(BIN)/pytest -m "not engine" -n 2 --dist loadfile tests/unit tests/integration --doctest-modules src/silotune; \
+	@mkdir -p build; $(BIN)/pytest -m "engine and not slow" tests/integration > build/engine.log 2>&1 & engine=$$!; \
+	$(BIN)/pytest -m "not engine and not slow" -n 2 --dist loadfile tests/unit tests/integration --doctest-modules src/silotune; \
 	others=$$?; wait $$engine; engine=$$?; cat build/engine.log; exit $$((others | engine))
 
 unit: dev
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit
 
 slow: dev
-	$(BIN)/pytest tests/slow -m slow
+	$(BIN)/pytest tests -m slow
 
 check: dev
 	$(BIN)/ruff format --check src tests benchmarks examples

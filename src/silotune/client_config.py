@@ -41,8 +41,19 @@ class LimitsConfig(Config):
     """Optimizer steps in one round."""
     max_rounds: int | None = Field(default=None, ge=1)
     """Rounds in one run."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the train rows in one round."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """Hours of training in one run: no round begins when they are over."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Bytes that may leave in one run; an answer that would go beyond is not sent. All that leaves
+    is listed in outbound.jsonl in `state`."""
     models: tuple[str, ...] | None = None
     """Base models that may be trained here, by the names that recipes use."""
+    model_sha256: tuple[str, ...] | None = None
+    """Base models that may be trained here, by the sha256 of their content."""
+    algorithms: tuple[str, ...] | None = None
+    """Algorithms that may be used, by the names that recipes use."""
     epsilon: float | None = Field(default=None, gt=0)
     """What all runs on this client's rows together may cost in privacy. Only recipes with noise at
     the client are then allowed; one that aims at more gets more noise here, and no round begins
@@ -156,6 +167,9 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
         refused.append(f"model.name = '{run.model.name}' is not in limits.models")
     if limits.max_rounds is not None and run.rounds > limits.max_rounds:
         refused.append(f"rounds = {run.rounds} is above limits.max_rounds = {limits.max_rounds}")
+    algorithm = getattr(run.algorithm, "name", "")
+    if limits.algorithms is not None and algorithm not in limits.algorithms:
+        refused.append(f"algorithm.name = '{algorithm}' is not in limits.algorithms")
     steps = run.train.local_steps
     if limits.max_steps is not None and steps is not None and steps > limits.max_steps:
         refused.append(f"train.local_steps = {steps} is above limits.max_steps")
@@ -234,20 +248,47 @@ def _is_public(name: str) -> bool:
 
 
 def check_steps(run: RunConfig, own: ClientConfig, num_train: int) -> None:
-    """Refuse passes over the rows that come to more steps than this client allows.
+    """Refuse more steps or passes over the rows than this client allows, where rows decide it.
 
     Raises:
-        Declined: Says how many steps it would be.
+        Declined: Says how many it would be.
     """
-    if own.limits.max_steps is None or run.train.local_steps is not None:
-        return
-    per_step = run.train.batch_size * run.train.accumulation
-    steps = math.ceil(num_train * (run.train.local_epochs or 1) / per_step)
-    if steps > own.limits.max_steps:
+    per_step, given = run.train.batch_size * run.train.accumulation, run.train.local_steps
+    steps = given or math.ceil(num_train * (run.train.local_epochs or 1) / per_step)
+    limits, refused = own.limits, ""
+    if limits.max_steps is not None and steps > limits.max_steps:
+        refused = f"{steps} steps in a round are above limits.max_steps = {limits.max_steps}"
+    passes = given * per_step / num_train if given else run.train.local_epochs or 1
+    if limits.max_epochs is not None and passes > limits.max_epochs:
+        asked = f"train.local_steps = {given}" if given else f"train.local_epochs = {passes:g}"
+        refused = f"{asked} is more than limits.max_epochs = {limits.max_epochs:g} over these rows"
+    if refused:
+        raise Declined(f"client '{own.name}' does not take part:\n  {refused}")
+
+
+def check_base(own: ClientConfig, sha256: str) -> None:
+    """Refuse a base model that this client does not allow by its content.
+
+    Raises:
+        Declined: Names the hash.
+    """
+    allowed = own.limits.model_sha256
+    if allowed is not None and sha256 not in allowed:
         raise Declined(
-            f"client '{own.name}' does not take part:\n  {steps} steps in a round are above "
-            f"limits.max_steps = {own.limits.max_steps}"
+            f"client '{own.name}' does not take part:\n"
+            f"  the base model's sha256, {sha256}, is not in limits.model_sha256"
         )
+
+
+def check_hours(own: ClientConfig, seconds: float) -> None:
+    """Refuse a round when the hours that this client gives to a run are over.
+
+    Raises:
+        Declined: Says how many they are.
+    """
+    limit = own.limits.max_hours
+    if limit is not None and seconds >= limit * 3600:
+        raise Declined(f"client '{own.name}': limits.max_hours = {limit:g} of this run are over")
 
 
 def own_data(run: RunConfig, own: ClientConfig) -> DataConfig:

@@ -253,6 +253,7 @@ def test_the_teachers_command_prints_how_to_use_it(place, tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_deployment_gives_the_adapter_of_the_plain_loop(place, tmp_path):
     """Classification with a distilling server through Flower's real processes."""

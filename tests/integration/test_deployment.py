@@ -1,6 +1,7 @@
 """A consortium by its own commands: real processes, keys, certificates and the proxy between."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -132,20 +133,20 @@ def place(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="module")
 def first(place):
-    """A run of two clients, as it is meant to be."""
+    """A run of two clients and a round, as it is meant to be."""
     joined = [f"'{name}' is connected to demo" for name in CLIENTS[:2]]
     place.wait_for(
         "both clients",
         lambda: all(text in place.log(n) for text, n in zip(joined, CLIENTS[:2], strict=True)),
     )
-    run = place.submit("rounds=2")
+    run = place.submit("rounds=1")
     place.wait_until_done(run)
     return run
 
 
 def test_a_consortium_learns_what_one_process_learns_bit_for_bit(first, place, tmp_path):
     write_jsonl(tmp_path / "two.jsonl", [r for n in CLIENTS[:2] for r in rows_of(n)])
-    keys = ["rounds=2", f"data.path={tmp_path / 'two.jsonl'}"]
+    keys = ["rounds=1", f"data.path={tmp_path / 'two.jsonl'}"]
     here = silotune.run(place.recipe, keys, out=tmp_path / "here")
     summary = json.loads((first / "summary.json").read_text())
     assert summary["adapter_sha256"] == here.summary["adapter_sha256"]
@@ -167,6 +168,35 @@ def test_nobody_is_told_a_path_of_the_server_or_who_else_is_in(first, place):
                 assert str(place.server).encode() not in text, path
                 other = CLIENTS[1 - CLIENTS.index(name)]
                 assert other.encode() not in text, path
+
+
+def test_a_client_has_a_list_of_all_that_left_it(first, place):
+    name = CLIENTS[0]
+    shown = json.loads(place.do("client", "outbound", name, "--json"))
+    layout = next(line["shapes"] for line in shown if "shapes" in line)
+    answers = [line for line in shown if "run" in line]
+    assert [line["asked"] for line in answers] == ["query", "train", "evaluate"]
+    rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    (trained,) = [r for r in rows if r["event"] == "train" and r["client"] == name]
+    update = answers[1]
+    numbers = sum(math.prod(shape) for shape in layout.values())
+    assert 4 * numbers == trained["bytes_up"]
+    assert update["norm"] == pytest.approx(trained["delta_norm"])
+    assert update["said"]["update"]["num_examples"] == trained["num_examples"]
+    assert set(answers[0]["said"]) == {"report", "process", "client"}
+    text = json.dumps(shown)
+    assert not any(row["question"] in text for row in rows_of(name))
+
+
+def test_the_doctor_finds_nothing_wrong_and_says_what_it_tried(first, place):
+    kit = place.server / "kits" / f"{CLIENTS[0]}.toml"
+    said = place.do("client", "doctor", kit)
+    found = {line.split()[1]: line for line in said.splitlines()}
+    looked_at = ("kit", "programs", "server", "clock", "version", "disk")
+    assert list(found) == [*looked_at, "limits", "rows", "model", "memory"]
+    assert all(line.startswith("ok ") for line in found.values()), said
+    assert "6 to train on, 2 held out" in found["rows"]
+    assert "the same as at the server" in found["model"]
 
 
 # --- what a client's credentials open ------------------------------------------------------------
@@ -232,7 +262,7 @@ def test_who_was_not_approved_does_not_get_past_the_handshake(first, place, tmp_
 
 
 def test_a_third_joins_in_mid_run_and_a_killed_server_goes_on_by_itself(first, place):
-    run = place.submit("rounds=7")
+    run = place.submit("rounds=5")
     place.wait_for("a first round", lambda: 1 in trained(run))
     place.add(CLIENTS[2])
     place.wait_for(
@@ -246,9 +276,9 @@ def test_a_third_joins_in_mid_run_and_a_killed_server_goes_on_by_itself(first, p
     place.up()
     place.wait_until_done(run)
     found = trained(run)
-    assert sorted(found) == list(range(1, 8))
+    assert sorted(found) == list(range(1, 6))
     assert found[1] == set(CLIENTS[:2])
-    assert all(found[r] == set(CLIENTS) for r in range(done + 1, 8)), found
+    assert all(found[r] == set(CLIENTS) for r in range(done + 1, 6)), found
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["clients"]) == set(CLIENTS)
 
@@ -256,6 +286,8 @@ def test_a_third_joins_in_mid_run_and_a_killed_server_goes_on_by_itself(first, p
 def test_a_revoked_client_is_out_at_once_and_nobody_else(place):
     with gate_client(place, CLIENTS[0]) as client, gate_client(place, CLIENTS[1]) as other:
         assert client.post("/v1/fleet/pull-messages").status_code == 401
+        kit = place.server / "kits" / f"{CLIENTS[0]}.toml"
+        (place.folder / "kit-0.toml").write_bytes(kit.read_bytes())
         place.do("server", "revoke", CLIENTS[0])
         place.wait_for("its end", lambda: f"{CLIENTS[0]} is out" in place.log("up"))
 
@@ -268,6 +300,14 @@ def test_a_revoked_client_is_out_at_once_and_nobody_else(place):
 
         place.wait_for("the gate", refused, 20)
         assert other.post("/v1/fleet/pull-messages").status_code == 401, "a signature is missing"
+    done = subprocess.run(
+        silotune_command("client", "doctor", place.folder / "kit-0.toml"),
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "does not let this client in" in done.stdout
     clients = {own["name"]: own["online"] for own in place.status()["clients"]}
     assert clients == {CLIENTS[1]: True, CLIENTS[2]: True}
 

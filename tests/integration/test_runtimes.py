@@ -157,7 +157,14 @@ def test_rows_of_a_rehearsal_do_not_stay_on_disk(runs):
         assert not path.is_file() or secret not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize(("engine", "name"), [(ENGINES[0], "SIGTERM"), (ENGINES[1], "SIGKILL")])
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        (ENGINES[0], "SIGTERM"),
+        # test_deployment.py kills a server under the same keeper in every run of the tests
+        pytest.param(ENGINES[1], "SIGKILL", marks=pytest.mark.slow),
+    ],
+)
 def test_an_ended_run_takes_its_engine_along_and_resumes_to_the_same_bytes(
     recipe, runs, tmp_path, engine, name
 ):
@@ -193,6 +200,7 @@ def test_a_run_without_quorum_fails_and_saves_no_adapter(recipe, tmp_path):
     assert engine_processes() == []
 
 
+@pytest.mark.slow
 def test_clients_take_data_and_limits_from_their_own_configuration(tiny_model, tmp_path):
     """One of three declines by its own limit; the others train on rows the server never names."""
     clients = tmp_path / "clients"

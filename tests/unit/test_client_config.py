@@ -14,6 +14,8 @@ from silotune.client_config import (
     ClientConfig,
     LimitsConfig,
     OwnRuntimeConfig,
+    check_base,
+    check_hours,
     check_steps,
     is_client_folder,
     load_client_config,
@@ -383,6 +385,51 @@ def test_passes_over_the_rows_are_counted_in_steps(num_train, train, steps):
 
 def test_steps_that_a_recipe_names_are_not_counted_by_rows():
     check_steps(recipe(train__local_steps=2), client(limits={"max_steps": 2}), 10**6)
+
+
+@pytest.mark.parametrize(
+    ("train", "limit", "allowed"),
+    [
+        ({"local_epochs": 2}, 2, True),
+        ({"local_epochs": 2}, 1.5, False),
+        ({}, 1, True),
+        ({}, 0.5, False),
+        ({"local_steps": 5, "batch_size": 2}, 1, True),  # 10 rows
+        ({"local_steps": 6, "batch_size": 2}, 1, False),
+        ({"local_steps": 3, "batch_size": 2, "accumulation": 2}, 1, False),
+    ],
+)
+def test_passes_over_the_rows_may_be_limited_however_a_recipe_says_them(train, limit, allowed):
+    own = client(limits={"max_epochs": limit})
+    if allowed:
+        check_steps(recipe(train=train), own, 10)
+    else:
+        with pytest.raises(Declined, match=rf"limits\.max_epochs = {limit:g}"):
+            check_steps(recipe(train=train), own, 10)
+
+
+def test_an_algorithm_that_is_not_allowed_is_refused_by_name():
+    own = client(limits={"algorithms": ["fedavg", "fedprox"]})
+    own_recipe(recipe(algorithm__name="fedprox"), own)
+    assert "algorithm.name = 'fedadam' is not in limits.algorithms" in refusal(
+        recipe(algorithm__name="fedadam"), own
+    )
+
+
+def test_a_base_model_may_be_allowed_by_its_content():
+    own = client(limits={"model_sha256": ["ab" * 32]})
+    check_base(own, "ab" * 32)
+    check_base(client(), "cd" * 32)
+    with pytest.raises(Declined, match=f"{'cd' * 32}, is not in limits.model_sha256"):
+        check_base(own, "cd" * 32)
+
+
+def test_no_round_begins_when_the_hours_of_a_run_are_over():
+    own = client(limits={"max_hours": 0.5})
+    check_hours(own, 1799.9)
+    check_hours(client(), 1e9)
+    with pytest.raises(Declined, match=r"limits\.max_hours = 0\.5 of this run are over"):
+        check_hours(own, 1800.0)
 
 
 # --- the base model ------------------------------------------------------------------------------

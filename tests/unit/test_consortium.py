@@ -301,7 +301,11 @@ def test_caddy_takes_both_configurations(consortium, north, tmp_path):
     assert not write_leaves(leaves, consortium.members()), "nothing has changed"
     own = consortium.folder / "server"
     server = server_gate(
-        consortium, engine_port=1, engine_certificate=own / "certificate.pem", leaves=leaves
+        consortium,
+        engine_port=1,
+        engine_certificate=own / "certificate.pem",
+        leaves=leaves,
+        public=tmp_path,
     )
     shutil.copy(own / "certificate.pem", tmp_path / "certificate.pem")
     client = client_gate(

@@ -61,6 +61,7 @@ ORDER = [
     "consortium",
     "client_config",
     "ledger",
+    "outbound",
     "own_privacy",
     "store",
     "promise",

@@ -1,15 +1,24 @@
-"""Commands of a client: init, join."""
+"""Commands of a client: init, doctor, join, outbound."""
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, plain
+from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table
+
+if TYPE_CHECKING:
+    from silotune.deployment.joining import Joined
 
 Folder = Annotated[
     Path | None, typer.Option(help="The client's own folder; by default one of its name.")
+]
+
+KitFile = Annotated[Path, typer.Argument(help="The file that the server's people sent back.")]
+Data = Annotated[Path | None, typer.Option(help="The rows; needed the first time.")]
+Model = Annotated[
+    Path | None, typer.Option(help="Folder of this client's own copy of the base model.")
 ]
 
 
@@ -18,7 +27,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(
         help="One client of a consortium.", no_args_is_help=True, rich_markup_mode=None
     )
-    for command in (init, join):
+    for command in (init, doctor, join, outbound):
         group.command()(command)
     app.add_typer(group, name="client")
 
@@ -36,23 +45,81 @@ def init(
         typer.echo(f"send to the server's people: {request}")
 
 
-def join(
-    kit: Annotated[Path, typer.Argument(help="The file that the server's people sent back.")],
-    data: Annotated[Path | None, typer.Option(help="The rows; needed the first time.")] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Folder of this client's own copy of the base model.")
+def doctor(
+    kit: KitFile,
+    data: Data = None,
+    model: Model = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Try this one; by default what the server has queued.")
     ] = None,
+    folder: Folder = None,
+) -> None:
+    """Look whether this client could take part, line by line. Exit code 1: it could not."""
+    with errors_as_exit_codes():
+        from silotune.config import load_recipe
+        from silotune.deployment.doctor import examine
+
+        joined = _joined(kit, folder, data, model)
+        failed = False
+        for finding in examine(joined, load_recipe(recipe) if recipe is not None else None):
+            failed |= finding.verdict == "FAIL"
+            typer.echo(f"{finding.verdict:<5} {finding.what:<9} {plain(finding.text)}")
+            if finding.mend:
+                typer.echo(f"{'':<16}{plain(finding.mend)}")
+        raise typer.Exit(1 if failed else 0)
+
+
+def outbound(
+    folder: Annotated[Path, typer.Argument(help="The client's own folder.")],
+    json: Annotated[bool, typer.Option("--json", help="Print every line.")] = False,
+) -> None:
+    """Show what has left this machine, by run; every answer is a line of state/outbound.jsonl."""
+    with errors_as_exit_codes():
+        from silotune.client_config import load_client_config
+        from silotune.deployment.joining import OWN
+        from silotune.ledger import lines
+        from silotune.outbound import FILE, sent_by_run
+        from silotune.progress import human_bytes
+
+        path = Path(load_client_config(folder / OWN).state) / FILE
+        if json:
+            print_json(lines(path))
+            return
+        body = [
+            (
+                own["run"],
+                own["first"],
+                own["last"],
+                str(own["answers"]),
+                str(own["updates"]),
+                human_bytes(own["bytes"]),
+            )
+            for own in sent_by_run(path)
+        ]
+        print_table([("run", "first", "last", "answers", "updates", "sent"), *body])
+
+
+def join(
+    kit: KitFile,
+    data: Data = None,
+    model: Model = None,
     folder: Folder = None,
 ) -> None:
     """Connect, train when asked, and stay until a signal."""
     with errors_as_exit_codes():
-        from silotune.consortium.kit import read_kit
-        from silotune.deployment.joining import server_fingerprint, stay_joined, take_kit
+        from silotune.deployment.joining import server_fingerprint, stay_joined
 
-        place = folder or Path(read_kit(kit).client)
-        joined = take_kit(kit, place, data=data, model=model)
+        joined = _joined(kit, folder, data, model)
         _say(f"{joined.kit.consortium}, fingerprint: {server_fingerprint(joined.kit)}")
         stay_joined(joined, _say)
+
+
+def _joined(kit: Path, folder: Path | None, data: Path | None, model: Path | None) -> "Joined":
+    from silotune.consortium.kit import read_kit
+    from silotune.deployment.joining import take_kit
+
+    place = folder or Path(read_kit(kit).client)
+    return take_kit(kit, place, data=data, model=model)
 
 
 def _say(text: str) -> None:

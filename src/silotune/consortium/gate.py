@@ -26,6 +26,8 @@ from silotune.errors import ConfigError
 LOOPBACK = "127.0.0.1"
 FLEET = "/v1/fleet/*"
 """Flower's paths for clients; all others of its server are refused."""
+NOTICE = "/silotune/notice.json"
+"""What the server tells approved clients before they are asked to train; the one other path."""
 MOST_BYTES = 64 * 1024 * 1024
 """Of one message to the server: Flower cuts what it sends into pieces of 5 MB."""
 
@@ -47,7 +49,12 @@ def find_caddy() -> str:
 
 
 def server_gate(
-    consortium: Consortium, *, engine_port: int, engine_certificate: Path, leaves: Path
+    consortium: Consortium,
+    *,
+    engine_port: int,
+    engine_certificate: Path,
+    leaves: Path,
+    public: Path,
 ) -> dict[str, Any]:
     """The configuration of the server's gate.
 
@@ -56,6 +63,7 @@ def server_gate(
         engine_port: Of the SuperLink, on loopback.
         engine_certificate: What the SuperLink shows, and must show.
         leaves: Folder of the approved clients' certificates; see `write_leaves`.
+        public: Folder in which the notice to clients lies.
     """
     place = consortium.folder
     trusted = {"provider": "file", "pem_files": [_path(place / "authority" / "certificate.pem")]}
@@ -79,6 +87,11 @@ def server_gate(
             "handle": [{"handler": "request_body", "max_size": MOST_BYTES}, to_engine],
             "terminal": True,
         },
+        {
+            "match": [{"path": [NOTICE], "method": ["GET"]}],
+            "handle": [{"handler": "file_server", "root": _path(public)}],
+            "terminal": True,
+        },
         {"handle": [{"handler": "static_response", "status_code": 403}]},
     ]
     shown = {"certificate": "certificate.pem", "key": "key.pem"}
@@ -99,7 +112,6 @@ def client_gate(
         certificate: The kit's certificate of that key.
         authority: The kit's authority.
     """
-    host = f"[{kit.host}]" if ":" in kit.host else kit.host
     tls = {
         "ca": _pinned(authority),
         "client_certificate_file": _path(certificate),
@@ -108,7 +120,7 @@ def client_gate(
     }
     to_server = {
         "handler": "reverse_proxy",
-        "upstreams": [{"dial": f"{host}:{kit.port}"}],
+        "upstreams": [{"dial": f"{host_of(kit)}:{kit.port}"}],
         # without the name, the server's gate would see that of the loopback address
         "headers": {"request": {"set": {"Host": [kit.host]}}},
         "transport": {"protocol": "http", "tls": tls, "dial_timeout": "15s"},
@@ -116,6 +128,11 @@ def client_gate(
     routes = [{"match": [{"path": [FLEET]}], "handle": [to_server]}]
     shown = {"certificate": _path(own / "certificate.pem"), "key": _path(own / "key.pem")}
     return _config(f"{LOOPBACK}:{port}", routes, {}, [shown])
+
+
+def host_of(kit: Kit) -> str:
+    """The server's host as addresses have it: IPv6 in brackets."""
+    return f"[{kit.host}]" if ":" in kit.host else kit.host
 
 
 def write_leaves(folder: Path, members: Mapping[str, Member]) -> bool:

@@ -63,7 +63,12 @@ path = {data}
 [limits]                      # a recipe that asks for more is refused, with the key as the reason
 # max_rounds = 20             # in one run
 # max_steps = 200             # optimizer steps in one round
+# max_epochs = 3              # passes over the rows in one round
+# max_hours = 10              # of training in one run
+# max_bytes = 500_000_000     # that leave in one run; state/outbound.jsonl lists all that left
+# algorithms = ["fedavg", "fedprox"]
 # models = ["smollm2-135m-instruct"]
+# model_sha256 = ["..."]      # the same by content
 # epsilon = 3.0               # what all runs together may cost in privacy; needs delta
 # delta = 1e-5
 

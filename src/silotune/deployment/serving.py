@@ -28,6 +28,7 @@ from silotune.consortium.certificates import (
 from silotune.consortium.folder import Consortium, Member
 from silotune.consortium.gate import LOOPBACK, find_caddy, server_gate, write_leaves
 from silotune.consortium.roster import MEMBERS, write_members
+from silotune.deployment.notice import write_notice
 from silotune.deployment.queue import Queue
 from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.disk import write_json
@@ -102,6 +103,7 @@ class _Server:
             engine_port=self.port,
             engine_certificate=trusted,
             leaves=self.private / "leaves",
+            public=self.private / "public",
         )
         write_json(self.private / "gate.json", config)
         gate = [find_caddy(), "run", "--config", str(self.private / "gate.json")]
@@ -164,6 +166,7 @@ class _Server:
             assert name == JOB
             self.queue.job_ended(code)
         self._admit()
+        write_notice(self.private / "public", self.consortium.folder)
         self.queue.tend(self.supervisor)
 
     # --- who is in

@@ -1,11 +1,14 @@
 """A real client: its own configuration decides what a recipe means here."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from silotune.client_config import (
     ClientConfig,
+    check_base,
+    check_hours,
     check_steps,
     load_client_config,
     own_recipe,
@@ -15,6 +18,8 @@ from silotune.config import RunConfig
 from silotune.errors import UpdateError
 from silotune.ledger import FILE as LEDGER
 from silotune.memory import folder_name
+from silotune.outbound import FILE as OUTBOUND
+from silotune.outbound import Outbound
 from silotune.own_privacy import Ledger
 from silotune.runtime.parcel import Parcel
 from silotune.runtime.station import Place, Station, guarded
@@ -31,16 +36,29 @@ class Deployed:
 
     def answer(self, asked: Parcel) -> Parcel:
         """Answer one message. The own configuration is read anew each time: its limits count."""
+        about, began = asked.about, time.monotonic()
+        kind, round_ = about["kind"], int(about["parcel"].get("round", 0))
 
         def work() -> Parcel:
             own = load_client_config(self.config)
             with _turn(own.runtime.turn):
-                station = self._open(asked.about["recipe"], asked.about["run"], own)
-                parcel = Parcel(asked.about["parcel"], asked.values)
-                return station.answer(asked.about["kind"], self.name, parcel)
+                station = self._open(about["recipe"], about["run"], own)
+                check_base(own, station.base_sha256)
+                if kind == "train":
+                    check_hours(own, self._outbound(about["run"], own).seconds_training())
+                return station.answer(kind, self.name, Parcel(about["parcel"], asked.values))
 
-        round_ = int(asked.about["parcel"].get("round", 0))
-        return guarded(work, client=self.name, round_=round_)
+        def let_out() -> Parcel:
+            outbound = self._outbound(about["run"], load_client_config(self.config))
+            seconds = time.monotonic() - began
+            outbound.let_out(reply.about, reply.values, asked=kind, seconds=seconds)
+            return reply
+
+        reply = guarded(work, client=self.name, round_=round_)
+        return guarded(let_out, client=self.name, round_=round_)
+
+    def _outbound(self, run_id: str, own: ClientConfig) -> Outbound:
+        return Outbound(Path(own.state) / OUTBOUND, run_id, own.limits.max_bytes)
 
     def _open(self, recipe: str, run_id: str, own: ClientConfig) -> Station:
         if self._station is None or self._now != (recipe, run_id, own):

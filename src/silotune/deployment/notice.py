@@ -1,0 +1,86 @@
+"""What the server tells the clients that are in, before they are asked to train: notice.json.
+
+The gate serves it, to approved clients only. It holds what a run tells them anyway: the recipe of
+the run that is queued or was last, as it travels, and the hash of the server's base model.
+"""
+
+import importlib.metadata
+import json
+import ssl
+import urllib.request
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+from silotune.config import RunConfig
+from silotune.consortium.gate import NOTICE, host_of
+from silotune.consortium.kit import Kit
+from silotune.deployment.queue import DONE, runs_of, state_of
+from silotune.disk import write_json
+from silotune.runtime.submission import travelling
+from silotune.store import RunFolder
+
+VERSION = importlib.metadata.version("silotune")
+TIMEOUT_S = 15.0
+MOST_BYTES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a client has read."""
+
+    version: str
+    """Of the server's silotune."""
+    recipe: RunConfig | None
+    base_sha256: str | None
+    server_time: float
+    """Seconds since 1970, by the server's clock."""
+
+
+def write_notice(place: Path, folder: Path) -> None:
+    """Say what is to be trained next, or was last.
+
+    Args:
+        place: The folder that the gate serves.
+        folder: The consortium's.
+    """
+    runs = list(runs_of(folder).values())
+    open_ = [path for path in runs if state_of(path)["state"] != DONE]
+    about: dict[str, Any] = {"version": VERSION, "recipe": None, "base_sha256": None}
+    for path in (open_ or runs)[-1:]:
+        run = RunFolder.open(path)
+        about["recipe"] = travelling(run.run).model_dump_json(serialize_as_any=True)
+        if (known := run.read_json("provenance.json")) is not None:
+            about["base_sha256"] = known["base"]["sha256"]
+    target = place / NOTICE.lstrip("/")
+    text = json.dumps(about)
+    if not target.is_file() or json.loads(target.read_text(encoding="utf-8")) != json.loads(text):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, about)
+
+
+def read_notice(kit: Kit, context: ssl.SSLContext) -> Notice:
+    """Ask the server, as a client that shows its certificate.
+
+    Args:
+        kit: Where the server is.
+        context: With the kit's authority, certificate and the client's key.
+
+    Raises:
+        OSError: The server was not reached, is another, or refuses this client.
+        ValueError: What it said is no notice.
+    """
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+    with direct.open(f"https://{host_of(kit)}:{kit.port}{NOTICE}", timeout=TIMEOUT_S) as page:
+        about = json.loads(page.read(MOST_BYTES))
+        date = parsedate_to_datetime(page.headers["Date"]).timestamp()
+    recipe = about["recipe"]
+    return Notice(
+        version=str(about["version"]),
+        recipe=None if recipe is None else RunConfig.model_validate_json(recipe),
+        base_sha256=about["base_sha256"],
+        server_time=date,
+    )
