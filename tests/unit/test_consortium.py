@@ -31,6 +31,10 @@ from silotune.deployment.joining import init, server_fingerprint, take_kit
 from silotune.errors import ConfigError
 from tests.conftest import hospital_rows, write_jsonl
 
+needs_openssl = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="openssl, the independent judge, is not installed"
+)
+
 
 @pytest.fixture
 def consortium(tmp_path):
@@ -64,6 +68,7 @@ def test_a_private_key_is_its_owners_alone_and_never_overwritten(tmp_path):
     assert f"chmod 600 {path}" in problem(read_key, path)
 
 
+@needs_openssl
 def test_openssl_finds_the_certificates_good_for_their_use_and_no_other(tmp_path):
     """An independent judge: certificates that only we believe in are worth nothing."""
     signer, key = new_key(), new_key()
@@ -98,6 +103,7 @@ def test_a_certificate_of_another_authority_of_the_same_name_is_not_ours():
     assert not is_signed_by(made, authority)
 
 
+@needs_openssl
 def test_fingerprints_are_what_openssl_says_of_the_key(tmp_path):
     key = new_key()
     write_key(tmp_path / "key.pem", key)

@@ -38,6 +38,8 @@ from silotune.runtime.submission import CONNECTION, engine_environment, flwr
 
 TICK_S = 0.5
 """How often it is looked who has come, gone, or ended."""
+NOTICE_S = 5.0
+"""How often it is looked whether clients are to be told something else."""
 NODES = "nodes.json"
 """The engine's number for each client's key; goes with the engine's own state."""
 STATE = "state.db"
@@ -74,7 +76,7 @@ class _Server:
     def __init__(self, consortium: Consortium, engine: Path, private: Path, note: Note) -> None:
         self.consortium, self.engine, self.private, self.note = consortium, engine, private, note
         self.queue = Queue(consortium.folder, note)
-        self.port = free_port()
+        self.port, self._notice_due = free_port(), 0.0
         self.environment = engine_environment(
             engine / "flwr", private=private, runs=engine / "runs", threads=usable_threads()
         )
@@ -166,7 +168,9 @@ class _Server:
             assert name == JOB
             self.queue.job_ended(code)
         self._admit()
-        write_notice(self.private / "public", self.consortium.folder)
+        if time.monotonic() >= self._notice_due:
+            write_notice(self.private / "public", self.consortium.folder)
+            self._notice_due = time.monotonic() + NOTICE_S
         self.queue.tend(self.supervisor)
 
     # --- who is in

@@ -1,0 +1,83 @@
+"""kill -9 of every kind of process of a consortium in mid-run: the run goes on to its end."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.integration.test_deployment import CLIENTS, Place, trained
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROUNDS = 4
+# what to kill: words of its command line, and whether it is the server's or a client's
+VICTIMS = {
+    "SuperLink": ("flower-superlink", "up"),
+    "executor": ("flower-superexec", "up"),
+    "server app": ("flwr-serverapp", "up"),
+    "server's gate": ("caddy", "up"),
+    "the run's job": ("run --resume", "up"),
+    "SuperNode": ("flower-supernode", CLIENTS[0]),
+    "client's gate": ("caddy", CLIENTS[0]),
+    "client app": ("flwr-clientapp", CLIENTS[0]),
+    "resident worker": ("silotune.runtime.resident", CLIENTS[0]),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model):
+    made = Place(tmp_path_factory.mktemp("kills"), tiny_model)
+    made.up()
+    for name in CLIENTS[:2]:
+        made.add(name)
+    for name in CLIENTS[:2]:
+        made.wait_for(name, lambda name=name: "is connected to" in made.log(name))
+    yield made
+    made.close()
+
+
+def victim(place: Place, words: str, whose: str) -> psutil.Process | None:
+    """A process below the server's or a client's own, by its command line."""
+    for process in psutil.Process(place.processes[whose].pid).children(recursive=True):
+        try:
+            if words in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+@pytest.mark.parametrize("kind", VICTIMS)
+def test_a_killed_process_does_not_end_the_run(place, kind):
+    words, whose = VICTIMS[kind]
+    run = place.submit(f"rounds={ROUNDS}", "sampling.timeout_s=120", "train.local_steps=4")
+    place.wait_for("a first round", lambda: 1 in trained(run))
+    began = time.monotonic()
+    found: list[psutil.Process] = []
+
+    def there() -> bool:
+        if (process := victim(place, words, whose)) is not None:
+            found.append(process)
+        return bool(found)
+
+    place.wait_for(kind, there, 30)
+    os.kill(found[0].pid, signal.SIGKILL)
+    place.wait_until_done(run)
+    took = time.monotonic() - began
+    rounds = trained(run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    missed = [
+        f"{r['client']}, round {r['round']}: {r['status']}"
+        for r in rows
+        if r["event"] == "train" and r["status"] != "ok"
+    ]
+    sys.stderr.write(
+        f"\n{kind}: done {took:.0f} s after the kill; {'; '.join(missed) or 'nobody missed'}\n"
+    )
+    assert sorted(rounds) == list(range(1, ROUNDS + 1))
+    assert rounds[ROUNDS] == set(CLIENTS[:2]), "whoever was killed takes part again"
+    assert (run / "summary.json").is_file()
