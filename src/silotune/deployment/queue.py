@@ -99,7 +99,7 @@ def runs_of(folder: Path) -> Mapping[str, Path]:
 
 
 def find_run(folder: Path, name: str | None) -> Path:
-    """A run by its name or the end of it; the latest when None.
+    """A run by its name or a part of it; the latest when None.
 
     Raises:
         ConfigError: There is none, or more than one.
@@ -107,6 +107,8 @@ def find_run(folder: Path, name: str | None) -> Path:
     found = runs_of(folder)
     if name is None and found:
         return list(found.values())[-1]
+    if name in found:  # a second run of the same second has the first one's name and more
+        return found[name]
     fit = [path for own, path in found.items() if name is not None and name in own]
     if len(fit) != 1:
         known = ", ".join(found) or "none"

@@ -6,7 +6,6 @@ processes. Only what people do by hand (sending files, comparing fingerprints) i
 
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from silotune.errors import ConfigError, EngineError
 from silotune.finished import Run
 from silotune.launch import place_for
 from silotune.reading import DataConfig
-from silotune.runtime.flower_engine import free_port
+from silotune.runtime.flower_engine import free_port, private_folder
 from silotune.runtime.kept import Kept
 from silotune.runtime.submission import engine_environment
 from silotune.sources import resolve
@@ -86,11 +85,11 @@ def rehearse(
         request, _ = init(name, config.parent)
         kit, _ = consortium.approve(request)
         commands[name] = ["client", "join", str(kit), "--folder", str(config.parent)]
-    with tempfile.TemporaryDirectory(prefix="silotune-") as private:
+    with private_folder() as private:
         environment = engine_environment(
-            place, private=Path(private), runs=place, threads=run.runtime.threads
+            place, private=private, runs=place, threads=run.runtime.threads
         )
-        kept = Kept(Path(private), log=place / "keeper.log", environment=environment)
+        kept = Kept(private, log=place / "keeper.log", environment=environment)
         try:
             for name, words in commands.items():
                 log = place / f"{name}.log"

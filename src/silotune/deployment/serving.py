@@ -40,6 +40,8 @@ TICK_S = 0.5
 """How often it is looked who has come, gone, or ended."""
 NOTICE_S = 5.0
 """How often it is looked whether clients are to be told something else."""
+AGAIN_S = 10.0
+"""Before a client that the engine did not take is offered to it again."""
 NODES = "nodes.json"
 """The engine's number for each client's key; goes with the engine's own state."""
 STATE = "state.db"
@@ -77,6 +79,7 @@ class _Server:
         self.consortium, self.engine, self.private, self.note = consortium, engine, private, note
         self.queue = Queue(consortium.folder, note)
         self.port, self._notice_due = free_port(), 0.0
+        self._again: dict[str, float] = {}
         self.environment = engine_environment(
             engine / "flwr", private=private, runs=engine / "runs", threads=usable_threads()
         )
@@ -184,21 +187,33 @@ class _Server:
         known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
         wanted = {name: fingerprint(own.key) for name, own in members.items()}
         gone = [name for name, own in known.items() if wanted.get(name) != own["key"]]
-        new = [name for name in wanted if name not in known or name in gone]
-        if not gone and not new:
-            if not (self.consortium.folder / MEMBERS).is_file():
-                self._write_members(known)
-            return
+        now = time.monotonic()
+        new = [n for n in wanted if (n not in known or n in gone) and self._again.get(n, 0) <= now]
         for name in gone:
-            node = str(known.pop(name)["node"])
-            self._flwr("supernode", "unregister", node, CONNECTION, "--format", "json")
+            self._unregister(known.pop(name)["node"])
             self.note(f"{name} is out")
         for name in new:
             if (node := self._register(members[name])) is not None:
                 known[name] = {"key": wanted[name], "node": node}
                 self.note(f"{name} is in: {wanted[name]}")
-        write_json(path, known)
-        self._write_members(known)
+                continue
+            # a server that was killed may have registered it and not written it down
+            self._forget_unknown(known)
+            self._again[name] = time.monotonic() + AGAIN_S
+        if gone or new:
+            write_json(path, known)
+        if gone or new or not (self.consortium.folder / MEMBERS).is_file():
+            self._write_members(known)
+
+    def _forget_unknown(self, known: Mapping[str, Mapping[str, Any]]) -> None:
+        """Have the engine forget nodes that we know nothing of."""
+        answer = self._flwr("supernode", "list", CONNECTION, "--format", "json")
+        ours = {int(own["node"]) for own in known.values()}
+        for node in {int(own["node-id"]) for own in answer.get("nodes") or []} - ours:
+            self._unregister(node)
+
+    def _unregister(self, node: int) -> None:
+        self._flwr("supernode", "unregister", str(node), CONNECTION, "--format", "json")
 
     def _write_members(self, known: Mapping[str, Mapping[str, Any]]) -> None:
         nodes = {name: int(own["node"]) for name, own in known.items()}

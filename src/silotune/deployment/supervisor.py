@@ -92,8 +92,9 @@ class Supervisor:
             own = self._programs[name]
             own.failures = 1 if now - own.began > STEADY_S else own.failures + 1
             rest = min(MOST_REST_S, own.rest_s * 2 ** (own.failures - 1))
-            own.due = now + max(rest, own.rest_s)
-            self._note(f"{name} ended ({_meaning(code)}) and is started again in {rest:g} s")
+            own.due = now + rest
+            why = f"{_meaning(code)}; {self.log_of(name)} says more"
+            self._note(f"{name} ended ({why}), and is started again in {rest:g} s")
         for name, own in self._programs.items():
             if 0 < own.due <= now:
                 self._start(name)
