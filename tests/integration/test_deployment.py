@@ -261,8 +261,9 @@ def test_who_was_not_approved_does_not_get_past_the_handshake(first, place, tmp_
 # --- who comes and goes, and what is killed ------------------------------------------------------
 
 
-def test_a_third_joins_in_mid_run_and_a_killed_server_goes_on_by_itself(first, place):
-    run = place.submit("rounds=5")
+def test_a_third_joins_a_killed_server_goes_on_and_a_stopped_run_too(first, place):
+    """As many rounds as all of it may take on a slow machine: the run is stopped at the end."""
+    run = place.submit("rounds=500", "evaluate.every=0")
     place.wait_for("a first round", lambda: 1 in trained(run))
     place.add(CLIENTS[2])
     place.wait_for(
@@ -274,13 +275,19 @@ def test_a_third_joins_in_mid_run_and_a_killed_server_goes_on_by_itself(first, p
     done = max(trained(run))
     assert place.state(run) == "running", "nobody could write down that it is not"
     place.up()
-    place.wait_until_done(run)
+    place.wait_for("all three", lambda: trained(run).get(done + 2) == set(CLIENTS))
     found = trained(run)
-    assert sorted(found) == list(range(1, 6))
+    assert sorted(found) == list(range(1, max(found) + 1)), "no round is missing"
     assert found[1] == set(CLIENTS[:2])
-    assert all(found[r] == set(CLIENTS) for r in range(done + 1, 6)), found
-    summary = json.loads((run / "summary.json").read_text())
-    assert set(summary["clients"]) == set(CLIENTS)
+    place.do("server", "stop", run.name)
+    place.wait_for("the stop", lambda: place.state(run) == "stopped")
+    kept = max(trained(run))
+    assert not (run / "summary.json").exists()
+    place.do("server", "submit", "--again", run.name)
+    place.wait_for("another round", lambda: kept + 1 in trained(run))
+    assert f"round {kept + 1}/500" in place.do("server", "log", run.name)
+    place.do("server", "stop")
+    place.wait_for("the second stop", lambda: place.state(run) == "stopped")
 
 
 def test_a_revoked_client_is_out_at_once_and_nobody_else(place):
@@ -310,18 +317,6 @@ def test_a_revoked_client_is_out_at_once_and_nobody_else(place):
     assert "does not let this client in" in done.stdout
     clients = {own["name"]: own["online"] for own in place.status()["clients"]}
     assert clients == {CLIENTS[1]: True, CLIENTS[2]: True}
-
-
-def test_a_run_that_is_stopped_keeps_what_it_finished_and_goes_on_when_asked(place):
-    run = place.submit("rounds=3")
-    place.wait_for("a first round", lambda: 1 in trained(run))
-    place.do("server", "stop", run.name)
-    place.wait_for("the stop", lambda: place.state(run) == "stopped")
-    assert not (run / "summary.json").exists()
-    place.do("server", "submit", "--again", run.name)
-    place.wait_until_done(run)
-    assert sorted(trained(run)) == [1, 2, 3]
-    assert "scoring the last adapter at 2 clients" in place.do("server", "log", run.name)
 
 
 def test_a_rehearsal_does_all_of_it_and_leaves_nothing_running(tiny_model, tmp_path):

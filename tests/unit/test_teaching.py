@@ -15,8 +15,8 @@ from silotune.errors import ConfigError, DataError, ModelError, UpdateError
 from silotune.finished import load_for
 from silotune.models import read_adapter
 from silotune.progress import Progress
-from silotune.runtime.flower_engine import _travelling
 from silotune.runtime.inprocess import InProcessClients
+from silotune.runtime.submission import travelling
 from silotune.store import RunFolder
 from silotune.teaching import TEACHER, ServerWork, open_server_work
 from silotune.tree import sha256
@@ -208,7 +208,7 @@ def test_no_client_is_sent_the_teacher_or_the_way_to_the_servers_rows(place, tmp
     run = recipe(place, server__data_fraction=0.0, server__data_path=own)
     for name in ("flower", "flower-simulation"):
         changed = run.model_copy(update={"runtime": run.runtime.model_copy(update={"name": name})})
-        sent = _travelling(changed).model_dump_json(serialize_as_any=True)
+        sent = travelling(changed).model_dump_json(serialize_as_any=True)
         assert own not in sent
         assert "teacher" not in json.loads(sent)["distill"] or "bert-teacher" not in sent
 
@@ -234,13 +234,13 @@ def test_what_clients_receive_is_the_adapter_alone(place, tmp_path, monkeypatch)
 
 def test_actors_of_a_simulation_leave_the_servers_share_alone(place):
     run = recipe(place, runtime__name="flower-simulation")
-    assert _travelling(run).server.data_fraction == run.server.data_fraction
+    assert travelling(run).server.data_fraction == run.server.data_fraction
 
 
 def test_the_template_travels_to_deployed_clients(place):
     """Bug: clients of a deployment cut from one data set rendered with the model's own template."""
     run = recipe(place, "instruct", runtime__name="flower", data__template="three-block")
-    assert _travelling(run).data.template == "three-block"
+    assert travelling(run).data.template == "three-block"
 
 
 def test_a_run_stopped_between_rounds_ends_as_if_it_had_not_been(place, tmp_path):
