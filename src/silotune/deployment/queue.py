@@ -107,7 +107,9 @@ def find_run(folder: Path, name: str | None) -> Path:
     found = runs_of(folder)
     if name is None and found:
         return list(found.values())[-1]
-    if name in found:  # a second run of the same second has the first one's name and more
+    if (
+        name is not None and name in found
+    ):  # a second run of the same second has the first one's name and more
         return found[name]
     fit = [path for own, path in found.items() if name is not None and name in own]
     if len(fit) != 1:
