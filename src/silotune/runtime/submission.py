@@ -213,11 +213,16 @@ def read_settings(run_id: str) -> tuple[Path, dict[str, Any]]:
 
 def travelling(run: RunConfig) -> RunConfig:
     """The recipe as it is sent: whole paths in simulation, no place of rows in deployment."""
+    if run.runtime.name == "flower":
+        place = locate(run.data.path)
+        if place is not None and (is_client_folder(place) or is_consortium(place)):
+            return without_places(run)
+        # these clients were cut from one data set: their rows are converted and split already
+        own, data = without_places(run), run.data
+        told = DataConfig(path=OWN, system=data.system, template=data.template, labels=data.labels)
+        return own.model_copy(update={"data": told})
     # what the server does with its own rows is no client's business
     mine = {"server": ServerConfig(), "distill": DistillConfig()}
-    if run.runtime.name == "flower":
-        data = _without_places(run.data)
-        return run.model_copy(update={"data": data, "partition": None, **mine})
     # but that a part of them is not the clients' is: actors read the rows anew
     mine["server"] = ServerConfig(data_fraction=run.server.data_fraction)
     whole = {
@@ -239,13 +244,12 @@ def travelling(run: RunConfig) -> RunConfig:
     )
 
 
-def _without_places(data: DataConfig) -> DataConfig:
-    """What a recipe says of rows without saying where they are."""
-    place = locate(data.path)
-    if place is not None and (is_client_folder(place) or is_consortium(place)):
-        return data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
-    # these clients were cut from one data set: their rows are converted and split already
-    return DataConfig(path=OWN, system=data.system, template=data.template, labels=data.labels)
+def without_places(run: RunConfig) -> RunConfig:
+    """A recipe for real clients: what rows look like stays, where they are does not."""
+    data = run.data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
+    # what the server does with its own rows is no client's business
+    mine = {"server": ServerConfig(), "distill": DistillConfig()}
+    return run.model_copy(update={"data": data, "partition": None, **mine})
 
 
 def _default(key: str) -> Any:
