@@ -1,12 +1,11 @@
 """Commands of a client: init, doctor, join, outbound."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table
+from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table, say
 
 if TYPE_CHECKING:
     from silotune.deployment.joining import Joined
@@ -110,8 +109,8 @@ def join(
         from silotune.deployment.joining import server_fingerprint, stay_joined
 
         joined = _joined(kit, folder, data, model)
-        _say(f"{joined.kit.consortium}, fingerprint: {server_fingerprint(joined.kit)}")
-        stay_joined(joined, _say)
+        say(f"{joined.kit.consortium}, fingerprint: {server_fingerprint(joined.kit)}")
+        stay_joined(joined, say)
 
 
 def _joined(kit: Path, folder: Path | None, data: Path | None, model: Path | None) -> "Joined":
@@ -120,7 +119,3 @@ def _joined(kit: Path, folder: Path | None, data: Path | None, model: Path | Non
 
     place = folder or Path(read_kit(kit).client)
     return take_kit(kit, place, data=data, model=model)
-
-
-def _say(text: str) -> None:
-    typer.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {plain(text)}", err=True)

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import sys
+import time
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,11 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
         table.add_row(*row)
     wide = None if sys.stdout.isatty() else 240  # a pipe has no edge at which to fold
     Console(highlight=False, markup=False, width=wide).print(table)
+
+
+def say(text: str) -> None:
+    """A line on stderr with its time, for commands that go on for days."""
+    typer.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {plain(text)}", err=True)
 
 
 def plain(text: str) -> str:

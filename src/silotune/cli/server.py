@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table
+from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table, say
 from silotune.cli.run import AsJson, Overrides, Recipe
 
 Folder = Annotated[Path, typer.Option(help="The consortium's folder.")]
@@ -50,7 +50,7 @@ def up(folder: Folder = HERE) -> None:
     with errors_as_exit_codes():
         from silotune.deployment.serving import serve
 
-        serve(folder, _say)
+        serve(folder, say)
 
 
 def approve(
@@ -158,12 +158,8 @@ def rehearse(
     with errors_as_exit_codes():
         from silotune.deployment.rehearsing import rehearse
 
-        done = rehearse(recipe, overrides or (), num_clients=clients, out=out, note=_say)
+        done = rehearse(recipe, overrides or (), num_clients=clients, out=out, note=say)
         if json:
             print_json(done.summary)
         else:
             typer.echo(f"adapter: {done.path / 'adapter'}")
-
-
-def _say(text: str) -> None:
-    typer.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {plain(text)}", err=True)

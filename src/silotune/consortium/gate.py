@@ -66,12 +66,11 @@ def server_gate(
         public: Folder in which the notice to clients lies.
     """
     place = consortium.folder
-    trusted = {"provider": "file", "pem_files": [_path(place / "authority" / "certificate.pem")]}
     folder = {"loader": "folder", "folders": [_path(leaves)]}
     policy = {
         "client_authentication": {
             "mode": "require_and_verify",
-            "ca": trusted,
+            "ca": _pinned(place / "authority" / "certificate.pem"),
             "verifiers": [{"verifier": "leaf", "leaf_certs_loaders": [folder]}],
         },
         "protocol_min": "tls1.3",
