@@ -14,6 +14,8 @@ from tests.integration.test_deployment import CLIENTS, Place, trained
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROUNDS = 4
+LONGER = {"SuperNode": 25}
+"""The engine holds a killed one for present for a minute, in which others go on."""
 # what to kill: words of its command line, and whether it is the server's or a client's
 VICTIMS = {
     "SuperLink": ("flower-superlink", "up"),
@@ -54,7 +56,8 @@ def victim(place: Place, words: str, whose: str) -> psutil.Process | None:
 @pytest.mark.parametrize("kind", VICTIMS)
 def test_a_killed_process_does_not_end_the_run(place, kind):
     words, whose = VICTIMS[kind]
-    run = place.submit(f"rounds={ROUNDS}", "sampling.timeout_s=120", "train.local_steps=4")
+    last = LONGER.get(kind, ROUNDS)
+    run = place.submit(f"rounds={last}", "sampling.timeout_s=120", "train.local_steps=4")
     place.wait_for("a first round", lambda: 1 in trained(run))
     began = time.monotonic()
     found: list[psutil.Process] = []
@@ -78,6 +81,6 @@ def test_a_killed_process_does_not_end_the_run(place, kind):
     sys.stderr.write(
         f"\n{kind}: done {took:.0f} s after the kill; {'; '.join(missed) or 'nobody missed'}\n"
     )
-    assert sorted(rounds) == list(range(1, ROUNDS + 1))
-    assert rounds[ROUNDS] == set(CLIENTS[:2]), "whoever was killed takes part again"
+    assert sorted(rounds) == list(range(1, last + 1))
+    assert rounds[last] == set(CLIENTS[:2]), "whoever was killed takes part again"
     assert (run / "summary.json").is_file()
