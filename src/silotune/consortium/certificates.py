@@ -173,6 +173,27 @@ def server_certificate(authority: Certificate, signer: Key, key: Key, host: str)
     return _leaf(builder, ExtendedKeyUsageOID.SERVER_AUTH, authority, signer)
 
 
+def write_own_certificate(folder: Path, host: str) -> Path:
+    """Write key.pem and certificate.pem for connections of this machine with itself.
+
+    Args:
+        folder: Created; it lives as long as the processes that use it.
+        host: The loopback address.
+
+    Returns:
+        The authority, made for this alone, that whoever connects has to trust.
+    """
+    folder.mkdir(mode=0o700)
+    signer, key = new_key(), new_key()
+    authority = new_authority("this machine", signer)
+    write_key(folder / "key.pem", key)
+    shown = server_certificate(authority, signer, key, host)
+    (folder / "certificate.pem").write_text(pem(shown), encoding="ascii")
+    trusted = folder / "authority.pem"
+    trusted.write_text(pem(authority), encoding="ascii")
+    return trusted
+
+
 def client_certificate(
     authority: Certificate, signer: Key, key: PublicKey, name: str, *, days: int = DAYS
 ) -> Certificate:

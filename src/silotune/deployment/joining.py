@@ -19,14 +19,13 @@ from silotune.client_config import ClientConfig, load_client_config
 from silotune.config import usable_threads
 from silotune.consortium.certificates import (
     fingerprint,
-    new_authority,
     new_key,
     new_request,
     pem,
     public_key,
     read_key,
-    server_certificate,
     write_key,
+    write_own_certificate,
     write_ssh_key,
 )
 from silotune.consortium.gate import LOOPBACK, client_gate, find_caddy
@@ -211,13 +210,7 @@ def stay_joined(joined: Joined, note: Note) -> None:
 def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
     folder, kit = joined.folder, joined.kit
     shown = private / "gate"
-    shown.mkdir()
-    signer, key = new_key(), new_key()
-    authority = new_authority("this client", signer)
-    write_key(shown / "key.pem", key)
-    certificate = server_certificate(authority, signer, key, LOOPBACK)
-    (shown / "certificate.pem").write_text(pem(certificate), encoding="ascii")
-    (private / "gate-authority.pem").write_text(pem(authority), encoding="ascii")
+    trusted = write_own_certificate(shown, LOOPBACK)
     (private / "authority.pem").write_text(kit.authority, encoding="ascii")
     (private / "certificate.pem").write_text(kit.certificate, encoding="ascii")
     write_ssh_key(private / "key", read_key(folder / KEY))
@@ -234,7 +227,7 @@ def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
     supervisor.keep("gate", [find_caddy(), "run", "--config", str(private / "gate.json")])
     node = [
         "flower-supernode",
-        *("--root-certificates", str(private / "gate-authority.pem")),
+        *("--root-certificates", str(trusted)),
         *("--superlink", f"{LOOPBACK}:{port}"),
         *("--auth-supernode-private-key", str(private / "key")),
         *("--host", LOOPBACK, "--port", str(free_port())),

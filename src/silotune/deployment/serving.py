@@ -16,15 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.config import usable_threads
-from silotune.consortium.certificates import (
-    fingerprint,
-    new_authority,
-    new_key,
-    pem,
-    server_certificate,
-    ssh_public,
-    write_key,
-)
+from silotune.consortium.certificates import fingerprint, ssh_public, write_own_certificate
 from silotune.consortium.folder import Consortium, Member
 from silotune.consortium.gate import LOOPBACK, find_caddy, server_gate, write_leaves
 from silotune.consortium.roster import MEMBERS, write_members
@@ -93,7 +85,7 @@ class _Server:
 
     def start(self) -> None:
         """Start everything, and wait until the engine answers."""
-        trusted = self._write_engine_certificate()
+        trusted = write_own_certificate(self.private / "engine", LOOPBACK)
         address = f"{LOOPBACK}:{self.port}"
         connection = {"address": address, "root-certificates": str(trusted)}
         write_connection(self.engine / "flwr", connection)
@@ -117,25 +109,14 @@ class _Server:
         self.note(f"{about.name}: clients reach it at {about.host}, port {about.port}")
         self.note(f"fingerprint, to be compared by telephone: {self.consortium.fingerprint()}")
 
-    def _write_engine_certificate(self) -> Path:
-        """For the engine's own connections on loopback; made anew each time, gone at the end."""
-        signer, key = new_key(), new_key()
-        authority = new_authority("engine", signer)
-        shown = server_certificate(authority, signer, key, LOOPBACK)
-        write_key(self.private / "engine-key.pem", key)
-        (self.private / "engine.pem").write_text(pem(shown), encoding="ascii")
-        trusted = self.private / "engine-authority.pem"
-        trusted.write_text(pem(authority), encoding="ascii")
-        return trusted
-
     def _superlink(self, trusted: Path) -> None:
         argv = [
             "flower-superlink",
             # server apps are then processes of the executor's: they outlive a SuperLink
             *("--isolation", "process"),
             *("--ssl-ca-certfile", str(trusted)),
-            *("--ssl-certfile", str(self.private / "engine.pem")),
-            *("--ssl-keyfile", str(self.private / "engine-key.pem")),
+            *("--ssl-certfile", str(self.private / "engine" / "certificate.pem")),
+            *("--ssl-keyfile", str(self.private / "engine" / "key.pem")),
             "--enable-supernode-auth",
             *("--database", str(self.engine / STATE)),
             "--disable-runtime-dependency-installation",
