@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ from silotune.quality import question_of
 from silotune.report import budget_warnings, summarise
 from silotune.runtime import flower_engine, hosted, inprocess
 from silotune.runtime.flower_strategy import algorithm_of
-from silotune.runtime.job import Job
+from silotune.runtime.job import Job, Measured
 from silotune.sources import SOURCES, content_hash, resolve
 from silotune.spending import begin_part, keep_spent, read_spent
 from silotune.store import RunFolder
@@ -224,6 +224,7 @@ def run_in(
     began: float,
     loaded: LoadedModel | None = None,
     data: Mapping[str, ClientData] | None = None,
+    drive: Callable[[Job], Measured] | None = None,
 ) -> Run:
     """Do what is left of a run in its folder, which the caller has locked.
 
@@ -234,6 +235,7 @@ def run_in(
         began: When this part of the run began, by `time.perf_counter`.
         loaded: The base with the recipe's first adapter, where it is in memory already.
         data: The rows as tokens, where they have been made already.
+        drive: What runs the rounds; by default what `RUNTIMES` has for the recipe.
     """
     if folder.read_json("summary.json") is not None:
         return Run(folder.path)  # finished before: nothing is left to do
@@ -275,7 +277,7 @@ def run_in(
     if tracker is not None:
         job = replace(job, progress=Both(progress, tracker))
     try:
-        measured = RUNTIMES[run.runtime.name](job)
+        measured = (drive or RUNTIMES[run.runtime.name])(job)
         if tracker is not None:
             rows = folder.metrics()
             done = max(row["round"] for row in rows)

@@ -91,13 +91,13 @@ class Place:
             assert time.monotonic() < deadline, f"{what} did not come: {self.log('up')}"
             time.sleep(0.2)
 
-    def wait_until_done(self, run: Path) -> None:
+    def wait_until_done(self, run: Path, timeout_s: float = 150) -> None:
         def ended() -> bool:
             state = self.state(run)
             assert state not in ("failed", "stopped"), (run / "job.log").read_text()
             return state == "done"
 
-        self.wait_for(f"the end of {run.name}", ended)
+        self.wait_for(f"the end of {run.name}", ended, timeout_s)
 
     def close(self) -> None:
         for process in self.processes.values():

@@ -69,7 +69,7 @@ def test_a_killed_process_does_not_end_the_run(place, kind):
 
     place.wait_for(kind, there, 30)
     os.kill(found[0].pid, signal.SIGKILL)
-    place.wait_until_done(run)
+    place.wait_until_done(run, 600)
     took = time.monotonic() - began
     rounds = trained(run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Commands of a consortium's server: init, up, approve, revoke, submit, status, log, stop."""
+"""Commands of a consortium's server, the rehearsal of one, and a run as an app of Flower's."""
 
 import time
 from pathlib import Path
@@ -17,8 +17,9 @@ AnyRun = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Add the group of this file, and the rehearsal."""
+    """Add the group of this file, and its two commands."""
     app.command()(rehearse)
+    app.command()(export_app)
     group = typer.Typer(help="A consortium's server.", no_args_is_help=True, rich_markup_mode=None)
     for command in (init, up, approve, revoke, status, submit, log, stop):
         group.command()(command)
@@ -163,3 +164,16 @@ def rehearse(
             print_json(done.summary)
         else:
             typer.echo(f"adapter: {done.path / 'adapter'}")
+
+
+def export_app(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.")],
+    recipe: Recipe,
+    overrides: Overrides = None,
+) -> None:
+    """Write a run as a Flower app, for `flwr run` in Flower's simulation."""
+    with errors_as_exit_codes():
+        from silotune.deployment.app_folder import export_app
+
+        command = export_app(folder, recipe, overrides or ())
+        typer.echo(f"run it: {command}")

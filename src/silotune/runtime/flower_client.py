@@ -42,7 +42,10 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(kind: str, message: Message, context: Context) -> Message:
-    reply = pass_on(kind, from_record(message.content), context.run_config, context.node_config)
+    told = dict(context.run_config)
+    if "runs" in told:  # of an exported app, where each run has a folder by Flower's number
+        told["folder"] = str(Path(str(told["runs"])) / str(context.run_id))
+    reply = pass_on(kind, from_record(message.content), told, context.node_config)
     return Message(to_record(reply), reply_to=message)
 
 

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from silotune.promise import with_privacy
 from silotune.report import cut_note
 from silotune.rounds import run_rounds
 from silotune.runtime import wire
+from silotune.runtime.flower_engine import measured_from
 from silotune.runtime.flower_strategy import algorithm_of
+from silotune.runtime.job import Job, Measured
 from silotune.runtime.parcel import Parcel
 from silotune.runtime.records import from_record, to_record
 from silotune.runtime.reported import FileProgress, write_outcome
@@ -80,24 +82,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         clients.join()
         clients.check_anybody()
-        state = folder.load_state()
-        assert state is not None, "the first adapter is saved before the engine starts"
-        folder.rewind(state.round)
-        plain = keep_local(algorithm_of(run.algorithm), settings["local"])
-        algorithm = with_privacy(plain, run, folder, clients.num_examples())
-        # the server's rows and teacher are named in the folder's recipe alone: clients read `run`
-        own = RunFolder.open(folder.path).run
-        work = open_server_work(own, folder, algorithm=algorithm, progress=progress)
-        progress.begin(run.rounds, state.round + 1)
-        run_rounds(
-            run,
-            state,
-            algorithm=algorithm,
-            clients=clients,
-            folder=folder,
-            progress=progress,
-            improve=work and work.improve,
-        )
+        go_through(clients, folder, local=settings["local"])
     except BaseException as problem:
         error = problem
         if not isinstance(problem, SilotuneError):
@@ -106,6 +91,61 @@ def main(grid: Grid, context: Context) -> None:
     finally:
         write_outcome(place, clients.facts(), error)
         progress.end()
+
+
+def drive_app(job: Job, *, grid: Grid) -> Measured:
+    """Run a job's rounds in this process, over a Grid that somebody else's `flwr run` has opened.
+
+    Raises:
+        EngineError: The federation has fewer nodes than the run has clients.
+        SilotuneError: What ended the rounds, as in any runtime.
+    """
+    if job.state.round == 0:
+        job.folder.save(job.state, last=False)
+    clients = FlowerClients(
+        grid,
+        job.names,
+        job.run,
+        job.progress,
+        base_sha256=job.base_sha256,
+        window=IN_SIMULATION,
+    )
+    clients.join()
+    if missing := len(job.names) - len(clients.reports):
+        raise EngineError(
+            f"{missing} of the {len(job.names)} clients have no node of Flower's.\n  Give it as "
+            f"many: flwr run APP --federation-config 'num-supernodes={len(job.names)}'"
+        )
+    go_through(clients, job.folder, local=job.local)
+    return measured_from(clients.facts())
+
+
+def go_through(clients: "FlowerClients", folder: RunFolder, *, local: Collection[str]) -> None:
+    """The rounds that are left, with clients that have reported.
+
+    Args:
+        clients: Of the run.
+        folder: The run's, with its first adapter.
+        local: Tensors that are learned and stay at each client.
+    """
+    run, progress, state = clients.run, clients.progress, folder.load_state()
+    assert state is not None, "the first adapter is saved before the engine starts"
+    folder.rewind(state.round)
+    plain = keep_local(algorithm_of(run.algorithm), local)
+    algorithm = with_privacy(plain, run, folder, clients.num_examples())
+    # the server's rows and teacher are named in the folder's recipe alone: clients read `run`
+    own = RunFolder.open(folder.path).run
+    work = open_server_work(own, folder, algorithm=algorithm, progress=progress)
+    progress.begin(run.rounds, state.round + 1)
+    run_rounds(
+        run,
+        state,
+        algorithm=algorithm,
+        clients=clients,
+        folder=folder,
+        progress=progress,
+        improve=work and work.improve,
+    )
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ CONNECTION = "engine"
 """How the SuperLink is called in Flower's own configuration."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN = "each client's own"
+SERVER = "silotune.runtime.flower_server:app"
 APP = """\
 [project]
 name = "silotune-run"
@@ -45,10 +46,15 @@ version = "0.0.0"
 [tool.flwr.app]
 publisher = "silotune"
 [tool.flwr.app.components]
-serverapp = "silotune.runtime.flower_server:app"
+serverapp = "{server}"
 clientapp = "silotune.runtime.flower_client:app"
 [tool.flwr.app.config]
 """
+
+
+def app_of(server: str) -> str:
+    """The head of a Flower app's pyproject, up to its config: no code, only names of functions."""
+    return APP.format(server=server)
 
 
 def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -> dict[str, str]:
@@ -115,7 +121,7 @@ class Link:
         app, values = self.work / "app", self.work / "told.toml"
         app.mkdir(exist_ok=True)
         empty = "".join(f'{key} = ""\n' for key in told)
-        (app / "pyproject.toml").write_text(APP + empty, encoding="utf-8")
+        (app / "pyproject.toml").write_text(app_of(SERVER) + empty, encoding="utf-8")
         values.write_text(tomli_w.dumps(told), encoding="utf-8")
         words = ["run", str(app), CONNECTION, "--run-config", str(values), "--format", "json"]
         answer = self._flwr(*words, *self._options())
@@ -221,27 +227,33 @@ def travelling(run: RunConfig) -> RunConfig:
         own, data = without_places(run), run.data
         told = DataConfig(path=OWN, system=data.system, template=data.template, labels=data.labels)
         return own.model_copy(update={"data": told})
-    # what the server does with its own rows is no client's business
-    mine = {"server": ServerConfig(), "distill": DistillConfig()}
-    # but that a part of them is not the clients' is: actors read the rows anew
-    mine["server"] = ServerConfig(data_fraction=run.server.data_fraction)
-    whole = {
-        key: str(Path(value).expanduser().absolute())
-        for key in ("path", "eval_path")
-        if (value := getattr(run.data, key))
-        and value not in EXAMPLES
-        and Path(value).expanduser().exists()
+    # what the server does with its own rows is no client's business, but that a part of them is not
+    # the clients' is: actors read the rows anew
+    mine = {
+        "server": ServerConfig(data_fraction=run.server.data_fraction),
+        "distill": DistillConfig(),
     }
-    model = {}
-    if run.model.name not in SOURCES and Path(run.model.name).expanduser().exists():
-        model = {"name": str(Path(run.model.name).expanduser().absolute())}
-    return run.model_copy(
-        update={
-            "data": run.data.model_copy(update=whole),
-            "model": run.model.model_copy(update=model),
-            **mine,
-        }
-    )
+    return with_whole_paths(run).model_copy(update=mine)
+
+
+def with_whole_paths(run: RunConfig) -> RunConfig:
+    """The recipe with paths that mean the same in any directory."""
+    places = {"data": ("path", "eval_path"), "model": ("name",)}
+    places |= {"server": ("data_path",), "distill": ("teacher",)}
+    parts = {
+        part: (own := getattr(run, part)).model_copy(
+            update={key: _whole(value) for key in keys if (value := getattr(own, key))}
+        )
+        for part, keys in places.items()
+    }
+    return run.model_copy(update=parts)
+
+
+def _whole(name: str) -> str:
+    """A path from the root, where it is one of this machine's and no name of ours."""
+    place = Path(name).expanduser()
+    ours = name in EXAMPLES or name in SOURCES
+    return name if ours or not place.exists() else str(place.absolute())
 
 
 def without_places(run: RunConfig) -> RunConfig:

@@ -1,0 +1,84 @@
+"""`silotune export-app`: a run as a Flower app, for people who want `flwr run`.
+
+The app holds no code: its components are those of the installed package, and its config is the
+recipe. It runs in Flower's simulation; real clients join a consortium.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+
+from silotune.checking import check
+from silotune.client_config import is_client_folder
+from silotune.config import load_recipe
+from silotune.consortium.roster import is_consortium
+from silotune.disk import build_folder
+from silotune.errors import ConfigError
+from silotune.files import locate
+from silotune.runtime.submission import app_of, with_whole_paths
+
+SERVER = "silotune.deployment.flower_app:app"
+README = """\
+# A run of silotune as a Flower app
+
+```sh
+{command}
+```
+
+silotune has to be installed where Flower's processes run. Each run leaves a folder, named by
+Flower's number of the run, in {runs}: `silotune report`, `silotune export` and the
+rest work on it, and `silotune run --resume` goes on with one that was interrupted.
+
+The recipe is in pyproject.toml as one line of JSON. For another, export again.
+"""
+
+
+def export_app(folder: Path, recipe: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Write a run as a Flower app.
+
+    Args:
+        folder: To create; nothing may be there.
+        recipe: A shipped name or a TOML file, with rows to cut into clients.
+        overrides: Dotted `key=value` texts on top of it.
+
+    Returns:
+        The command that runs it.
+
+    Raises:
+        SilotuneError: A mistake in the recipe, or one of real clients.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already.\n  Name a folder that does not.")
+    place = locate(load_recipe(recipe, overrides).data.path)
+    if place is not None and (is_client_folder(place) or is_consortium(place)):
+        raise ConfigError(
+            "these clients have rows of their own, and an app of Flower's is run in simulation.\n"
+            "  They join a consortium: silotune server init; to try it: silotune rehearse."
+        )
+    checked = check(recipe, [*overrides, "runtime.name=flower-simulation"])
+    run, names = with_whole_paths(checked.run), sorted(checked.rows)
+    # beside the app: all that is in its folder travels with it
+    runs = folder.absolute().with_name(f"{folder.name}-runs")
+    told = {
+        "recipe": run.model_dump_json(serialize_as_any=True),
+        "clients": json.dumps(names),
+        "runs": str(runs),
+    }
+    wanted = {
+        "num-supernodes": len(names),
+        "client-resources-num-cpus": run.runtime.client_cpus or run.runtime.threads,
+        "client-resources-num-gpus": float(run.runtime.client_gpus or 0),
+    }
+    resources = " ".join(f"{key}={value}" for key, value in wanted.items())
+    command = f"flwr run {folder} --stream --federation-config '{resources}'"
+
+    def fill(part: Path) -> None:
+        text = app_of(SERVER) + tomli_w.dumps(told)
+        (part / "pyproject.toml").write_text(text, encoding="utf-8")
+        readme = README.format(command=command, runs=runs)
+        (part / "README.md").write_text(readme, encoding="utf-8")
+
+    build_folder(folder, fill)
+    return command

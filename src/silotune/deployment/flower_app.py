@@ -1,0 +1,35 @@
+"""The server app of an exported run: `flwr run` starts it, and it does what `silotune run` does.
+
+The one file outside runtime/ that imports Flower: here Flower calls us, and a whole run, which
+stands above every runtime, is what it calls.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from silotune.checking import check
+from silotune.config import RunConfig
+from silotune.launch import run_in
+from silotune.progress import PlainProgress
+from silotune.runtime.flower_server import drive_app
+from silotune.store import RunFolder
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the recipe of the app's config in a folder of its own, by Flower's number of the run."""
+    began = time.perf_counter()
+    checked = check(RunConfig.model_validate_json(str(context.run_config["recipe"])))
+    torch.set_num_threads(checked.run.runtime.threads)
+    place = Path(str(context.run_config["runs"])) / str(context.run_id)
+    folder, progress = RunFolder.create(place, checked.run), PlainProgress()
+    progress.note(f"run folder: {place}")
+    with folder.locked():
+        run_in(folder, checked, progress, began=began, drive=partial(drive_app, grid=grid))
