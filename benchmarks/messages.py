@@ -187,13 +187,16 @@ def flower_simulation(num_clients: int, rounds: int, scratch: Path) -> Measured:
     Seconds are those of the rounds, without the engine's start and the clients' reports. Processor
     time and memory are the engine's and are not measured here.
     """
-    from silotune.runtime import flower_engine  # Flower weighs on no other case's memory
+    from silotune.runtime import (  # Flower weighs on no other case's memory
+        flower_engine,
+        submission,
+    )
     from silotune.runtime.job import Job
 
     before = peak_memory_bytes()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    echo = flower_engine.APP.replace("silotune.runtime.flower_client:app", "echo_client:app")
-    flower_engine.APP = echo
+    echo = submission.APP.replace("silotune.runtime.flower_client:app", "echo_client:app")
+    submission.APP = echo
     run = recipe(rounds, name="flower-simulation", threads=1, join_timeout_s=600)
     folder = RunFolder.create(scratch / "run", run)
     state = ServerState(0, START, build_algorithm(run.algorithm).init(START, num_clients))

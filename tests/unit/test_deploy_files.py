@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from silotune.runtime.kept import program
+
 with warnings.catch_warnings():
     # typer 0.20.1 imports a name that click 8.5 calls deprecated
     warnings.filterwarnings("ignore", message="'click.utils", category=DeprecationWarning)
@@ -140,8 +142,7 @@ def test_kustomize_builds_the_manifests(side):
     assert "StatefulSet" in kinds
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
 def test_hadolint_finds_nothing_in_the_dockerfile():
-    words = ["hadolint", str(DEPLOY / "Dockerfile")]
+    words = [program("hadolint"), str(DEPLOY / "Dockerfile")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

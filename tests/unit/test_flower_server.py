@@ -374,6 +374,17 @@ def test_memory_holds_sixteen_answers_however_many_clients_there_are(tmp_path):
     assert sha256(played.state.adapter) == oracle(tmp_path, recipe(rounds=1), names=names)
 
 
+@pytest.mark.parametrize(("adapters", "at_once"), [(0.5, 1), (1, 1), (3, 3)])
+def test_of_large_answers_fewer_are_fetched_at_once(tmp_path, monkeypatch, adapters, at_once):
+    """Sixteen adapters of 500 MB would be eight gigabytes."""
+    monkeypatch.setattr(flower_server, "AT_ONCE_BYTES", adapters * 4 * NUM_FLOATS)
+    grid = Nodes({100 + i: Client(name) for i, name in enumerate(NAMES)})
+    played = play(tmp_path, grid, recipe(rounds=1, sampling__timeout_s=20))
+    training = {m.metadata.message_id for m in grid.messages if m.metadata.message_type == "train"}
+    assert max(len(ids) for ids in grid.pulled if training.intersection(ids)) == at_once
+    assert set(played.status(1).values()) == {"ok"}
+
+
 def test_an_answer_that_is_delivered_twice_counts_once(tmp_path):
     grid, before = Nodes(clients_by()), []
 
@@ -440,6 +451,16 @@ def test_a_client_that_appears_during_the_run_takes_part_from_then_on(tmp_path):
         "not connected",
         "ok",
     ]
+
+
+def test_a_start_says_for_whom_it_waits(tmp_path, monkeypatch):
+    """A run that was resumed while a client was away stood still for minutes, and said nothing."""
+    monkeypatch.setattr(flower_server, "TELL_S", 0.01)
+    monkeypatch.setattr(flower_server, "TOLD", 1)
+    grid = Nodes({100: Client("east"), 101: Client("north")})
+    played = play(tmp_path, grid, recipe(rounds=1))
+    waited = "waiting for south, ... to report, at most 0.05 s (runtime.join_timeout_s)"
+    assert [n for n in played.heard.notes if n.startswith("waiting")] == [waited]
 
 
 def test_a_node_that_reports_after_the_deadline_of_join_takes_part_later(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 from silotune.checking import check
 from silotune.client_config import LOCATIONS
-from silotune.config import RunConfig, load_recipe, parse, to_toml
+from silotune.config import RunConfig, RuntimeConfig, load_recipe, parse, to_toml
 from silotune.consortium.folder import Consortium
 from silotune.deployment.supervisor import Note, Supervisor
 from silotune.disk import free_place, write_json
@@ -28,6 +28,8 @@ TRIES = 5
 """How often a run is tried again without having finished another round."""
 REST_S = 10.0
 """Before the second try; doubled before each further one."""
+KEPT = ("threads", "join_timeout_s")
+"""What counts of a recipe's [runtime]; where and how it would run otherwise does not."""
 
 
 def submit(folder: Path, recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path:
@@ -46,7 +48,10 @@ def submit(folder: Path, recipe: str | Path | RunConfig, overrides: Sequence[str
         SilotuneError: The recipe has a mistake; all are told.
     """
     Consortium.open(folder)
-    given = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    elsewhere = [f"runtime.{key}=none" for key in RuntimeConfig.model_fields if key not in KEPT]
+    # keys of [runtime] that count here would contradict a recipe for another runtime
+    here = [*overrides, *elsewhere, "runtime.name=flower"]
+    given = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, here)
     checked = check(for_real_clients(given, folder))
     stem = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
     name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
@@ -61,7 +66,7 @@ def for_real_clients(run: RunConfig, folder: Path) -> RunConfig:
     data = {k: v for k, v in table.get("data", {}).items() if k not in LOCATIONS}
     table["data"] = {**data, "path": str(folder.absolute())}
     table.pop("partition", None)
-    kept = {k: v for k, v in table.get("runtime", {}).items() if k in ("threads", "join_timeout_s")}
+    kept = {k: v for k, v in table.get("runtime", {}).items() if k in KEPT}
     table["runtime"] = {**kept, "name": "flower"}
     return parse(table)
 

@@ -4,10 +4,11 @@ A server, and clients with folders, keys, certificates, gates and rows of their 
 processes. Only what people do by hand (sending files, comparing fingerprints) is left out.
 """
 
+import contextlib
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from silotune.checking import check
@@ -60,9 +61,30 @@ def rehearse(
     Raises:
         SilotuneError: A mistake in the recipe, or something did not start; nothing runs any more.
     """
-    find_caddy()
-    run, rows = _clients(recipe, overrides, num_clients)
+    run, rows = clients_of(recipe, overrides, num_clients)
     place = place_for(recipe, out, "-rehearsal").absolute()
+    with consortium_of(run, rows, place, note) as (folder, kept):
+        made = submit(folder, run)
+        follow(made, kept, note)
+    return Run(made)
+
+
+@contextlib.contextmanager
+def consortium_of(
+    run: RunConfig, rows: Mapping[str, ClientRows], place: Path, note: Note
+) -> Iterator[tuple[Path, Kept]]:
+    """A server and clients of this machine, all connected; they end with the block.
+
+    Args:
+        run: Says what the clients' rows look like, which base they have, and their threads.
+        rows: Of each client, by a name that a certificate can have.
+        place: Folder to create, for all that they leave.
+        note: Told what happens.
+
+    Yields:
+        The consortium's folder, and what keeps the processes.
+    """
+    find_caddy()
     if place.exists():
         raise ConfigError(f"{place} exists already.\n  Choose another --out.")
     place.mkdir(parents=True)
@@ -95,14 +117,12 @@ def rehearse(
                 log = place / f"{name}.log"
                 kept.start(name, [sys.executable, "-m", "silotune", *words], log=log)
             _wait_for_clients(place, configs, kept, note)
-            made = submit(folder, run)
-            _follow(made, kept, note)
+            yield folder, kept
         finally:
             kept.close()
-    return Run(made)
 
 
-def _clients(
+def clients_of(
     recipe: str | Path, overrides: Sequence[str], num_clients: int
 ) -> tuple[RunConfig, Mapping[str, ClientRows]]:
     """The recipe, and so many clients' rows under names that a certificate can have."""
@@ -144,8 +164,12 @@ def _wait_for_clients(place: Path, configs: Mapping[str, Path], kept: Kept, note
         time.sleep(TICK_S)
 
 
-def _follow(made: Path, kept: Kept, note: Note) -> None:
-    """Pass on what the run says, until it is over."""
+def follow(made: Path, kept: Kept, note: Note) -> None:
+    """Pass on what a run says, until it is over.
+
+    Raises:
+        EngineError: It failed or was stopped, or a process of the consortium has ended.
+    """
     log, at = made / LOG, 0
     while True:
         _check_alive(made.parents[2], kept)

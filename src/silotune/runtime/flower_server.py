@@ -41,8 +41,11 @@ app = ServerApp()
 
 TTL_S = 30 * 86400.0
 """Flower drops a reply that is older than this, and says nothing; so it is longer than a run."""
-AT_ONCE = 16
-"""Replies fetched in one call: memory holds so many, however many clients answer."""
+AT_ONCE, AT_ONCE_BYTES = 16, 64e6
+"""Replies fetched in one call, and bytes of them, but one in any case: so much of them is held in
+memory, however many clients answer."""
+TELL_S, TOLD = 10.0, 5
+"""After so many seconds it is said for whom the start waits, by so many names."""
 POLL_S = (0.02, 0.5)
 """Shortest and longest pause between two looks for replies."""
 NOT_REACHABLE = 5
@@ -261,8 +264,10 @@ class FlowerClients:
             timeout_s: How long at most.
             newcomers_only: Wait for the nodes that are new now, not for further ones.
         """
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
+        deadline = began + timeout_s
         asked: set[int] = set()
+        told = newcomers_only  # of these a round says itself whom it misses
         while True:
             online = set(self.grid.get_node_ids())
             self._met &= online  # whoever comes back may have mended why it was refused
@@ -281,6 +286,14 @@ class FlowerClients:
             left = deadline - time.monotonic()
             if all_there or (newcomers_only and not unheard) or left <= 0:
                 return
+            if not told and time.monotonic() - began > TELL_S:
+                told = True
+                missing = [n for n in names if n not in self._nodes and n not in self._refused]
+                some = ", ".join(missing[:TOLD]) + (", ..." if len(missing) > TOLD else "")
+                self.progress.note(
+                    f"waiting for {some} to report, at most {timeout_s:g} s "
+                    "(runtime.join_timeout_s)"
+                )
             time.sleep(min(left, POLL_S[1]))
 
     def _hear(self, question: Asked, answer: Parcel | Failure) -> None:
@@ -431,8 +444,11 @@ class FlowerClients:
     def _take(self) -> Iterator[tuple[Asked, Parcel | Failure]]:
         """What has arrived, a few at a time, each with the question that it answers."""
         ids = list(self._open)
-        for at in range(0, len(ids), AT_ONCE):
-            for reply in self.grid.pull_messages(ids[at : at + AT_ONCE]):
+        # an answer is about as large as its question
+        largest = max((question.bytes_down for question in self._open.values()), default=0)
+        some = max(1, min(AT_ONCE, int(AT_ONCE_BYTES // max(largest, 1))))
+        for at in range(0, len(ids), some):
+            for reply in self.grid.pull_messages(ids[at : at + some]):
                 question = self._open.pop(reply.metadata.reply_to_message_id, None)
                 if question is not None:  # else it has been read before
                     yield question, self._read(reply, question)
