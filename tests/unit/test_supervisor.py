@@ -137,7 +137,7 @@ def recipe(tmp_path, tiny_model):
 
 
 def test_a_recipe_of_a_simulation_gets_the_members_for_clients(consortium, recipe):
-    # the start's deadline was refused: by itself the recipe runs in one process, where there is none
+    # its deadline was refused: by itself the recipe runs in one process, where there is none
     keys = ["rounds=7", "runtime.join_timeout_s=5"]
     run = load_recipe(submit(consortium, recipe, keys) / "recipe.toml")
     assert run.runtime.join_timeout_s == 5
