@@ -7,13 +7,12 @@ neither a path nor a device here, and cannot ask for more than the limits.
 import json
 import math
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from silotune.config import RunConfig, usable_threads
 from silotune.consortium.roster import is_consortium
@@ -24,6 +23,7 @@ from silotune.privacy.base import PrivacyConfig
 from silotune.quantization import Quantization
 from silotune.reading import DataConfig, TaskRow
 from silotune.sources import SOURCES, is_hub_id
+from silotune.tables import read_table
 from silotune.templates import TEMPLATES
 from silotune.types import Config
 
@@ -105,14 +105,7 @@ def load_client_config(path: Path) -> ClientConfig:
     Raises:
         ConfigError: All mistakes together.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        own = ClientConfig.model_validate(table)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}.\n  Mend the file.") from error
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}." for e in error.errors()]
-        raise ConfigError("\n  ".join([f"mistakes in {path}:", *lines])) from None
+    own = read_table(path, ClientConfig)
     from_here = {
         key: str(path.parent / value)
         for key in ("path", "eval_path", "template")

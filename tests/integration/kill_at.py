@@ -1,11 +1,7 @@
-"""Runs a recipe and kills its own process with SIGKILL at a named point. Called by test_resume.py.
-
-python kill_at.py POINT RECIPE OUT
-"""
+"""Runs a recipe and kills its own process with SIGKILL at a named point; for test_resume.py."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import silotune
@@ -63,9 +59,9 @@ POINTS = {
 }
 
 
-if __name__ == "__main__":
+def run_and_die(point: str, recipe: str, out: str) -> None:
+    """In a process of its own."""
     import silotune.launch
 
-    point, recipe, out = sys.argv[1:]
     POINTS[point]()
     silotune.run(recipe, out=out)

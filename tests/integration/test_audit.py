@@ -219,6 +219,18 @@ def test_rows_that_are_learned_by_heart_are_found_and_their_secrets_exposed(
     assert control["mean_bits"] < 2.5, "what was never seen is not exposed"
 
 
+def test_the_command_attacks_protected_rows_through_canary_rows(recipe, tmp_path, few_others):
+    rows = ["privacy.unit=record", "privacy.delta=1e-3", "privacy.target_epsilon=1", UNIFORM]
+    keys = [*SMALL, *rows, "train.optimizer=sgd", "--canaries", "40", "--json"]
+    done = CliRunner().invoke(app, ["audit", str(recipe), *keys, "--out", str(tmp_path / "a")])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["attack"] == "canary rows"
+    assert found["claim"]["epsilon"] == pytest.approx(1, abs=1e-3)
+    assert found["epsilon_lower_bound"] <= found["claim"]["epsilon"]
+    assert found["verdict"].startswith("consistent with the claim")
+
+
 def test_canaries_that_no_step_has_met_are_told_and_nothing_is_found(recipe, tmp_path, few_others):
     keys = [*SMALL, "train.lr=0.0001"]
     found = silotune.audit(recipe, keys, canaries=40, out=tmp_path / "a").result

@@ -23,6 +23,7 @@ from silotune.consortium.folder import Consortium
 from silotune.consortium.kit import read_kit
 from silotune.runtime.flower_engine import free_port
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
+from tests.forked import run_typed
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.engine]
 
@@ -46,9 +47,7 @@ class Place:
         self.do("server", "init", "demo", "--address", address, "--listen", address)
 
     def do(self, *words) -> str:
-        done = subprocess.run(
-            silotune_command(*words), cwd=self.folder, capture_output=True, text=True
-        )
+        done = run_typed(words, cwd=self.folder)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -307,12 +306,7 @@ def test_a_revoked_client_is_out_at_once_and_nobody_else(place):
 
         place.wait_for("the gate", refused, 20)
         assert other.post("/v1/fleet/pull-messages").status_code == 401, "a signature is missing"
-    done = subprocess.run(
-        silotune_command("client", "doctor", place.folder / "kit-0.toml"),
-        cwd=place.folder,
-        capture_output=True,
-        text=True,
-    )
+    done = run_typed(["client", "doctor", place.folder / "kit-0.toml"], cwd=place.folder)
     assert done.returncode == 1
     assert "does not let this client in" in done.stdout
     clients = {own["name"]: own["online"] for own in place.status()["clients"]}

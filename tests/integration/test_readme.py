@@ -2,11 +2,11 @@
 
 import csv
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import run_typed
 
 pytestmark = pytest.mark.engine  # one of the commands does
 
@@ -63,13 +63,8 @@ def test_every_command_runs_in_the_order_shown(workplace, tiny_model):
             rest += ["--jobs=1"]  # processes for two runs cost more than the runs
         if verb == "compare":
             rest += ["data.max_rows=4", "data.max_eval_rows=2", "report.max_new_tokens=2"]
-        done = subprocess.run(
-            [sys.executable, "-m", "silotune", verb, *rest],
-            cwd=workplace,
-            capture_output=True,
-            text=True,
-            input="What is 1?\n" if verb == "chat" else "",
-        )
+        asked = "What is 1?\n" if verb == "chat" else ""
+        done = run_typed([verb, *rest], cwd=workplace, input=asked)
         assert done.returncode == 0, (command, done.stderr)
         assert done.stdout, command
 

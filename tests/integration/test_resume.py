@@ -12,9 +12,9 @@ import pytest
 
 import silotune
 from tests.conftest import write_tiny_recipe
-from tests.integration.kill_at import POINTS
+from tests.forked import run_forked
+from tests.integration.kill_at import POINTS, run_and_die
 
-HERE = Path(__file__).parent
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
@@ -30,12 +30,7 @@ def whole(tmp_path_factory, tiny_model):
 def test_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path, point):
     recipe, untouched = whole
     out = tmp_path / "run"
-    killed = subprocess.run(
-        [sys.executable, str(HERE / "kill_at.py"), point, str(recipe), str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert run_forked(run_and_die, point, str(recipe), str(out)) == -signal.SIGKILL
     done = silotune.run(resume=out)
     assert (out / ADAPTER).read_bytes() == (untouched.path / ADAPTER).read_bytes()
     same = ("clients", "bytes_up", "bytes_down", "tokens_trained", "result_round")
@@ -49,8 +44,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path, point):
 def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkeypatch):
     recipe, _ = whole
     out = tmp_path / "run"
-    args = [sys.executable, str(HERE / "kill_at.py"), "half of an update", str(recipe), str(out)]
-    assert subprocess.run(args, capture_output=True).returncode == -signal.SIGKILL
+    killed = run_forked(run_and_die, "half of an update", str(recipe), str(out))
+    assert killed == -signal.SIGKILL
     from silotune import client
 
     asked = []

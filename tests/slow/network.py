@@ -88,6 +88,11 @@ class Machine:
         words = ("tc", "-n", self.space, "qdisc", "replace", "dev", "eth0", *shape)
         subprocess.run(words, check=True, capture_output=True)
 
+    def full_speed(self) -> None:
+        """Undo `slow_down`."""
+        words = ("tc", "-n", self.space, "qdisc", "del", "dev", "eth0", "root")
+        subprocess.run(words, check=True, capture_output=True)
+
     def _argv(self, command: str) -> list[str]:
         words = shlex.split(command)
         assert words[0] == "silotune", command

@@ -19,7 +19,7 @@ from tests.slow.network import Machine, Network, carry, fill, missed, rounds_wit
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(not usable(), reason="needs root, `ip`, and network namespaces"),
 ]
 PORT = 8443
@@ -255,3 +255,29 @@ def test_a_client_whose_clock_is_wrong_is_refused_and_told_so(trial, two):
     run = trial.submit("rounds=1")
     trial.wait_until(run, "done")
     assert rounds_with(run, "north") == [1]
+
+
+def test_a_slow_link_costs_time_and_nothing_else(trial, two):
+    """4.5 MB each way, at 1 Mbit/s from the client: more than half a minute."""
+    north, _ = two
+    north.slow_down("1mbit")
+    run = trial.submit("rounds=2 adapter.rank=10000 adapter.alpha=10000")
+    trial.wait_until(run, "done")
+    north.full_speed()
+    assert rounds_with(run, "north") == [1, 2], missed(run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in rows if row["event"] == "round"]
+    size = next(row["bytes_up"] for row in rows if row["event"] == "train")
+    assert min(seconds) > 8 * size / 1e6
+    note(f"1 Mbit/s and {size} bytes: rounds of {', '.join(f'{s:.0f} s' for s in seconds)}")
+
+
+def test_a_long_local_training_trips_no_timeout(trial, two):
+    """Longer than what the engine counts in: heartbeats of a minute, signatures of five."""
+    run = trial.submit("rounds=1 train.local_steps=40000 evaluate.every=0")
+    trial.wait_until(run, "done", 1100)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    took = [row["seconds"] for row in rows if row["event"] == "train"]
+    assert rounds_with(run, "north") == rounds_with(run, "south") == [1], missed(run)
+    assert min(took) > 310, "not long enough to show anything"
+    note(f"local training of {min(took):.0f} s and more: nobody missed the round")

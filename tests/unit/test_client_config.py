@@ -155,6 +155,12 @@ port = 80
     }
 
 
+def test_a_misspelt_key_is_answered_with_the_nearest(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_client_config(write(tmp_path, MINIMAL + "[limits]\nmax_step = 3\n"))
+    assert "limits.max_step: unknown key. Did you mean 'max_steps'?" in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["", "name = 3", 'name = "north"', "[data]\npath = 3"])
 def test_a_missing_or_wrong_key_is_a_config_error(tmp_path, text):
     with pytest.raises(ConfigError, match="mistakes in"):

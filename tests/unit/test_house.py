@@ -24,6 +24,7 @@ ORDER = [
     "tracks",
     "grid",
     "rows",
+    "tables",
     "labelled",
     "partition",
     "foreign_partition",

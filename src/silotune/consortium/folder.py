@@ -16,13 +16,12 @@ or removing one touches nobody else.
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from silotune.consortium.certificates import (
     DAYS,
@@ -45,6 +44,7 @@ from silotune.consortium.kit import Kit, check_name, read_request_file, write_fi
 from silotune.consortium.roster import ABOUT, NAME, names_in
 from silotune.disk import build_folder, free_place, write_atomically
 from silotune.errors import ConfigError
+from silotune.tables import read_table
 from silotune.types import Config
 
 DEFAULT_PORT = 8443
@@ -133,14 +133,7 @@ class Consortium:
                 f"{folder} is no consortium's folder.\n"
                 "  Make one: silotune server init NAME --address HOST"
             )
-        try:
-            about = About.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}.") from error
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}." for e in error.errors()]
-            raise ConfigError("\n  ".join([f"mistakes in {path}:", *lines])) from None
-        return cls(folder, about)
+        return cls(folder, read_table(path, About))
 
     # --- its own identity
 

@@ -6,12 +6,11 @@ and the client's certificate.
 """
 
 import re
-import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from silotune.consortium.certificates import (
     Certificate,
@@ -24,6 +23,7 @@ from silotune.consortium.certificates import (
 from silotune.consortium.roster import NAME
 from silotune.disk import write_atomically
 from silotune.errors import ConfigError
+from silotune.tables import read_table
 from silotune.types import Config
 
 MOST_BYTES = 100_000
@@ -116,15 +116,5 @@ def authority_of(kit: Kit) -> Certificate:
 
 
 def _read(path: Path, kind: type[F]) -> F:
-    what = str(kind.model_fields["kind"].default)
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{path} is too large for a {what}.")
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a {what}: {error}.") from error
-    try:
-        return kind.model_validate({"kind": "none", **table})
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}." for e in error.errors()]
-        raise ConfigError("\n  ".join([f"{path} is no {what}:", *lines])) from None
+    what, other = str(kind.model_fields["kind"].default), {"kind": "none"}
+    return read_table(path, kind, what=what, unless_said=other, most_bytes=MOST_BYTES)
