@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: env dev demo test unit slow check format bench docs lock clean
+.PHONY: env dev demo test unit slow check format bench bench-deploy docs lock clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -47,6 +47,10 @@ bench: dev
 	$(BIN)/python benchmarks/sweeps.py
 	$(BIN)/python benchmarks/planned.py
 	$(BIN)/python benchmarks/private_step.py
+
+# Real processes for some minutes, and adapters of 500 MB: 12 GB of memory, 10 GB of disk.
+bench-deploy: dev
+	$(BIN)/python benchmarks/deployment.py
 
 docs: dev
 	$(BIN)/python docs/build_recipe_reference.py

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import re
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from silotune.data import load_clients
 from silotune.errors import (
     BudgetSpent,
     DataError,
+    DiskError,
     Declined,
     QuorumError,
     SilotuneError,
@@ -159,6 +161,18 @@ def test_the_text_of_an_exception_stays_here(error, capsys):
 def test_texts_that_hold_names_alone_are_passed_on(error, code):
     failure = failure_from(caught(failing(error)), client="north", round_=2)
     assert (failure.code, failure.place) == (code, str(error))
+
+
+def test_a_failure_is_told_though_its_text_cannot_be_written_down(monkeypatch):
+    """On a full disk the log took no line, and the worker ended instead of saying what was wrong."""
+
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    answer = guarded(failing(DiskError("full")), client="north", round_=2)
+    assert answer.about["failure"]["code"] == "DiskError"
 
 
 def test_a_cause_is_not_passed_on():

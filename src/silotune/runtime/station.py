@@ -5,6 +5,7 @@ resident worker. Errors become a code and a place: an exception's text may hold 
 it goes to the log on this side and never to the server.
 """
 
+import contextlib
 import os
 import platform
 import sys
@@ -134,7 +135,8 @@ def guarded(work: Callable[[], Parcel], *, client: str, round_: int) -> Parcel:
     try:
         parcel = work()
     except Exception as error:  # whatever it is, it is this client's
-        traceback.print_exc(file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk, where the log lies too
+            traceback.print_exc(file=sys.stderr)
         parcel = wire.encode_failure(failure_from(error, client=client, round_=round_))
     return Parcel({**parcel.about, "client": client}, parcel.values)
 
