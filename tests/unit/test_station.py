@@ -17,8 +17,8 @@ from silotune.data import load_clients
 from silotune.errors import (
     BudgetSpent,
     DataError,
-    DiskError,
     Declined,
+    DiskError,
     QuorumError,
     SilotuneError,
     UpdateError,
@@ -164,7 +164,7 @@ def test_texts_that_hold_names_alone_are_passed_on(error, code):
 
 
 def test_a_failure_is_told_though_its_text_cannot_be_written_down(monkeypatch):
-    """On a full disk the log took no line, and the worker ended instead of saying what was wrong."""
+    """On a full disk the log took no line, and the worker ended instead of saying why."""
 
     class Full:
         def write(self, text):
