@@ -101,12 +101,14 @@ class Machine:
     def _environment(self, more: dict[str, str] | None) -> dict[str, str]:
         return {**os.environ, "HOME": str(self.home), "OMP_NUM_THREADS": "1", **(more or {})}
 
-    def try_(self, command: str) -> subprocess.CompletedProcess[str]:
+    def try_(
+        self, command: str, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Type a command here; what it said, whatever its exit status."""
         return subprocess.run(
             self._argv(command),
             cwd=self.home,
-            env=self._environment(None),
+            env=self._environment(environment),
             capture_output=True,
             text=True,
         )

@@ -244,12 +244,17 @@ def test_a_client_whose_clock_is_wrong_is_refused_and_told_so(trial, two):
     library = Path(faketime.__file__).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
     north, _ = two
     north.end("client join")
-    wrong = {"LD_PRELOAD": str(library), "FAKETIME": "+10m"}
+    wrong = {"LD_PRELOAD": str(library), "FAKETIME": "+10m", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     trial.join(north, wrong)
     run = trial.submit("rounds=2 runtime.join_timeout_s=20")
     trial.wait_until(run, "done")
     assert not rounds_with(run, "north")
-    note(f"a wrong clock: {'; '.join(missed(run))}; {north.said('client join').splitlines()[-1]}")
+    (said,) = (line for line in north.said("client join").splitlines() if "not connected" in line)
+    assert "what is wrong: silotune client doctor" in said
+    note(f"a wrong clock: {'; '.join(missed(run))}; {said}")
+    found = north.try_("silotune client doctor north-kit.toml", wrong).stdout
+    assert "FAIL  clock" in found, found
+    note(found)
     north.end("client join")
     trial.join(north)
     run = trial.submit("rounds=1")

@@ -47,6 +47,8 @@ from silotune.runtime.submission import engine_environment
 KEY, REQUEST, KIT, OWN = "key.pem", "request.toml", "kit.toml", "client.toml"
 REST_S = 15.0
 """Before a SuperNode is started again: so long the engine holds the old one for present."""
+TELL_S = 30.0
+"""After so long without a connection it is said where to look."""
 TICK_S = 0.5
 CONNECTED = "SuperNode ID"
 """What a SuperNode writes when the server has let it in."""
@@ -195,11 +197,17 @@ def stay_joined(joined: Joined, note: Note) -> None:
         try:
             _start(joined, private, supervisor)
             connected = _connections(supervisor.log_of("supernode"))
+            silent_until: float | None = time.monotonic() + TELL_S
             while True:
                 for _ in supervisor.tend():
                     pass
                 if next(connected):
+                    silent_until = None
                     note(f"'{joined.own.name}' is connected to {joined.kit.consortium}")
+                if silent_until is not None and time.monotonic() > silent_until:
+                    silent_until = None
+                    kit = joined.folder / KIT
+                    note(f"not connected yet; what is wrong: silotune client doctor {kit}")
                 time.sleep(TICK_S)
         finally:
             supervisor.tell("supernode", signal.SIGTERM)  # it says goodbye while the gate is there
