@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
@@ -27,6 +28,8 @@ _FORKS.set_forkserver_preload(
 
 def run_forked(target: Callable[..., None], *args: object) -> int:
     """Call a function in such a process: its exit status, or less than 0 for a signal."""
+    if str(ROOT) not in sys.path:  # the other process finds `tests` by it; pytest needs it not
+        sys.path.append(str(ROOT))
     process = _FORKS.Process(target=target, args=args)
     process.start()
     process.join()

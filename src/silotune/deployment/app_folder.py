@@ -5,6 +5,7 @@ recipe. It runs in Flower's simulation; real clients join a consortium.
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def export_app(folder: Path, recipe: str | Path, overrides: Sequence[str] = ()) 
         "client-resources-num-gpus": float(run.runtime.client_gpus or 0),
     }
     resources = " ".join(f"{key}={value}" for key, value in wanted.items())
-    command = f"flwr run {folder} --stream --federation-config '{resources}'"
+    words = ["flwr", "run", str(folder), "--stream", "--federation-config", resources]
+    command = shlex.join(words)
 
     def fill(part: Path) -> None:
         text = app_of(SERVER) + tomli_w.dumps(told)
