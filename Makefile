@@ -48,7 +48,7 @@ bench: dev
 	$(BIN)/python benchmarks/planned.py
 	$(BIN)/python benchmarks/private_step.py
 
-# Real processes for some minutes, and adapters of 500 MB: 12 GB of memory, 10 GB of disk.
+# Real processes for some minutes, and adapters of 500 MB: wants memory and disk for several of them.
 bench-deploy: dev
 	$(BIN)/python benchmarks/deployment.py
 
