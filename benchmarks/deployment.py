@@ -3,13 +3,14 @@
     python benchmarks/deployment.py [--out DIR] [--rounds 12] [--megabytes 500]
         [--only rounds|large]
 
-Real processes, keys, certificates and gates, as `silotune rehearse` starts them. First the engine's
-own round (noop_server.py, noop_client.py: messages without content) and, on the same engine, that
-of silotune, less the time of its slowest client: the rest is overhead. Then adapters of so many
-megabytes for one, two and three clients, with the server's largest memory.
+Real processes, keys, certificates and gates, as `silotune rehearse` starts them. First the rounds
+of silotune with a base model so small that training takes no time and, on the same engine, those of
+an app that does nothing (noop_server.py, noop_client.py): the difference is overhead. Then adapters
+of so many megabytes for one, two and three clients, with the server's largest memory.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -18,20 +19,22 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-import silotune
+from silotune.config import load_recipe
 from silotune.deployment.queue import submit
 from silotune.deployment.rehearsing import clients_of, consortium_of, follow
+from silotune.models import folder_of_base
 from silotune.progress import human_bytes
 from silotune.runtime.kept import Kept, program
 from silotune.runtime.submission import APP
 
-CLIENTS = 3
+CLIENTS, TURNS = 3, 2
 SHORT = ["evaluate.every=0", "train.local_steps=1", "train.batch_size=1", "train.max_length=64"]
 BYTES_OF_A_RANK = 4 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
 """SmolLM2-135M: float32, 30 layers, every linear map of each."""
@@ -57,12 +60,15 @@ def main() -> None:
     args = options.parse_args()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # of all processes: the apps' own modules
     with tempfile.TemporaryDirectory() as scratch:
-        place = (args.out or Path(scratch) / "consortium").absolute()
-        run, rows = clients_of("hospitals", ["runtime.threads=1"], CLIENTS)
-        with consortium_of(run, rows, place, quiet) as (folder, kept):
-            if args.only != "large":
-                rounds(folder, kept, args.rounds)
-            if args.only != "rounds":
+        place = (args.out or Path(scratch)).absolute()
+        if args.only != "large":
+            base = small_base(Path(scratch) / "base")
+            run, rows = clients_of("hospitals", of_small(base), CLIENTS)
+            with consortium_of(run, rows, place / "rounds", quiet) as (folder, kept):
+                rounds(folder, kept, args.rounds, base)
+        if args.only != "rounds":
+            run, rows = clients_of("hospitals", ["runtime.threads=1"], CLIENTS)
+            with consortium_of(run, rows, place / "large", quiet) as (folder, kept):
                 large(folder, kept, args.megabytes)
 
 
@@ -73,51 +79,115 @@ def quiet(text: str) -> None:
 # --- what a round costs
 
 
-def rounds(folder: Path, kept: Kept, num_rounds: int) -> None:
-    """Print the engine's own round, silotune's, and what is between them."""
-    engine = engine_rounds(folder, num_rounds)
-    made = submit(folder, "hospitals", [*SHORT, f"rounds={num_rounds}", "runtime.threads=1"])
-    follow(made, kept, quiet)
-    rows = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
-    ours = {row["round"]: row["seconds"] for row in rows if row["event"] == "round"}
-    slowest: dict[int, float] = {}
-    for row in rows:
-        if row["event"] == "train":
-            slowest[row["round"]] = max(slowest.get(row["round"], 0), row["seconds"])
-    # the first round loads the base model
-    rest = [ours[r] - slowest[r] for r in ours if r > 1]
-    floor = statistics.median(engine[1:])
-    over = statistics.median(rest) - floor
-    print(f"{CLIENTS} clients, {num_rounds} rounds, medians without the first", flush=True)
-    print(f"the engine's own round          {floor:.2f} s  ({spread(engine[1:])})")
-    print(f"silotune's, less its training   {statistics.median(rest):.2f} s  ({spread(rest)})")
-    print(f"overhead                        {over:+.2f} s, ratio {1 + over / floor:.2f}")
-    loads = silotune.Run(made).summary["base_model_loads"]
-    print(f"base model loads                {loads}: the server's two, and one a client")
-    print(f"first round                     {ours[1]:.1f} s, its slowest client {slowest[1]:.1f} s")
+def rounds(folder: Path, kept: Kept, num_rounds: int, base: Path) -> None:
+    """Print the engine's own round, silotune's, and what is between them; two turns of each."""
+    keys = [*SHORT, *of_small(base), f"rounds={num_rounds}"]
+    engine: list[float] = []
+    ours: list[float] = []
+    trained: list[float] = []
+    for turn in range(TURNS):
+        made = submit(folder, "hospitals", keys)
+        with ends_of_rounds(made) as ends:
+            follow(made, kept, quiet)
+        # from end to end, so that saving counts; the first loads the base model
+        ours += [after - before for before, after in itertools.pairwise(ends)]
+        trained += [row["seconds"] for row in rows_of(made, "train") if row["round"] > 1]
+        engine += engine_rounds(folder, num_rounds, app=f"noop{turn}")[1:]
+    size = rows_of(made, "train")[0]["bytes_up"]
+    floor, own = statistics.median(engine), statistics.median(ours)
+    print(f"{CLIENTS} clients, {len(ours)} rounds, medians without the first of each turn")
+    print(f"the engine's own, empty messages   {floor:.2f} s  {spread(engine)}")
+    print(f"silotune's, {human_bytes(size)} each way     {own:.2f} s  {spread(ours)}")
+    print(f"overhead                           {own - floor:+.2f} s, ratio {own / floor:.2f}")
+    print(
+        f"of it local training               {statistics.median(trained):.2f} s  {spread(trained)}"
+    )
 
 
-def engine_rounds(folder: Path, num_rounds: int) -> list[float]:
-    """Seconds of each round of an app that does nothing, on the consortium's own engine."""
+def small_base(folder: Path) -> Path:
+    """The recipe's base with random weights and far fewer of them: its training takes no time."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    of = folder_of_base(load_recipe("hospitals").model)
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(of, **narrow, **heads))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(of).save_pretrained(folder)
+    return folder
+
+
+def of_small(base: Path) -> list[str]:
+    """Keys that put it in the recipe's place, with an adapter as large as the recipe's."""
+    return [f"model.name={base}", "adapter.rank=900", "adapter.alpha=900", "runtime.threads=1"]
+
+
+def engine_rounds(folder: Path, num_rounds: int, *, app: str) -> list[float]:
+    """Seconds of each round of an app that does nothing, on the consortium's own engine.
+
+    Args:
+        folder: The consortium's.
+        num_rounds: So many rounds.
+        app: Name of a folder to make, for the app.
+    """
     engine = (folder / "engine").absolute()
-    app, out = engine / "noop", engine / "noop.json"
-    app.mkdir()
+    place, out = engine / app, engine / f"{app}.json"
+    place.mkdir()
     text = APP
     for ours, theirs in NOOP.items():
         text = text.replace(ours, theirs)
     told = f"clients = {CLIENTS}\nrounds = {num_rounds}\nout = {json.dumps(str(out))}\n"
-    (app / "pyproject.toml").write_text(text + told, encoding="utf-8")
+    (place / "pyproject.toml").write_text(text + told, encoding="utf-8")
     environment = {**os.environ, "FLWR_HOME": str(engine / "flwr")}
-    words = ["run", str(app), "engine", "--format", "json"]
+    words = ["run", str(place), "engine", "--format", "json"]
     subprocess.run([program("flwr"), *words], env=environment, check=True, capture_output=True)
     while not out.exists():
         time.sleep(0.5)
     return json.loads(out.read_text(encoding="utf-8"))
 
 
+@contextmanager
+def ends_of_rounds(made: Path) -> Iterator[list[float]]:
+    """When each round of a run was written down, by this machine's clock, while it lasts."""
+    ends: list[float] = []
+
+    def look() -> None:
+        if (made / "metrics.jsonl").exists():
+            ends.extend([time.monotonic()] * (len(rows_of(made, "round")) - len(ends)))
+
+    with watching(look, pause_s=0.01):
+        yield ends
+        look()
+
+
+def rows_of(made: Path, event: str) -> list[dict[str, Any]]:
+    """Rows of one kind in a run's metrics; a line that is still being written is left out."""
+    text = (made / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [row for row in rows if row["event"] == event]
+
+
+@contextmanager
+def watching(look: Callable[[], None], *, pause_s: float) -> Iterator[None]:
+    """Look again and again, beside what the block does."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(pause_s):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
 def spread(values: list[float]) -> str:
     """Least and most."""
-    return f"{min(values):.2f} to {max(values):.2f}"
+    return f"({min(values):.2f} to {max(values):.2f})"
 
 
 # --- large adapters
@@ -126,17 +196,17 @@ def spread(values: list[float]) -> str:
 def large(folder: Path, kept: Kept, megabytes: float) -> None:
     """Print what a round of large adapters takes, and the server's memory, by number of clients."""
     rank = math.ceil(megabytes * 1e6 / BYTES_OF_A_RANK)
-    keys = [*SHORT, "rounds=1", "runtime.threads=1", "adapter.targets=all-linear"]
+    keys = [*SHORT, "rounds=1", "runtime.threads=1", 'adapter.targets=["all-linear"]']
     keys += [f"adapter.rank={rank}", f"adapter.alpha={rank}", "train.optimizer=sgd"]
     keys += ["checkpoint.keep=last", "report.page=false", "report.samples=0"]
     print("\nclients  adapter   round, s  largest memory of the server's processes", flush=True)
     for num_clients in range(1, CLIENTS + 1):
-        made = submit(folder, "hospitals", [*keys, f"sampling.num_clients={num_clients}"])
+        asked = ["sampling.fraction=none", f"sampling.num_clients={num_clients}"]
+        made = submit(folder, "hospitals", [*keys, *asked])
         with server_memory(folder) as peaks:
             follow(made, kept, quiet)
-        rows = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
-        (round_,) = (row for row in rows if row["event"] == "round")
-        size = next(row["bytes_up"] for row in rows if row["event"] == "train")
+        (round_,) = rows_of(made, "round")
+        size = rows_of(made, "train")[0]["bytes_up"]
         memory = ", ".join(f"{name} {human_bytes(own)}" for name, own in peaks.items())
         seconds = round_["seconds"]
         print(f"{num_clients:7}  {human_bytes(size):>8}  {seconds:8.1f}  {memory}", flush=True)
@@ -146,27 +216,20 @@ def large(folder: Path, kept: Kept, megabytes: float) -> None:
 def server_memory(folder: Path) -> Iterator[Mapping[str, int]]:
     """The largest resident memory of each kind of process below `server up`, while it lasts."""
     peaks = dict.fromkeys(SERVER, 0)
-    over = threading.Event()
+    (up,) = (p for p in psutil.process_iter() if is_server(p, folder))
 
-    def watch() -> None:
-        (up,) = (p for p in psutil.process_iter() if is_server(p, folder))
-        while not over.wait(0.1):
-            for process in up.children(recursive=True):
-                try:
-                    line, size = " ".join(process.cmdline()), process.memory_info().rss
-                except psutil.Error:
-                    continue
-                for name, words in SERVER.items():
-                    if words in line:
-                        peaks[name] = max(peaks[name], size)
+    def look() -> None:
+        for process in up.children(recursive=True):
+            try:
+                line, size = " ".join(process.cmdline()), process.memory_info().rss
+            except psutil.Error:
+                continue
+            for name, words in SERVER.items():
+                if words in line:
+                    peaks[name] = max(peaks[name], size)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with watching(look, pause_s=0.1):
         yield peaks
-    finally:
-        over.set()
-        watcher.join()
 
 
 def is_server(process: psutil.Process, folder: Path) -> bool:

@@ -76,10 +76,10 @@ def test_an_exported_app_learns_what_the_run_learns_bit_for_bit(recipe, tmp_path
     assert said.output.removeprefix("run it: ").strip() in readme
 
 
-def test_too_few_nodes_are_an_error_that_says_how_many(recipe, tmp_path):
+def test_too_few_nodes_are_an_error_that_says_for_whom(recipe, tmp_path):
     keys = ["rounds=1", "runtime.name=flower-simulation", "runtime.join_timeout_s=0.2"]
     export_app(tmp_path / "app", recipe, keys)
-    with pytest.raises(EngineError, match=r"1 of the 3 clients .*\n.*num-supernodes=3"):
+    with pytest.raises(EngineError, match=r"train for hospital-2: .*\n.*supernodes=3"):
         start(tmp_path / "app", num_nodes=2)
 
 

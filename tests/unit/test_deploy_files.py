@@ -3,6 +3,7 @@
 No container engine runs here: files are read, and judged by the tools that are installed.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import warnings
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -140,6 +142,29 @@ def test_kustomize_builds_the_manifests(side):
     assert built.returncode == 0, built.stderr
     kinds = [d["kind"] for d in yaml.safe_load_all(built.stdout)]
     assert "StatefulSet" in kinds
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_every_manifest_is_what_kubernetes_takes_and_has_no_other_key(side):
+    text = (DEPLOY / "kubernetes" / side / f"{side}.yaml").read_text()
+    manifests = list(yaml.safe_load_all(text))
+    assert manifests
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
+        with pytest.raises(kubernetes_validate.ValidationError, match="specs"):
+            kubernetes_validate.validate({**manifest, "specs": {}}, "1.37", strict=True)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_docker_compose_reads_the_file_as_we_mean_it(side):
+    words = [program("docker-compose"), "-f", str(DEPLOY / side / "compose.yaml"), "config"]
+    done = subprocess.run([*words, "--format", "json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "it warns of nothing"
+    (service,) = json.loads(done.stdout)["services"].values()
+    assert service["command"] == compose(side)["command"]
+    read_only = {v["target"] for v in service["volumes"] if v.get("read_only")}
+    assert read_only == {"/models"} | ({"/data"} if side == "client" else set())
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile():

@@ -17,16 +17,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.errors import UpdateError
-from silotune.runtime import wire
+from silotune.runtime import records, wire
 from silotune.runtime.parcel import HEADER_BYTES, Parcel, pack, unpack
 from silotune.runtime.records import from_record, to_record
 from silotune.types import Broadcast, Failure, Score, Update
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "update_parcel.json"
+
+
+def in_parts(parcel: Parcel) -> RecordDict:
+    """The record of a parcel whose row is larger than what goes with the text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "WITH_TEXT_BYTES", -1)
+        return to_record(parcel)
+
+
 CARRIERS = {
     "itself": lambda parcel: parcel,
     "bytes": lambda parcel: unpack(pack(parcel)),
     "record": lambda parcel: from_record(to_record(parcel)),
+    "record in parts": lambda parcel: from_record(in_parts(parcel)),
 }
 EXACT = [1.0, -1.0, 0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 3.4028235e38, float("inf")]
 METRICS = {
@@ -230,9 +240,15 @@ def test_the_keys_and_the_shape_of_an_update_are_fixed():
     assert data.endswith(b"}" + row)
     assert struct.unpack("<Q", data[:8])[0] == len(data) - 8 - len(row)
     assert json.loads(data[8 : -len(row)]) == golden["about"]
-    # a Flower record: the same text under one name, the same row under another
+    # a Flower record: the same text under one name, the same row under another beside it
     record = to_record(parcel)
+    assert list(record) == ["about"]
     assert json.loads(str(record.config_records["about"]["about"])) == golden["about"]
+    assert record.config_records["about"]["values"] == row
+    # or, where it is larger than one part of Flower's, in a record of its own
+    record = in_parts(parcel)
+    assert json.loads(str(record.config_records["about"]["about"])) == golden["about"]
+    assert "values" not in record.config_records["about"]
     array = record.array_records["values"]["values"]
     assert (array.dtype, array.shape) == ("float32", (6,))
     assert array.data == row
@@ -546,7 +562,7 @@ def record_of(array: Array, about: object = None) -> RecordDict:
 
 
 def good_array() -> Array:
-    return to_record(wire.encode_update(update())).array_records["values"]["values"]
+    return in_parts(wire.encode_update(update())).array_records["values"]["values"]
 
 
 def npy(array, **options) -> bytes:
@@ -616,6 +632,25 @@ def test_any_bytes_in_an_array_are_numbers_or_refused(data, shape):
     assert values.tobytes() == data
 
 
+@pytest.mark.parametrize(
+    "row", [FLOAT32.tobytes()[:-1], "one", 3, 1.5, [1.0, 2.0], [b"four"]], ids=repr
+)
+def test_a_row_beside_the_text_that_is_none_is_refused(row):
+    text = json.dumps(wire.encode_update(update()).about)
+    record = RecordDict({"about": ConfigRecord({"about": text, "values": row})})
+    with pytest.raises(UpdateError, match="only float32 is accepted"):
+        from_record(record)
+
+
+def test_a_row_is_beside_its_text_until_it_is_larger_than_a_part():
+    most = records.WITH_TEXT_BYTES // 4
+    for count, parts in ((0, []), (most, []), (most + 1, ["values"])):
+        sent = Parcel({}, np.arange(count, dtype=np.float32))
+        record = to_record(sent)
+        assert list(record.array_records) == parts
+        assert from_record(record).values.tobytes() == sent.values.tobytes()
+
+
 def test_a_record_without_a_text_is_refused():
     about = ConfigRecord({"about": 3})
     for record in (
@@ -633,7 +668,7 @@ def test_a_record_without_a_text_is_refused():
 
 
 def test_records_beside_ours_are_ignored_and_missing_numbers_are_missed():
-    good = to_record(wire.encode_update(update()))
+    good = in_parts(wire.encode_update(update()))
     more = RecordDict({**good, "pickle": ConfigRecord({"code": b"\x80\x04."})})
     assert isinstance(wire.decode_answer(from_record(more), "north", bytes_down=0), Update)
     none = RecordDict({"about": good["about"]})

@@ -48,6 +48,8 @@ TELL_S, TOLD = 10.0, 5
 """After so many seconds it is said for whom the start waits, by so many names."""
 POLL_S = (0.02, 0.5)
 """Shortest and longest pause between two looks for replies."""
+POLL_SHARE = 0.01
+"""Between these, a pause is this share of what was waited already, so a round gets no longer."""
 NOT_REACHABLE = 5
 IN_SIMULATION = 128
 """Messages under way at once in simulation. For every node Flower walks through all that are under
@@ -100,7 +102,7 @@ def drive_app(job: Job, *, grid: Grid) -> Measured:
     """Run a job's rounds in this process, over a Grid that somebody else's `flwr run` has opened.
 
     Raises:
-        EngineError: The federation has fewer nodes than the run has clients.
+        EngineError: A client of the run has not reported; in simulation each has a node.
         SilotuneError: What ended the rounds, as in any runtime.
     """
     if job.state.round == 0:
@@ -114,10 +116,12 @@ def drive_app(job: Job, *, grid: Grid) -> Measured:
         window=IN_SIMULATION,
     )
     clients.join()
-    if missing := len(job.names) - len(clients.reports):
+    if missing := [name for name in job.names if name not in clients.reports]:
+        within = f"{job.run.runtime.join_timeout_s:g} s (runtime.join_timeout_s)"
         raise EngineError(
-            f"{missing} of the {len(job.names)} clients have no node of Flower's.\n  Give it as "
-            f"many: flwr run APP --federation-config 'num-supernodes={len(job.names)}'"
+            f"no node of Flower's can train for {', '.join(missing)}: none reported within "
+            f"{within}, or it was refused as said above.\n  Give it a node for each client: "
+            f"flwr run APP --federation-config 'num-supernodes={len(job.names)}'"
         )
     go_through(clients, job.folder, local=job.local)
     return measured_from(clients.facts())
@@ -399,26 +403,24 @@ class FlowerClients:
 
         Answers to older questions come too.
         """
-        deadline, content = time.monotonic() + timeout_s, to_record(parcel)
+        began, content = time.monotonic(), to_record(parcel)
         waiting: dict[str, Asked] = {}
-        unsent, pause = list(questions), POLL_S[0]
+        unsent = list(questions)
         while waiting or unsent:
             room = self._room()
             sent, lost = self._send(unsent[:room], content)
             yield from lost
             waiting |= sent
             unsent = unsent[len(unsent) if room is None else room :]
-            came = False
-            for question, answer in self._take():
-                came = True
-                yield question, answer
+            yield from self._take()
             waiting = {m: q for m, q in waiting.items() if m in self._open}
-            left = deadline - time.monotonic()
-            if left <= 0:
+            waited = time.monotonic() - began
+            if waited >= timeout_s:
                 break
-            pause = POLL_S[0] if came else min(pause * 1.5, POLL_S[1])
             if waiting:
-                time.sleep(min(left, pause))
+                shortest, longest = POLL_S
+                pause = min(max(shortest, waited * POLL_SHARE), longest)
+                time.sleep(min(timeout_s - waited, pause))
         late = f"no answer within {timeout_s:g} s (sampling.timeout_s)"
         for question in [*waiting.values(), *unsent]:
             yield question, Failure(question.client, question.round, "timeout", late)

@@ -1,8 +1,11 @@
-"""Parcels <-> Flower's records: one text in a ConfigRecord, one float32 row in an ArrayRecord.
+"""Parcels <-> Flower's records: one text, and one row of float32 numbers.
 
-One row instead of an array per tensor: Flower stores, hashes and fetches every array as objects of
-their own, and an adapter has hundreds. The row holds the plain numbers, little end first. Flower
-itself would write a NumPy file, and to read one is to decode whatever its header announces.
+Flower stores, hashes and fetches every record, array and part of one as an object of its own, by a
+request at each of the six places where a round's message passes. So an adapter is one row and not
+hundreds of arrays, and a row that fits into one object anyway lies in the text's ConfigRecord; a
+larger one in an ArrayRecord, which travels in parts. The row holds the plain numbers, little end
+first. Flower itself would write a NumPy file, and to read one is to decode whatever its header
+announces.
 """
 
 import json
@@ -11,20 +14,22 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from silotune.errors import UpdateError
-from silotune.runtime.parcel import Parcel, no_values, read_text
+from silotune.runtime.parcel import Parcel, read_text
 
 ABOUT, VALUES = "about", "values"
 PLAIN = "silotune.float32"
 """Name of our form among those of Flower's arrays."""
+WITH_TEXT_BYTES = 5 * 2**20
+"""Size of a row that goes with the text: what Flower makes one part of."""
 
 
 def to_record(parcel: Parcel) -> RecordDict:
     """A parcel as the content of a Flower message."""
-    about = ConfigRecord({ABOUT: json.dumps(parcel.about)})
-    if not parcel.values.size:
-        return RecordDict({ABOUT: about})
-    row = np.asarray(parcel.values, dtype="<f4")
+    text, row = json.dumps(parcel.about), np.asarray(parcel.values, dtype="<f4")
+    if row.nbytes <= WITH_TEXT_BYTES:
+        return RecordDict({ABOUT: ConfigRecord({ABOUT: text, VALUES: row.tobytes()})})
     array = Array("float32", row.shape, PLAIN, row.tobytes())
+    about = ConfigRecord({ABOUT: text})
     return RecordDict({ABOUT: about, VALUES: ArrayRecord({VALUES: array})})
 
 
@@ -34,15 +39,14 @@ def from_record(record: RecordDict) -> Parcel:
     Raises:
         UpdateError: The content is no parcel.
     """
-    text = record.config_records.get(ABOUT, {}).get(ABOUT)
+    about, arrays = record.config_records.get(ABOUT, {}), record.array_records.get(VALUES)
+    text, row = about.get(ABOUT), about.get(VALUES, b"")
     if not isinstance(text, str):
         raise UpdateError("a message has no readable text.\n  Use the same silotune on both sides.")
-    arrays = record.array_records.get(VALUES)
-    values = no_values()
     if arrays is not None and VALUES in arrays:
         array = arrays[VALUES]
         announced = (array.dtype, array.stype, array.shape)
-        if announced != ("float32", PLAIN, (len(array.data) / 4,)):
-            raise UpdateError("a message brings other numbers; only float32 is accepted.")
-        values = np.frombuffer(array.data, dtype="<f4")
-    return Parcel(read_text(text), values)
+        row = array.data if announced == ("float32", PLAIN, (len(array.data) / 4,)) else None
+    if not isinstance(row, bytes) or len(row) % 4:
+        raise UpdateError("a message brings other numbers; only float32 is accepted.")
+    return Parcel(read_text(text), np.frombuffer(row, dtype="<f4"))
