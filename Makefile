@@ -48,7 +48,7 @@ bench: dev
 	$(BIN)/python benchmarks/planned.py
 	$(BIN)/python benchmarks/private_step.py
 
-# Real processes for some minutes, and adapters of 500 MB: wants memory and disk for several of them.
+# Real processes for a quarter of an hour, and adapters of 500 MB: wants 20 GB of memory.
 bench-deploy: dev
 	$(BIN)/python benchmarks/deployment.py
 

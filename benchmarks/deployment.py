@@ -40,7 +40,7 @@ BYTES_OF_A_RANK = 4 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
 """SmolLM2-135M: float32, 30 layers, every linear map of each."""
 SERVER = {
     "server app": "flwr-serverapp",
-    "SuperLink": "flower-superlink",
+    "SuperLink": "silotune.runtime.superlink",
     "gate": "caddy",
     "run": "run --resume",
 }

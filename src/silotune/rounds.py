@@ -241,6 +241,7 @@ def accept(
             open_.remove(arrival.client)
             spool.add(arrival)
             progress.client_done(arrival)
+        del arrival  # before the next is fetched: it may be large
     answered = {failure.client for failure in failures if failure.round == expected.round}
     for silent in sorted(open_ - answered):
         failures.append(Failure(silent, expected.round, "no answer", "the client did not answer"))

@@ -18,7 +18,7 @@ LONGER = {"SuperNode": 25}
 """The engine holds a killed one for present for a minute, in which others go on."""
 # what to kill: words of its command line, and whether it is the server's or a client's
 VICTIMS = {
-    "SuperLink": ("flower-superlink", "up"),
+    "SuperLink": ("silotune.runtime.superlink", "up"),
     "executor": ("flower-superexec", "up"),
     "server app": ("flwr-serverapp", "up"),
     "server's gate": ("caddy", "up"),

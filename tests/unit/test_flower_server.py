@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from silotune import rounds
 from silotune.algorithms import ALGORITHMS
 from silotune.config import parse
 from silotune.errors import DataError, EngineError, QuorumError, UpdateError
@@ -383,6 +385,38 @@ def test_of_large_answers_fewer_are_fetched_at_once(tmp_path, monkeypatch, adapt
     training = {m.metadata.message_id for m in grid.messages if m.metadata.message_type == "train"}
     assert max(len(ids) for ids in grid.pulled if training.intersection(ids)) == at_once
     assert set(played.status(1).values()) == {"ok"}
+
+
+def test_a_large_answer_is_let_go_before_the_next_is_fetched(tmp_path, monkeypatch):
+    """One adapter more or less for each place that still holds the last one: gigabytes."""
+    monkeypatch.setattr(flower_server, "AT_ONCE", 1)
+    made, left = [], []
+
+    def watched(module, name):
+        original = getattr(module, name)
+
+        def noting(*args, **options):
+            made.append(weakref.ref(found := original(*args, **options)))
+            return found
+
+        monkeypatch.setattr(module, name, noting)
+
+    watched(flower_server, "from_record")
+    watched(flower_server, "_decode")
+    watched(rounds, "check_update")
+    grid = Nodes(clients_by())
+
+    def look(replies):
+        if grid.sent("train"):  # reports before that are small
+            left.append([type(found()).__name__ for found in made if found() is not None])
+        return replies
+
+    grid.order = look
+    played = play(tmp_path, grid, recipe(rounds=1, sampling__timeout_s=20))
+    assert set(played.status(1).values()) == {"ok"}
+    assert len(made) == 4 * len(NAMES)
+    assert len(left) >= len(NAMES)
+    assert left == [[]] * len(left)
 
 
 def test_an_answer_that_is_delivered_twice_counts_once(tmp_path):

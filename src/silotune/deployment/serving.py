@@ -8,6 +8,7 @@ was under way goes on from what it had finished.
 import json
 import signal
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -111,7 +112,7 @@ class _Server:
 
     def _superlink(self, trusted: Path) -> None:
         argv = [
-            "flower-superlink",
+            *(sys.executable, "-m", "silotune.runtime.superlink"),
             # server apps are then processes of the executor's: they outlive a SuperLink
             *("--isolation", "process"),
             *("--ssl-ca-certfile", str(trusted)),

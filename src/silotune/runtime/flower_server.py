@@ -352,6 +352,7 @@ class FlowerClients:
         for answer in self._ask("train", cohort, broadcast):
             assert not isinstance(answer, Score)
             yield answer
+            del answer  # as in `_take`
 
     def evaluate(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Score | Failure]:
         """Ask the cohort to score the adapter."""
@@ -395,6 +396,7 @@ class FlowerClients:
                 self.progress.note(f"{question.client}: {what} came late")
             else:
                 yield _decode(question, answer)
+            del answer  # as in `_take`
 
     def _exchange(
         self, questions: Sequence[Asked], parcel: Parcel, timeout_s: float
@@ -454,6 +456,7 @@ class FlowerClients:
                 question = self._open.pop(reply.metadata.reply_to_message_id, None)
                 if question is not None:  # else it has been read before
                     yield question, self._read(reply, question)
+            reply = None  # let go of before the next is fetched: it may be large
 
     def _read(self, reply: Message, question: Asked) -> Parcel | Failure:
         if reply.has_error():

@@ -1,0 +1,36 @@
+"""What we change of Flower's SuperLink: how long a request waits for the database."""
+
+import subprocess
+import sys
+
+import pytest
+from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+from sqlalchemy import text
+
+from silotune.runtime.superlink import BUSY_MS, wait_longer
+
+
+def pragmas(path) -> dict[str, str]:
+    store = SqlObjectStore(str(path))
+    store.initialize()
+    with store.session() as session:
+        return {name: str(session.scalar(text(f"PRAGMA {name}"))) for name, _ in SQLITE_PRAGMAS}
+
+
+def test_a_request_waits_for_others_longer_than_flower_lets_it(tmp_path, monkeypatch):
+    """Regression: of three clients with adapters of 500 MB, `database is locked` ended the run."""
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", SQLITE_PRAGMAS)
+    flowers = pragmas(tmp_path / "flowers.db")
+    assert flowers["busy_timeout"] == "5000"
+    wait_longer()
+    assert pragmas(tmp_path / "ours.db") == {**flowers, "busy_timeout": str(BUSY_MS)}
+
+
+@pytest.mark.timeout(120)
+def test_it_takes_flowers_own_arguments():
+    words = [sys.executable, "-m", "silotune.runtime.superlink", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "--enable-supernode-auth" in done.stdout
