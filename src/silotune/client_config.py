@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, model_validator
 
-from silotune.config import RunConfig, usable_threads
+from silotune.config import RunConfig, RuntimeConfig, usable_threads
 from silotune.consortium.roster import is_consortium
 from silotune.data import ClientRows, load_client
 from silotune.errors import ConfigError, Declined
@@ -183,7 +183,8 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     if refused:
         why = "\n  ".join(refused)
         raise Declined(f"client '{own.name}' does not take part:\n  {why}")
-    machine = {"name": "in-process", "device": own.runtime.device, "threads": own.runtime.threads}
+    # nothing of the recipe's: how its server waits for clients is no matter of this process
+    machine = RuntimeConfig(device=own.runtime.device, threads=own.runtime.threads)
     mine = {
         "name": own.model,
         "dtype": own.runtime.dtype,
@@ -196,7 +197,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
             "data": own_data(run, own),
             "partition": None,
             "privacy": _own_privacy(run.privacy, limits),
-            "runtime": run.runtime.model_copy(update=machine),
+            "runtime": machine,
         }
     )
 

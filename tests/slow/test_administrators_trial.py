@@ -254,6 +254,7 @@ def test_a_client_whose_clock_is_wrong_is_refused_and_told_so(trial, two):
     note(f"a wrong clock: {'; '.join(missed(run))}; {said}")
     found = north.try_("silotune client doctor north-kit.toml", wrong).stdout
     assert "FAIL  clock" in found, found
+    assert found.count("FAIL") == 1, "and nothing else"
     note(found)
     north.end("client join")
     trial.join(north)

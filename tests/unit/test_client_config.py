@@ -2,6 +2,7 @@
 
 import json
 import math
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from silotune.client_config import (
     own_rows,
     write_client_configs,
 )
-from silotune.config import parse
+from silotune.config import parse, to_toml
 from silotune.data import ClientRows, load_clients
 from silotune.errors import ConfigError, Declined
 from silotune.privacy.base import PrivacyConfig
@@ -293,6 +294,14 @@ def test_device_and_threads_are_the_clients_own():
     assert (here.runtime.device, here.runtime.threads) == ("cpu", 3)
     assert here.runtime.name == "in-process"
     assert own_recipe(run, client()).runtime.device == "auto"
+
+
+def test_how_its_server_waits_is_no_contradiction_at_a_client():
+    """Regression: the doctor's real step failed on a recipe's `runtime.join_timeout_s`."""
+    run = recipe(runtime={"name": "flower", "join_timeout_s": 20})
+    here = own_recipe(run, client(model="copy"))
+    assert list(here.contradictions()) == []
+    assert parse(tomllib.loads(to_toml(here))).runtime == here.runtime
 
 
 def test_how_the_base_is_held_is_the_clients_own_where_it_says_so():
