@@ -1,4 +1,4 @@
-"""What we change of Flower's SuperLink: how long a request waits for the database."""
+"""What we change of Flower: how long the SuperLink waits for its database, what one part is."""
 
 import subprocess
 import sys
@@ -9,6 +9,8 @@ from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from sqlalchemy import text
 
+from silotune.runtime.parcel import PART_BYTES
+from silotune.runtime.submission import engine_environment
 from silotune.runtime.superlink import BUSY_MS, wait_longer
 
 
@@ -34,3 +36,15 @@ def test_it_takes_flowers_own_arguments():
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "--enable-supernode-auth" in done.stdout
+
+
+def test_a_part_is_as_large_as_we_say_and_they_go_one_after_the_other(tmp_path):
+    """Regression: at 1 Mbit/s no part of 4.5 MB arrived within the 30 s that Flower waits."""
+    own = engine_environment(tmp_path, private=tmp_path, runs=tmp_path, threads=1)
+    code = (
+        "from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as size\n"
+        "from flwr.supercore.constant import FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES as at_once\n"
+        "print(size, at_once)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    assert done.stdout.split() == [str(PART_BYTES), "1"], done.stderr

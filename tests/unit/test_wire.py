@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "update_parcel.json"
 def in_parts(parcel: Parcel) -> RecordDict:
     """The record of a parcel whose row is larger than what goes with the text."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "WITH_TEXT_BYTES", -1)
+        patch.setattr(records, "PART_BYTES", -1)
         return to_record(parcel)
 
 
@@ -643,7 +643,7 @@ def test_a_row_beside_the_text_that_is_none_is_refused(row):
 
 
 def test_a_row_is_beside_its_text_until_it_is_larger_than_a_part():
-    most = records.WITH_TEXT_BYTES // 4
+    most = records.PART_BYTES // 4
     for count, parts in ((0, []), (most, []), (most + 1, ["values"])):
         sent = Parcel({}, np.arange(count, dtype=np.float32))
         record = to_record(sent)

@@ -14,19 +14,17 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from silotune.errors import UpdateError
-from silotune.runtime.parcel import Parcel, read_text
+from silotune.runtime.parcel import PART_BYTES, Parcel, read_text
 
 ABOUT, VALUES = "about", "values"
 PLAIN = "silotune.float32"
 """Name of our form among those of Flower's arrays."""
-WITH_TEXT_BYTES = 5 * 2**20
-"""Size of a row that goes with the text: what Flower makes one part of."""
 
 
 def to_record(parcel: Parcel) -> RecordDict:
     """A parcel as the content of a Flower message."""
     text, row = json.dumps(parcel.about), np.asarray(parcel.values, dtype="<f4")
-    if row.nbytes <= WITH_TEXT_BYTES:
+    if row.nbytes <= PART_BYTES:
         return RecordDict({ABOUT: ConfigRecord({ABOUT: text, VALUES: row.tobytes()})})
     array = Array("float32", row.shape, PLAIN, row.tobytes())
     about = ConfigRecord({ABOUT: text})

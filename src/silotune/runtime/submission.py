@@ -25,6 +25,7 @@ from silotune.files import EXAMPLES, locate
 from silotune.reading import DataConfig
 from silotune.runtime.job import Job
 from silotune.runtime.kept import program
+from silotune.runtime.parcel import PART_BYTES
 from silotune.runtime.reported import OUTCOME, Follower, read_outcome
 from silotune.server import DistillConfig, ServerConfig
 from silotune.sources import SOURCES
@@ -78,6 +79,9 @@ def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # one after the other: over a slow link two together would take twice as long each
+        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(PART_BYTES),
+        "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
         "TMPDIR": str(private),
         "OMP_NUM_THREADS": str(threads),
         RUNS: str(runs),
