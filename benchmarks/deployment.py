@@ -119,7 +119,7 @@ def small_base(folder: Path) -> Path:
 
 def of_small(base: Path) -> list[str]:
     """Keys that put it in the recipe's place, with an adapter as large as the recipe's."""
-    return [f"model.name={base}", "adapter.rank=900", "adapter.alpha=900", "runtime.threads=1"]
+    return [f"model.name={base}", "adapter.rank=600", "adapter.alpha=600", "runtime.threads=1"]
 
 
 def engine_rounds(folder: Path, num_rounds: int, *, app: str) -> list[float]:
