@@ -49,7 +49,7 @@ TELL_S, TOLD = 10.0, 5
 POLL_S = (0.02, 0.5)
 """Shortest and longest pause between two looks for replies."""
 POLL_SHARE = 0.01
-"""Between these, a pause is this share of what was waited already, so a round gets no longer."""
+"""Between these, a pause is this share of what was waited already: no round gets longer by more."""
 NOT_REACHABLE = 5
 IN_SIMULATION = 128
 """Messages under way at once in simulation. For every node Flower walks through all that are under
