@@ -280,7 +280,7 @@ def test_a_slow_link_costs_time_and_nothing_else(trial, two):
 
 def test_a_long_local_training_trips_no_timeout(trial, two):
     """Longer than what the engine counts in: heartbeats of a minute, signatures of five."""
-    run = trial.submit("rounds=1 train.local_steps=36000 evaluate.every=0")
+    run = trial.submit("rounds=1 train.local_steps=24000 evaluate.every=0")
     trial.wait_until(run, "done", 1300)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     took = [row["seconds"] for row in rows if row["event"] == "train"]
