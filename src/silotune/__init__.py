@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from silotune.arms import Comparison, compare
     from silotune.auditing import audit
     from silotune.checking import check
-    from silotune.config import RunConfig, load_recipe, shipped_recipes
+    from silotune.config import RunConfig
     from silotune.errors import SilotuneError
     from silotune.finished import Run
     from silotune.launch import base_folder, pretrain_teacher, run
     from silotune.planning import Plan, plan
     from silotune.previewing import preview
     from silotune.progress import PlainProgress, Progress
+    from silotune.recipe_parse import load_recipe, shipped_recipes
     from silotune.sweeping import Sweep, sweep
 
 # Resolved when first used: importing silotune costs no torch.
@@ -35,12 +36,12 @@ _HOMES = {
     "base_folder": "silotune.launch",
     "check": "silotune.checking",
     "compare": "silotune.arms",
-    "load_recipe": "silotune.config",
+    "load_recipe": "silotune.recipe_parse",
     "plan": "silotune.planning",
     "pretrain_teacher": "silotune.launch",
     "preview": "silotune.previewing",
     "run": "silotune.launch",
-    "shipped_recipes": "silotune.config",
+    "shipped_recipes": "silotune.recipe_parse",
     "sweep": "silotune.sweeping",
 }
 

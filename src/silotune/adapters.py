@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from silotune.errors import ConfigError, ModelError
 from silotune.heads import Head
 from silotune.quantization import Quantization, tame_bitsandbytes
-from silotune.rows import did_you_mean
 from silotune.seeds import derive
 from silotune.types import Config
+from silotune.wording import did_you_mean
 
 Kind = Literal["lora", "ia3", "prompt", "prefix", "peft", "full"]
 

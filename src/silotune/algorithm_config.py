@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
 from pydantic import Discriminator, Field, Tag, create_model, field_validator
 
+from silotune.algorithm import Algorithm
 from silotune.algorithms import ALGORITHMS
-from silotune.algorithms.base import Algorithm, AlgorithmConfig
+from silotune.algorithms.base import AlgorithmConfig
 
 
 def _named(name: str, cfg: type[AlgorithmConfig]) -> type[AlgorithmConfig]:

@@ -13,7 +13,7 @@ from typing import Any
 from silotune.client import ClientData, Worker, take_part
 from silotune.config import RunConfig
 from silotune.disk import load_tensors, save_tensors
-from silotune.store import Row
+from silotune.metrics import Row
 from silotune.train import num_rows
 from silotune.tree import add
 from silotune.types import AdapterState, Broadcast

@@ -10,8 +10,10 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from silotune.config import CompareConfig, RunConfig, parse, to_toml
+from silotune.config import RunConfig
 from silotune.errors import ConfigError
+from silotune.recipe_parse import parse, to_toml
+from silotune.recipe_sections import CompareConfig
 
 FREE = ("adapter", "train", "algorithm", "server", "distill")
 """Sections that an arm may change."""

@@ -21,21 +21,22 @@ from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.alone import Cost, Plan, cost_of_run, pooled, rows_trained, train_alone
 from silotune.arm_recipes import federated_arms
 from silotune.bench import SharedBase
-from silotune.card import comparison_card
 from silotune.checking import Checked
 from silotune.client import ClientData, Worker
 from silotune.comparison import Scores, compare_arms
-from silotune.config import CompareConfig, RunConfig
+from silotune.comparison_card import comparison_card
+from silotune.comparison_page import comparison_page
+from silotune.config import RunConfig
 from silotune.disk import write_atomically, write_json, write_rows
 from silotune.errors import ConfigError, RunFolderError
 from silotune.evaluate import score_each
 from silotune.finished import Run
 from silotune.generate import answers
-from silotune.launch import open_folder, provenance_of, run_in
+from silotune.launch import open_folder, run_in
 from silotune.memory import load_memory
+from silotune.metrics import Row
 from silotune.models import LoadedModel, save_adapter, untrained, write_adapter
 from silotune.overview import describe_split
-from silotune.page import comparison_page
 from silotune.parts import (
     place_alone,
     place_of,
@@ -45,15 +46,18 @@ from silotune.parts import (
     results,
     seeds_of,
 )
-from silotune.progress import Progress, human_seconds
+from silotune.progress import Progress
+from silotune.provenance import provenance_of
 from silotune.quality import judge, question_of
-from silotune.rows import Conversation, did_you_mean
+from silotune.recipe_sections import CompareConfig
+from silotune.rows import Conversation
 from silotune.runtime.inprocess import prepare_clients
-from silotune.store import Row, RunFolder
+from silotune.store import RunFolder
 from silotune.tasks import build_task
 from silotune.tasks.base import Example
 from silotune.teaching import build_lesson, is_pretrained, pretrain, server_rows
 from silotune.types import AdapterState
+from silotune.wording import did_you_mean, human_seconds
 
 
 class ComparisonFolder(RunFolder):

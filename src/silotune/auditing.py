@@ -17,25 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from silotune.algorithms.base import expected_layout, keep_local
+from silotune.algorithm import expected_layout, keep_local
 from silotune.audit_result import claim_of, result_of
-from silotune.budget import BudgetConfig
 from silotune.canary_rows import CanaryRow, draw_canaries, with_canaries
 from silotune.checking import Checked, check
 from silotune.client import Worker
-from silotune.config import RunConfig, shipped_recipes
+from silotune.config import RunConfig
 from silotune.disk import free_place, write_json
 from silotune.errors import ConfigError, RunFolderError
-from silotune.finished import Run, load_for, local_tensors
-from silotune.launch import place_for, provenance_of, run_in
+from silotune.finished import Run
+from silotune.launch import place_for, run_in
 from silotune.membership import drawn_rows, infer_membership, losses
 from silotune.models import LoadedModel, read_adapter, untrained
 from silotune.own_privacy import own_plan, protected
 from silotune.privacy.bounds import exposure
 from silotune.privacy.canaries import CanaryClients, Protect
+from silotune.privacy_statement import statement
 from silotune.progress import Progress
-from silotune.promise import statement, with_privacy
+from silotune.promise import with_privacy
+from silotune.provenance import provenance_of
 from silotune.reading import TaskRow
+from silotune.recipe_model import load_for, local_tensors
+from silotune.recipe_parse import shipped_recipes
+from silotune.recipe_sections import BudgetConfig
 from silotune.rounds import run_rounds
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.inprocess import InProcessClients, prepare_clients

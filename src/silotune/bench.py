@@ -16,7 +16,7 @@ from silotune.client import ClientData, Worker
 from silotune.config import RunConfig
 from silotune.data import fingerprint
 from silotune.errors import SilotuneError
-from silotune.finished import Run, load_for
+from silotune.finished import Run
 from silotune.launch import run_in
 from silotune.models import (
     LoadedModel,
@@ -26,6 +26,7 @@ from silotune.models import (
     write_adapter,
 )
 from silotune.progress import Progress
+from silotune.recipe_model import load_for
 from silotune.runtime.inprocess import prepare_clients
 from silotune.store import RunFolder
 from silotune.tasks import build_task

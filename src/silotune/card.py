@@ -8,15 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.adapters import PROMPT_KINDS
-from silotune.comparison import (
-    AGAINST,
-    against_table,
-    cost_table,
-    difference_table,
-    score_table,
-)
 from silotune.config import RunConfig
-from silotune.promise import privacy_lines
+from silotune.metrics import Row
+from silotune.privacy_statement import privacy_lines
 from silotune.report import (
     budget_lines,
     budget_warnings,
@@ -31,8 +25,7 @@ from silotune.report import (
     unit_of,
     worse_off,
 )
-from silotune.store import Row
-from silotune.verdicts import comparison_verdict, run_verdict, worse_off_warnings
+from silotune.verdicts import run_verdict
 
 
 def model_card(
@@ -152,31 +145,6 @@ def _predicted(summary: Mapping[str, Any]) -> list[str]:
     if not (table := prediction_table(summary)):
         return []
     return [*markdown_table(table), "", *(f"- {note}" for note in prediction_notes(summary)), ""]
-
-
-def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
-    """README.md of a comparison: the report's numbers as Markdown, without rows or answers."""
-    up_to = "Up to " if run.budget.bytes or run.budget.hours else ""
-    said = [*comparison_verdict(comparison), *worse_off_warnings(comparison), *comparison["notes"]]
-    lines = [
-        f"# Was it worth joining? {comparison['base_name']}, {len(comparison['clients'])} clients",
-        "",
-        *(f"- {line}" for line in said),
-        "",
-        f"Seeds: {', '.join(map(str, comparison['seeds']))}. "
-        f"{up_to}{run.rounds} rounds. All arms are "
-        "scored on the same held-out rows of each client; a difference is arm minus local, with "
-        "its 95 % interval.",
-    ]
-    for key, metric in comparison["metrics"].items():
-        better = "lower" if metric["lower_is_better"] else "higher"
-        lines += ["", f"## {metric['label']} ({metric['unit']}, {better} is better)", ""]
-        lines += [*markdown_table(score_table(comparison, key)), ""]
-        lines += markdown_table(difference_table(comparison, key))
-        if against := against_table(comparison, key):
-            lines += ["", f"{AGAINST}:", "", *markdown_table(against)]
-    lines += ["", "## Cost over all seeds", "", *markdown_table(cost_table(comparison))]
-    return "\n".join(lines) + "\n"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from silotune.client_config import (
     load_client_configs,
     own_rows,
 )
-from silotune.config import RunConfig, load_recipe
+from silotune.config import RunConfig
 from silotune.consortium.roster import is_consortium, names_in
 from silotune.data import ClientRows, cut_clients
 from silotune.devices import pick_device
@@ -25,6 +25,7 @@ from silotune.partition import PartitionConfig
 from silotune.promise import Promise, promise_of, too_few_for
 from silotune.quantization import check_quantization
 from silotune.reading import TaskRow
+from silotune.recipe_parse import load_recipe
 from silotune.runtime.flower_engine import check_installed
 from silotune.runtime.strategy_check import check_algorithm, strategy_warnings
 from silotune.sampling import cohort_size

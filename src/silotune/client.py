@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from silotune.algorithms.base import Algorithm, LocalContext, LocalOutcome
+from silotune.algorithm import Algorithm, LocalContext, LocalOutcome
 from silotune.allocator import release_memory
 from silotune.config import RunConfig
 from silotune.data import ClientRows
@@ -269,3 +269,14 @@ def withheld(update: Update) -> Update:
 def _mechanism(private: OwnPlan) -> dict[str, float]:
     """What a round's releases were, for whoever adds epsilons up. Tells nothing about the rows."""
     return {key: float(getattr(private, key)) for key in MECHANISM}
+
+
+def cut_note(client: str, *, num_cut: int, num_dropped: int) -> str | None:
+    """What became of rows that are longer than `train.max_length`; None where none is."""
+    if not num_cut:
+        return None
+    lost = f", {num_dropped} of them with the whole answer: these are left out"
+    return (
+        f"{client}: {num_cut} rows are longer than train.max_length and lose their end"
+        f"{lost if num_dropped else ''}"
+    )

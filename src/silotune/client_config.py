@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, model_validator
 
-from silotune.config import RunConfig, RuntimeConfig, usable_threads
+from silotune.config import RunConfig
 from silotune.consortium.roster import is_consortium
 from silotune.data import ClientRows, load_client
 from silotune.errors import ConfigError, Declined
@@ -22,6 +22,8 @@ from silotune.memory import folder_name
 from silotune.privacy.base import PrivacyConfig
 from silotune.quantization import Quantization
 from silotune.reading import DataConfig, TaskRow
+from silotune.recipe_contradictions import contradictions
+from silotune.recipe_sections import RuntimeConfig, usable_threads
 from silotune.sources import SOURCES, is_hub_id
 from silotune.tables import read_table
 from silotune.templates import TEMPLATES
@@ -211,7 +213,7 @@ def _against_privacy(run: RunConfig, own: ClientConfig) -> Iterator[str]:
                 "privacy.noise = 'seeded' protects nobody: whoever knows the recipe can take it off"
             )
         else:
-            yield from (f"{key}: {why}" for key, why in run.contradictions())
+            yield from (f"{key}: {why}" for key, why in contradictions(run))
         if not CLIP_NORMS[0] <= asked.clip_norm <= CLIP_NORMS[1]:
             yield f"privacy.clip_norm = {asked.clip_norm:g} is beyond what float32 can clip and add"
         if run.data.template not in TEMPLATES and "template" not in own.data.model_fields_set:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from silotune.progress import human_bytes, human_seconds
 from silotune.stats import Interval, Labelled, Scored, label_interval, mean_interval
+from silotune.wording import human_bytes, human_seconds
 
 MIN_ROWS = 20
 """Held-out rows below which a client gets no verdict."""

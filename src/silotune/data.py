@@ -35,12 +35,9 @@ from silotune.reading import (
     read_parts,
     without_empty,
 )
-from silotune.rows import (
-    did_you_mean,
-    is_missing,
-    list_columns,
-)
+from silotune.rows import is_missing, list_columns
 from silotune.seeds import generator
+from silotune.wording import did_you_mean
 
 
 @dataclass(frozen=True)

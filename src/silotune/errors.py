@@ -79,3 +79,8 @@ class QuorumError(SilotuneError):
 
 class ClientTimeout(SilotuneError):
     """A client did not deliver before the deadline."""
+
+
+def first_line(text: str) -> str:
+    """What happened, without how to mend it."""
+    return text.split("\n", 1)[0]

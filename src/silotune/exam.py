@@ -22,14 +22,14 @@ from silotune.errors import ConfigError
 from silotune.evaluate import score_each
 from silotune.finished import Run
 from silotune.generate import answers
+from silotune.metrics import Row
 from silotune.models import LoadedModel, base_only
 from silotune.progress import Progress
 from silotune.quality import Quality, judge, question_of
 from silotune.quality import mean as mean_quality
-from silotune.rows import did_you_mean
 from silotune.seeds import generator
 from silotune.stats import Interval, Labelled, label_scores, wilson
-from silotune.store import Row, RunFolder
+from silotune.store import RunFolder
 from silotune.suites import SUITES
 from silotune.suites import code as code_suite
 from silotune.suites.base import Item, load_items
@@ -38,6 +38,7 @@ from silotune.suites.lm_eval_tasks import check_lm_eval, run_lm_eval
 from silotune.suites.results import Answered, Way, summarise
 from silotune.suites.scoring import score_generation, score_likelihood
 from silotune.tasks import build_task
+from silotune.wording import did_you_mean
 
 LM_EVAL = "lm-eval:"
 """In front of the name of a task of lm-eval."""

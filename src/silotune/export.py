@@ -28,8 +28,8 @@ from silotune.export_card import (
 from silotune.gguf_write import GgufType, check_llama, check_tokenizer, write_llama
 from silotune.models import LoadedModel, quiet_libraries
 from silotune.progress import Progress
-from silotune.rows import did_you_mean
 from silotune.store import RunFolder
+from silotune.wording import did_you_mean
 
 LOGIT_TOLERANCE = 1e-3
 """How far merging may move a logit, of the largest one; in float32 it is rounding, some 1e-6."""

@@ -14,7 +14,7 @@ from silotune.card import python_use, what_is_trained
 from silotune.config import RunConfig
 from silotune.gguf_write import GgufType
 from silotune.models import folder_of_base
-from silotune.promise import privacy_lines
+from silotune.privacy_statement import privacy_lines
 from silotune.report import unit_of
 from silotune.sources import SOURCES, is_hub_id
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from silotune.errors import DataError
 from silotune.partition import Shares
-from silotune.rows import did_you_mean, list_columns
+from silotune.rows import list_columns
+from silotune.wording import did_you_mean
 
 EXAMPLES: dict[str, Path] = {
     "medquad_mini": Path(str(importlib.resources.files("silotune"))) / "examples" / "medquad_mini",

@@ -16,21 +16,19 @@ from silotune.errors import ConfigError, ModelError, RunFolderError, UpdateError
 from silotune.export import GGUF_DEFAULT, check_order, export_run
 from silotune.export_card import ExportKind
 from silotune.gguf_write import GgufType
-from silotune.heads import check_length
+from silotune.metrics import Row
 from silotune.models import (
     LoadedModel,
     folder_of_base,
-    load_model,
     write_adapter,
 )
 from silotune.page import run_page
+from silotune.privacy_statement import releases, statement
 from silotune.progress import Progress
-from silotune.promise import releases, statement
 from silotune.pushing import hub_login, push_folder
+from silotune.recipe_model import load_for
 from silotune.sources import content_hash, is_hub_id
-from silotune.store import Row, RunFolder
-from silotune.tasks.instruct import check_packing
-from silotune.templates import resolve_template, set_template
+from silotune.store import RunFolder
 from silotune.types import AdapterState
 
 
@@ -240,36 +238,6 @@ class Run:
         both = zip(SPEAKERS, (base, result), strict=True)
         models = {name: m for name, m in both if m is not None and only in (None, name)}
         return Chat(Speakers(run, models, max_new_tokens))
-
-
-def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
-    """A recipe's base with its first adapter, and a chat template."""
-    loaded = load_model(
-        run.model,
-        run.adapter,
-        seed=run.seed,
-        device=run.runtime.device,
-        labels=run.data.labels or () if run.task == "classify" else (),
-    )
-    if run.task == "classify":
-        check_length(loaded.model, run.train.max_length)
-        return loaded
-    if run.train.packing:
-        check_packing(loaded, run.train.max_length)
-    if give_template(loaded.tokenizer, run) and progress is not None:
-        progress.note(f"{run.model.name} brings no chat template: the plain one is used")
-    return loaded
-
-
-def give_template(tokenizer: Any, run: RunConfig) -> bool:
-    """A recipe's template for its tokenizer; see `set_template`."""
-    template = resolve_template(run.data.template)
-    return set_template(tokenizer, template, end_token="no-end-token" not in run.train.compat)
-
-
-def local_tensors(run: RunConfig, loaded: LoadedModel) -> frozenset[str]:
-    """The tensors that the recipe keeps at each client, whatever the algorithm."""
-    return loaded.head if run.adapter.head == "local" else frozenset()
 
 
 def read_result(adapter: Path) -> dict[str, torch.Tensor]:

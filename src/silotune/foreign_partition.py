@@ -14,7 +14,7 @@ import torch
 
 from silotune.errors import ConfigError, DataError
 from silotune.partition import PartitionConfig, Shares, name_parts, names_in_column
-from silotune.rows import did_you_mean
+from silotune.wording import did_you_mean
 
 UNFIT = {
     "Partitioner": "is what the others have in common",

@@ -8,26 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pydantic import Field
-
 from silotune.errors import ConfigError
-from silotune.types import Config
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"\s*({NUMBER})\s*\.\.\s*({NUMBER})\s*")
-
-
-class SweepConfig(Config):
-    """What `silotune sweep` changes from run to run. A run takes no notice of it."""
-
-    keys: tuple[str, ...] = ()
-    """Keys with their values, as in ["train.lr=1e-4,1e-3", "adapter.rank=4,8"]: all combinations.
-    With `search` also ranges: "train.lr=1e-5..1e-3,log"."""
-    runs: tuple[str, ...] = ()
-    """Instead of all combinations the runs themselves, each with its keys, as in
-    ["train.lr=1e-3 adapter.rank=8", "train.lr=1e-4 adapter.rank=16"]."""
-    search: int = Field(default=0, ge=0)
-    """Train so many runs, and let Optuna choose the values of each by what came before."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.errors import DataError, EmptyRowError
-from silotune.rows import MEND_EMPTY, check_whole, did_you_mean, is_missing, list_columns
+from silotune.rows import MEND_EMPTY, check_whole, is_missing, list_columns
+from silotune.wording import did_you_mean
 
 LabelledText = dict[str, str]
 """{"text": ..., "label": ...}, and for a pair of texts "text_pair" too."""

@@ -1,9 +1,5 @@
 """A recipe in, a run out. What the commands do, Python does by these names."""
 
-import hashlib
-import importlib.metadata
-import importlib.util
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,22 +8,22 @@ from typing import Any, TypeVar
 
 import torch
 
-from silotune.algorithms.base import keep_local
+from silotune.algorithm import keep_local
+from silotune.budget import begin_part, keep_spent, read_spent
 from silotune.card import model_card
 from silotune.checking import Checked, check
 from silotune.client import ClientData
 from silotune.config import RunConfig
 from silotune.consortium.roster import is_consortium
-from silotune.data import ClientRows, fingerprint
+from silotune.data import ClientRows
 from silotune.disk import free_place, write_atomically, write_json
 from silotune.errors import ConfigError, RunFolderError, SilotuneError
 from silotune.files import locate
-from silotune.finished import Run, load_for, local_tensors, read_result
+from silotune.finished import Run, read_result
 from silotune.generate import Answer, answers
 from silotune.models import (
     LoadedModel,
     base_only,
-    folder_of_base,
     num_base_loads,
     read_adapter,
     save_adapter,
@@ -35,15 +31,17 @@ from silotune.models import (
 )
 from silotune.overview import describe_split
 from silotune.predicted import compare_with_prediction, measure_first, write_prediction
+from silotune.privacy_statement import statement
 from silotune.progress import Both, Progress
-from silotune.promise import statement, with_privacy
+from silotune.promise import with_privacy
+from silotune.provenance import file_sha256, provenance_of
 from silotune.quality import question_of
+from silotune.recipe_model import load_for, local_tensors
 from silotune.report import budget_warnings, summarise
 from silotune.runtime import flower_engine, hosted, inprocess
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
-from silotune.sources import SOURCES, content_hash, resolve
-from silotune.spending import begin_part, keep_spent, read_spent
+from silotune.sources import resolve
 from silotune.store import RunFolder
 from silotune.tasks import build_task
 from silotune.teaching import is_pretrained, pretrain, server_rows
@@ -60,7 +58,6 @@ RUNTIMES = {
 F = TypeVar("F", bound=RunFolder)
 NOT_MET = {"num_train": 0, "num_eval": 0}
 """Rows of a client that never answered."""
-LIBRARIES = ("silotune", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
 
 
 def run(
@@ -421,62 +418,6 @@ def _result(run: RunConfig, folder: RunFolder) -> ServerState:
     result = folder.load_state(best)
     assert result is not None, "the last round is always a checkpoint"
     return result
-
-
-def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dict[str, Any]:
-    """Write down what the run stands on; a resumed run must stand on the same."""
-    run = checked.run
-    source = SOURCES.get(run.model.name)
-    now = {
-        "run": str(folder.path),
-        "base": {
-            "name": run.model.name,
-            "description": source.what if source else run.model.name,
-            "sha256": content_hash(folder_of_base(run.model)),
-            "revision": run.model.revision,
-        },
-        "data": {"path": run.data.path, "sha256": _fingerprint(checked)},
-        "device": str(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "quantization": loaded.quantization,
-        "threads": run.runtime.threads,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in _libraries(run)},
-    }
-    before = folder.read_json("provenance.json")
-    if before is None:
-        write_json(folder.path / "provenance.json", now)
-        return now
-    for part, key in (("data", "sha256"), ("base", "sha256")):
-        if before[part][key] != now[part][key]:
-            raise RunFolderError(
-                f"{folder.path}: the {part} has changed since the run began.\n"
-                f"  Restore it ({run.data.path if part == 'data' else run.model.name}), or start "
-                "a new run."
-            )
-    return before
-
-
-def _fingerprint(checked: Checked) -> str | None:
-    """Of all rows; None where they are the clients' own, in a consortium whose members change."""
-    place = locate(checked.run.data.path)
-    return None if place and is_consortium(place) else fingerprint(checked.rows)
-
-
-def _libraries(run: RunConfig) -> list[str]:
-    """What the result may depend on."""
-    quantised = run.model.quantization != "none" or "bit" in run.train.optimizer
-    there = importlib.util.find_spec("bitsandbytes") is not None
-    return [*LIBRARIES, *(["bitsandbytes"] if quantised and there else [])]
-
-
-def file_sha256(adapter: Path) -> str:
-    """Sha256 over a result's safetensors files in name order; of one file as `sha256sum`."""
-    digest = hashlib.sha256()
-    for path in sorted(adapter.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def base_folder(name: str) -> str | Path:

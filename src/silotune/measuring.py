@@ -19,18 +19,18 @@ from pathlib import Path
 
 import torch
 
-from silotune.algorithms.base import keep_local
+from silotune.algorithm import keep_local
 from silotune.allocator import release_memory
 from silotune.checking import check
 from silotune.client import ClientData, Worker, train_round
-from silotune.config import RunConfig, parse, to_toml
+from silotune.config import RunConfig
 from silotune.devices import peak_memory_bytes
-from silotune.errors import DataError, SilotuneError
+from silotune.errors import DataError, SilotuneError, first_line
 from silotune.evaluate import build_eval_batches
-from silotune.finished import load_for, local_tensors
 from silotune.memory import ClientMemory
 from silotune.models import read_adapter
-from silotune.rounds import first_line
+from silotune.recipe_model import load_for, local_tensors
+from silotune.recipe_parse import parse, to_toml
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.inprocess import prepare_clients
 from silotune.sampling import sample

@@ -16,12 +16,14 @@ from silotune.config import RunConfig
 from silotune.data import ClientRows, fingerprint
 from silotune.errors import ConfigError, RunFolderError
 from silotune.evaluate import score_each
-from silotune.finished import Run, load_for
+from silotune.finished import Run
+from silotune.metrics import Row
 from silotune.models import LoadedModel, untrained
 from silotune.privacy.bounds import auc, true_positive_rate
 from silotune.progress import Progress
 from silotune.reading import TaskRow
-from silotune.store import Row, RunFolder
+from silotune.recipe_model import load_for
+from silotune.store import RunFolder
 from silotune.tasks import build_task
 from silotune.train import num_rows, stream
 

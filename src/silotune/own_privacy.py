@@ -68,7 +68,7 @@ def own_plan(run: RunConfig, num_examples: int, *, count: int | None = None) -> 
     cfg, train = run.privacy, run.train
     if not cfg.is_at_client:
         return None
-    assert cfg.delta is not None, "RunConfig.contradictions asks for it"
+    assert cfg.delta is not None, "recipes/contradictions.py asks for it"
     whole = cfg.unit == "client"
     lot_size = num_examples if whole else min(train.batch_size * train.accumulation, num_examples)
     if whole:

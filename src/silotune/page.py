@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from silotune import charts
 from silotune.card import python_use
 from silotune.charts import Interval, Split
-from silotune.comparison import AGAINST, against_table, cost_table
-from silotune.config import RunConfig, to_toml
-from silotune.promise import privacy_lines
+from silotune.config import RunConfig
+from silotune.metrics import Row, held_out_losses
+from silotune.privacy_statement import privacy_lines
+from silotune.recipe_parse import to_toml
 from silotune.report import (
     budget_lines,
     budget_warnings,
@@ -26,22 +27,10 @@ from silotune.report import (
     unit_of,
     worse_off,
 )
-from silotune.store import Row, held_out_losses
-from silotune.verdicts import (
-    comparison_verdict,
-    gain,
-    interval,
-    num_clients,
-    run_verdict,
-    signed,
-    worse_off_warnings,
-)
+from silotune.verdicts import num_clients, run_verdict
 
 Samples = Sequence[Mapping[str, Any]]
 """client, question, reference, and answers by name ("base", "federated", ...)."""
-MEAN = "mean over clients"
-SIGNS = {"gained": "▲", "lost": "▼", "no clear difference": "≈", "too few rows": "?"}
-"""A verdict is told by its sign and its word, not by its colour alone."""
 
 
 class Drawing(NamedTuple):
@@ -50,15 +39,6 @@ class Drawing(NamedTuple):
     title: str
     svg: str
     note: str = ""
-
-
-class ScoreRow(NamedTuple):
-    """One arm's line in a comparison's table, in words."""
-
-    arm: str
-    score: str
-    difference: str
-    verdict: str
 
 
 def run_page(
@@ -97,101 +77,34 @@ def run_page(
         warnings=warnings,
         notes=[*([run.report.note] if run.report.note else []), *budget_lines(summary)],
         loss_header=header,
-        loss_rows=[(name, *(_typeset(cell) for cell in cells)) for name, *cells in table],
+        loss_rows=[(name, *(typeset(cell) for cell in cells)) for name, *cells in table],
         lost=lost,
         scored=is_scored(summary),
         unit=unit_of(summary),
         label_table=label_table(summary),
-        loss_charts=_drawn(_loss_charts(rows, unit_of(summary))),
+        loss_charts=drawn(_loss_charts(rows, unit_of(summary))),
         cost_lines=cost_lines(summary),
         prediction_table=[
-            (name, *map(_typeset, cells)) for name, *cells in prediction_table(summary)
+            (name, *map(typeset, cells)) for name, *cells in prediction_table(summary)
         ],
         prediction_notes=prediction_notes(summary),
         privacy_lines=privacy_lines(summary["privacy"]) if "privacy" in summary else [],
-        cost_charts=_drawn(
+        cost_charts=drawn(
             _cost_charts(rows, summary["rounds"], charts.biggest(summary["clients"]))
         ),
         use=_use(run, provenance),
-        **_shared(run, provenance, split, samples),
+        **shared_parts(run, provenance, split, samples),
         adapter_sha256=summary["adapter_sha256"],
     )
 
 
-def comparison_page(
-    comparison: Mapping[str, Any],
-    *,
-    run: RunConfig,
-    provenance: Mapping[str, Any],
-    split: Split,
-    samples: Samples,
-) -> str:
-    """The page of a comparison: every arm against training alone.
-
-    Args:
-        comparison: seeds, base_name, result, metrics, arms, clients, overall, worse_off
-            and notes.
-        run: The recipe of the result.
-        provenance: As in a run.
-        split: As in a run.
-        samples: As in a run.
-
-    Returns:
-        HTML.
-    """
-    result, seeds = comparison["result"], comparison["seeds"]
-    # first, and not to be replaced by a client of that name
-    groups = {MEAN: {}, **comparison["clients"]} | {MEAN: comparison["overall"]}
-    return render(
-        "report.html",
-        kind="comparison",
-        title=f"Was it worth joining? {comparison['base_name']}, "
-        f"{num_clients(comparison['clients'])}",
-        subtitle=f"{'up to ' if run.budget.bytes or run.budget.hours else ''}{run.rounds} rounds, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} "
-        f"{', '.join(map(str, seeds))}",
-        verdict=comparison_verdict(comparison),
-        against_title=AGAINST,
-        against=[
-            (metric["label"], table[0], [[n, *map(_typeset, cells)] for n, *cells in table[1:]])
-            for key, metric in comparison["metrics"].items()
-            if (table := against_table(comparison, key))
-        ],
-        client_verdicts=[
-            (name, [gain(c, key, comparison) for key in comparison["metrics"]])
-            for name, c in comparison["clients"].items()
-        ],
-        warnings=worse_off_warnings(comparison),
-        notes=comparison["notes"],
-        result=result,
-        metrics=[
-            {
-                "label": _capital(metric["label"]),
-                "unit": metric["unit"],
-                "better": _better(metric),
-                "groups": [
-                    (name, _score_rows(group, key, metric, comparison["arms"]))
-                    for name, group in groups.items()
-                ],
-                "charts": _drawn(_score_charts(groups, key, metric, comparison)),
-            }
-            for key, metric in comparison["metrics"].items()
-        ],
-        signs=SIGNS,
-        cost_table=[
-            [name, *(cell.replace(",", " ") for cell in cells)]
-            for name, *cells in cost_table(comparison)
-        ],
-        **_shared(run, provenance, split, samples),
-        adapter_sha256=None,
-    )
-
-
-def _capital(text: str) -> str:
+def capitalised(text: str) -> str:
+    """The text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
-def _better(metric: Mapping[str, Any]) -> str:
+def better(metric: Mapping[str, Any]) -> str:
+    """Which way a metric improves, in words."""
     return "lower is better" if metric["lower_is_better"] else "higher is better"
 
 
@@ -241,39 +154,6 @@ def _split_charts(split: Split) -> list[Drawing]:
     ]
 
 
-def _score_charts(
-    groups: Mapping[str, Any], key: str, metric: Mapping[str, Any], comparison: Mapping[str, Any]
-) -> list[Drawing]:
-    clients = comparison["clients"]
-    names = [MEAN, *charts.biggest(clients, charts.MAX_GROUPS)]
-    some = len(names) <= len(clients)
-    note = f"The {len(names) - 1} clients with the most rows, of {len(clients)}. " if some else ""
-    arms = list(comparison["arms"])
-    lone = {arm for arm in arms if arm.startswith("only ")}
-    if len(arms) > charts.MAX_LINES:  # one more for every client: too many to tell apart
-        shown = [arm for arm in arms if arm not in lone]
-        note += "Adapters of single clients are in the table only. "
-    else:
-        shown = arms
-    # the base is far from all others, which would squeeze their differences into one point
-    apart = [arm for arm in arms if arm != "base" and arm not in lone]
-    scores = {name: _finite(groups[name]["scores"].get(key, {}), shown) for name in names}
-    gaps = {name: _finite(groups[name]["differences"].get(key, {}), apart) for name in names}
-    label, unit, title = metric["label"], metric["unit"], _capital(metric["label"])
-    return [
-        Drawing(
-            f"{title}: every arm",
-            charts.scores(scores, arms, metric=label, x_label=f"{label} ({unit})"),
-            f"{note}Dot: mean; line: 95\u00a0% interval; {_better(metric)}.",
-        ),
-        Drawing(
-            f"{title}: difference to training alone",
-            charts.differences(gaps, arms, metric=label, x_label=f"arm minus local ({unit})"),
-            f"{note}Left of zero is {'better' if metric['lower_is_better'] else 'worse'}.",
-        ),
-    ]
-
-
 def _by_client(rows: Sequence[Row], event: str, key: str) -> dict[str, dict[int, float]]:
     """A number of every client's rows by round, without those that are no number."""
     found: dict[str, dict[int, float]] = {}
@@ -283,7 +163,7 @@ def _by_client(rows: Sequence[Row], event: str, key: str) -> dict[str, dict[int,
     return dict(sorted(found.items()))
 
 
-def _finite(given: Mapping[str, Interval], arms: Iterable[str]) -> dict[str, Interval]:
+def only_finite(given: Mapping[str, Interval], arms: Iterable[str]) -> dict[str, Interval]:
     """What can be drawn of some arms."""
     numbers = {
         arm: {k: v for k, v in given[arm].items() if v is not None and math.isfinite(v)}
@@ -293,37 +173,22 @@ def _finite(given: Mapping[str, Interval], arms: Iterable[str]) -> dict[str, Int
     return {arm: found for arm, found in numbers.items() if "mean" in found}
 
 
-def _drawn(drawings: Iterable[Drawing]) -> list[Drawing]:
+def drawn(drawings: Iterable[Drawing]) -> list[Drawing]:
+    """The drawings that show anything."""
     return [drawing for drawing in drawings if drawing.svg]
 
 
 # --- tables and words -------------------------------------------------------------------------
 
 
-def _score_rows(
-    group: Mapping[str, Any], key: str, metric: Mapping[str, Any], arms: Iterable[str]
-) -> list[ScoreRow]:
-    scores, gaps = group["scores"].get(key, {}), group["differences"].get(key, {})
-    verdicts, plain = group["verdicts"].get(key, {}), f".{metric['digits']}f"
-    return [
-        ScoreRow(
-            arm,
-            interval(scores.get(arm), plain),
-            interval(gaps.get(arm), signed(metric)),
-            verdicts.get(arm, ""),
-        )
-        for arm in arms
-    ]
-
-
-def _shared(
+def shared_parts(
     run: RunConfig, provenance: Mapping[str, Any], split: Split, samples: Samples
 ) -> dict[str, Any]:
     """What both pages end with."""
     return {
         "samples": samples,
         "split": split,
-        "split_charts": _drawn(_split_charts(split)),
+        "split_charts": drawn(_split_charts(split)),
         "recipe": to_toml(run),
         "seed": run.seed,
         "provenance": provenance,
@@ -346,7 +211,8 @@ def _use(run: RunConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _typeset(cell: str) -> str:
+def typeset(cell: str) -> str:
+    """A table's cell with a real minus sign, and a dash for no value."""
     return "–" if cell == "-" else cell.replace("-", "−")
 
 

@@ -16,7 +16,7 @@ from silotune.comparison import LOCAL, Scores
 from silotune.config import RunConfig
 from silotune.finished import Run
 from silotune.memory import folder_name
-from silotune.store import Row, held_out_losses, overall_scores
+from silotune.metrics import Row, held_out_losses, overall_scores
 
 Places = dict[str, dict[int, dict[str, Path]]]
 """Arm -> seed -> part, by client in the arm of lone clients, else by "" for all."""

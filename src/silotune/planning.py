@@ -9,16 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from silotune.algorithms.base import Algorithm, expected_layout, keep_local
-from silotune.budget import RoundCost, has_time, is_within
+from silotune.algorithm import Algorithm, expected_layout, keep_local
+from silotune.budget import RoundCost, has_time, is_within, round_cost
 from silotune.checking import check, check_track
-from silotune.config import RunConfig, load_recipe
+from silotune.config import RunConfig
 from silotune.errors import DataError
 from silotune.files import locate
 from silotune.fitting import Change, Limits, Prediction, find_changes
 from silotune.measuring import Measurement, is_at_hand, measure
-from silotune.progress import human_bytes, human_seconds
-from silotune.rounds import round_cost
+from silotune.recipe_parse import load_recipe
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.shapes import Shapes, build_shapes, first_state
 from silotune.sizing import (
@@ -32,6 +31,7 @@ from silotune.sizing import (
 from silotune.sources import check_name
 from silotune.tree import layout_bytes, size_bytes
 from silotune.types import ServerState
+from silotune.wording import human_bytes, human_seconds
 
 HEADER_BYTES = 128
 """What FlowerTune's tracker adds to every tensor: the header of a .npy file."""

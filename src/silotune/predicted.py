@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from silotune.algorithms.base import Algorithm
+from silotune.algorithm import Algorithm
 from silotune.config import RunConfig
 from silotune.disk import write_json
 from silotune.errors import ConfigError
-from silotune.finished import load_for
 from silotune.measuring import Measurement, is_at_hand, measure
+from silotune.metrics import Row
 from silotune.planning import Times, expected_rounds, expected_times, rounds_within, too_short
 from silotune.progress import Progress
-from silotune.store import Row, RunFolder
+from silotune.recipe_model import load_for
+from silotune.store import RunFolder
 from silotune.types import ServerState
 
 FILE = "plan.json"

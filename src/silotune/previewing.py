@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from silotune.checking import check
+from silotune.client import cut_note
 from silotune.client_config import is_client_folder
 from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.duplicates import Duplicates, find_duplicates
 from silotune.errors import ConfigError
 from silotune.files import locate
-from silotune.finished import give_template
 from silotune.models import load_tokenizer, quiet_libraries
 from silotune.overview import quantiles
 from silotune.partition import PartitionConfig
 from silotune.reading import TaskRow
-from silotune.report import cut_note
-from silotune.rows import did_you_mean, list_columns
+from silotune.recipe_model import give_template
+from silotune.rows import list_columns
 from silotune.tasks import build_task
 from silotune.tasks.base import Task
 from silotune.tasks.instruct import trained_spans
 from silotune.teaching import server_rows
+from silotune.wording import did_you_mean
 
 NO_LIMIT = sys.maxsize
 """For `Task.prepare`: nothing is cut, so that one pass gives both lengths and masks."""

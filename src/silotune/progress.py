@@ -12,8 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from silotune.store import Row, held_out_losses, overall_scores, train_loss, trained
+from silotune.metrics import Row, held_out_losses, overall_scores, train_loss, trained
 from silotune.types import Failure, Update
+from silotune.wording import human_bytes, human_seconds
 
 
 class Progress:
@@ -97,25 +98,6 @@ class Both(Progress):
         """Tell both."""
         for each in self.both:
             each.end()
-
-
-def human_bytes(size: float) -> str:
-    """1 843 200 -> '1.8 MB'. Decimal units, as on a bill."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """75 -> '1 min 15 s'."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
 class PlainProgress(Progress):

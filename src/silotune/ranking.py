@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from silotune.progress import human_bytes, human_seconds
 from silotune.report import unit_of
+from silotune.wording import human_bytes, human_seconds
 
 Result = Mapping[str, Any]
 """sweep.json."""

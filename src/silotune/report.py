@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.config import RunConfig
-from silotune.progress import human_bytes, human_seconds
-from silotune.store import Row, held_out_losses, overall_scores, train_loss, trained
+from silotune.metrics import Row, held_out_losses, overall_scores, train_loss, trained
+from silotune.wording import human_bytes, human_seconds
 
 ARMS = ("base", "federated")
 
@@ -117,17 +117,6 @@ def label_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         lines.append((client, *cells))
     return lines
-
-
-def cut_note(client: str, *, num_cut: int, num_dropped: int) -> str | None:
-    """What became of rows that are longer than `train.max_length`; None where none is."""
-    if not num_cut:
-        return None
-    lost = f", {num_dropped} of them with the whole answer: these are left out"
-    return (
-        f"{client}: {num_cut} rows are longer than train.max_length and lose their end"
-        f"{lost if num_dropped else ''}"
-    )
 
 
 def worse_off(summary: Mapping[str, Any]) -> list[str]:

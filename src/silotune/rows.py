@@ -4,12 +4,12 @@ Knows the formats that instruction data comes in, and texts with {column} holes 
 not know files, clients or tokens. Messages name the place and the column, never a value.
 """
 
-import difflib
 import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from silotune.errors import ConfigError, DataError, EmptyRowError
+from silotune.wording import did_you_mean
 
 Message = dict[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": ...}. Where a row has both, its
@@ -99,13 +99,6 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
                 "without '.', '[', '!' and ':', and rename columns that hold them"
             )
     return [(literal, column) for literal, column, _, _ in pieces]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean 'x'?' with the known name nearest to `name`; empty when none is near."""
-    by_folded = {other.casefold(): other for other in known}
-    near = difflib.get_close_matches(name.casefold(), by_folded, n=1)
-    return f" Did you mean '{by_folded[near[0]]}'?" if near else ""
 
 
 def list_columns(columns: Iterable[str]) -> str:

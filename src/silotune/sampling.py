@@ -7,31 +7,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field, model_validator
 
 from silotune.errors import ConfigError
-from silotune.types import Config
-
-
-class SamplingConfig(Config):
-    """How many clients each round asks, and how many must deliver."""
-
-    fraction: float | None = Field(default=None, gt=0, le=1)
-    """Share of all clients that is asked in a round, rounded down, at least one; all when neither
-    this nor num_clients is given."""
-    num_clients: int | None = Field(default=None, ge=1)
-    """Number of clients that is asked in a round, instead of `fraction`."""
-    quorum: float = Field(default=0.5, gt=0, le=1)
-    """Share of the cohort whose updates must be usable, rounded up; with fewer the run stops."""
-    timeout_s: float = Field(default=86400.0, gt=0)
-    """Seconds a round may take, by default a day; clients that have not delivered by then are named
-    and left out."""
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> "SamplingConfig":
-        if self.num_clients is not None and self.fraction is not None:
-            raise ValueError("give num_clients or fraction, not both")
-        return self
+from silotune.recipe_sections import SamplingConfig
 
 
 def cohort_size(cfg: SamplingConfig, num_clients: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from silotune.adapters import put_adapter, trained_parameters
-from silotune.algorithms.base import Algorithm
+from silotune.algorithm import Algorithm
 from silotune.config import RunConfig
 from silotune.devices import pick_device, pick_dtype
 from silotune.errors import ModelError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from silotune.algorithms.base import Algorithm
+from silotune.algorithm import Algorithm
 from silotune.config import RunConfig
 from silotune.devices import pick_device
 from silotune.models import LoadedModel

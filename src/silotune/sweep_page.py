@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from silotune import charts
-from silotune.config import RunConfig, to_toml
+from silotune.config import RunConfig
 from silotune.page import Drawing, render, rows_sha256
 from silotune.ranking import sweep_table, title_of, verdict
+from silotune.recipe_parse import to_toml
 
 
 def sweep_page(

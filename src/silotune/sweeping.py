@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from silotune.bench import Bench, attempt, needs
-from silotune.config import RunConfig, usable_threads
+from silotune.config import RunConfig
 from silotune.disk import write_atomically, write_json, write_rows, written_rows
 from silotune.errors import ConfigError, RunFolderError
 from silotune.finished import Run
 from silotune.grid import read_axes
 from silotune.launch import place_for
+from silotune.metrics import held_out_losses
 from silotune.progress import Progress
 from silotune.ranking import ranked
+from silotune.recipe_sections import usable_threads
 from silotune.searching import Search
-from silotune.store import RunFolder, held_out_losses
+from silotune.store import RunFolder
 from silotune.sweep_page import sweep_page
 from silotune.sweep_worker import WorkerProcess
 from silotune.trials import (

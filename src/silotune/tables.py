@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from silotune.errors import ConfigError
-from silotune.rows import did_you_mean
+from silotune.wording import did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from silotune.adapters import AdapterConfig
-from silotune.algorithms.base import Algorithm
+from silotune.algorithm import Algorithm
 from silotune.config import RunConfig
 from silotune.data import load_server_rows
 from silotune.disk import build_folder, write_json
 from silotune.errors import DataError, ModelError, RunFolderError
 from silotune.evaluate import build_eval_batches, evaluate, metrics
-from silotune.finished import load_for
+from silotune.metrics import Row
 from silotune.models import (
     LoadedModel,
     ModelConfig,
@@ -25,14 +25,16 @@ from silotune.models import (
     read_adapter,
     write_adapter,
 )
-from silotune.progress import Progress, human_seconds
+from silotune.progress import Progress
 from silotune.reading import TaskRow
+from silotune.recipe_model import load_for
 from silotune.seeds import derive
 from silotune.server import Lesson, distill, fine_tune
-from silotune.store import Row, RunFolder
+from silotune.store import RunFolder
 from silotune.tasks import build_task
 from silotune.tree import add, check_finite, subtract
 from silotune.types import ServerState
+from silotune.wording import human_seconds
 
 TEACHER = "teacher"
 """Where a run keeps its teacher: the folder that it begins with, and `ServerState.extra` later."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from silotune.errors import ConfigError, ModelError
-from silotune.rows import Conversation, did_you_mean
+from silotune.rows import Conversation
+from silotune.wording import did_you_mean
 
 END = "{{ eos_token }}"
 """What an own template of this file writes behind each answer."""

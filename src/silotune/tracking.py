@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from silotune.errors import ConfigError
+from silotune.metrics import Row, held_out_losses, train_loss, trained
 from silotune.progress import Progress
-from silotune.store import Row, held_out_losses, train_loss, trained
 
 
 def check_tracker(name: str) -> None:

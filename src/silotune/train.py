@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from silotune.algorithms.base import LocalContext, LocalRule
+from silotune.algorithm import LocalContext, LocalRule
 from silotune.errors import UpdateError
 from silotune.models import LoadedModel
 from silotune.privacy.record_level import RowGuard

@@ -5,21 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from silotune.checking import check
-from silotune.config import RunConfig, load_recipe, usable_threads, with_overrides
+from silotune.config import RunConfig
 from silotune.devices import available_memory_bytes, pick_device
 from silotune.errors import ConfigError, SilotuneError
-from silotune.grid import (
-    Axis,
-    Range,
-    SweepConfig,
-    combinations,
-    is_swept,
-    read_axes,
-    split_keys,
-)
+from silotune.grid import Axis, Range, combinations, is_swept, read_axes, split_keys
 from silotune.planning import plan
-from silotune.progress import Progress, human_bytes
+from silotune.progress import Progress
+from silotune.recipe_parse import load_recipe, with_overrides
+from silotune.recipe_sections import SweepConfig, usable_threads
 from silotune.store import RunFolder
+from silotune.wording import human_bytes
 
 MEMORY_SHARE = 0.8
 """Of the free memory that runs at the same time may take together."""

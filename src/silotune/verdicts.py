@@ -47,28 +47,6 @@ def run_verdict(summary: Mapping[str, Any]) -> str:
     )
 
 
-def comparison_verdict(comparison: Mapping[str, Any]) -> list[str]:
-    """A sentence per metric: the mean over clients, and how many gained and lost."""
-    result, said = comparison["result"], []
-    for key in comparison["metrics"]:
-        given = [c["verdicts"].get(key, {}).get(result) for c in comparison["clients"].values()]
-        counts = [f"{n} {COUNTED[v]}" for v in COUNTED if (n := given.count(v))]
-        said.append(
-            f"With “{result}” instead of training alone, the mean over clients "
-            f"{gain(comparison['overall'], key, comparison)}. "
-            f"Of {num_clients(given)}, {', '.join(counts) or 'none could be compared'}."
-        )
-    return said
-
-
-def worse_off_warnings(comparison: Mapping[str, Any]) -> list[str]:
-    """A sentence per federated arm that leaves clients worse off than alone; the result first."""
-    worse = sorted(comparison["worse_off"].items(), key=lambda arm: arm[0] != comparison["result"])
-    return [
-        f"With “{arm}”, worse off than alone: {', '.join(names)}." for arm, names in worse if names
-    ]
-
-
 def gain(group: Mapping[str, Any], key: str, comparison: Mapping[str, Any]) -> str:
     """What the result does for one client, or for the mean over clients, in one metric."""
     metric, result = comparison["metrics"][key], comparison["result"]

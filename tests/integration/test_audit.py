@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune import auditing, promise
-from silotune.algorithms.base import expected_layout
+from silotune.algorithm import expected_layout
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.audit_result import audit_lines, result_of
 from silotune.canary_rows import draw_canaries, with_canaries

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from silotune.cli import app
-from silotune.config import load_recipe
+from silotune.recipe_parse import load_recipe
 from silotune.store import RunFolder
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 

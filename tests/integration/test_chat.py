@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 import silotune
 from silotune.cli import app
 from silotune.cli.frame import plain
-from silotune.config import parse
 from silotune.errors import ConfigError
 from silotune.models import num_base_loads
+from silotune.recipe_parse import parse
 from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl
 
 NUM = 8

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
-from silotune.config import parse
 from silotune.errors import ConfigError, DataError, ModelError
+from silotune.recipe_parse import parse
 from silotune.tree import sha256
 from tests.conftest import changed, write_jsonl
 from tests.tiny_encoders import build_tiny_encoder

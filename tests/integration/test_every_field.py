@@ -5,9 +5,10 @@ import json
 import pytest
 
 import silotune
-from silotune.config import known_keys, load_recipe, sections
 from silotune.errors import ConfigError, SilotuneError
 from silotune.generate import answers
+from silotune.recipe_mistakes import known_keys, sections
+from silotune.recipe_parse import load_recipe
 from tests.conftest import build_tiny_model, write_tiny_recipe
 
 # key=value -> what must differ from the plain run

@@ -19,13 +19,13 @@ import silotune
 from silotune import client, own_privacy, promise
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedopt import FedAdamConfig, fedadam
-from silotune.config import parse
 from silotune.ledger import lines
 from silotune.privacy import client_level, clip, gaussian
 from silotune.privacy.accountant import spent
 from silotune.privacy.base import PrivacyConfig
 from silotune.privacy.bounds import epsilon_lower_bound
 from silotune.privacy.canaries import guess, num_guesses, toss
+from silotune.recipe_parse import parse
 from silotune.tree import l2_norm
 from silotune.types import ServerState, Update
 from tests.conftest import write_tiny_recipe

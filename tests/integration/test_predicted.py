@@ -7,11 +7,11 @@ import pytest
 
 import silotune
 from silotune import predicted
-from silotune.config import parse
 from silotune.errors import ConfigError, UpdateError
 from silotune.measuring import Measurement
 from silotune.planning import expected_times, rounds_within
 from silotune.predicted import compare_with_prediction
+from silotune.recipe_parse import parse
 from silotune.report import prediction_notes, prediction_table
 from silotune.runtime import inprocess
 from silotune.sizing import BatchShape

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import silotune
 from silotune.adapters import put_adapter
-from silotune.config import load_recipe
 from silotune.errors import ConfigError
+from silotune.recipe_parse import load_recipe
 from silotune.sampling import cohort_size
 from silotune.train import num_rows, round_lr
 from tests.conftest import write_jsonl

@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 import silotune
-from silotune.page import comparison_page, run_page
+from silotune.comparison_page import comparison_page
+from silotune.page import run_page
 from silotune.store import RunFolder
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 from tests.unit.page_values import HOSTILE, comparison_of, samples_of, split_of

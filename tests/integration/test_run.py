@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import silotune
 from silotune import launch
-from silotune.config import parse, to_toml
 from silotune.errors import ConfigError, RunFolderError
 from silotune.models import num_base_loads, read_adapter
+from silotune.recipe_parse import parse, to_toml
 from silotune.tree import l2_norm, sha256, subtract
 from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl
 
@@ -246,7 +246,7 @@ def test_partial_participation_samples_and_still_scores_everyone(go):
 def test_keep_best_makes_the_best_round_the_result(go):
     # far too large a rate: later rounds are worse than earlier ones
     done = go(rounds=4, train__lr=3.0, checkpoint={"keep": "best"})
-    from silotune.store import held_out_losses
+    from silotune.metrics import held_out_losses
 
     losses = held_out_losses(done.metrics)
     losses.pop(0)

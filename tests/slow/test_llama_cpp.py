@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import silotune
-from silotune.config import parse
+from silotune.recipe_parse import parse
 from tests.conftest import hospital_rows, write_jsonl
 from tests.unit.test_export import build_llama, make_run
 

@@ -1,6 +1,6 @@
 """What a run's page and a comparison's page are made of, with names that mean harm."""
 
-from silotune.config import parse
+from silotune.recipe_parse import parse
 
 HOSTILE = (
     "<script>alert(1)</script>",

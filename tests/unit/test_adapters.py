@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 import silotune
 from silotune.adapters import AdapterConfig
-from silotune.algorithms.base import LocalContext, LocalRule
+from silotune.algorithm import LocalContext, LocalRule
 from silotune.card import what_is_trained
 from silotune.checking import check
-from silotune.config import load_recipe, parse
 from silotune.errors import ConfigError, ModelError, SilotuneError
 from silotune.evaluate import evaluate
+from silotune.metrics import held_out_losses
 from silotune.models import (
     LoadedModel,
     ModelConfig,
@@ -26,7 +26,7 @@ from silotune.models import (
     save_adapter,
     write_adapter,
 )
-from silotune.store import held_out_losses
+from silotune.recipe_parse import load_recipe, parse
 from silotune.tasks.base import Batch, Example
 from silotune.tasks.instruct import INSTRUCT, collate, prepare
 from silotune.train import TrainConfig, train

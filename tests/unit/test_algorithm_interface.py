@@ -12,22 +12,21 @@ from itertools import pairwise
 import pytest
 import torch
 
-from silotune.algorithms.base import (
+from silotune.algorithm import (
     Algorithm,
-    AlgorithmConfig,
     LocalContext,
     LocalOutcome,
     LocalRule,
     expected_extra,
     expected_layout,
-    mean_delta,
-    weight_of,
 )
+from silotune.algorithms.base import AlgorithmConfig, mean_delta, weight_of
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
 from silotune.algorithms.fedopt import FedAvgMConfig, fedavgm
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
 from silotune.errors import UpdateError
-from silotune.sampling import SamplingConfig, sample
+from silotune.recipe_sections import SamplingConfig
+from silotune.sampling import sample
 from silotune.seeds import generator
 from silotune.tree import (
     add,

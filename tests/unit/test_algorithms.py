@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from silotune.algorithm import LocalContext, expected_extra, expected_layout
 from silotune.algorithms import ALGORITHMS
-from silotune.algorithms.base import LocalContext, expected_extra, expected_layout
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedopt import FedAvgMConfig, fedavgm
 from silotune.algorithms.fedprox import FedProxConfig, fedprox

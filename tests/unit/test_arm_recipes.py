@@ -6,8 +6,10 @@ import tomllib
 import pytest
 
 from silotune.arm_recipes import FREE, OWN, SHARED, federated_arms
-from silotune.config import RunConfig, parse, sections, to_toml
+from silotune.config import RunConfig
 from silotune.errors import ConfigError
+from silotune.recipe_mistakes import sections
+from silotune.recipe_parse import parse, to_toml
 
 RECIPE = {
     "seed": 3,

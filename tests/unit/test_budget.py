@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 import silotune
 from silotune.algorithms import ALGORITHMS
+from silotune.budget import begin_part, expected_seconds, read_spent
 from silotune.checking import check, check_track
-from silotune.config import parse
 from silotune.errors import ConfigError
 from silotune.progress import Progress
+from silotune.recipe_parse import parse
 from silotune.report import budget_lines, budget_warnings
 from silotune.rounds import run_rounds
-from silotune.spending import begin_part, expected_seconds, read_spent
 from silotune.store import RunFolder
 from silotune.tracks import TRACKS
 from silotune.tree import sha256

@@ -10,10 +10,11 @@ from silotune.adapters import AdapterConfig
 from silotune.chat_page import address_of, guarded, take_port
 from silotune.chatting import Chat, Speakers, positions
 from silotune.cli.frame import plain
-from silotune.config import RunConfig, parse
+from silotune.config import RunConfig
 from silotune.errors import ConfigError
 from silotune.generate import answer, encode
 from silotune.models import LoadedModel, ModelConfig, base_only, load_model
+from silotune.recipe_parse import parse
 from silotune.templates import render
 
 SYSTEM = "Be brief."

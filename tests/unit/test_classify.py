@@ -18,8 +18,7 @@ from torch import nn
 
 import silotune
 from silotune.adapters import AdapterConfig
-from silotune.algorithms.base import LocalContext, LocalRule
-from silotune.config import parse
+from silotune.algorithm import LocalContext, LocalRule
 from silotune.errors import ConfigError, ModelError
 from silotune.evaluate import build_eval_batches, evaluate, score_each
 from silotune.heads import Head, draw_head
@@ -34,6 +33,7 @@ from silotune.models import (
     save_adapter,
     write_adapter,
 )
+from silotune.recipe_parse import parse
 from silotune.tasks.base import Example
 from silotune.tasks.classify import classify, collate, loss, padding_id, predictions
 from silotune.train import TrainConfig, train

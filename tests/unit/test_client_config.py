@@ -25,11 +25,11 @@ from silotune.client_config import (
     own_rows,
     write_client_configs,
 )
-from silotune.config import parse, to_toml
 from silotune.data import ClientRows, load_clients
 from silotune.errors import ConfigError, Declined
 from silotune.privacy.base import PrivacyConfig
 from silotune.reading import DataConfig
+from silotune.recipe_parse import parse, to_toml
 from silotune.train import num_rows
 from tests.conftest import CHATML, changed, hospital_rows, write_jsonl
 
@@ -300,7 +300,7 @@ def test_how_its_server_waits_is_no_contradiction_at_a_client():
     """Regression: the doctor's real step failed on a recipe's `runtime.join_timeout_s`."""
     run = recipe(runtime={"name": "flower", "join_timeout_s": 20})
     here = own_recipe(run, client(model="copy"))
-    assert list(here.contradictions()) == []
+    assert list(contradictions(here)) == []
     assert parse(tomllib.loads(to_toml(here))).runtime == here.runtime
 
 

@@ -11,8 +11,8 @@ from silotune.comparison import (
     score_table,
     verdict,
 )
+from silotune.comparison_verdicts import worse_off_warnings
 from silotune.stats import Interval
-from silotune.verdicts import worse_off_warnings
 
 
 def rows(losses, tokens=4):

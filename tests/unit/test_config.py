@@ -9,16 +9,10 @@ import pytest
 import silotune
 from silotune.algorithm_config import ALGORITHM_CONFIGS, build_algorithm
 from silotune.algorithms import ALGORITHMS
-from silotune.config import (
-    RunConfig,
-    known_keys,
-    load_recipe,
-    nearest_key,
-    parse,
-    sections,
-    to_toml,
-)
+from silotune.config import RunConfig
 from silotune.errors import ConfigError
+from silotune.recipe_mistakes import known_keys, nearest_key, sections
+from silotune.recipe_parse import load_recipe, parse, to_toml
 from tests.conftest import changed
 
 SHIPPED = sorted(silotune.shipped_recipes())

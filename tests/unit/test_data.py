@@ -6,12 +6,12 @@ import pytest
 from pydantic import ValidationError
 
 import silotune
-from silotune.config import parse
 from silotune.data import ClientRows, cut_clients, fingerprint, load_client, load_clients
 from silotune.errors import ConfigError, DataError
 from silotune.files import EXAMPLES
 from silotune.partition import PartitionConfig
 from silotune.reading import DataConfig
+from silotune.recipe_parse import parse
 from silotune.rows import MEND_EMPTY
 from tests.unit.row_files import SECRET, error_of, make_rows, write
 

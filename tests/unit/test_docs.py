@@ -17,7 +17,9 @@ import silotune
 from silotune.algorithm_config import ALGORITHM_CONFIGS
 from silotune.algorithms import ALGORITHMS
 from silotune.client_config import ClientConfig
-from silotune.config import RunConfig, load_recipe, parse, sections
+from silotune.config import RunConfig
+from silotune.recipe_mistakes import sections
+from silotune.recipe_parse import load_recipe, parse
 from silotune.templates import resolve_template
 
 with warnings.catch_warnings():

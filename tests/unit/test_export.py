@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
-from silotune.config import parse
 from silotune.errors import ConfigError, DiskError, ModelError, RunFolderError, SilotuneError
 from silotune.export import merge
 from silotune.gguf_llama import convert_llama
 from silotune.gguf_write import check_llama, check_tokenizer, write_llama
+from silotune.recipe_parse import parse
 from tests.conftest import (
     CHATML,
     build_tiny_model,

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from silotune.acceptance import check_update, what_is_expected
 from silotune.adapters import AdapterConfig
-from silotune.algorithms.base import expected_layout, keep_local
+from silotune.algorithm import expected_layout, keep_local
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
 from silotune.arm_recipes import federated_arms
 from silotune.client import Worker, prepare_client, train_round
-from silotune.config import parse
 from silotune.data import ClientRows
 from silotune.errors import ConfigError, UpdateError
 from silotune.memory import ClientMemory
 from silotune.models import ModelConfig, load_model, read_adapter, write_adapter
-from silotune.rounds import check_update, what_is_expected
+from silotune.recipe_parse import parse
 from silotune.tasks import build_task
 from silotune.tasks.instruct import INSTRUCT, collate
 from silotune.tree import add, layout_of, size_bytes

@@ -18,10 +18,10 @@ import psutil
 import pytest
 import torch
 
-from silotune.config import parse
 from silotune.data import ClientRows
 from silotune.errors import ConfigError, EngineError, QuorumError
 from silotune.progress import Progress
+from silotune.recipe_parse import parse
 from silotune.runtime import flower_engine, kept, submission
 from silotune.runtime.flower_engine import _Engine, check_installed, private_folder
 from silotune.runtime.job import Job

@@ -20,11 +20,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from silotune import rounds
+from silotune import acceptance
 from silotune.algorithms import ALGORITHMS
-from silotune.config import parse
 from silotune.errors import DataError, EngineError, QuorumError, UpdateError
 from silotune.progress import Progress
+from silotune.recipe_parse import parse
 from silotune.rounds import run_rounds
 from silotune.runtime import flower_server, wire
 from silotune.runtime.flower_server import FlowerClients
@@ -403,7 +403,7 @@ def test_a_large_answer_is_let_go_before_the_next_is_fetched(tmp_path, monkeypat
 
     watched(flower_server, "from_record")
     watched(flower_server, "_decode")
-    watched(rounds, "check_update")
+    watched(acceptance, "check_update")
     grid = Nodes(clients_by())
 
     def look(replies):

@@ -22,9 +22,9 @@ import silotune
 from silotune.algorithm_config import FLOWER, FlowerStrategyConfig
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.cli.run import check as check_command
-from silotune.config import parse, to_toml
 from silotune.errors import ConfigError, QuorumError
 from silotune.progress import Progress
+from silotune.recipe_parse import parse, to_toml
 from silotune.rounds import run_rounds
 from silotune.runtime import flower_strategy
 from silotune.runtime.flower_strategy import algorithm_of, in_memory

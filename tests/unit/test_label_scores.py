@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from silotune.acceptance import check_scores, check_update, what_is_expected
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.config import parse
 from silotune.errors import UpdateError
 from silotune.evaluate import add_label_counts, metrics
+from silotune.metrics import overall_scores
+from silotune.recipe_parse import parse
 from silotune.report import cost_lines, label_table, round_table, summarise
-from silotune.rounds import check_scores, check_update, score_rows, what_is_expected
+from silotune.round_rows import score_rows
 from silotune.runtime import wire
 from silotune.runtime.parcel import Parcel, pack, unpack
 from silotune.runtime.records import from_record, to_record
@@ -27,7 +29,7 @@ from silotune.stats import (
     label_scores,
     mean_interval,
 )
-from silotune.store import Spool, overall_scores
+from silotune.store import Spool
 from silotune.types import Failure, Score, ServerState, Update
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "update_parcel.json"

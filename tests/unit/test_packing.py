@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import silotune
 from silotune import client
-from silotune.config import parse
 from silotune.errors import ConfigError, ModelError
 from silotune.models import LoadedModel
+from silotune.recipe_parse import parse
 from silotune.tasks import instruct
 from silotune.tasks.base import Example
 from silotune.tasks.instruct import check_packing, collate, loss, pack

@@ -5,9 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from silotune.config import parse
-from silotune.page import comparison_page, run_page
-from silotune.verdicts import comparison_verdict, interval, run_verdict
+from silotune.comparison_page import comparison_page
+from silotune.comparison_verdicts import comparison_verdict
+from silotune.page import run_page
+from silotune.recipe_parse import parse
+from silotune.verdicts import interval, run_verdict
 from tests.unit.page_values import (
     ARMS,
     HOSTILE,

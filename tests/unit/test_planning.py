@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig
 
 import silotune
-from silotune.config import load_recipe, parse
 from silotune.errors import ConfigError, DataError, ModelError
 from silotune.fitting import Limits, Prediction, changed, find_changes
 from silotune.measuring import is_at_hand
+from silotune.recipe_parse import load_recipe, parse
 from silotune.shapes import build_shapes
 from silotune.sizing import BatchShape, base_bytes, client_memory, kept_bytes, widest_batch
 from tests.conftest import write_tiny_recipe

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import silotune
-from silotune.config import load_recipe, parse
 from silotune.errors import ConfigError
 from silotune.models import num_base_loads
 from silotune.partition import PartitionConfig
@@ -20,6 +19,7 @@ from silotune.previewing import (
     name_counts,
     sample,
 )
+from silotune.recipe_parse import load_recipe, parse
 from silotune.tasks.base import Prepared, Task
 from silotune.tasks.classify import classify
 from silotune.tasks.instruct import INSTRUCT, render

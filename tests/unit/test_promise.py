@@ -2,11 +2,12 @@
 
 import pytest
 
-from silotune.config import parse
 from silotune.disk import write_json
 from silotune.ledger import lines, write_down
 from silotune.privacy.accountant import Steps, spent_in_all
-from silotune.promise import FILE, promise_of, releases, statement
+from silotune.privacy_statement import releases, statement
+from silotune.promise import FILE, promise_of
+from silotune.recipe_parse import parse
 from silotune.store import RunFolder
 
 ROWS = {"east": 40, "west": 80}

@@ -13,11 +13,10 @@ from pydantic import ValidationError
 
 import silotune
 from silotune.adapters import AdapterConfig
-from silotune.algorithms.base import LocalContext, LocalRule
+from silotune.algorithm import LocalContext, LocalRule
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.checking import check
 from silotune.client_config import ClientConfig, own_recipe
-from silotune.config import load_recipe, parse
 from silotune.data import load_clients
 from silotune.errors import ConfigError, ModelError, SilotuneError
 from silotune.evaluate import evaluate
@@ -31,6 +30,7 @@ from silotune.models import (
     write_adapter,
 )
 from silotune.quantization import check_quantization
+from silotune.recipe_parse import load_recipe, parse
 from silotune.runtime import wire
 from silotune.runtime.parcel import Parcel
 from silotune.runtime.station import Place, Station

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from silotune.adapters import AdapterConfig
-from silotune.algorithms.base import LocalContext, LocalRule
+from silotune.algorithm import LocalContext, LocalRule
 from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
 from silotune.errors import BudgetSpent, ModelError
 from silotune.ledger import lines

@@ -24,8 +24,8 @@ import psutil
 import pytest
 import tomli_w
 
-from silotune.config import load_recipe
 from silotune.errors import EngineError
+from silotune.recipe_parse import load_recipe
 from silotune.runtime import resident, wire
 from silotune.runtime.parcel import Parcel, pack, unpack
 from silotune.types import Failure

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from silotune.algorithms import ALGORITHMS
-from silotune.config import parse
 from silotune.errors import QuorumError, RunFolderError
 from silotune.progress import Progress
+from silotune.recipe_parse import parse
 from silotune.rounds import run_rounds
 from silotune.store import RunFolder
 from silotune.tree import sha256

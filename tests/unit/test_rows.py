@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.errors import ConfigError, DataError
-from silotune.rows import MEND_EMPTY, conversation, did_you_mean, list_columns, parse_template
+from silotune.rows import MEND_EMPTY, conversation, list_columns, parse_template
+from silotune.wording import did_you_mean
 
 WHERE = "data.csv:7"
 SECRET = "hypertension"

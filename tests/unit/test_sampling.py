@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from silotune.errors import ConfigError
-from silotune.sampling import SamplingConfig, cohort_size, num_needed, sample
+from silotune.recipe_sections import SamplingConfig
+from silotune.sampling import cohort_size, num_needed, sample
 from silotune.seeds import generator
 
 PROPERTY = settings(max_examples=30, deadline=None)

@@ -12,7 +12,6 @@ import pytest
 import tomli_w
 
 from silotune.client import Worker, prepare_client, score, take_part
-from silotune.config import load_recipe, parse
 from silotune.data import load_clients
 from silotune.errors import (
     BudgetSpent,
@@ -23,12 +22,13 @@ from silotune.errors import (
     SilotuneError,
     UpdateError,
 )
-from silotune.finished import load_for
 from silotune.ledger import lines
 from silotune.memory import load_memory
 from silotune.models import load_model, num_base_loads, read_adapter
 from silotune.privacy.accountant import Steps, spent_in_all
 from silotune.privacy.base import PrivacyConfig
+from silotune.recipe_model import load_for
+from silotune.recipe_parse import load_recipe, parse
 from silotune.rows import conversation
 from silotune.runtime import flower_client, resident, wire
 from silotune.runtime.deployed import Deployed

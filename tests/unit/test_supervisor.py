@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from silotune.config import load_recipe
 from silotune.consortium.folder import Consortium
 from silotune.deployment import queue, supervisor
 from silotune.deployment.joining import init
 from silotune.deployment.queue import Queue, find_run, resubmit, runs_of, state_of, stop, submit
 from silotune.deployment.supervisor import Supervisor, only_one
 from silotune.errors import ConfigError, EngineError
+from silotune.recipe_parse import load_recipe
 from tests.conftest import write_tiny_recipe
 
 # --- programs ------------------------------------------------------------------------------------

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import silotune
-from silotune.algorithms.base import LocalRule
+from silotune.algorithm import LocalRule
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.checking import check
-from silotune.config import parse
 from silotune.errors import ConfigError, DataError, ModelError, UpdateError
-from silotune.finished import load_for
 from silotune.models import read_adapter
 from silotune.progress import Progress
+from silotune.recipe_model import load_for
+from silotune.recipe_parse import parse
 from silotune.runtime.inprocess import InProcessClients
 from silotune.runtime.submission import travelling
 from silotune.store import RunFolder

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 import silotune
 from silotune.arm_recipes import federated_arms
 from silotune.client_config import load_client_config, own_recipe, own_rows, write_client_configs
-from silotune.config import parse
 from silotune.data import load_clients
 from silotune.errors import ConfigError, ModelError
-from silotune.finished import Run, give_template
+from silotune.finished import Run
 from silotune.progress import Progress
+from silotune.recipe_model import give_template
+from silotune.recipe_parse import parse
 from silotune.rows import conversation
 from silotune.tasks.instruct import prepare, trained_spans
 from silotune.templates import PLAIN, TEMPLATES, render, resolve_template, set_template

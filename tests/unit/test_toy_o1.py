@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from silotune.algorithms.base import Algorithm
+from silotune.algorithm import Algorithm
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
 from silotune.seeds import generator

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from silotune.adapters import AdapterConfig
+from silotune.algorithm import LocalContext, LocalRule
 from silotune.algorithms import ALGORITHMS
-from silotune.algorithms.base import LocalContext, LocalRule
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
 from silotune.errors import UpdateError
 from silotune.models import ModelConfig, load_model, read_adapter, write_adapter

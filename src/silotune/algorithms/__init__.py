@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from silotune.algorithms.base import Algorithm, AlgorithmConfig
+from silotune.algorithm import Algorithm
+from silotune.algorithms.base import AlgorithmConfig
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedopt import (
     FedAdagradConfig,

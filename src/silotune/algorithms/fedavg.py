@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from silotune.algorithms.base import Algorithm, AlgorithmConfig, mean_delta
+from silotune.algorithm import Algorithm
+from silotune.algorithms.base import AlgorithmConfig, mean_delta
 from silotune.tree import add
 from silotune.types import AdapterState, Change, ServerState, Updates
 

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from silotune.algorithms.base import Algorithm, AlgorithmConfig
+from silotune.algorithm import Algorithm
+from silotune.algorithms.base import AlgorithmConfig
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
 from silotune.tree import zeros_like
 from silotune.types import AdapterState, Change, ServerState

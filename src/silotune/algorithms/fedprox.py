@@ -11,7 +11,7 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor
 
-from silotune.algorithms.base import Algorithm, LocalContext, LocalRule
+from silotune.algorithm import Algorithm, LocalContext, LocalRule
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.tree import squared_distance
 

@@ -11,7 +11,7 @@ there A learns. A is not sent up, but still comes down with every broadcast.
 from dataclasses import replace
 from typing import ClassVar
 
-from silotune.algorithms.base import Algorithm, LocalRule
+from silotune.algorithm import Algorithm, LocalRule
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.errors import ConfigError
 from silotune.types import AdapterState

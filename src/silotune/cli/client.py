@@ -55,8 +55,8 @@ def doctor(
 ) -> None:
     """Look whether this client could take part, line by line. Exit code 1: it could not."""
     with errors_as_exit_codes():
-        from silotune.config import load_recipe
         from silotune.deployment.doctor import examine
+        from silotune.recipe_parse import load_recipe
 
         joined = _joined(kit, folder, data, model)
         failed = False
@@ -78,7 +78,7 @@ def outbound(
         from silotune.deployment.joining import OWN
         from silotune.ledger import lines
         from silotune.outbound import FILE, sent_by_run
-        from silotune.progress import human_bytes
+        from silotune.wording import human_bytes
 
         path = Path(load_client_config(folder / OWN).state) / FILE
         if json:

@@ -67,7 +67,7 @@ def _limits(memory: float | None, size: int | None, hours: float | None) -> "Lim
 
 
 def _print_bytes(found: "Plan") -> None:
-    from silotune.progress import human_bytes
+    from silotune.wording import human_bytes
 
     sent = found.traffic
     lines: list[tuple[str, int]] = [
@@ -90,7 +90,7 @@ def _print_bytes(found: "Plan") -> None:
 
 
 def _print_memory(found: "Plan") -> None:
-    from silotune.progress import human_bytes
+    from silotune.wording import human_bytes
 
     batch = found.batch
     typer.echo(
@@ -111,7 +111,7 @@ def _print_memory(found: "Plan") -> None:
 
 
 def _print_times(found: "Plan") -> None:
-    from silotune.progress import human_seconds
+    from silotune.wording import human_seconds
 
     if found.times is None:
         return
@@ -149,7 +149,7 @@ def _as_text(value: object) -> str:
 
 
 def _needs(needed: "Prediction") -> tuple[str, ...]:
-    from silotune.progress import human_bytes, human_seconds
+    from silotune.wording import human_bytes, human_seconds
 
     peak, seconds = needed.peak_bytes, needed.seconds
     return (

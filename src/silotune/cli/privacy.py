@@ -20,7 +20,7 @@ def privacy(
     """State a run's privacy so that others can compute it anew: mechanism, releases, epsilon."""
     with errors_as_exit_codes():
         from silotune.finished import Run
-        from silotune.promise import privacy_lines
+        from silotune.privacy_statement import privacy_lines
 
         found = Run(run).privacy
         if json:

@@ -83,7 +83,7 @@ def check(recipe: Recipe, overrides: Overrides = None, json: AsJson = False) -> 
         body = [(name, str(t), str(e)) for name, t, e in counts]
         print_table([("client", "train rows", "held-out rows"), *body])
         if checked.promise is not None:
-            from silotune.promise import check_lines
+            from silotune.privacy_statement import check_lines
 
             for text in check_lines(checked.promise):
                 typer.echo(text)
@@ -175,7 +175,7 @@ def _print_comparison(done: "Comparison") -> None:
         difference_table,
         score_table,
     )
-    from silotune.verdicts import comparison_verdict, worse_off_warnings
+    from silotune.comparison_verdicts import comparison_verdict, worse_off_warnings
 
     result = done.result
     for metric in result["metrics"].values():
@@ -228,7 +228,7 @@ def _print_result(done: "Run") -> None:
     for line in [*budget_lines(summary), *cost_lines(summary)]:
         typer.echo(line)
     if "privacy" in summary:
-        from silotune.promise import privacy_lines
+        from silotune.privacy_statement import privacy_lines
 
         typer.echo(f"privacy: {privacy_lines(summary['privacy'])[0]}")
     if predicted := prediction_table(summary):

@@ -13,11 +13,11 @@ import tomli_w
 
 from silotune.checking import check
 from silotune.client_config import is_client_folder
-from silotune.config import load_recipe
 from silotune.consortium.roster import is_consortium
 from silotune.disk import build_folder
 from silotune.errors import ConfigError
 from silotune.files import locate
+from silotune.recipe_parse import load_recipe
 from silotune.runtime.submission import app_of, with_whole_paths
 
 SERVER = "silotune.deployment.flower_app:app"

@@ -23,14 +23,14 @@ from silotune.consortium.kit import certificate_of
 from silotune.deployment.joining import KEY, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
 from silotune.errors import SilotuneError
-from silotune.finished import give_template
 from silotune.measuring import Measurement, is_at_hand, measure
 from silotune.models import folder_of_base, load_tokenizer
 from silotune.partition import PartitionConfig
 from silotune.previewing import describe_rows
-from silotune.progress import human_bytes
+from silotune.recipe_model import give_template
 from silotune.sources import content_hash
 from silotune.tasks import build_task
+from silotune.wording import human_bytes
 
 CLOCK_S = (60.0, 300.0)
 """Differences that are odd, and that the engine refuses: its signatures are good for so long."""

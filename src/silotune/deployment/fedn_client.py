@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from silotune.client_config import load_client_config
-from silotune.config import RunConfig, load_recipe
+from silotune.config import RunConfig
 from silotune.errors import ConfigError, UpdateError
+from silotune.recipe_parse import load_recipe
 from silotune.runtime import wire
 from silotune.runtime.deployed import Deployed
 from silotune.runtime.flower_strategy import algorithm_of
@@ -130,8 +131,8 @@ def first_model(recipe: Path | str, overrides: Sequence[str] = ()) -> io.BytesIO
     Raises:
         SilotuneError: The recipe has a mistake, or the base cannot be loaded.
     """
-    from silotune.finished import load_for
     from silotune.models import read_adapter
+    from silotune.recipe_model import load_for
 
     adapter = read_adapter(load_for(load_recipe(recipe, overrides)))
     return write_model([adapter[name].numpy() for name in sorted(adapter)])

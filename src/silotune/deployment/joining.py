@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from silotune.client_config import ClientConfig, load_client_config
-from silotune.config import usable_threads
 from silotune.consortium.certificates import (
     fingerprint,
     new_key,
@@ -41,6 +40,7 @@ from silotune.consortium.kit import (
 from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.disk import write_atomically, write_json
 from silotune.errors import ConfigError
+from silotune.recipe_sections import usable_threads
 from silotune.runtime.flower_engine import free_port, private_folder
 from silotune.runtime.submission import engine_environment
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from silotune.checking import check
 from silotune.client_config import LOCATIONS
-from silotune.config import RunConfig, RuntimeConfig, load_recipe, parse, to_toml
+from silotune.config import RunConfig
 from silotune.consortium.folder import Consortium
 from silotune.deployment.supervisor import Note, Supervisor
 from silotune.disk import free_place, write_json
 from silotune.errors import ConfigError
+from silotune.recipe_parse import load_recipe, parse, to_toml
+from silotune.recipe_sections import RuntimeConfig
 from silotune.store import RunFolder
 
 ORDERS, LOG = "server.json", "job.log"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from silotune.checking import check
 from silotune.client_config import write_client_configs
-from silotune.config import RunConfig, load_recipe
+from silotune.config import RunConfig
 from silotune.consortium.folder import Consortium
 from silotune.consortium.gate import LOOPBACK, find_caddy
 from silotune.consortium.roster import NAME
@@ -25,6 +25,7 @@ from silotune.errors import ConfigError, EngineError
 from silotune.finished import Run
 from silotune.launch import place_for
 from silotune.reading import DataConfig
+from silotune.recipe_parse import load_recipe
 from silotune.runtime.flower_engine import free_port, private_folder
 from silotune.runtime.kept import Kept
 from silotune.runtime.submission import engine_environment

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from silotune.config import usable_threads
 from silotune.consortium.certificates import fingerprint, ssh_public, write_own_certificate
 from silotune.consortium.folder import Consortium, Member
 from silotune.consortium.gate import LOOPBACK, find_caddy, server_gate, write_leaves
@@ -26,6 +25,7 @@ from silotune.deployment.queue import Queue
 from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.disk import write_json
 from silotune.errors import EngineError
+from silotune.recipe_sections import usable_threads
 from silotune.runtime.flower_engine import START_S, free_port, private_folder, write_connection
 from silotune.runtime.submission import CONNECTION, engine_environment, flwr
 

@@ -6,14 +6,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from silotune.config import usable_threads
 from silotune.consortium.folder import Consortium
 from silotune.consortium.roster import MEMBERS
 from silotune.deployment.queue import runs_of, state_of
-from silotune.progress import human_bytes
+from silotune.metrics import Row
+from silotune.recipe_sections import usable_threads
 from silotune.runtime.reported import PROGRESS
 from silotune.runtime.submission import CONNECTION, engine_environment, flwr
-from silotune.store import Row, RunFolder
+from silotune.store import RunFolder
+from silotune.wording import human_bytes
 
 
 def status(folder: Path) -> dict[str, Any]:

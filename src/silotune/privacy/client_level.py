@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from silotune.algorithms.base import Algorithm
+from silotune.algorithm import Algorithm
 from silotune.privacy.base import PrivacyConfig
 from silotune.privacy.clip import clip_by_global_norm, next_clip_norm, split_noise
 from silotune.privacy.gaussian import Noise

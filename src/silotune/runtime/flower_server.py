@@ -17,13 +17,13 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from silotune.algorithms.base import keep_local
+from silotune.algorithm import keep_local
+from silotune.client import cut_note
 from silotune.config import RunConfig
 from silotune.consortium.roster import Roster
 from silotune.errors import EngineError, SilotuneError, UpdateError
 from silotune.progress import Progress
 from silotune.promise import with_privacy
-from silotune.report import cut_note
 from silotune.rounds import run_rounds
 from silotune.runtime import wire
 from silotune.runtime.flower_engine import measured_from

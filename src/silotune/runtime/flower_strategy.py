@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from silotune.algorithm import Algorithm
 from silotune.algorithm_config import FlowerStrategyConfig, build_algorithm
 from silotune.algorithms import ALGORITHMS
-from silotune.algorithms.base import Algorithm, AlgorithmConfig, weight_of
+from silotune.algorithms.base import AlgorithmConfig, weight_of
 from silotune.errors import ConfigError, QuorumError
 from silotune.runtime.strategy_class import builder_of, refused, text_of
 from silotune.runtime.strategy_memory import memory_of, remind

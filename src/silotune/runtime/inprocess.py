@@ -11,15 +11,14 @@ from dataclasses import replace
 
 import torch
 
-from silotune.algorithms.base import keep_local
-from silotune.client import ClientData, Worker, prepare_client, score, take_part
+from silotune.algorithm import keep_local
+from silotune.client import ClientData, Worker, cut_note, prepare_client, score, take_part
 from silotune.data import ClientRows
 from silotune.devices import peak_memory_bytes
 from silotune.errors import BudgetSpent, ClientTimeout, UpdateError
 from silotune.memory import load_memory
 from silotune.progress import Progress
 from silotune.promise import with_privacy
-from silotune.report import cut_note
 from silotune.rounds import run_rounds
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.job import Job, Measured

@@ -13,8 +13,8 @@ from typing import Any
 from silotune import errors
 from silotune.disk import write_json
 from silotune.errors import EngineError, SilotuneError
+from silotune.metrics import Row
 from silotune.progress import Progress
-from silotune.store import Row
 from silotune.types import Failure, Update
 
 PROGRESS, OUTCOME = "progress.jsonl", "outcome.json"

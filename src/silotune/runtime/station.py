@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 import silotune
-from silotune.algorithms.base import keep_local
+from silotune.algorithm import keep_local
 from silotune.client import ClientData, Worker, prepare_client, score, take_part, withheld
 from silotune.config import RunConfig
 from silotune.data import ClientRows
 from silotune.devices import peak_memory_bytes
 from silotune.errors import BudgetSpent, Declined, SilotuneError, UpdateError
-from silotune.finished import load_for, local_tensors
 from silotune.memory import load_memory
 from silotune.models import folder_of_base, num_base_loads
 from silotune.own_privacy import Ledger
+from silotune.recipe_model import load_for, local_tensors
 from silotune.runtime import wire
 from silotune.runtime.flower_strategy import algorithm_of
 from silotune.runtime.parcel import Parcel

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from silotune.algorithm_config import NOT_OPTIONS, FlowerStrategyConfig
 from silotune.errors import ConfigError, SilotuneError
-from silotune.rows import did_you_mean
+from silotune.wording import did_you_mean
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy

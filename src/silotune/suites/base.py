@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from silotune.errors import ConfigError, DataError
 from silotune.files import PlacedRow, no_such_file, read_place
-from silotune.rows import Row, did_you_mean, list_columns
+from silotune.rows import Row, list_columns
+from silotune.wording import did_you_mean
 
 Kind = Literal["choice", "boolean", "sentiment"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from silotune.errors import ConfigError
 from silotune.models import LoadedModel
-from silotune.rows import did_you_mean
+from silotune.wording import did_you_mean
 
 
 def run_lm_eval(

@@ -6,10 +6,11 @@ others that it leaves out.
 """
 
 from silotune.errors import DataError
-from silotune.rows import Row, did_you_mean, is_missing
+from silotune.rows import Row, is_missing
 from silotune.suites.base import LETTERS, Hub, Item, Layout, Suite
 from silotune.suites.cells import check_gold, pick, text_of
 from silotune.suites.medical import choice_item, options_of
+from silotune.wording import did_you_mean
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "STEM": (
