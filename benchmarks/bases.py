@@ -10,12 +10,12 @@ import time
 
 import torch
 
-from silotune.adapters import AdapterConfig
-from silotune.generate import complete
-from silotune.models import LoadedModel, ModelConfig, load_model, read_adapter
-from silotune.tasks.base import Example
-from silotune.tasks.instruct import INSTRUCT
-from silotune.tree import size_bytes
+from silotune.core.tree import size_bytes
+from silotune.models.adapters import AdapterConfig
+from silotune.models.loading import LoadedModel, ModelConfig, load_model, read_adapter
+from silotune.training.generate import complete
+from silotune.training.tasks.base import Example
+from silotune.training.tasks.instruct import INSTRUCT
 
 BASES = ("none", "int8", "nf4", "fp4")
 ADAPTERS = {

@@ -26,13 +26,13 @@ from typing import Any
 
 import psutil
 
-from silotune.config import load_recipe
+from silotune.core.wording import human_bytes
 from silotune.deployment.queue import submit
-from silotune.deployment.rehearsing import clients_of, consortium_of, follow
-from silotune.models import folder_of_base
-from silotune.progress import human_bytes
-from silotune.runtime.kept import Kept, program
-from silotune.runtime.submission import APP
+from silotune.deployment.rehearse import clients_of, consortium_of, follow
+from silotune.models.loading import folder_of_base
+from silotune.recipes.parse import load_recipe
+from silotune.runtime.flower.kept_processes import Kept, program
+from silotune.runtime.flower.submit import APP
 
 CLIENTS, TURNS = 3, 2
 SHORT = ["evaluate.every=0", "train.local_steps=1", "train.batch_size=1", "train.max_length=64"]
@@ -40,12 +40,12 @@ BYTES_OF_A_RANK = 4 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
 """SmolLM2-135M: float32, 30 layers, every linear map of each."""
 SERVER = {
     "server app": "flwr-serverapp",
-    "SuperLink": "silotune.runtime.superlink",
+    "SuperLink": "silotune.runtime.flower.superlink",
     "gate": "caddy",
     "run": "run --resume",
 }
 NOOP = {
-    "silotune.runtime.flower_client:app": "noop_client:app",
+    "silotune.runtime.flower.client:app": "noop_client:app",
     "{server}": "noop_server:app",
 }
 

@@ -4,8 +4,8 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from silotune.runtime.parcel import Parcel
-from silotune.runtime.records import from_record, to_record
+from silotune.runtime.flower.records import from_record, to_record
+from silotune.runtime.payload import Parcel
 
 app = ClientApp()
 

@@ -19,18 +19,19 @@ import plain_loop
 import torch
 
 import silotune
-from silotune.algorithm_config import build_algorithm
-from silotune.client import Worker
-from silotune.devices import peak_memory_bytes
-from silotune.models import load_model, num_base_loads, read_adapter, write_adapter
-from silotune.progress import Progress, human_bytes
-from silotune.rounds import run_rounds
+from silotune.core.types import ServerState
+from silotune.core.wording import human_bytes
+from silotune.data.chat_templates import set_template
+from silotune.federation.client import Worker
+from silotune.federation.progress import Progress
+from silotune.federation.rounds import run_rounds
+from silotune.federation.run_folder import RunFolder
+from silotune.models.devices import peak_memory_bytes
+from silotune.models.loading import load_model, num_base_loads, read_adapter, write_adapter
+from silotune.models.sources import resolve
+from silotune.recipes.algorithm import build_algorithm
 from silotune.runtime.inprocess import InProcessClients, prepare_clients
-from silotune.sources import resolve
-from silotune.store import RunFolder
-from silotune.tasks.instruct import INSTRUCT
-from silotune.templates import set_template
-from silotune.types import ServerState
+from silotune.training.tasks.instruct import INSTRUCT
 
 
 def main() -> None:

@@ -13,9 +13,14 @@ from pathlib import Path
 from minilm_l3 import build_student
 
 import silotune
-from silotune.comparison import against_table, cost_table, difference_table, score_table
-from silotune.progress import PlainProgress
-from silotune.verdicts import comparison_verdict, worse_off_warnings
+from silotune.federation.progress import PlainProgress
+from silotune.workflows.compare.statistics import (
+    against_table,
+    cost_table,
+    difference_table,
+    score_table,
+)
+from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 WORDS = "MiniLM of 6 and 3 layers in place of BERT and DistilBERT"

@@ -29,14 +29,16 @@ from typing import Any
 
 import torch
 
-from silotune.algorithm_config import build_algorithm
-from silotune.config import RunConfig, parse
-from silotune.data import ClientRows
-from silotune.progress import Progress, human_bytes
-from silotune.rounds import run_rounds
-from silotune.store import RunFolder
-from silotune.tree import sha256, size_bytes
-from silotune.types import AdapterState, Broadcast, Score, ServerState, Update
+from silotune.core.tree import sha256, size_bytes
+from silotune.core.types import AdapterState, Broadcast, Score, ServerState, Update
+from silotune.core.wording import human_bytes
+from silotune.data.clients import ClientRows
+from silotune.federation.progress import Progress
+from silotune.federation.rounds import run_rounds
+from silotune.federation.run_folder import RunFolder
+from silotune.recipes.algorithm import build_algorithm
+from silotune.recipes.parse import parse
+from silotune.recipes.schema import RunConfig
 
 START = {
     f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{factor}.weight": torch.zeros(s)
@@ -187,15 +189,13 @@ def flower_simulation(num_clients: int, rounds: int, scratch: Path) -> Measured:
     Seconds are those of the rounds, without the engine's start and the clients' reports. Processor
     time and memory are the engine's and are not measured here.
     """
-    from silotune.runtime import (  # Flower weighs on no other case's memory
-        flower_engine,
-        submission,
-    )
+    from silotune.runtime.flower import engine as flower_engine
+    from silotune.runtime.flower import submit as submission
     from silotune.runtime.job import Job
 
     before = peak_memory_bytes()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    echo = submission.APP.replace("silotune.runtime.flower_client:app", "echo_client:app")
+    echo = submission.APP.replace("silotune.runtime.flower.client:app", "echo_client:app")
     submission.APP = echo
     run = recipe(rounds, name="flower-simulation", threads=1, join_timeout_s=600)
     folder = RunFolder.create(scratch / "run", run)

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from silotune.errors import ModelError
-from silotune.sources import Source, _fetch, resolve
+from silotune.core.errors import ModelError
+from silotune.models.sources import Source, _fetch, resolve
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from silotune.progress import human_bytes, human_seconds
+from silotune.core.wording import human_bytes, human_seconds
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BASE = "model.name=smollm2-135m-instruct"

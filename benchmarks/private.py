@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import silotune
-from silotune.charts import MARKERS, PALETTE
-from silotune.config import parse
-from silotune.progress import PlainProgress
-from silotune.svg import Legend, chart
+from silotune.federation.progress import PlainProgress
+from silotune.recipes.parse import parse
+from silotune.results.charts import MARKERS, PALETTE
+from silotune.results.svg import Legend, chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

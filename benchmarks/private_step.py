@@ -10,19 +10,19 @@ import subprocess
 import sys
 import time
 
-from silotune.algorithms.base import LocalContext, LocalRule
-from silotune.checking import check
-from silotune.client import Worker, prepare_client
-from silotune.devices import peak_memory_bytes
-from silotune.launch import load_for
-from silotune.models import read_adapter, write_adapter
-from silotune.privacy.gaussian import secure_noise
+from silotune.core.algorithm import LocalContext, LocalRule
+from silotune.core.seeds import generator
+from silotune.core.wording import human_bytes
+from silotune.federation.client import Worker, prepare_client
+from silotune.models.devices import peak_memory_bytes
+from silotune.models.loading import read_adapter, write_adapter
+from silotune.privacy.noise import secure_noise
 from silotune.privacy.record_level import RowGuard
-from silotune.progress import human_bytes
-from silotune.runtime.flower_strategy import algorithm_of
-from silotune.seeds import generator
-from silotune.tasks import build_task
-from silotune.train import build_batches, plan_steps, train
+from silotune.runtime.flower.strategy import algorithm_of
+from silotune.training.loop import build_batches, plan_steps, train
+from silotune.training.tasks import build_task
+from silotune.workflows.check import check
+from silotune.workflows.run import load_for
 
 STEPS, TURNS = 6, 5
 KINDS = ("plain", "guarded")

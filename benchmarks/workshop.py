@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import silotune
-from silotune.comparison import cost_table, difference_table, score_table
-from silotune.progress import PlainProgress
-from silotune.verdicts import comparison_verdict, worse_off_warnings
+from silotune.federation.progress import PlainProgress
+from silotune.workflows.compare.statistics import cost_table, difference_table, score_table
+from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
 
 ROWS = Path(__file__).parents[2] / "shared" / "data" / "cardbiomed" / "five_hospitals.jsonl"
 WORDS = "Instruct model, 4-bit-rounded base, reconstructed questions"

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from silotune.algorithm_config import ALGORITHM_CONFIGS
-from silotune.client_config import ClientConfig, LimitsConfig, OwnRuntimeConfig
-from silotune.config import RunConfig, sections
+from silotune.federation.client_config import ClientConfig, LimitsConfig, OwnRuntimeConfig
+from silotune.recipes.algorithm import ALGORITHM_CONFIGS
+from silotune.recipes.mistakes import sections
+from silotune.recipes.schema import RunConfig
 
 PAGE = Path(__file__).parent / "recipe.md"
 

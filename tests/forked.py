@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[1]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
-        *("silotune.cli", "silotune.arms", "silotune.exam", "silotune.sweeping", "silotune.launch"),
+        *(
+            "silotune.cli",
+            "silotune.workflows.compare.compare",
+            "silotune.workflows.evaluate.evaluate",
+            "silotune.workflows.sweep.sweep",
+            "silotune.workflows.run",
+        ),
         *("transformers.models.llama.modeling_llama", "transformers.tokenization_utils_fast"),
         *("peft", "datasets", "matplotlib.figure"),
     ]

@@ -9,40 +9,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from silotune.arms import Comparison, compare
-    from silotune.auditing import audit
-    from silotune.checking import check
-    from silotune.config import RunConfig
-    from silotune.errors import SilotuneError
-    from silotune.finished import Run
-    from silotune.launch import base_folder, pretrain_teacher, run
-    from silotune.planning import Plan, plan
-    from silotune.previewing import preview
-    from silotune.progress import PlainProgress, Progress
-    from silotune.recipe_parse import load_recipe, shipped_recipes
-    from silotune.sweeping import Sweep, sweep
+    from silotune.core.errors import SilotuneError
+    from silotune.federation.progress import PlainProgress, Progress
+    from silotune.recipes.parse import load_recipe, shipped_recipes
+    from silotune.recipes.schema import RunConfig
+    from silotune.results.run import Run
+    from silotune.workflows.audit.audit import audit
+    from silotune.workflows.check import check
+    from silotune.workflows.compare.compare import Comparison, compare
+    from silotune.workflows.plan.plan import Plan, plan
+    from silotune.workflows.preview import preview
+    from silotune.workflows.run import base_folder, pretrain_teacher, run
+    from silotune.workflows.sweep.sweep import Sweep, sweep
 
 # Resolved when first used: importing silotune costs no torch.
 _HOMES = {
-    "Comparison": "silotune.arms",
-    "PlainProgress": "silotune.progress",
-    "Plan": "silotune.planning",
-    "Progress": "silotune.progress",
-    "Run": "silotune.finished",
-    "RunConfig": "silotune.config",
-    "SilotuneError": "silotune.errors",
-    "Sweep": "silotune.sweeping",
-    "audit": "silotune.auditing",
-    "base_folder": "silotune.launch",
-    "check": "silotune.checking",
-    "compare": "silotune.arms",
-    "load_recipe": "silotune.recipe_parse",
-    "plan": "silotune.planning",
-    "pretrain_teacher": "silotune.launch",
-    "preview": "silotune.previewing",
-    "run": "silotune.launch",
-    "shipped_recipes": "silotune.recipe_parse",
-    "sweep": "silotune.sweeping",
+    "Comparison": "silotune.workflows.compare.compare",
+    "PlainProgress": "silotune.federation.progress",
+    "Plan": "silotune.workflows.plan.plan",
+    "Progress": "silotune.federation.progress",
+    "Run": "silotune.results.run",
+    "RunConfig": "silotune.recipes.schema",
+    "SilotuneError": "silotune.core.errors",
+    "Sweep": "silotune.workflows.sweep.sweep",
+    "audit": "silotune.workflows.audit.audit",
+    "base_folder": "silotune.workflows.run",
+    "check": "silotune.workflows.check",
+    "compare": "silotune.workflows.compare.compare",
+    "load_recipe": "silotune.recipes.parse",
+    "plan": "silotune.workflows.plan.plan",
+    "pretrain_teacher": "silotune.workflows.run",
+    "preview": "silotune.workflows.preview",
+    "run": "silotune.workflows.run",
+    "shipped_recipes": "silotune.recipes.parse",
+    "sweep": "silotune.workflows.sweep.sweep",
 }
 
 __all__ = [

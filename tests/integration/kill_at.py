@@ -5,7 +5,8 @@ import signal
 from pathlib import Path
 
 import silotune
-from silotune import client, disk, rounds, store
+from silotune.core import atomic_files
+from silotune.federation import client, rounds, run_folder
 
 
 def die(*_, **__):
@@ -28,7 +29,7 @@ def on_call(owner, name, number, *, after=False):
 
 def half_written(number):
     """Die with half of the `number`-th safetensors file on disk."""
-    real, calls = disk.save_file, iter(range(1, 1000))
+    real, calls = atomic_files.save_file, iter(range(1, 1000))
 
     def wrapper(tensors, path, **kwargs):
         real(tensors, path, **kwargs)
@@ -37,7 +38,7 @@ def half_written(number):
             Path(path).write_bytes(data[: len(data) // 2])
             die()
 
-    disk.save_file = wrapper
+    atomic_files.save_file = wrapper
 
 
 # 3 clients, 3 rounds: a round writes a memory and an update per client, then adapter and extra of
@@ -51,17 +52,17 @@ POINTS = {
     "half of an update": lambda: half_written(8 + 4),
     "before aggregation": lambda: on_call(rounds, "round_rows", 2),
     "half of a checkpoint": lambda: half_written(8 + 7),
-    "between the files of a checkpoint": lambda: on_call(store, "save_tensors", 4),
+    "between the files of a checkpoint": lambda: on_call(run_folder, "save_tensors", 4),
     "before a checkpoint is renamed": lambda: on_call(Path, "rename", 3),
-    "before old spools are dropped": lambda: on_call(store.RunFolder, "_prune", 2),
-    "while the last adapter is scored": lambda: on_call(rounds, "score_rows", 4),
-    "before the summary": lambda: on_call(silotune.launch, "summarise", 1),
+    "before old spools are dropped": lambda: on_call(run_folder.RunFolder, "_prune", 2),
+    "while the last adapter is scored": lambda: on_call(rounds, "score_rows", 1),
+    "before the summary": lambda: on_call(silotune.workflows.run, "summarise", 1),
 }
 
 
 def run_and_die(point: str, recipe: str, out: str) -> None:
     """In a process of its own."""
-    import silotune.launch
+    import silotune.workflows.run
 
     POINTS[point]()
     silotune.run(recipe, out=out)

@@ -7,25 +7,26 @@ import torch
 from typer.testing import CliRunner
 
 import silotune
-from silotune import auditing, promise
-from silotune.algorithm import expected_layout
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.audit_result import audit_lines, result_of
-from silotune.canary_rows import draw_canaries, with_canaries
 from silotune.cli import app
-from silotune.data import ClientRows
-from silotune.errors import ConfigError, RunFolderError
-from silotune.membership import drawn_rows, membership_table
+from silotune.core.algorithm import expected_layout
+from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.seeds import generator
+from silotune.core.tree import l2_norm
+from silotune.core.types import Broadcast, ServerState, Update
+from silotune.data.clients import ClientRows
+from silotune.federation import privacy_guarantee
 from silotune.privacy import client_level
 from silotune.privacy.accountant import spent
 from silotune.privacy.base import PrivacyConfig
-from silotune.privacy.bounds import epsilon_lower_bound
-from silotune.privacy.canaries import CanaryClients, Guesses, guess, num_guesses
-from silotune.privacy.gaussian import seeded_noise
-from silotune.seeds import generator
-from silotune.train import stream
-from silotune.tree import l2_norm
-from silotune.types import Broadcast, ServerState, Update
+from silotune.privacy.noise import seeded_noise
+from silotune.training.loop import stream
+from silotune.workflows.audit import audit as audit_workflow
+from silotune.workflows.audit.bounds import epsilon_lower_bound
+from silotune.workflows.audit.canary_clients import CanaryClients, Guesses, guess, num_guesses
+from silotune.workflows.audit.canary_rows import draw_canaries, with_canaries
+from silotune.workflows.audit.membership import drawn_rows, membership_table
+from silotune.workflows.audit.result import audit_lines, result_of
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 UNIFORM = "algorithm.weights=uniform"
@@ -46,7 +47,7 @@ def recipe(tmp_path_factory, tiny_model):
 @pytest.fixture
 def few_others(monkeypatch):
     """Ranking secrets among 200 others is most of an audit's time on a tiny model."""
-    monkeypatch.setattr(auditing, "NUM_OTHERS", 15)
+    monkeypatch.setattr(audit_workflow, "NUM_OTHERS", 15)
 
 
 # --- the guard alone, without a model -------------------------------------------------------------
@@ -194,7 +195,9 @@ def test_the_command_exits_with_1_where_a_claim_is_refuted(recipe, tmp_path, mon
     assert "claimed: epsilon 1.000" in right.stdout
     assert "a lower bound" in right.stdout
 
-    monkeypatch.setattr(promise, "secure_noise", lambda shape, std: torch.zeros(tuple(shape)))
+    monkeypatch.setattr(
+        privacy_guarantee, "secure_noise", lambda shape, std: torch.zeros(tuple(shape))
+    )
     wrong = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "wrong"), "--json"])
     assert wrong.exit_code == 1, wrong.output
     found = json.loads(wrong.stdout)

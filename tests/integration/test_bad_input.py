@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from silotune.cli import app
-from silotune.recipe_parse import load_recipe
-from silotune.store import RunFolder
+from silotune.federation.run_folder import RunFolder
+from silotune.recipes.parse import load_recipe
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 

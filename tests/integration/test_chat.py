@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 import silotune
 from silotune.cli import app
 from silotune.cli.frame import plain
-from silotune.errors import ConfigError
-from silotune.models import num_base_loads
-from silotune.recipe_parse import parse
+from silotune.core.errors import ConfigError
+from silotune.models.loading import num_base_loads
+from silotune.recipes.parse import parse
 from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl
 
 NUM = 8
@@ -185,7 +185,7 @@ def test_a_classifiers_terminal_says_that_the_base_has_no_head(labelling):
 
 
 def test_what_steers_a_terminal_leaves_answers_and_messages(done, monkeypatch):
-    from silotune.chatting import Speakers
+    from silotune.results.chat import Speakers
 
     heard = []
 
@@ -294,7 +294,7 @@ def spied_connect(self, address):
 
 socket.getaddrinfo, socket.socket.connect = spied_find, spied_connect
 
-from silotune.chatting import Speakers
+from silotune.results.chat import Speakers
 
 answer = Speakers._answer
 Speakers._answer = lambda self, name, text, ids: (

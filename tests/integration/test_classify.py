@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
-from silotune.errors import ConfigError, DataError, ModelError
-from silotune.recipe_parse import parse
-from silotune.tree import sha256
+from silotune.core.errors import ConfigError, DataError, ModelError
+from silotune.core.tree import sha256
+from silotune.recipes.parse import parse
 from tests.conftest import changed, write_jsonl
 from tests.tiny_encoders import build_tiny_encoder
 
@@ -225,8 +225,8 @@ def test_an_interrupted_comparison_trains_no_finished_arm_again(compared, monkey
     def forbidden(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("silotune.client.train", forbidden)
-    monkeypatch.setattr("silotune.server._train", forbidden)
+    monkeypatch.setattr("silotune.federation.client.train", forbidden)
+    monkeypatch.setattr("silotune.training.server_training._train", forbidden)
     again = silotune.compare(resume=compared.path)
     before = json.loads((compared.path / "before-comparison.json").read_text(encoding="utf-8"))
     assert again.result == before

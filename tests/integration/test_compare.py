@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import silotune
-from silotune import alone, bench
 from silotune.cli import app
-from silotune.errors import ConfigError, RunFolderError
-from silotune.launch import load_for
-from silotune.models import num_base_loads, read_adapter, renew_adapter
-from silotune.progress import Progress
+from silotune.core.errors import ConfigError, RunFolderError
+from silotune.federation.progress import Progress
+from silotune.models.loading import num_base_loads, read_adapter, renew_adapter
+from silotune.workflows import shared_base
+from silotune.workflows.compare import local_training
+from silotune.workflows.run import load_for
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 ARMS = ["base", "local", "only hospital-0", "federated", "federated: fedprox", "centralized"]
@@ -91,10 +92,10 @@ def test_the_arm_of_a_lone_client_is_a_federation_of_one(recipe, tmp_path):
     """The same bits as `silotune run` gives on that client's rows alone."""
     done = silotune.compare(recipe, ["compare.seeds=1", "report.samples=0"], out=tmp_path / "c")
     keys = ['partition.only=["hospital-1"]', "evaluate.every=0", "report.page=false"]
-    alone = silotune.run(recipe, keys, out=tmp_path / "alone")
+    local_training = silotune.run(recipe, keys, out=tmp_path / "alone")
     lone = load_file(done.path / "seed-3/local/hospital-1/adapter/adapter_model.safetensors")
-    assert lone.keys() == alone.adapter().keys()
-    for name, tensor in alone.adapter().items():
+    assert lone.keys() == local_training.adapter().keys()
+    for name, tensor in local_training.adapter().items():
         assert torch.equal(tensor, lone[name]), name
 
 
@@ -185,7 +186,7 @@ def test_an_interrupted_comparison_goes_on_and_trains_nothing_twice(recipe, done
 def test_a_lone_client_that_was_stopped_between_rounds_goes_on_there(recipe, tmp_path, monkeypatch):
     keys = ["compare.seeds=1", "report.samples=0"]
     whole = silotune.compare(recipe, keys, out=tmp_path / "whole")
-    took, take_part = [], alone.take_part
+    took, take_part = [], local_training.take_part
 
     def stop_in_round_2(worker, data, message, place, *, count):
         if message.round == 2 and not took.count(2):
@@ -194,7 +195,7 @@ def test_a_lone_client_that_was_stopped_between_rounds_goes_on_there(recipe, tmp
         took.append(message.round)
         return take_part(worker, data, message, place, count=count)
 
-    monkeypatch.setattr(alone, "take_part", stop_in_round_2)
+    monkeypatch.setattr(local_training, "take_part", stop_in_round_2)
     with pytest.raises(Stop):
         silotune.compare(recipe, keys, out=tmp_path / "c")
     resumed = silotune.compare(resume=tmp_path / "c")
@@ -213,7 +214,7 @@ def test_a_lone_client_that_was_stopped_between_rounds_goes_on_there(recipe, tmp
     ],
 )
 def test_a_mistake_is_said_before_a_model_is_loaded(recipe, tmp_path, monkeypatch, keys, says):
-    monkeypatch.setattr(bench, "load_for", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(shared_base, "load_for", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match=says):
         silotune.compare(recipe, keys, out=tmp_path / "c")
     assert not (tmp_path / "c").exists()

@@ -18,10 +18,10 @@ import pytest
 from flwr.superlink.routers.control.router import router as control
 
 import silotune
-from silotune.consortium.certificates import client_certificate, new_key, pem, write_key
-from silotune.consortium.folder import Consortium
-from silotune.consortium.kit import read_kit
-from silotune.runtime.flower_engine import free_port
+from silotune.deployment.consortium.certificates import client_certificate, new_key, pem, write_key
+from silotune.deployment.consortium.folder import Consortium
+from silotune.deployment.consortium.kit import read_kit
+from silotune.runtime.flower.engine import free_port
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 from tests.forked import run_typed
 

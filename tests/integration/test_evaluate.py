@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 import silotune
-from silotune import exam, finished
 from silotune.cli import app
-from silotune.errors import ModelError
+from silotune.core.errors import ModelError
+from silotune.results import run as finished_run
+from silotune.workflows.evaluate import evaluate as evaluate_workflow
 from tests.conftest import build_tiny_model, write_jsonl, write_tiny_recipe
 
 
@@ -104,7 +105,7 @@ def test_a_limit_draws_the_same_questions_again(done, files):
 def test_the_leaderboards_own_sentence_can_be_given(done, files, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "silotune.suites.leaderboard.encode",
+        "silotune.workflows.evaluate.suites.leaderboard.encode",
         lambda loaded, prompts, **kw: asked.extend(prompts) or [[5]] * len(prompts),
     )
     sentence = tmp_path / "sentences.json"
@@ -129,7 +130,7 @@ def test_the_leaderboards_own_sentence_can_be_given(done, files, tmp_path, monke
 def test_a_mistake_is_one_clear_error_before_a_model_is_loaded(
     done, tmp_path, monkeypatch, words, says
 ):
-    monkeypatch.setattr(finished, "load_for", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(finished_run, "load_for", lambda *_: pytest.fail("a model was loaded"))
     rows = [{k: v for k, v in row.items() if k != "answer"} for row in MCQ]
     wrong = write_jsonl(tmp_path / "wrong.jsonl", rows)
     code, output = command(done.path, *(word.replace("{wrong}", str(wrong)) for word in words))
@@ -152,7 +153,7 @@ def test_an_adapter_on_a_base_that_has_changed_is_refused_before_it_is_loaded(
     run = silotune.run(write_tiny_recipe(tmp_path, model), ["rounds=1"], out=tmp_path / "run")
     shutil.rmtree(model)
     build_tiny_model(model, seed=9)
-    monkeypatch.setattr(finished, "load_for", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(finished_run, "load_for", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ModelError, match=r"not the base that[\s\S]*Restore"):
         run.ask("What is a1?")
 
@@ -170,7 +171,7 @@ def test_an_adapter_that_does_not_fit_is_named(done, tmp_path):
 def test_an_evaluation_of_full_training_asks_the_result_only(tmp_path, tiny_model):
     recipe = write_tiny_recipe(tmp_path, tiny_model)
     run = silotune.run(recipe, ["rounds=1", "adapter.kind=full"], out=tmp_path / "run")
-    place = exam.take_exam(run, exam.ExamConfig(max_new_tokens=2))
+    place = evaluate_workflow.take_exam(run, evaluate_workflow.ExamConfig(max_new_tokens=2))
     assert list(json.loads((place / "scores.json").read_text())["models"]) == ["federated"]
 
 

@@ -8,9 +8,9 @@ import pytest
 import tomli_w
 
 import silotune
+from silotune.core.errors import ConfigError, UpdateError
 from silotune.deployment.fedn_client import Callbacks, first_model
-from silotune.errors import ConfigError, UpdateError
-from silotune.finished import read_result
+from silotune.results.run import read_result
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 CLIENTS = ("hospital-0", "hospital-1")

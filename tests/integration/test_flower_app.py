@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app as command_line
+from silotune.core.errors import ConfigError, EngineError
 from silotune.deployment import flower_app
 from silotune.deployment.app_folder import export_app
-from silotune.errors import ConfigError, EngineError
-from silotune.runtime import flower_client, flower_server
+from silotune.runtime.flower import client as flower_client
+from silotune.runtime.flower import server as flower_server
 from tests.conftest import write_tiny_recipe
-from tests.unit.test_flower_server import Nodes
+from tests.unit.runtime.flower.test_server import Nodes
 
 RUN_ID = 4711
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
-from silotune.disk import save_tensors, write_atomically, write_json
-from silotune.errors import DiskError
-from silotune.store import RunFolder
+from silotune.core.atomic_files import save_tensors, write_atomically, write_json
+from silotune.core.errors import DiskError
+from silotune.federation.run_folder import RunFolder
 from tests.conftest import largest_file, write_tiny_recipe
 
 

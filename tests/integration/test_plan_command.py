@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
-from silotune.recipe_parse import parse
+from silotune.recipes.parse import parse
 from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl, write_tiny_recipe
 from tests.tiny_encoders import build_tiny_encoder
 

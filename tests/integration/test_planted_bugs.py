@@ -16,18 +16,19 @@ import pytest
 import torch
 
 import silotune
-from silotune import client, own_privacy, promise
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedopt import FedAdamConfig, fedadam
-from silotune.ledger import lines
-from silotune.privacy import client_level, clip, gaussian
+from silotune.core.tree import l2_norm
+from silotune.core.types import ServerState, Update
+from silotune.federation import client, client_privacy, privacy_guarantee
+from silotune.federation.ledger import lines
+from silotune.privacy import client_level, clip
+from silotune.privacy import noise as noise_source
 from silotune.privacy.accountant import spent
 from silotune.privacy.base import PrivacyConfig
-from silotune.privacy.bounds import epsilon_lower_bound
-from silotune.privacy.canaries import guess, num_guesses, toss
-from silotune.recipe_parse import parse
-from silotune.tree import l2_norm
-from silotune.types import ServerState, Update
+from silotune.recipes.parse import parse
+from silotune.workflows.audit.bounds import epsilon_lower_bound
+from silotune.workflows.audit.canary_clients import guess, num_guesses, toss
 from tests.conftest import write_tiny_recipe
 
 SHAPES = {"a": (30, 40), "b": (20, 5), "head": (100,)}
@@ -74,7 +75,7 @@ def guard(z: float, planned: int, inner=None, **cfg):
         PrivacyConfig(**known),
         noise_multiplier=z,
         num_planned=planned,
-        noise=lambda round_: promise._noise(recipe(noise_multiplier=z), round_),
+        noise=lambda round_: privacy_guarantee._noise(recipe(noise_multiplier=z), round_),
         write_down=lambda release: None,
     )
 
@@ -149,7 +150,7 @@ def the_optimizer_sees_the_noised_change() -> None:
 
 def two_rounds_have_different_noise() -> None:
     run = recipe(noise_multiplier=1)
-    one, two = (promise._noise(run, r)([50], 1.0) for r in (1, 2))
+    one, two = (privacy_guarantee._noise(run, r)([50], 1.0) for r in (1, 2))
     assert not torch.equal(one, two)
 
 
@@ -165,7 +166,7 @@ def an_audit_of_whole_clients_does_not_refute_the_claim() -> None:
             PrivacyConfig(unit="client", noise_multiplier=z, delta=delta),
             noise_multiplier=z,
             num_planned=count,
-            noise=lambda round_, seed=seed: gaussian.seeded_noise(
+            noise=lambda round_, seed=seed: noise_source.seeded_noise(
                 torch.Generator().manual_seed(1000 * seed + round_)
             ),
             write_down=lambda release: None,
@@ -205,8 +206,8 @@ def stepped(
     model = Rows()
     learning = {name: layer.weight for name, layer in model.layers.items()}
     run = recipe(seed, unit="record", noise_multiplier=z, clip_norm=0.5)
-    plan = own_privacy.OwnPlan("record", 100, 0.5, z, 0.04, lot_size, 1, 1)
-    own = own_privacy.row_guard(run, plan, client="north", round_=round_)
+    plan = client_privacy.OwnPlan("record", 100, 0.5, z, 0.04, lot_size, 1, 1)
+    own = client_privacy.row_guard(run, plan, client="north", round_=round_)
     with own.watching(model):
         if rows is not None:
             own.add(model.losses(rows), learning)
@@ -244,8 +245,8 @@ def the_lot_that_was_drawn_leaves_the_denominator_as_it_is() -> None:
 
 def lots_are_a_coin_for_every_row_and_secret() -> None:
     run = recipe(unit="record", noise_multiplier=1.0, noise="secure")
-    plan = own_privacy.OwnPlan("record", 50, 0.5, 1.0, 0.2, 10.0, 400, 1)
-    one, two = (own_privacy.lots(run, plan, client="north", round_=1) for _ in range(2))
+    plan = client_privacy.OwnPlan("record", 50, 0.5, 1.0, 0.2, 10.0, 400, 1)
+    one, two = (client_privacy.lots(run, plan, client="north", round_=1) for _ in range(2))
     assert one != two, "drawn from a seed that others know"
     sizes = torch.tensor([float(len(lot)) for lot in one])
     assert float(sizes.var()) == pytest.approx(50 * 0.2 * 0.8, rel=0.4)
@@ -253,7 +254,9 @@ def lots_are_a_coin_for_every_row_and_secret() -> None:
 
 def secure_noise_knows_no_seed() -> None:
     run = recipe(unit="record", noise_multiplier=1.0, noise="secure")
-    one, two = (own_privacy.own_noise(run, client="north", round_=1)([20], 1.0) for _ in range(2))
+    one, two = (
+        client_privacy.own_noise(run, client="north", round_=1)([20], 1.0) for _ in range(2)
+    )
     assert not torch.equal(one, two)
 
 
@@ -277,9 +280,9 @@ def audit_of_rows(seed: int, *, noise: float = 1.0) -> int:
     drawn = [delta_of(own, 10.0) for own in seeds]
     inside = [row for row, coin in zip(drawn, coins, strict=True) if coin]
     run = recipe(seed, unit="record", noise_multiplier=Z, clip_norm=0.5)
-    plan = own_privacy.OwnPlan("record", len(inside), 0.5, Z, RATE, 1.0, STEPS, 1)
+    plan = client_privacy.OwnPlan("record", len(inside), 0.5, Z, RATE, 1.0, STEPS, 1)
     total = {name: torch.zeros(math.prod(shape)) for name, shape in SHAPES.items()}
-    lots = own_privacy.lots(run, plan, client="north", round_=1)
+    lots = client_privacy.lots(run, plan, client="north", round_=1)
     for step, lot in enumerate(lots, start=1):
         rows = batch(*[inside[n] for n in lot]) if lot else None
         found = stepped(rows, z=noise * Z, lot_size=1.0, seed=seed, round_=step)
@@ -313,8 +316,8 @@ def test_a_correct_mechanism_of_rows_never_exceeds_its_claim_and_a_third_of_its_
 
 
 def a_resumed_client_counts_on(tmp_path) -> None:
-    ledger = own_privacy.Ledger(tmp_path / "privacy.jsonl", "run")
-    plan = own_privacy.OwnPlan("record", 100, 1.0, 2.0, 0.1, 10.0, 5, 2)
+    ledger = client_privacy.Ledger(tmp_path / "privacy.jsonl", "run")
+    plan = client_privacy.OwnPlan("record", 100, 1.0, 2.0, 0.1, 10.0, 5, 2)
     for round_ in (1, 2):
         ledger.begin(plan, client="north", round_=round_, seeded=False)
     with pytest.raises(silotune.SilotuneError):
@@ -415,7 +418,11 @@ CASES = {
         the_optimizer_sees_the_noised_change,
     ),
     "the same noise in every round": (
-        *("promise", 'generator(run.seed, "privacy", round_)', 'generator(run.seed, "privacy")'),
+        *(
+            "federation.privacy_guarantee",
+            'generator(run.seed, "privacy", round_)',
+            'generator(run.seed, "privacy")',
+        ),
         two_rounds_have_different_noise,
     ),
     "rows clipped tensor by tensor": (
@@ -455,16 +462,20 @@ CASES = {
         lots_are_a_coin_for_every_row_and_secret,
     ),
     "lots from the recipe's seed": (
-        *("own_privacy", "seeded_uniform(chance) if seeded else secure_uniform"),
+        *("federation.client_privacy", "seeded_uniform(chance) if seeded else secure_uniform"),
         "seeded_uniform(chance)",
         lots_are_a_coin_for_every_row_and_secret,
     ),
     "secure noise from a seed": (
-        *("own_privacy", 'if run.privacy.noise == "secure":', 'if run.privacy.noise == "none":'),
+        *(
+            "federation.client_privacy",
+            'if run.privacy.noise == "secure":',
+            'if run.privacy.noise == "none":',
+        ),
         secure_noise_knows_no_seed,
     ),
     "losses leave the client": (
-        *("client", "return replace(update, metrics=known, score=None)"),
+        *("federation.client", "return replace(update, metrics=known, score=None)"),
         "return replace(update, score=None)",
         a_real_client_tells_nothing_that_its_rows_decide,
     ),
@@ -473,11 +484,11 @@ CASES = {
         a_resumed_client_counts_on,
     ),
     "a repeated round is counted once": (
-        *("own_privacy", "if seeded and any(", "if any("),
+        *("federation.client_privacy", "if seeded and any(", "if any("),
         a_resumed_client_counts_on,
     ),
     "releases are written down afterwards": (
-        "client",
+        "federation.client",
         "        ledger.begin(private, client=data.name, round_=broadcast.round, seeded=seeded)\n"
         "    memory = load_memory(own, broadcast.round)\n"
         "    update, memory = train_round(worker, data, broadcast, memory, count=count)\n",

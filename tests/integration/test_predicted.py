@@ -6,15 +6,15 @@ from dataclasses import asdict
 import pytest
 
 import silotune
-from silotune import predicted
-from silotune.errors import ConfigError, UpdateError
-from silotune.measuring import Measurement
-from silotune.planning import expected_times, rounds_within
-from silotune.predicted import compare_with_prediction
-from silotune.recipe_parse import parse
-from silotune.report import prediction_notes, prediction_table
+from silotune.core.errors import ConfigError, UpdateError
+from silotune.recipes.parse import parse
+from silotune.results.summary import prediction_notes, prediction_table
 from silotune.runtime import inprocess
-from silotune.sizing import BatchShape
+from silotune.workflows.plan import outcome as plan_outcome
+from silotune.workflows.plan.measure import Measurement
+from silotune.workflows.plan.memory import BatchShape
+from silotune.workflows.plan.outcome import compare_with_prediction
+from silotune.workflows.plan.plan import expected_times, rounds_within
 from tests.conftest import changed, hospital_rows, write_jsonl
 
 
@@ -67,7 +67,7 @@ def measured(monkeypatch):
         asked.append(run)
         return made_up()
 
-    monkeypatch.setattr(predicted, "measure", stand_in)
+    monkeypatch.setattr(plan_outcome, "measure", stand_in)
     return asked
 
 
@@ -210,7 +210,7 @@ def test_a_run_for_which_not_even_one_round_fits_its_hours_is_a_mistake(recipe, 
 
 
 def test_a_step_that_fails_is_told_and_the_run_goes_on(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(predicted, "measure", lambda run: "it was killed")
+    monkeypatch.setattr(plan_outcome, "measure", lambda run: "it was killed")
     done = silotune.run(recipe(plan__measure=True, rounds=1), out=tmp_path / "run")
     assert prediction_notes(done.summary) == [
         "memory and time were not predicted: it was killed",
@@ -279,7 +279,7 @@ def test_a_plan_foretells_the_round_that_its_hours_end_at(recipe):
     ],
 )
 def test_a_plan_says_whether_hours_are_met(recipe, monkeypatch, hours, note):
-    monkeypatch.setattr("silotune.planning.measure", lambda run: made_up())
+    monkeypatch.setattr("silotune.workflows.plan.plan.measure", lambda run: made_up())
     assert note in silotune.plan(recipe(budget__hours=hours)).notes
 
 

@@ -11,10 +11,10 @@ import tomli_w
 from rich.console import Console
 
 import silotune
-from silotune.ledger import lines
-from silotune.own_privacy import released
+from silotune.federation.client_privacy import released
+from silotune.federation.ledger import lines
+from silotune.federation.progress import PlainProgress
 from silotune.privacy.accountant import Epsilon, Steps, spent_in_all
-from silotune.progress import PlainProgress
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.engine]

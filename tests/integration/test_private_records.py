@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 import silotune
-from silotune import client
 from silotune.cli import app
-from silotune.errors import ConfigError, QuorumError
-from silotune.ledger import lines
+from silotune.core.errors import ConfigError, QuorumError
+from silotune.federation import client
+from silotune.federation.ledger import lines
 from silotune.privacy.accountant import Steps, spent_in_all
 from tests.conftest import build_tiny_model, write_jsonl, write_tiny_recipe
 from tests.tiny_encoders import build_tiny_encoder

@@ -7,14 +7,14 @@ import pytest
 from typer.testing import CliRunner
 
 import silotune
-from silotune import promise
 from silotune.cli import app
-from silotune.errors import ConfigError
-from silotune.ledger import write_down
+from silotune.core.errors import ConfigError
+from silotune.federation import privacy_statement
+from silotune.federation.ledger import write_down
+from silotune.federation.progress import Progress
+from silotune.federation.run_folder import RunFolder
 from silotune.privacy.accountant import spent
 from silotune.privacy.client_level import Release
-from silotune.progress import Progress
-from silotune.store import RunFolder
 from tests.conftest import write_tiny_recipe
 
 UNIFORM = "algorithm.weights=uniform"
@@ -133,7 +133,7 @@ def test_a_line_of_the_ledger_that_a_crash_cut_off_swallows_no_later_release(don
     folder = RunFolder.create(tmp_path / "r", done.config)
     (folder.path / "privacy.jsonl").write_text('{"round": 1, "noi')
     write_down(folder.path / "privacy.jsonl", asdict(Release(1, 2.0, 0.5, 3, 3)))
-    found = promise.releases(folder)
+    found = privacy_statement.releases(folder)
     assert [row["round"] for row in found] == [1, 1]
     assert found[1]["noise_multiplier"] == 2.0
 

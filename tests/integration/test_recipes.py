@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import silotune
-from silotune.adapters import put_adapter
-from silotune.errors import ConfigError
-from silotune.recipe_parse import load_recipe
-from silotune.sampling import cohort_size
-from silotune.train import num_rows, round_lr
+from silotune.core.errors import ConfigError
+from silotune.federation.sampling import cohort_size
+from silotune.models.adapters import put_adapter
+from silotune.recipes.parse import load_recipe
+from silotune.training.loop import num_rows, round_lr
 from tests.conftest import write_jsonl
 from tests.published import published_config
 

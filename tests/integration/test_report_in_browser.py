@@ -8,11 +8,11 @@ import shutil
 import pytest
 
 import silotune
-from silotune.comparison_page import comparison_page
-from silotune.page import run_page
-from silotune.store import RunFolder
+from silotune.federation.run_folder import RunFolder
+from silotune.results.page import run_page
+from silotune.workflows.compare.page import comparison_page
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
-from tests.unit.page_values import HOSTILE, comparison_of, samples_of, split_of
+from tests.unit.results.page_values import HOSTILE, comparison_of, samples_of, split_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")

@@ -46,7 +46,7 @@ def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkey
     out = tmp_path / "run"
     killed = run_forked(run_and_die, "half of an update", str(recipe), str(out))
     assert killed == -signal.SIGKILL
-    from silotune import client
+    from silotune.federation import client
 
     asked = []
     real = client.train_round

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import silotune
-from silotune import launch
-from silotune.errors import ConfigError, RunFolderError
-from silotune.models import num_base_loads, read_adapter
-from silotune.recipe_parse import parse, to_toml
-from silotune.tree import l2_norm, sha256, subtract
+from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.tree import l2_norm, sha256, subtract
+from silotune.models.loading import num_base_loads, read_adapter
+from silotune.recipes.parse import parse, to_toml
+from silotune.workflows import run as run_workflow
 from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl
 
 
@@ -202,10 +202,10 @@ def test_one_client_one_sgd_step_is_a_plain_sgd_step(tmp_path, tiny_model):
         train__lr=0.5,
     )
     done = silotune.run(recipe, out=tmp_path / "run")
-    from silotune.data import load_clients
-    from silotune.models import load_model
-    from silotune.tasks.instruct import INSTRUCT, collate, prepare
-    from silotune.templates import set_template
+    from silotune.data.chat_templates import set_template
+    from silotune.data.clients import load_clients
+    from silotune.models.loading import load_model
+    from silotune.training.tasks.instruct import INSTRUCT, collate, prepare
 
     loaded = load_model(recipe.model, recipe.adapter, seed=recipe.seed, device="cpu")
     set_template(loaded.tokenizer)
@@ -246,7 +246,7 @@ def test_partial_participation_samples_and_still_scores_everyone(go):
 def test_keep_best_makes_the_best_round_the_result(go):
     # far too large a rate: later rounds are worse than earlier ones
     done = go(rounds=4, train__lr=3.0, checkpoint={"keep": "best"})
-    from silotune.metrics import held_out_losses
+    from silotune.federation.metrics import held_out_losses
 
     losses = held_out_losses(done.metrics)
     losses.pop(0)
@@ -255,7 +255,7 @@ def test_keep_best_makes_the_best_round_the_result(go):
 
 
 def test_in_every_round_a_client_sees_other_rows(go, monkeypatch):
-    from silotune import client
+    from silotune.federation import client
 
     seen = []
     real = client.plan_steps
@@ -331,7 +331,7 @@ def test_a_result_that_the_disk_does_not_hold_as_it_was_trained_is_no_result(
     tiny_model, hospital_file, tmp_path, monkeypatch
 ):
     """Others lost days to adapters that were trained well and saved as zeros (opacus 820)."""
-    save = launch.save_adapter
+    save = run_workflow.save_adapter
 
     def spoilt(loaded, folder, *, base_name):
         save(loaded, folder, base_name=base_name)
@@ -341,7 +341,7 @@ def test_a_result_that_the_disk_does_not_hold_as_it_was_trained_is_no_result(
         save_file({**tensors, name: tensors[name] * 0}, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "save_adapter", spoilt)
+        patch.setattr(run_workflow, "save_adapter", spoilt)
         with pytest.raises(RunFolderError, match="is not there as it was trained"):
             silotune.run(recipe_of(tiny_model, hospital_file, rounds=1), out=tmp_path / "r")
     assert silotune.run(resume=tmp_path / "r").adapter()

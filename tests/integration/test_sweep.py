@@ -9,14 +9,16 @@ import pytest
 from typer.testing import CliRunner
 
 import silotune
-from silotune import bench, sweeping, trials
 from silotune.cli import app
-from silotune.errors import ConfigError, RunFolderError
-from silotune.models import num_base_loads
-from silotune.progress import Progress
-from silotune.ranking import sweep_table
-from silotune.sweep_worker import WorkerProcess
-from silotune.trials import num_jobs, read_sweep, trials_of
+from silotune.core.errors import ConfigError, RunFolderError
+from silotune.federation.progress import Progress
+from silotune.models.loading import num_base_loads
+from silotune.workflows import shared_base
+from silotune.workflows.sweep import sweep as sweep_workflow
+from silotune.workflows.sweep import trials
+from silotune.workflows.sweep.ranking import sweep_table
+from silotune.workflows.sweep.trials import num_jobs, read_sweep, trials_of
+from silotune.workflows.sweep.worker import WorkerProcess
 from tests.conftest import build_tiny_model, write_tiny_recipe
 
 KEYS = ["adapter.rank=2,4", "train.lr=1e-3,1e-2", "report.samples=0"]
@@ -30,9 +32,9 @@ def recipe(tmp_path_factory, tiny_model):
 @pytest.fixture(scope="module")
 def done(recipe, tmp_path_factory):
     before, tokenised = num_base_loads(), []
-    prepare = bench.prepare_clients
+    prepare = shared_base.prepare_clients
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "prepare_clients", lambda *a: tokenised.append(a) or prepare(*a))
+        patch.setattr(shared_base, "prepare_clients", lambda *a: tokenised.append(a) or prepare(*a))
         found = silotune.sweep(recipe, KEYS, jobs=1, out=tmp_path_factory.mktemp("out") / "s")
     assert num_base_loads() - before == 1, "all runs share one base"
     assert len(tokenised) == 1, "and the rows as tokens"
@@ -98,7 +100,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(done, recipe, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         silotune.sweep(recipe, KEYS, jobs=1, out=tmp_path / "s", progress=StopAt(4))
     with pytest.raises(RunFolderError, match="silotune sweep --resume"):
-        _ = sweeping.Sweep(tmp_path / "s").result
+        _ = sweep_workflow.Sweep(tmp_path / "s").result
     again = silotune.sweep(resume=tmp_path / "s", jobs=1)
     assert adapters(again) == adapters(done)
     assert [run["loss"] for run in runs(again)] == [run["loss"] for run in runs(done)]
@@ -155,7 +157,7 @@ def test_a_run_that_fails_is_told_with_its_reason_and_the_others_are_ranked(reci
     )
     assert answer.exit_code == 1
     assert "run 001 failed: " in answer.stdout
-    found = sweeping.Sweep(tmp_path / "s")
+    found = sweep_workflow.Sweep(tmp_path / "s")
     assert [run["number"] for run in runs(found)] == [2, 1]
     assert sweep_table(found.result)[-1][:3] == ("001", "1e30", "-")
     assert "1 run(s) failed" in found.result["notes"][0]
@@ -275,7 +277,7 @@ def test_the_published_sweep_of_eight_runs_is_one_command(tmp_path):
     more = ["rounds=1", "report.samples=0", "--jobs=1", f"--out={tmp_path / 's'}"]
     answer = CliRunner().invoke(app, ["sweep", str(recipe), *keys, *more])
     assert answer.exit_code == 0, answer.output
-    assert len(runs(sweeping.Sweep(tmp_path / "s"))) == 8
+    assert len(runs(sweep_workflow.Sweep(tmp_path / "s"))) == 8
     assert num_base_loads() - before == 4, "one for each model and each number of bits"
 
 
@@ -293,7 +295,7 @@ def test_runs_on_one_base_follow_each_other_whatever_their_order(recipe):
     found = trials_of(
         read_sweep(recipe, ["train.lr=1e-3,1e-2", "model.dtype=float32,bfloat16"], (), 0)
     )
-    queue, last, order = sweeping.Listed(found), None, []
+    queue, last, order = sweep_workflow.Listed(found), None, []
     while (last := queue.take(last)) is not None:
         order.append(last.number)
     assert order == [1, 3, 2, 4]

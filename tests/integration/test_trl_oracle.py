@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from silotune.adapters import AdapterConfig
-from silotune.models import ModelConfig, load_model
-from silotune.tasks.instruct import INSTRUCT, collate, prepare
+from silotune.models.adapters import AdapterConfig
+from silotune.models.loading import ModelConfig, load_model
+from silotune.training.tasks.instruct import INSTRUCT, collate, prepare
 
 ROWS = [
     ({"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}),

@@ -28,7 +28,7 @@ def test_the_demo_improves_every_hospital(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from silotune.sources import model_folder
+    from silotune.models.sources import model_folder
 
     base = AutoModelForCausalLM.from_pretrained(model_folder("smollm2-135m-instruct"))
     PeftModel.from_pretrained(base, str(out / "adapter"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import silotune
-from silotune.recipe_parse import parse
+from silotune.recipes.parse import parse
 from tests.conftest import hospital_rows, write_jsonl
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ import pytest
 
 import silotune
 from silotune.deployment.app_folder import export_app
-from silotune.runtime.flower_engine import free_port
-from silotune.runtime.kept import program
+from silotune.runtime.flower.engine import free_port
+from silotune.runtime.flower.kept_processes import program
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -18,7 +18,7 @@ LONGER = {"SuperNode": 25}
 """The engine holds a killed one for present for a minute, in which others go on."""
 # what to kill: words of its command line, and whether it is the server's or a client's
 VICTIMS = {
-    "SuperLink": ("silotune.runtime.superlink", "up"),
+    "SuperLink": ("silotune.runtime.flower.superlink", "up"),
     "executor": ("flower-superexec", "up"),
     "server app": ("flwr-serverapp", "up"),
     "server's gate": ("caddy", "up"),
@@ -26,7 +26,7 @@ VICTIMS = {
     "SuperNode": ("flower-supernode", CLIENTS[0]),
     "client's gate": ("caddy", CLIENTS[0]),
     "client app": ("flwr-clientapp", CLIENTS[0]),
-    "resident worker": ("silotune.runtime.resident", CLIENTS[0]),
+    "resident worker": ("silotune.runtime.flower.resident_worker", CLIENTS[0]),
 }
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import silotune
-from silotune.recipe_parse import parse
+from silotune.recipes.parse import parse
 from tests.conftest import hospital_rows, write_jsonl
-from tests.unit.test_export import build_llama, make_run
+from tests.unit.results.test_export import build_llama, make_run
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="not installed: pip install xllamacpp")
 pytestmark = pytest.mark.slow

@@ -2,8 +2,8 @@
 
 import pytest
 
-from silotune.recipe_model import load_for
-from silotune.recipe_parse import load_recipe
+from silotune.federation.recipe_model import load_for
+from silotune.recipes.parse import load_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import silotune
-from silotune.errors import EngineError
+from silotune.core.errors import EngineError
 from tests.conftest import write_tiny_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from silotune import sources
+from silotune.models import sources
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from silotune.runtime.kept import program
+from silotune.runtime.flower.kept_processes import program
 
 with warnings.catch_warnings():
     # typer 0.20.1 imports a name that click 8.5 calls deprecated

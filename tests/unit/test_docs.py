@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 import silotune
-from silotune.algorithm_config import ALGORITHM_CONFIGS
 from silotune.algorithms import ALGORITHMS
-from silotune.client_config import ClientConfig
-from silotune.config import RunConfig
-from silotune.recipe_mistakes import sections
-from silotune.recipe_parse import load_recipe, parse
-from silotune.templates import resolve_template
+from silotune.data.chat_templates import resolve_template
+from silotune.federation.client_config import ClientConfig
+from silotune.recipes.algorithm import ALGORITHM_CONFIGS
+from silotune.recipes.mistakes import sections
+from silotune.recipes.parse import load_recipe, parse
+from silotune.recipes.schema import RunConfig
 
 with warnings.catch_warnings():
     # typer 0.20.1 imports a name that click 8.5 calls deprecated
@@ -190,9 +190,8 @@ def test_the_list_of_papers_names_every_algorithm_with_its_file():
         assert any(f"`{name}`" in line and f"algorithms/{file}" in line for line in lines), name
 
 
-def test_the_map_in_the_readme_names_every_file():
+def test_the_map_in_the_readme_names_every_room_once():
     readme = (HOUSE / "README.md").read_text(encoding="utf-8")
-    files = {p.relative_to(SOURCE) for p in SOURCE.rglob("*.py") if p.name != "__init__.py"}
-    assert [
-        str(f) for f in sorted(files) if not re.search(rf"\b{re.escape(f.name)}\b", readme)
-    ] == []
+    rooms = sorted(p.parent.name for p in SOURCE.glob("*/__init__.py"))
+    shown = re.findall(r"^  (\w+)/  ", readme.split("## Map", 1)[1], flags=re.M)
+    assert sorted(shown) == rooms

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from silotune.algorithm import Algorithm
 from silotune.algorithms.base import AlgorithmConfig
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedopt import (
@@ -18,6 +17,7 @@ from silotune.algorithms.fedopt import (
 )
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
 from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
+from silotune.core.algorithm import Algorithm
 
 ALGORITHMS: dict[str, tuple[type[AlgorithmConfig], Callable[[Any], Algorithm]]] = {
     "fedavg": (FedAvgConfig, fedavg),

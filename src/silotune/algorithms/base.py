@@ -8,12 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from silotune.tree import weighted_mean
-from silotune.types import (
-    Config,
-    Update,
-    Updates,
-)
+from silotune.core.tree import weighted_mean
+from silotune.core.types import Config, Update, Updates
 
 
 class AlgorithmConfig(Config):

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from silotune.algorithm import Algorithm
 from silotune.algorithms.base import AlgorithmConfig, mean_delta
-from silotune.tree import add
-from silotune.types import AdapterState, Change, ServerState, Updates
+from silotune.core.algorithm import Algorithm
+from silotune.core.tree import add
+from silotune.core.types import AdapterState, Change, ServerState, Updates
 
 
 class FedAvgConfig(AlgorithmConfig):

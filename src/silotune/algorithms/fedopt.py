@@ -16,11 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from silotune.algorithm import Algorithm
 from silotune.algorithms.base import AlgorithmConfig
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
-from silotune.tree import zeros_like
-from silotune.types import AdapterState, Change, ServerState
+from silotune.core.algorithm import Algorithm
+from silotune.core.tree import zeros_like
+from silotune.core.types import AdapterState, Change, ServerState
 
 
 class FedAvgMConfig(AlgorithmConfig):

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor
 
-from silotune.algorithm import Algorithm, LocalContext, LocalRule
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.tree import squared_distance
+from silotune.core.algorithm import Algorithm, LocalContext, LocalRule
+from silotune.core.tree import squared_distance
 
 
 class FedProxConfig(FedAvgConfig):

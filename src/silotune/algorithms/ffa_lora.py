@@ -11,10 +11,10 @@ there A learns. A is not sent up, but still comes down with every broadcast.
 from dataclasses import replace
 from typing import ClassVar
 
-from silotune.algorithm import Algorithm, LocalRule
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.errors import ConfigError
-from silotune.types import AdapterState
+from silotune.core.algorithm import Algorithm, LocalRule
+from silotune.core.errors import ConfigError
+from silotune.core.types import AdapterState
 
 FROZEN = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}
 """The factor that PEFT draws at random, and the one beside it, which begins at zero and learns."""

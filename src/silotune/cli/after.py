@@ -73,7 +73,9 @@ def evaluate(
     with errors_as_exit_codes():
         import json as json_
 
-        from silotune.exam import (
+        from silotune.federation.progress import pick_progress
+        from silotune.results.run import Run
+        from silotune.workflows.evaluate.evaluate import (
             ExamConfig,
             label_table,
             lm_eval_lines,
@@ -81,8 +83,6 @@ def evaluate(
             suite_table,
             take_exam,
         )
-        from silotune.finished import Run
-        from silotune.progress import pick_progress
 
         cfg = ExamConfig(
             suites=tuple(suite or ()),
@@ -112,7 +112,7 @@ def evaluate(
 
 
 def _files(pairs: list[str] | tuple[str, ...]) -> dict[str, Path]:
-    from silotune.errors import ConfigError
+    from silotune.core.errors import ConfigError
 
     found: dict[str, Path] = {}
     for pair in pairs:
@@ -126,7 +126,7 @@ def _files(pairs: list[str] | tuple[str, ...]) -> dict[str, Path]:
 def _instructions(path: Path | None) -> dict[str, str]:
     import json
 
-    from silotune.errors import ConfigError
+    from silotune.core.errors import ConfigError
 
     if path is None:
         return {}
@@ -167,7 +167,7 @@ def export(
     """Write a run's result for others to load: PEFT, a merged model, or GGUF; or push it."""
     with errors_as_exit_codes():
         import silotune
-        from silotune.progress import pick_progress
+        from silotune.federation.progress import pick_progress
 
         place = silotune.Run(run).export(
             kind, to=to, gguf_type=gguf_type, push=push, public=public, progress=pick_progress()
@@ -180,8 +180,8 @@ def report(
 ) -> None:
     """Write report.html: a run or a comparison on one page that needs no network."""
     with errors_as_exit_codes():
-        from silotune.arms import Comparison, ComparisonFolder
-        from silotune.finished import Run
+        from silotune.results.run import Run
+        from silotune.workflows.compare.compare import Comparison, ComparisonFolder
 
         is_comparison = (run / ComparisonFolder.RECIPE).is_file()
         typer.echo(Comparison(run).report() if is_comparison else Run(run).report())

@@ -34,9 +34,9 @@ def audit(
     """Attack a run by its rows, or a recipe by canaries. Exit code 1: its claim is refuted."""
     with errors_as_exit_codes():
         import silotune
-        from silotune.audit_result import audit_lines
-        from silotune.membership import membership_table
-        from silotune.progress import pick_progress
+        from silotune.federation.progress import pick_progress
+        from silotune.workflows.audit.membership import membership_table
+        from silotune.workflows.audit.result import audit_lines
 
         found = silotune.audit(
             target, overrides or (), canaries=canaries, out=out, progress=pick_progress()

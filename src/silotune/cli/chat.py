@@ -14,7 +14,7 @@ import typer
 from silotune.cli.frame import Stopped, errors_as_exit_codes, plain
 
 if TYPE_CHECKING:
-    from silotune.chatting import Chat
+    from silotune.results.chat import Chat
 
 COMMANDS = "/reset begins anew, /quit ends"
 COLUMNS_FROM = 80
@@ -42,9 +42,9 @@ def chat(
 ) -> None:
     """Talk with a run: its base and the federated model answer side by side."""
     with errors_as_exit_codes(), contextlib.ExitStack() as stack:
-        from silotune.chat_page import address_of, build_page, serve, take_port
-        from silotune.finished import Run
-        from silotune.progress import pick_progress
+        from silotune.federation.progress import pick_progress
+        from silotune.results.chat_page import address_of, build_page, serve, take_port
+        from silotune.results.run import Run
 
         taken = stack.enter_context(take_port(host, port)) if web else None
         pick_progress().note(f"loading {Run(run).config.model.name}")
@@ -72,8 +72,8 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 
 def _converse(talk: "Chat") -> None:
     """Read messages from stdin and print answers, until it ends or is told to."""
-    from silotune.chatting import NO_HEAD
-    from silotune.errors import ConfigError
+    from silotune.core.errors import ConfigError
+    from silotune.results.chat import NO_HEAD
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a stray byte ends no conversation

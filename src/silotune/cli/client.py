@@ -8,7 +8,7 @@ import typer
 from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from silotune.deployment.joining import Joined
+    from silotune.deployment.join import Joined
 
 Folder = Annotated[
     Path | None, typer.Option(help="The client's own folder; by default one of its name.")
@@ -37,7 +37,7 @@ def init(
 ) -> None:
     """Make this client's key, which never leaves this machine, and the request to send."""
     with errors_as_exit_codes():
-        from silotune.deployment.joining import init
+        from silotune.deployment.join import init
 
         request, fingerprint = init(name, folder or Path(name))
         typer.echo(f"fingerprint, to be compared by telephone: {fingerprint}")
@@ -56,7 +56,7 @@ def doctor(
     """Look whether this client could take part, line by line. Exit code 1: it could not."""
     with errors_as_exit_codes():
         from silotune.deployment.doctor import examine
-        from silotune.recipe_parse import load_recipe
+        from silotune.recipes.parse import load_recipe
 
         joined = _joined(kit, folder, data, model)
         failed = False
@@ -74,11 +74,11 @@ def outbound(
 ) -> None:
     """Show what has left this machine, by run; every answer is a line of state/outbound.jsonl."""
     with errors_as_exit_codes():
-        from silotune.client_config import load_client_config
-        from silotune.deployment.joining import OWN
-        from silotune.ledger import lines
-        from silotune.outbound import FILE, sent_by_run
-        from silotune.wording import human_bytes
+        from silotune.core.wording import human_bytes
+        from silotune.deployment.join import OWN
+        from silotune.federation.client_config import load_client_config
+        from silotune.federation.ledger import lines
+        from silotune.federation.outbound_log import FILE, sent_by_run
 
         path = Path(load_client_config(folder / OWN).state) / FILE
         if json:
@@ -106,7 +106,7 @@ def join(
 ) -> None:
     """Connect, train when asked, and stay until a signal."""
     with errors_as_exit_codes():
-        from silotune.deployment.joining import server_fingerprint, stay_joined
+        from silotune.deployment.join import server_fingerprint, stay_joined
 
         joined = _joined(kit, folder, data, model)
         say(f"{joined.kit.consortium}, fingerprint: {server_fingerprint(joined.kit)}")
@@ -114,8 +114,8 @@ def join(
 
 
 def _joined(kit: Path, folder: Path | None, data: Path | None, model: Path | None) -> "Joined":
-    from silotune.consortium.kit import read_kit
-    from silotune.deployment.joining import take_kit
+    from silotune.deployment.consortium.kit import read_kit
+    from silotune.deployment.join import take_kit
 
     place = folder or Path(read_kit(kit).client)
     return take_kit(kit, place, data=data, model=model)

@@ -11,7 +11,7 @@ from silotune.cli.run import Overrides, Recipe
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from silotune.previewing import ClientPreview, Kind, Preview, Sample
+    from silotune.workflows.preview import ClientPreview, Kind, Preview, Sample
 
 BAR = 40
 """Characters of the longest bar."""
@@ -69,7 +69,7 @@ def _print_split(found: "Preview") -> None:
 def _print_bars(clients: "Mapping[str, ClientPreview]") -> None:
     from rich.cells import cell_len, set_cell_size
 
-    from silotune.svg import short
+    from silotune.results.svg import short
 
     names = [short(name, 30) for name in clients]
     width = max(map(cell_len, names))
@@ -84,7 +84,7 @@ def _label_table(clients: "Mapping[str, ClientPreview]") -> "list[tuple[str, ...
     """Header and rows: a client a line; the shares of the commonest labels."""
     from collections import Counter
 
-    from silotune.svg import short
+    from silotune.results.svg import short
 
     total: Counter[str] = Counter()
     for own in clients.values():
@@ -117,7 +117,7 @@ def _print_lengths(found: "Preview") -> None:
 
 
 def _print_duplicates(clients: "Mapping[str, ClientPreview]") -> None:
-    from silotune.previewing import name_counts
+    from silotune.workflows.preview import name_counts
 
     lines = {
         "train rows repeat one of the same client": "num_repeated",

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from silotune.errors import SilotuneError
+from silotune.core.errors import SilotuneError
 
 _SEQUENCES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, places

@@ -8,8 +8,8 @@ from silotune.cli.frame import errors_as_exit_codes, print_json, print_table
 from silotune.cli.run import Overrides, Recipe
 
 if TYPE_CHECKING:
-    from silotune.fitting import Limits, Prediction
-    from silotune.planning import Plan
+    from silotune.workflows.plan.fit import Limits, Prediction
+    from silotune.workflows.plan.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +55,7 @@ def plan(
 
 
 def _limits(memory: float | None, size: int | None, hours: float | None) -> "Limits | None":
-    from silotune.fitting import Limits
+    from silotune.workflows.plan.fit import Limits
 
     if memory is None and size is None and hours is None:
         return None
@@ -67,7 +67,7 @@ def _limits(memory: float | None, size: int | None, hours: float | None) -> "Lim
 
 
 def _print_bytes(found: "Plan") -> None:
-    from silotune.wording import human_bytes
+    from silotune.core.wording import human_bytes
 
     sent = found.traffic
     lines: list[tuple[str, int]] = [
@@ -90,7 +90,7 @@ def _print_bytes(found: "Plan") -> None:
 
 
 def _print_memory(found: "Plan") -> None:
-    from silotune.wording import human_bytes
+    from silotune.core.wording import human_bytes
 
     batch = found.batch
     typer.echo(
@@ -111,7 +111,7 @@ def _print_memory(found: "Plan") -> None:
 
 
 def _print_times(found: "Plan") -> None:
-    from silotune.wording import human_seconds
+    from silotune.core.wording import human_seconds
 
     if found.times is None:
         return
@@ -149,7 +149,7 @@ def _as_text(value: object) -> str:
 
 
 def _needs(needed: "Prediction") -> tuple[str, ...]:
-    from silotune.wording import human_bytes, human_seconds
+    from silotune.core.wording import human_bytes, human_seconds
 
     peak, seconds = needed.peak_bytes, needed.seconds
     return (

@@ -19,8 +19,8 @@ def privacy(
 ) -> None:
     """State a run's privacy so that others can compute it anew: mechanism, releases, epsilon."""
     with errors_as_exit_codes():
-        from silotune.finished import Run
-        from silotune.privacy_statement import privacy_lines
+        from silotune.federation.privacy_statement import privacy_lines
+        from silotune.results.run import Run
 
         found = Run(run).privacy
         if json:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table
-from silotune.errors import ConfigError
+from silotune.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from silotune.arms import Comparison
-    from silotune.finished import Run
+    from silotune.results.run import Run
+    from silotune.workflows.compare.compare import Comparison
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")]
 Overrides = Annotated[
@@ -36,7 +36,7 @@ def demo(overrides: Overrides = None, out: Out = None, json: AsJson = False) -> 
     """Five hospitals fine-tune one small chat model together, on this machine's processor."""
     with errors_as_exit_codes():
         import silotune
-        from silotune.progress import pick_progress
+        from silotune.federation.progress import pick_progress
 
         done = silotune.run("hospitals", overrides or (), out=out, progress=pick_progress())
         if json:
@@ -60,7 +60,7 @@ def run(
     """Run a recipe, or go on with an interrupted run."""
     with errors_as_exit_codes():
         import silotune
-        from silotune.progress import pick_progress
+        from silotune.federation.progress import pick_progress
 
         recipe, changed = _recipe_and_overrides(recipe, overrides, resume)
         done = silotune.run(recipe, changed, out=out, resume=resume, progress=pick_progress())
@@ -83,7 +83,7 @@ def check(recipe: Recipe, overrides: Overrides = None, json: AsJson = False) -> 
         body = [(name, str(t), str(e)) for name, t, e in counts]
         print_table([("client", "train rows", "held-out rows"), *body])
         if checked.promise is not None:
-            from silotune.privacy_statement import check_lines
+            from silotune.federation.privacy_statement import check_lines
 
             for text in check_lines(checked.promise):
                 typer.echo(text)
@@ -111,7 +111,7 @@ def compare(
     """Was it worth joining? Base, each client alone, federated, centralized: on the same rows."""
     with errors_as_exit_codes():
         import silotune
-        from silotune.progress import pick_progress
+        from silotune.federation.progress import pick_progress
 
         recipe, changed = _recipe_and_overrides(recipe, overrides, resume)
         if seeds is not None:
@@ -137,7 +137,7 @@ def pretrain_teacher(
         import json as json_
 
         import silotune
-        from silotune.progress import pick_progress
+        from silotune.federation.progress import pick_progress
 
         place = silotune.pretrain_teacher(
             recipe, overrides or (), out=out, progress=pick_progress()
@@ -168,14 +168,14 @@ def _recipe_and_overrides(
 
 
 def _print_comparison(done: "Comparison") -> None:
-    from silotune.comparison import (
+    from silotune.workflows.compare.statistics import (
         AGAINST,
         against_table,
         cost_table,
         difference_table,
         score_table,
     )
-    from silotune.comparison_verdicts import comparison_verdict, worse_off_warnings
+    from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
 
     result = done.result
     for metric in result["metrics"].values():
@@ -196,7 +196,7 @@ def _print_comparison(done: "Comparison") -> None:
 
 
 def _print_result(done: "Run") -> None:
-    from silotune.report import (
+    from silotune.results.summary import (
         budget_lines,
         budget_warnings,
         cost_lines,
@@ -228,7 +228,7 @@ def _print_result(done: "Run") -> None:
     for line in [*budget_lines(summary), *cost_lines(summary)]:
         typer.echo(line)
     if "privacy" in summary:
-        from silotune.privacy_statement import privacy_lines
+        from silotune.federation.privacy_statement import privacy_lines
 
         typer.echo(f"privacy: {privacy_lines(summary['privacy'])[0]}")
     if predicted := prediction_table(summary):

@@ -38,7 +38,7 @@ def init(
 ) -> None:
     """Make a consortium: its folder, its own certificate authority, the server's certificate."""
     with errors_as_exit_codes():
-        from silotune.consortium.folder import Consortium
+        from silotune.deployment.consortium.folder import Consortium
 
         Consortium.create(folder, name=name, address=address, listen=listen)
         typer.echo(f"made {folder}")
@@ -49,7 +49,7 @@ def init(
 def up(folder: Folder = HERE) -> None:
     """Start everything the server needs, and keep it running until a signal."""
     with errors_as_exit_codes():
-        from silotune.deployment.serving import serve
+        from silotune.deployment.serve import serve
 
         serve(folder, say)
 
@@ -60,7 +60,7 @@ def approve(
 ) -> None:
     """Let a client in, and write the kit to send back. Nobody else is touched."""
     with errors_as_exit_codes():
-        from silotune.consortium.folder import Consortium
+        from silotune.deployment.consortium.folder import Consortium
 
         kit, fingerprint = Consortium.open(folder).approve(request)
         typer.echo(f"fingerprint, to be compared by telephone: {fingerprint}")
@@ -72,7 +72,7 @@ def revoke(
 ) -> None:
     """Put a client out, at once. Nobody else is touched."""
     with errors_as_exit_codes():
-        from silotune.consortium.folder import Consortium
+        from silotune.deployment.consortium.folder import Consortium
 
         Consortium.open(folder).revoke(client)
         typer.echo(f"{client} is out")
@@ -100,8 +100,8 @@ def status(
 ) -> None:
     """Show clients, runs, rounds, bytes, and who is waited for."""
     with errors_as_exit_codes():
-        from silotune.deployment.watching import status as found
-        from silotune.deployment.watching import status_tables
+        from silotune.deployment.status import status as found
+        from silotune.deployment.status import status_tables
 
         now = found(folder)
         if json:
@@ -157,7 +157,7 @@ def rehearse(
 ) -> None:
     """Start a whole consortium on this machine, with processes, keys and certificates, and run."""
     with errors_as_exit_codes():
-        from silotune.deployment.rehearsing import rehearse
+        from silotune.deployment.rehearse import rehearse
 
         done = rehearse(recipe, overrides or (), num_clients=clients, out=out, note=say)
         if json:

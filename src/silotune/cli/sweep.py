@@ -8,7 +8,7 @@ import typer
 from silotune.cli.frame import errors_as_exit_codes, print_json, print_table
 
 if TYPE_CHECKING:
-    from silotune.sweeping import Sweep
+    from silotune.workflows.sweep.sweep import Sweep
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +60,7 @@ def sweep(
     """Train a recipe with every combination of some keys' values, and rank what comes out."""
     with errors_as_exit_codes():
         import silotune
-        from silotune.progress import pick_progress
+        from silotune.federation.progress import pick_progress
 
         if recipe is not None and "=" in recipe and not Path(recipe).is_file():
             recipe, overrides = None, [recipe, *(overrides or ())]
@@ -83,7 +83,7 @@ def sweep(
 
 
 def _lines(listed: Path | None) -> list[str]:
-    from silotune.errors import ConfigError
+    from silotune.core.errors import ConfigError
 
     if listed is None:
         return []
@@ -101,7 +101,7 @@ def _lines(listed: Path | None) -> list[str]:
 
 
 def _print_sweep(done: "Sweep") -> None:
-    from silotune.ranking import sweep_table, verdict
+    from silotune.workflows.sweep.ranking import sweep_table, verdict
 
     result = done.result
     typer.echo()

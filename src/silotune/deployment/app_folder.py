@@ -11,14 +11,14 @@ from pathlib import Path
 
 import tomli_w
 
-from silotune.checking import check
-from silotune.client_config import is_client_folder
-from silotune.consortium.roster import is_consortium
-from silotune.disk import build_folder
-from silotune.errors import ConfigError
-from silotune.files import locate
-from silotune.recipe_parse import load_recipe
-from silotune.runtime.submission import app_of, with_whole_paths
+from silotune.core.atomic_files import build_folder
+from silotune.core.errors import ConfigError
+from silotune.data.files import locate
+from silotune.federation.client_config import is_client_folder
+from silotune.federation.roster import is_consortium
+from silotune.recipes.parse import load_recipe
+from silotune.runtime.flower.submit import app_of, with_whole_paths
+from silotune.workflows.check import check
 
 SERVER = "silotune.deployment.flower_app:app"
 README = """\

@@ -16,21 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from silotune.client_config import check_base, check_steps, own_recipe, own_rows
-from silotune.config import RunConfig
-from silotune.consortium.gate import find_caddy
-from silotune.consortium.kit import certificate_of
-from silotune.deployment.joining import KEY, Joined
+from silotune.core.errors import SilotuneError
+from silotune.core.wording import human_bytes
+from silotune.data.partition import PartitionConfig
+from silotune.deployment.consortium.gate import find_caddy
+from silotune.deployment.consortium.kit import certificate_of
+from silotune.deployment.join import KEY, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
-from silotune.errors import SilotuneError
-from silotune.measuring import Measurement, is_at_hand, measure
-from silotune.models import folder_of_base, load_tokenizer
-from silotune.partition import PartitionConfig
-from silotune.previewing import describe_rows
-from silotune.recipe_model import give_template
-from silotune.sources import content_hash
-from silotune.tasks import build_task
-from silotune.wording import human_bytes
+from silotune.federation.client_config import check_base, check_steps, own_recipe, own_rows
+from silotune.federation.recipe_model import give_template
+from silotune.models.loading import folder_of_base, load_tokenizer
+from silotune.models.sources import content_hash
+from silotune.recipes.schema import RunConfig
+from silotune.training.tasks import build_task
+from silotune.workflows.plan.measure import Measurement, is_at_hand, measure
+from silotune.workflows.preview import describe_rows
 
 CLOCK_S = (60.0, 300.0)
 """Differences that are odd, and that the engine refuses: its signatures are good for so long."""

@@ -24,17 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from silotune.client_config import load_client_config
-from silotune.config import RunConfig
-from silotune.errors import ConfigError, UpdateError
-from silotune.recipe_parse import load_recipe
+from silotune.core.errors import ConfigError, UpdateError
+from silotune.core.types import Failure, Score, Update
+from silotune.federation.client_config import load_client_config
+from silotune.recipes.parse import load_recipe
+from silotune.recipes.schema import RunConfig
 from silotune.runtime import wire
-from silotune.runtime.deployed import Deployed
-from silotune.runtime.flower_strategy import algorithm_of
-from silotune.runtime.parcel import Parcel
-from silotune.runtime.submission import without_places
-from silotune.shapes import build_shapes
-from silotune.types import Failure, Score, Update
+from silotune.runtime.flower.strategy import algorithm_of
+from silotune.runtime.flower.submit import without_places
+from silotune.runtime.payload import Parcel
+from silotune.runtime.real_client import Deployed
+from silotune.workflows.plan.shapes import build_shapes
 
 
 class Callbacks:
@@ -131,8 +131,8 @@ def first_model(recipe: Path | str, overrides: Sequence[str] = ()) -> io.BytesIO
     Raises:
         SilotuneError: The recipe has a mistake, or the base cannot be loaded.
     """
-    from silotune.models import read_adapter
-    from silotune.recipe_model import load_for
+    from silotune.federation.recipe_model import load_for
+    from silotune.models.loading import read_adapter
 
     adapter = read_adapter(load_for(load_recipe(recipe, overrides)))
     return write_model([adapter[name].numpy() for name in sorted(adapter)])

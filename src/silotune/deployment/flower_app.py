@@ -12,12 +12,12 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from silotune.checking import check
-from silotune.config import RunConfig
-from silotune.launch import run_in
-from silotune.progress import PlainProgress
-from silotune.runtime.flower_server import drive_app
-from silotune.store import RunFolder
+from silotune.federation.progress import PlainProgress
+from silotune.federation.run_folder import RunFolder
+from silotune.recipes.schema import RunConfig
+from silotune.runtime.flower.server import drive_app
+from silotune.workflows.check import check
+from silotune.workflows.run import run_in
 
 app = ServerApp()
 

@@ -13,13 +13,13 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from silotune.config import RunConfig
-from silotune.consortium.gate import NOTICE, host_of
-from silotune.consortium.kit import Kit
+from silotune.core.atomic_files import write_json
+from silotune.deployment.consortium.gate import NOTICE, host_of
+from silotune.deployment.consortium.kit import Kit
 from silotune.deployment.queue import DONE, runs_of, state_of
-from silotune.disk import write_json
-from silotune.runtime.submission import travelling
-from silotune.store import RunFolder
+from silotune.federation.run_folder import RunFolder
+from silotune.recipes.schema import RunConfig
+from silotune.runtime.flower.submit import travelling
 
 VERSION = importlib.metadata.version("silotune")
 TIMEOUT_S = 15.0

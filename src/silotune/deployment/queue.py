@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from silotune.checking import check
-from silotune.client_config import LOCATIONS
-from silotune.config import RunConfig
-from silotune.consortium.folder import Consortium
+from silotune.core.atomic_files import free_place, write_json
+from silotune.core.errors import ConfigError
+from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.supervisor import Note, Supervisor
-from silotune.disk import free_place, write_json
-from silotune.errors import ConfigError
-from silotune.recipe_parse import load_recipe, parse, to_toml
-from silotune.recipe_sections import RuntimeConfig
-from silotune.store import RunFolder
+from silotune.federation.client_config import LOCATIONS
+from silotune.federation.run_folder import RunFolder
+from silotune.recipes.parse import load_recipe, parse, to_toml
+from silotune.recipes.schema import RunConfig
+from silotune.recipes.sections import RuntimeConfig
+from silotune.workflows.check import check
 
 ORDERS, LOG = "server.json", "job.log"
 WAITING, RUNNING, STOPPED, FAILED, DONE = "waiting", "running", "stopped", "failed", "done"

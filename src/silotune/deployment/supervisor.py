@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.errors import ConfigError, EngineError
-from silotune.runtime.kept import KEEPER, Kept
+from silotune.core.errors import ConfigError, EngineError
+from silotune.runtime.flower.kept_processes import KEEPER, Kept
 
 MOST_REST_S = 60.0
 """The longest rest before a program is started again."""

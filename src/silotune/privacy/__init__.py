@@ -1,1 +1,4 @@
-"""Differential privacy: what is done to updates so that they tell less, and what that is worth."""
+"""Differential privacy: clipping, noise, accountants, and guards around an algorithm or a step.
+
+Does not know who runs it, nor files.
+"""

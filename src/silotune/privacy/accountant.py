@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from silotune.errors import ConfigError
+from silotune.core.errors import ConfigError
 
 GRID, FINEST, COARSEST = 1e-5, 5e-5, 5e-4
 """The PLD accountant's grid: its least width, and its least and largest share of epsilon. It rounds

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from silotune.types import Config
+from silotune.core.types import Config
 
 
 class PrivacyConfig(Config):

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from silotune.algorithm import Algorithm
+from silotune.core.algorithm import Algorithm
+from silotune.core.types import AdapterState, Change, ServerState, Updates
 from silotune.privacy.base import PrivacyConfig
 from silotune.privacy.clip import clip_by_global_norm, next_clip_norm, split_noise
-from silotune.privacy.gaussian import Noise
-from silotune.types import AdapterState, Change, ServerState, Updates
+from silotune.privacy.noise import Noise
 
 PURPOSE = "privacy"
 """The guard's place in the server's memory."""

@@ -7,8 +7,8 @@ import math
 
 from torch import Tensor
 
-from silotune.tree import check_finite, l2_norm
-from silotune.types import AdapterState
+from silotune.core.tree import check_finite, l2_norm
+from silotune.core.types import AdapterState
 
 
 def clip_by_global_norm(

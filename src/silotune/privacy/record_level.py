@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from silotune.errors import ConfigError, ModelError
-from silotune.privacy.gaussian import Noise
+from silotune.core.errors import ConfigError, ModelError
+from silotune.privacy.noise import Noise
 
 Uniform = Callable[[int], Tensor]
 """count -> so many numbers in [0, 1), float64."""

@@ -11,22 +11,29 @@ from dataclasses import replace
 
 import torch
 
-from silotune.algorithm import keep_local
-from silotune.client import ClientData, Worker, cut_note, prepare_client, score, take_part
-from silotune.data import ClientRows
-from silotune.devices import peak_memory_bytes
-from silotune.errors import BudgetSpent, ClientTimeout, UpdateError
-from silotune.memory import load_memory
-from silotune.progress import Progress
-from silotune.promise import with_privacy
-from silotune.rounds import run_rounds
-from silotune.runtime.flower_strategy import algorithm_of
+from silotune.core.algorithm import keep_local
+from silotune.core.errors import BudgetSpent, ClientTimeout, UpdateError
+from silotune.core.tree import size_bytes
+from silotune.core.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score
+from silotune.data.clients import ClientRows
+from silotune.federation.client import (
+    ClientData,
+    Worker,
+    cut_note,
+    prepare_client,
+    score,
+    take_part,
+)
+from silotune.federation.client_memory import load_memory
+from silotune.federation.privacy_guarantee import with_privacy
+from silotune.federation.progress import Progress
+from silotune.federation.rounds import run_rounds
+from silotune.federation.run_folder import RunFolder
+from silotune.federation.server_work import open_server_work
+from silotune.models.devices import peak_memory_bytes
+from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
-from silotune.store import RunFolder
-from silotune.tasks import build_task
-from silotune.teaching import open_server_work
-from silotune.tree import size_bytes
-from silotune.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score
+from silotune.training.tasks import build_task
 
 
 def drive(job: Job) -> Measured:

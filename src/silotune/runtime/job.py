@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.client import ClientData
-from silotune.config import RunConfig
-from silotune.data import ClientRows
-from silotune.models import LoadedModel
-from silotune.progress import Progress
-from silotune.store import RunFolder
-from silotune.types import ServerState
+from silotune.core.types import ServerState
+from silotune.data.clients import ClientRows
+from silotune.federation.client import ClientData
+from silotune.federation.progress import Progress
+from silotune.federation.run_folder import RunFolder
+from silotune.models.loading import LoadedModel
+from silotune.recipes.schema import RunConfig
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from torch import Tensor
 
-from silotune.errors import UpdateError
-from silotune.runtime.parcel import Parcel, no_values
-from silotune.types import AdapterState, Broadcast, Failure, Score, Update
+from silotune.core.errors import UpdateError
+from silotune.core.types import AdapterState, Broadcast, Failure, Score, Update
+from silotune.runtime.payload import Parcel, no_values
 
 Groups = Mapping[str, AdapterState]
 AnyForm = TypeVar("AnyForm", bound=BaseModel)

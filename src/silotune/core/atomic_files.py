@@ -1,0 +1,191 @@
+"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+
+# safetensors ships no type stubs, so strict checking would report its every value
+# pyright: standard
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from silotune.core.errors import DiskError, RunFolderError
+
+
+@contextlib.contextmanager
+def writing(path: Path, part: Path | None = None) -> Iterator[None]:
+    """Say in one error that something cannot be written, and leave no part of it.
+
+    Args:
+        path: Its name in the error.
+        part: What is removed then: a file or a folder.
+
+    Raises:
+        DiskError: Instead of whatever the system or a library said.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if part is not None and part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part is not None:
+            part.unlink(missing_ok=True)
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise DiskError(
+            f"{path} cannot be written: {why}.\n"
+            "  Make room, or mend its folder, and try again: what was finished before is whole."
+        ) from error
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be filled, which then takes its place, or goes."""
+    part = path.with_name(path.name + ".part")
+    with writing(path, part):
+        yield part
+        part.replace(path)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file or none: beside its place first, then renamed into it.
+
+    Raises:
+        DiskError: It cannot be written; this and all that follow in this file.
+    """
+    with _whole(path) as part, part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def free_place(first: Path) -> Path:
+    """`first`, or where something is there, as after two runs in a second, with a number behind."""
+    others = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
+    return next(place for place in itertools.chain([first], others) if not place.exists())
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file whole or not at all."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, lines.encode())
+
+
+def written_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_rows` wrote; none where there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that people can read too."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all."""
+    with _whole(path) as part:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata=dict(about))
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and what was written about it.
+
+    Raises:
+        RunFolderError: The file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = dict(file.metadata() or {})
+        return load_file(path), about
+    except (SafetensorError, OSError) as error:
+        raise RunFolderError(
+            f"{path} is damaged: {error}\n"
+            "  Remove its folder and resume; the run goes on from what is left."
+        ) from error
+
+
+# --- many tensors as a few rows of numbers ----------------------------------------------------
+
+
+def save_rows(path: Path, tensors: Mapping[str, Tensor], *, about: str, sync: bool) -> None:
+    """Write tensors whole or not at all, as one row of numbers per dtype in a safetensors file.
+
+    For files that come by the thousand: an adapter has hundreds of small tensors, and in a file
+    each of them costs as much as a row.
+
+    Args:
+        path: Its place.
+        tensors: What it holds, by name.
+        about: A text that belongs to them.
+        sync: Wait until the disk has it. Without, the file outlives this process however that
+            ends, but not a loss of power; see `boot_id`.
+    """
+    layout: dict[str, list[tuple[str, list[int]]]] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        layout.setdefault(dtype, []).append((name, list(tensor.shape)))
+        parts.setdefault(dtype, []).append(tensor.reshape(-1))
+    rows = {dtype: torch.cat(own) for dtype, own in parts.items()}
+    with _whole(path) as part:
+        save_file(rows, part, metadata={"layout": json.dumps(layout), "about": about})
+        if sync:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def load_rows(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Undo `save_rows`.
+
+    Raises:
+        RunFolderError: The file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            known = file.metadata()
+            rows = {dtype: file.get_tensor(dtype) for dtype in file.keys()}  # noqa: SIM118
+        tensors: dict[str, Tensor] = {}
+        for dtype, own in json.loads(known["layout"]).items():
+            pieces = rows[dtype].split([math.prod(shape) for _, shape in own])
+            for (name, shape), piece in zip(own, pieces, strict=True):
+                tensors[name] = piece.view(shape)
+        return tensors, known["about"]
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RunFolderError(
+            f"{path} is damaged: {error}\n  Remove it and resume; its client is asked again."
+        ) from error
+
+
+def boot_id() -> str:
+    """A word that is another one after every start of this machine; empty where there is none.
+
+    A file that was not waited for is whole as long as the machine has not been started anew since.
+    """
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
+def build_folder(final: Path, build: Callable[[Path], None]) -> Path:
+    """Let `build(folder)` fill a folder, and put it into its place whole, over what was there."""
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    with writing(final, part):
+        part.mkdir(parents=True)
+        build(part)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+    return final

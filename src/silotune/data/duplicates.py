@@ -1,0 +1,103 @@
+"""Rows that occur more than once: within a client, between clients, in train and held-out parts.
+
+Compares texts by their digests, so it finds equal texts only, not the same matter in other words.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from silotune.data.clients import ClientRows
+from silotune.data.labelled_texts import LabelledText
+from silotune.data.reading import TaskRow
+
+SERVER = ""
+"""Who trains on the server's rows; no client has an empty name."""
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Rows of one client that stand elsewhere too. Rows are equal when all their texts are.
+
+    Whoever trains: all clients, and the server where it has rows.
+    """
+
+    num_repeated: int
+    """Train rows that an earlier train row of the same client equals."""
+    num_elsewhere: int
+    """Train rows that someone else trains on too."""
+    num_leaked_own: int
+    """Held-out rows that the same client trains on."""
+    num_leaked: int
+    """Held-out rows that anyone trains on."""
+    num_other_answer: int
+    """Train rows whose question has another answer, or label, in a train row of anyone."""
+    num_eval_other_answer: int
+    """Held-out rows whose question has another answer, or label, in a train row of anyone."""
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A row as digests: the texts of all rows a second time would be too much memory."""
+
+    question: bytes
+    row: bytes
+
+
+_Taught = dict[bytes, dict[bytes, set[str]]]
+"""Question -> row -> who trains on it."""
+
+
+def find_duplicates(
+    rows: Mapping[str, ClientRows], server: Sequence[TaskRow] = ()
+) -> dict[str, Duplicates]:
+    """Count equal rows within each client, between clients, and across train and held-out parts.
+
+    Args:
+        rows: Of all clients, as far as this machine may read them.
+        server: The server's own train rows.
+    """
+    train = {name: [_key(row) for row in own.train] for name, own in rows.items()}
+    taught: _Taught = {}
+    for name, keys in {**train, SERVER: [_key(row) for row in server]}.items():
+        for key in keys:
+            taught.setdefault(key.question, {}).setdefault(key.row, set()).add(name)
+    return {
+        name: _count(name, train[name], [_key(row) for row in own.evaluation], taught)
+        for name, own in rows.items()
+    }
+
+
+def _count(
+    name: str, train: Sequence[_Key], held_out: Sequence[_Key], taught: _Taught
+) -> Duplicates:
+    leaks = [taught.get(key.question, {}).get(key.row, set()) for key in held_out]
+    return Duplicates(
+        num_repeated=len(train) - len(set(train)),
+        num_elsewhere=sum(len(taught[key.question][key.row]) > 1 for key in train),
+        num_leaked_own=sum(name in who for who in leaks),
+        num_leaked=sum(bool(who) for who in leaks),
+        num_other_answer=_count_other_answers(train, taught),
+        num_eval_other_answer=_count_other_answers(held_out, taught),
+    )
+
+
+def _count_other_answers(keys: Sequence[_Key], taught: _Taught) -> int:
+    answers = ((key.row, taught.get(key.question, {})) for key in keys)
+    # by number, for one question may have as many answers as there are rows
+    return sum(len(known) > (row in known) for row, known in answers)
+
+
+def _key(row: TaskRow) -> _Key:
+    if isinstance(row, dict):
+        texts = cast(LabelledText, row)
+        question = [texts["text"], texts.get("text_pair")]
+        return _Key(_digest(question), _digest([*question, texts["label"]]))
+    turns = [(turn["role"], turn["content"]) for turn in row]
+    return _Key(_digest([turn for turn in turns if turn[0] != "assistant"]), _digest(turns))
+
+
+def _digest(value: object) -> bytes:
+    return hashlib.sha256(json.dumps(value).encode()).digest()

@@ -1,0 +1,155 @@
+"""One row of a classification data set becomes a labelled text.
+
+Knows the columns that such data comes in. Does not know files, clients or tokens. Messages name the
+place and the column, and of values only labels: these are the classes, not what a row says.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from silotune.core.errors import DataError, EmptyRowError
+from silotune.core.wording import did_you_mean
+from silotune.data.conversations import MEND_EMPTY, check_whole, is_missing, list_columns
+
+LabelledText = dict[str, str]
+"""{"text": ..., "label": ...}, and for a pair of texts "text_pair" too."""
+
+FORMATS = (
+    ("text",),
+    ("sentence",),
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
+"""Columns of text, and of the second text of a pair, as public data sets name them."""
+
+LONGEST = 40
+"""Characters of an unknown label that a message shows: a longer one is a text, not a label."""
+
+HIDDEN = "-1"
+"""What public test sets have in the place of labels that they keep to themselves."""
+
+
+def labelled_text(
+    row: Mapping[str, Any],
+    *,
+    where: str,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> LabelledText:
+    """Turn one row into a labelled text.
+
+    Args:
+        row: Column names and values.
+        where: Place of the row for messages, for instance "data.csv:7".
+        text: Column of the text; when absent the longest of `FORMATS` that fits the columns.
+        text_pair: Column of the second text of a pair; goes with `text`.
+        label: Column of the label; "label" when absent. Numbers are read as text.
+        labels: The labels that there are; any when absent.
+
+    Raises:
+        DataError: A column is missing, a text is empty, or the label is none of `labels`.
+
+    Example:
+        >>> labelled_text({"sentence": "Fine.", "label": 1}, where="data.csv:2")
+        {'text': 'Fine.', 'label': '1'}
+    """
+    columns = (text, text_pair) if text is not None else _columns(row, where)
+    found: LabelledText = {}
+    for key, column in zip(("text", "text_pair"), columns, strict=False):
+        if column is not None:
+            found[key] = _text(row, column, where=where, setting=f"data.{key}")
+    found["label"] = _label(row, label or "label", where=where, labels=labels)
+    return found
+
+
+def check_all_pairs(rows: Sequence[LabelledText], places: Sequence[str]) -> None:
+    """Refuse a data set in which some rows are pairs and others are not.
+
+    Raises:
+        DataError: Names the first row that is not as the first of all.
+    """
+    for row, where in zip(rows, places, strict=True):
+        if ("text_pair" in row) != ("text_pair" in rows[0]):
+            kinds = ("one text", "a pair") if "text_pair" in rows[0] else ("a pair", "one text")
+            raise DataError(
+                f"{where}: the row has {kinds[0]}, the rows before it have {kinds[1]}.\n"
+                "  Give every row the same columns, or name them: data.text, data.text_pair."
+            )
+
+
+def sorted_labels(rows: Sequence[LabelledText]) -> tuple[str, ...]:
+    """All labels of the rows, each once: numbers by size, else by name."""
+    found = {row["label"] for row in rows}
+    by_size = all(label.removeprefix("-").isdecimal() for label in found)
+    # every label has one place, in every process: "1" before "01"
+    return tuple(sorted(found, key=lambda n: (int(n), len(n), n) if by_size else (0, 0, n)))
+
+
+def _columns(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    fitting = [names for names in FORMATS if all(name in row for name in names)]
+    if not fitting:
+        known = "; ".join(" and ".join(names) for names in FORMATS)
+        raise DataError(
+            f"{where}: no known format fits the columns {list_columns(row)}.\n"
+            f"  Accepted, beside a label: {known}.\n"
+            '  For other columns set data.text = "a column", and for pairs data.text_pair too.'
+        )
+    return max(fitting, key=len)
+
+
+def _text(row: Mapping[str, Any], column: str, *, where: str, setting: str) -> str:
+    if column not in row:
+        raise DataError(
+            f"{where}: {setting} asks for column '{column}', which is not there."
+            f"{did_you_mean(column, row)}\n  The columns are {list_columns(row)}."
+        )
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        if is_missing(value) or isinstance(value, str):
+            raise EmptyRowError(f"{where}: column '{column}' is empty.\n{MEND_EMPTY}")
+        raise DataError(
+            f"{where}: column '{column}' holds no text.\n  Write the text there, or remove the row."
+        )
+    check_whole(value, where=where, what=f"column '{column}'")
+    return value
+
+
+def _label(row: Mapping[str, Any], column: str, *, where: str, labels: Sequence[str] | None) -> str:
+    value = row.get(column)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as pandas writes a column of integers that has a gap
+    if not isinstance(value, str | int | bool) or not str(value).strip():
+        there = f"is not there.{did_you_mean(column, row)}"
+        if column in row:
+            empty = is_missing(value) or isinstance(value, str)
+            there = (
+                "has no value." if empty else "holds something else than a text or whole number."
+            )
+        raise DataError(
+            f"{where}: the label column '{column}' {there}\n"
+            "  Every row needs one label, a text or a whole number; set data.label to the column "
+            "that holds it, or remove the row."
+        )
+    check_whole(str(value), where=where, what=f"column '{column}'")
+    label = re.sub(r"^(-?\d+)\.0$", r"\1", str(value).strip())
+    if labels is not None and label not in labels:
+        shown = f"'{label}'" if len(label) <= LONGEST else f"(a text of {len(label)} characters)"
+        known = ", ".join(f"'{name}'" for name in labels[:20])
+        hint = " It marks rows without a public label: use another split." * (label == HIDDEN)
+        raise DataError(
+            f"{where}: column '{column}' holds the unknown label {shown}.{hint}\n"
+            f"  data.labels knows {known}. Add the label there, or remove the row."
+        )
+    if labels is None and label == HIDDEN:
+        raise DataError(
+            f"{where}: the label '{HIDDEN}' marks rows without a public label.\n"
+            '  Use another split, as in data.eval_split = "validation"; where it is a label like '
+            'the others, name all of them: data.labels = ["-1", "1"].'
+        )
+    return label

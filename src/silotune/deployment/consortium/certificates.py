@@ -1,0 +1,261 @@
+"""Keys and certificates of a consortium: its own authority, the server's, and each client's.
+
+All made by the library cryptography. Keys are of the curve P-384, since Flower signs with such; a
+client's one key proves it twice, to the gate by TLS and to the engine behind it by signatures. An
+authority signs nobody without being asked: requests come in as files and are compared by people.
+"""
+
+import datetime
+import hashlib
+import ipaddress
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from silotune.core.errors import ConfigError
+
+Key = ec.EllipticCurvePrivateKey
+PublicKey = ec.EllipticCurvePublicKey
+Certificate = x509.Certificate
+AUTHORITY_DAYS = 20 * 365
+"""Nobody gets new kits because an authority has run out: it outlives every run."""
+DAYS = 5 * 365
+"""How long a client's and the server's certificates are good for; a revoked client is out at once,
+for the gate knows by name who is in."""
+SKEW = datetime.timedelta(days=1)
+"""Certificates are good from a day ago: clocks of other institutions differ."""
+
+
+def new_key() -> Key:
+    """A private key; it is never sent."""
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def write_key(path: Path, key: Key) -> None:
+    """Write a private key that only its owner may read.
+
+    Raises:
+        ConfigError: There is a key already.
+    """
+    form = serialization.PrivateFormat.PKCS8
+    _write_private(path, key, serialization.Encoding.PEM, form)
+
+
+def write_ssh_key(path: Path, key: Key) -> None:
+    """The same key as Flower's SuperNode reads it."""
+    form = serialization.PrivateFormat.OpenSSH
+    _write_private(path, key, serialization.Encoding.PEM, form)
+
+
+def _write_private(
+    path: Path, key: Key, encoding: serialization.Encoding, form: serialization.PrivateFormat
+) -> None:
+    text = key.private_bytes(encoding, form, serialization.NoEncryption())
+    try:
+        # made with its final rights: it is at no moment readable by others
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise ConfigError(
+            f"{path} is there already, and a private key is never overwritten.\n"
+            "  Take another folder, or remove the key: whoever was approved with it is then out."
+        ) from None
+    with open(handle, "wb") as file:
+        file.write(text)
+
+
+def read_key(path: Path) -> Key:
+    """Read a private key.
+
+    Raises:
+        ConfigError: It is missing, damaged, of another kind, or others may read it.
+    """
+    try:
+        text = path.read_bytes()
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(f"{path} may be read by others.\n  Mend it: chmod 600 {path}")
+        key = serialization.load_pem_private_key(text, password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is no readable private key: {error}.") from error
+    if not isinstance(key, Key) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError(f"{path} is no private key of the curve P-384.")
+    return key
+
+
+def ssh_public(key: PublicKey) -> bytes:
+    """A public key as one line, as Flower's register command reads it."""
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+
+
+def pem(what: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """A certificate or a request as text."""
+    return what.public_bytes(serialization.Encoding.PEM).decode("ascii")
+
+
+def fingerprint(key: PublicKey) -> str:
+    """What two people compare by telephone: 128 bits of the key's SHA-256, eight groups of four."""
+    der = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    text = hashlib.sha256(der).hexdigest()
+    return " ".join(text[at : at + 4] for at in range(0, 32, 4))
+
+
+def public_key(what: x509.Certificate | x509.CertificateSigningRequest) -> PublicKey:
+    """Its public key.
+
+    Raises:
+        ConfigError: It is of another kind than ours.
+    """
+    key = what.public_key()
+    if not isinstance(key, PublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError("its key is not of the curve P-384.")
+    return key
+
+
+def _subject(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def name_of(what: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """Whose it is, by its common name; empty where there is none."""
+    found = what.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if found else ""
+
+
+def _certificate(name: str, key: PublicKey, *, issuer: str, days: int) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_subject(name))
+        .issuer_name(_subject(issuer))
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - SKEW)
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def new_authority(name: str, key: Key) -> Certificate:
+    """The certificate of a consortium's own authority, signed by itself."""
+    usage = x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    builder = _certificate(name, key.public_key(), issuer=name, days=AUTHORITY_DAYS)
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def server_certificate(authority: Certificate, signer: Key, key: Key, host: str) -> Certificate:
+    """A certificate for a server that is reached as `host`, a name or an address."""
+    try:
+        name: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        name = x509.DNSName(host)
+    builder = _certificate(host, key.public_key(), issuer=name_of(authority), days=DAYS)
+    builder = builder.add_extension(x509.SubjectAlternativeName([name]), critical=False)
+    return _leaf(builder, ExtendedKeyUsageOID.SERVER_AUTH, authority, signer)
+
+
+def write_own_certificate(folder: Path, host: str) -> Path:
+    """Write key.pem and certificate.pem for connections of this machine with itself.
+
+    Args:
+        folder: Created; it lives as long as the processes that use it.
+        host: The loopback address.
+
+    Returns:
+        The authority, made for this alone, that whoever connects has to trust.
+    """
+    folder.mkdir(mode=0o700)
+    signer, key = new_key(), new_key()
+    authority = new_authority("this machine", signer)
+    write_key(folder / "key.pem", key)
+    shown = server_certificate(authority, signer, key, host)
+    (folder / "certificate.pem").write_text(pem(shown), encoding="ascii")
+    trusted = folder / "authority.pem"
+    trusted.write_text(pem(authority), encoding="ascii")
+    return trusted
+
+
+def client_certificate(
+    authority: Certificate, signer: Key, key: PublicKey, name: str, *, days: int = DAYS
+) -> Certificate:
+    """A certificate that says: whoever has this key is the client `name`."""
+    builder = _certificate(name, key, issuer=name_of(authority), days=days)
+    return _leaf(builder, ExtendedKeyUsageOID.CLIENT_AUTH, authority, signer)
+
+
+def _leaf(
+    builder: x509.CertificateBuilder,
+    use: x509.ObjectIdentifier,
+    authority: Certificate,
+    signer: Key,
+) -> Certificate:
+    signed_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(public_key(authority))
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+        .add_extension(signed_by, critical=False)
+        .sign(signer, hashes.SHA384())
+    )
+
+
+def new_request(name: str, key: Key) -> x509.CertificateSigningRequest:
+    """What a client sends to be let in; it proves that the sender has the private key."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(name))
+    return builder.sign(key, hashes.SHA384())
+
+
+def read_request(text: str, *, where: str) -> x509.CertificateSigningRequest:
+    """Read a request and check that its sender had the key.
+
+    Raises:
+        ConfigError: It is none, or was changed on its way; `where` is named.
+    """
+    try:
+        found = x509.load_pem_x509_csr(text.encode("utf-8"))
+        whole = found.is_signature_valid
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where} is no certificate request: {error}.") from error
+    if not whole:
+        raise ConfigError(f"{where} was changed after its client signed it.\n  Ask for it again.")
+    public_key(found)
+    return found
+
+
+def read_certificate(text: str, *, where: str) -> Certificate:
+    """Read a certificate.
+
+    Raises:
+        ConfigError: It is none; `where` is named.
+    """
+    try:
+        return x509.load_pem_x509_certificate(text.encode("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{where} is no certificate: {error}.") from error
+
+
+def is_signed_by(certificate: Certificate, authority: Certificate) -> bool:
+    """Whether an authority signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True

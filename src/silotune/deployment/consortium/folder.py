@@ -1,0 +1,248 @@
+"""The server's folder of a consortium: who it is, its authority, who is in, and its runs.
+
+    hospitals/
+      consortium.toml      name, where it is reached, where it listens
+      authority/           key.pem, certificate.pem: signs clients; keep a copy elsewhere
+      server/              key.pem, certificate.pem: what the gate shows
+      clients/NAME/        request.toml, certificate.pem: who is in
+      kits/NAME.toml       what to send to NAME
+      revoked/             who was in
+      runs/                one run folder each
+      engine/              what `silotune server up` needs while it works
+
+A client is in when its folder is there, and out when it is not. Nothing else is asked, so adding
+or removing one touches nobody else.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+from pydantic import Field
+
+from silotune.core.atomic_files import build_folder, free_place, write_atomically
+from silotune.core.errors import ConfigError
+from silotune.core.toml_file import read_table
+from silotune.core.types import Config
+from silotune.deployment.consortium.certificates import (
+    DAYS,
+    Certificate,
+    Key,
+    PublicKey,
+    client_certificate,
+    fingerprint,
+    new_authority,
+    new_key,
+    pem,
+    public_key,
+    read_certificate,
+    read_key,
+    read_request,
+    server_certificate,
+    write_key,
+)
+from silotune.deployment.consortium.kit import Kit, check_name, read_request_file, write_file
+from silotune.federation.roster import ABOUT, NAME, names_in
+
+DEFAULT_PORT = 8443
+HOST = r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?"
+
+
+class About(Config):
+    """consortium.toml."""
+
+    name: str = Field(pattern=f"^{NAME}$")
+    host: str = Field(min_length=1, max_length=253)
+    """How clients reach the server: a name or an address. The certificate is for it."""
+    port: int = Field(ge=1, le=65535)
+    listen: str = Field(min_length=1)
+    """Where the gate listens on this machine; ":8443" is every interface."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that is in."""
+
+    name: str
+    folder: Path
+    certificate: Certificate
+
+    @property
+    def key(self) -> PublicKey:
+        """Its public key."""
+        return public_key(self.certificate)
+
+
+class Consortium:
+    """What the server's people do with the folder."""
+
+    def __init__(self, folder: Path, about: About) -> None:
+        """See `create` and `open`."""
+        self.folder, self.about = folder, about
+
+    @classmethod
+    def create(cls, folder: Path, *, name: str, address: str, listen: str | None = None) -> None:
+        """Make a new consortium, with an authority of its own.
+
+        Args:
+            folder: Must not exist.
+            name: Of the consortium.
+            address: Where clients will reach it: host, or host:port.
+            listen: Where the gate listens; all interfaces at the address' port when absent.
+
+        Raises:
+            ConfigError: The folder exists, or a name or an address cannot be one.
+        """
+        host, port = read_address(address)
+        about = About(name=check_name(name), host=host, port=port, listen=listen or f":{port}")
+        if folder.exists():
+            raise ConfigError(f"{folder} exists already.\n  Choose another --folder.")
+
+        def build(part: Path) -> None:
+            part.chmod(0o700)
+            for own in ("authority", "server", "clients", "kits", "revoked", "runs", "engine"):
+                (part / own).mkdir(mode=0o700)
+            signer, key = new_key(), new_key()
+            authority = new_authority(name, signer)
+            own_certificate = server_certificate(authority, signer, key, host)
+            for place, own_key, shown in (
+                (part / "authority", signer, authority),
+                (part / "server", key, own_certificate),
+            ):
+                write_key(place / "key.pem", own_key)
+                (place / "certificate.pem").write_text(pem(shown), encoding="ascii")
+            text = tomli_w.dumps(about.model_dump())
+            (part / ABOUT).write_text(text, encoding="utf-8")
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        build_folder(folder, build)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Consortium":
+        """The consortium of a folder.
+
+        Raises:
+            ConfigError: There is none, or its file is wrong.
+        """
+        path = folder / ABOUT
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} is no consortium's folder.\n"
+                "  Make one: silotune server init NAME --address HOST"
+            )
+        return cls(folder, read_table(path, About))
+
+    # --- its own identity
+
+    def authority(self) -> Certificate:
+        """Who signs."""
+        path = self.folder / "authority" / "certificate.pem"
+        return read_certificate(_text(path), where=str(path))
+
+    def _signer(self) -> Key:
+        return read_key(self.folder / "authority" / "key.pem")
+
+    def fingerprint(self) -> str:
+        """What clients compare by telephone before they join."""
+        return fingerprint(public_key(self.authority()))
+
+    def issue_server_certificate(self) -> None:
+        """A new certificate for the gate: the old one may be about to end, or the host changed."""
+        key = read_key(self.folder / "server" / "key.pem")
+        made = server_certificate(self.authority(), self._signer(), key, self.about.host)
+        path = self.folder / "server" / "certificate.pem"
+        write_atomically(path, pem(made).encode("ascii"))
+
+    # --- who is in
+
+    def members(self) -> Mapping[str, Member]:
+        """Clients that are in, by name."""
+        found: dict[str, Member] = {}
+        for name in names_in(self.folder):
+            place = self.folder / "clients" / name
+            path = place / "certificate.pem"
+            found[name] = Member(name, place, read_certificate(_text(path), where=str(path)))
+        return found
+
+    def approve(self, request: Path, *, days: int = DAYS) -> tuple[Path, str]:
+        """Let a client in.
+
+        Args:
+            request: The file that the client's people sent.
+            days: How long its certificate is good for; approving again renews it.
+
+        Returns:
+            The kit to send back, and the fingerprint of the client's key, to be compared.
+
+        Raises:
+            ConfigError: The request is not whole, or another key has this name.
+        """
+        asked = read_request_file(request)
+        key = public_key(read_request(asked.request, where=f"{request}: request"))
+        members = self.members()
+        for name, member in members.items():
+            same_key = fingerprint(member.key) == fingerprint(key)
+            if name.lower() == asked.name.lower() and (name != asked.name or not same_key):
+                raise ConfigError(
+                    f"'{name}' is in already, with another key.\n  If its people made a new one: "
+                    f"silotune server revoke {name}, then approve the new request."
+                )
+            if same_key and name != asked.name:
+                raise ConfigError(f"this key is in already, as '{name}'.")
+        authority = self.authority()
+        made = client_certificate(authority, self._signer(), key, asked.name, days=days)
+        kit = self.folder / "kits" / f"{asked.name}.toml"
+        content = Kit(
+            consortium=self.about.name,
+            client=asked.name,
+            host=self.about.host,
+            port=self.about.port,
+            authority=pem(authority),
+            certificate=pem(made),
+        )
+        write_file(kit, content)
+        place = self.folder / "clients" / asked.name
+        place.mkdir(mode=0o700, exist_ok=True)
+        write_file(place / "request.toml", asked)
+        # last: its presence says that the client is in
+        write_atomically(place / "certificate.pem", pem(made).encode("ascii"))
+        return kit, fingerprint(key)
+
+    def revoke(self, name: str) -> None:
+        """Put a client out; its kit stops working as soon as the server takes notice.
+
+        Raises:
+            ConfigError: It is not in.
+        """
+        members = self.members()
+        if name not in members:
+            known = ", ".join(members) or "nobody"
+            raise ConfigError(f"'{name}' is not in this consortium.\n  In it: {known}.")
+        (self.folder / "kits" / f"{name}.toml").unlink(missing_ok=True)
+        place = free_place(self.folder / "revoked" / name)
+        os.replace(members[name].folder, place)
+
+
+def read_address(address: str) -> tuple[str, int]:
+    """Host and port; IPv6 in brackets.
+
+    Raises:
+        ConfigError: It is no address.
+    """
+    found = re.fullmatch(rf"({HOST})(?::([0-9]{{1,5}}))?", address)
+    port = int(found[2] or DEFAULT_PORT) if found else 0
+    if not found or not 1 <= port <= 65535:
+        raise ConfigError(
+            f"'{address}' is no address.\n  Give a host, or host:port: fl.example.org:8443."
+        )
+    return found[1].strip("[]"), port
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error

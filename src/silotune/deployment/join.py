@@ -1,0 +1,257 @@
+"""A client's own side: its key, its request, its configuration, and `silotune client join`.
+
+north/
+  key.pem        made here, and never sent
+  request.toml   to be sent to the server's people
+  kit.toml       what they sent back
+  client.toml    where the rows are, and what this client agrees to: it wins over every recipe
+  state/         what this client keeps: its memory, its privacy ledger, logs
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from silotune.core.atomic_files import write_atomically, write_json
+from silotune.core.errors import ConfigError
+from silotune.deployment.consortium.certificates import (
+    fingerprint,
+    new_key,
+    new_request,
+    pem,
+    public_key,
+    read_key,
+    write_key,
+    write_own_certificate,
+    write_ssh_key,
+)
+from silotune.deployment.consortium.gate import LOOPBACK, client_gate, find_caddy
+from silotune.deployment.consortium.kit import (
+    Kit,
+    Request,
+    authority_of,
+    certificate_of,
+    check_name,
+    read_kit,
+    write_file,
+)
+from silotune.deployment.supervisor import Note, Supervisor, only_one
+from silotune.federation.client_config import ClientConfig, load_client_config
+from silotune.recipes.sections import usable_threads
+from silotune.runtime.flower.engine import free_port, private_folder
+from silotune.runtime.flower.submit import engine_environment
+
+KEY, REQUEST, KIT, OWN = "key.pem", "request.toml", "kit.toml", "client.toml"
+REST_S = 15.0
+"""Before a SuperNode is started again: so long the engine holds the old one for present."""
+TELL_S = 30.0
+"""After so long without a connection it is said where to look."""
+TICK_S = 0.5
+CONNECTED = "SuperNode ID"
+"""What a SuperNode writes when the server has let it in."""
+TEMPLATE = """\
+# This client's own word. It wins over every recipe: the server can ask, and cannot go beyond it.
+name = {name}
+state = "state"               # what this client keeps: memory, privacy ledger, logs
+{model}
+[data]
+path = {data}
+# What the rows look like, where the recipe has it differently: prompt, completion, text, label, ...
+
+[limits]                      # a recipe that asks for more is refused, with the key as the reason
+# max_rounds = 20             # in one run
+# max_steps = 200             # optimizer steps in one round
+# max_epochs = 3              # passes over the rows in one round
+# max_hours = 10              # of training in one run
+# max_bytes = 500_000_000     # that leave in one run; state/outbound.jsonl lists all that left
+# algorithms = ["fedavg", "fedprox"]
+# models = ["smollm2-135m-instruct"]
+# model_sha256 = ["..."]      # the same by content
+# epsilon = 3.0               # what all runs together may cost in privacy; needs delta
+# delta = 1e-5
+
+[runtime]
+# device = "cpu"              # auto, cpu, cuda or mps
+# threads = 4
+# idle_s = 900                # the base model leaves the memory after so many seconds of silence
+"""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A client's folder whose kit fits its key."""
+
+    folder: Path
+    kit: Kit
+    own: ClientConfig
+
+
+def init(name: str, folder: Path) -> tuple[Path, str]:
+    """Make a client's key and its request.
+
+    Args:
+        name: How the client is called in rounds and reports.
+        folder: Created when it is not there.
+
+    Returns:
+        The request to send to the server's people, and the fingerprint of the key.
+
+    Raises:
+        ConfigError: There is a key already, or the name cannot be one.
+    """
+    check_name(name)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = new_key()
+    write_key(folder / KEY, key)
+    request = Request(name=name, request=pem(new_request(name, key)))
+    write_file(folder / REQUEST, request)
+    return folder / REQUEST, fingerprint(key.public_key())
+
+
+def take_kit(
+    kit: Path, folder: Path, *, data: Path | None = None, model: Path | None = None
+) -> Joined:
+    """Put a kit into a client's folder, and see that everything fits.
+
+    Args:
+        kit: What the server's people sent.
+        folder: With the key that the request was made of.
+        data: The rows; needed the first time, when client.toml is written.
+        model: The client's own copy of the base model, where it has one.
+
+    Raises:
+        ConfigError: Something does not fit, or a key of client.toml is wrong.
+    """
+    found = read_kit(kit)
+    if not (folder / KEY).is_file():
+        raise ConfigError(
+            f"{folder} holds no key, and the kit is of no use without it.\n"
+            "  Give the folder that `silotune client init` made: --folder DIR"
+        )
+    key = read_key(folder / KEY)
+    own, theirs = fingerprint(key.public_key()), fingerprint(public_key(certificate_of(found)))
+    if own != theirs:
+        raise ConfigError(
+            f"the kit is for another key ({theirs}) than that of {folder} ({own}).\n"
+            "  Send request.toml of this folder again, or take the folder of the kit's client."
+        )
+    config = folder / OWN
+    if not config.is_file():
+        if data is None:
+            raise ConfigError(
+                "where are the rows? Say so the first time: --data FILE.\n"
+                f"  It is written to {config}."
+            )
+        _write_own(config, found.client, data, model)
+    loaded = load_client_config(config)
+    if loaded.name != found.client:
+        raise ConfigError(
+            f"{config} calls this client '{loaded.name}', the kit '{found.client}'.\n"
+            f'  Set name = "{found.client}".'
+        )
+    if data is not None and Path(loaded.data.path).absolute() != data.absolute():
+        raise ConfigError(
+            f"{config} has other rows: {loaded.data.path}.\n  Change data.path there, and leave "
+            "--data out."
+        )
+    write_file(folder / KIT, found)
+    return Joined(folder.absolute(), found, loaded)
+
+
+def _write_own(path: Path, name: str, data: Path, model: Path | None) -> None:
+    if not data.exists():
+        raise ConfigError(f"{data} is not there.\n  Give the file or folder of the rows: --data.")
+    line = f"model = {json.dumps(str(model.absolute()))}\n" if model is not None else ""
+    text = TEMPLATE.format(name=json.dumps(name), data=json.dumps(str(data.absolute())), model=line)
+    write_atomically(path, text.encode())
+
+
+def server_fingerprint(kit: Kit) -> str:
+    """What the client's people compare by telephone with what the server shows."""
+    return fingerprint(public_key(authority_of(kit)))
+
+
+def stay_joined(joined: Joined, note: Note) -> None:
+    """Be a client of the consortium until a signal: connect, train when asked, connect again.
+
+    Args:
+        joined: See `take_kit`.
+        note: Told what happens.
+
+    Raises:
+        ConfigError: This client runs already, or the proxy is not installed.
+    """
+    state = Path(joined.own.state)
+    (state / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+    busy = f"client '{joined.own.name}' has joined"
+    with only_one(state / "join.lock", what=busy), private_folder() as private:
+        home = private / "flwr"
+        home.mkdir()
+        environment = engine_environment(
+            home, private=private, runs=private / "runs", threads=usable_threads()
+        )
+        supervisor = Supervisor(private, logs=state / "logs", environment=environment, note=note)
+        try:
+            _start(joined, private, supervisor)
+            connected = _connections(supervisor.log_of("supernode"))
+            silent_until: float | None = time.monotonic() + TELL_S
+            while True:
+                for _ in supervisor.tend():
+                    pass
+                if next(connected):
+                    silent_until = None
+                    note(f"'{joined.own.name}' is connected to {joined.kit.consortium}")
+                if silent_until is not None and time.monotonic() > silent_until:
+                    silent_until = None
+                    kit = joined.folder / KIT
+                    note(f"not connected yet; what is wrong: silotune client doctor {kit}")
+                time.sleep(TICK_S)
+        finally:
+            supervisor.tell("supernode", signal.SIGTERM)  # it says goodbye while the gate is there
+            time.sleep(TICK_S)
+            supervisor.close()
+
+
+def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
+    folder, kit = joined.folder, joined.kit
+    shown = private / "gate"
+    trusted = write_own_certificate(shown, LOOPBACK)
+    (private / "authority.pem").write_text(kit.authority, encoding="ascii")
+    (private / "certificate.pem").write_text(kit.certificate, encoding="ascii")
+    write_ssh_key(private / "key", read_key(folder / KEY))
+    port = free_port()
+    config = client_gate(
+        kit,
+        port=port,
+        own=shown,
+        key=folder / KEY,
+        certificate=private / "certificate.pem",
+        authority=private / "authority.pem",
+    )
+    write_json(private / "gate.json", config)
+    supervisor.keep("gate", [find_caddy(), "run", "--config", str(private / "gate.json")])
+    node = [
+        "flower-supernode",
+        *("--root-certificates", str(trusted)),
+        *("--superlink", f"{LOOPBACK}:{port}"),
+        *("--auth-supernode-private-key", str(private / "key")),
+        *("--host", LOOPBACK, "--port", str(free_port())),
+        *("--node-config", f"client={json.dumps(str(folder / OWN))}"),
+    ]
+    supervisor.keep("supernode", node, rest_s=REST_S)
+
+
+def _connections(log: Path) -> Iterator[bool]:
+    """Whether the SuperNode has said, since the last look, that the server has let it in."""
+    at = log.stat().st_size if log.exists() else 0
+    while True:
+        new = b""
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(at)
+                new = file.read()
+            at += len(new)
+        yield CONNECTED.encode() in new

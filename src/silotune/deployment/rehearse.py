@@ -1,0 +1,202 @@
+"""`silotune rehearse`: a whole consortium on one machine, by the commands that real ones use.
+
+A server, and clients with folders, keys, certificates, gates and rows of their own, each in its own
+processes. Only what people do by hand (sending files, comparing fingerprints) is left out.
+"""
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from silotune.core.errors import ConfigError, EngineError
+from silotune.data.clients import ClientRows
+from silotune.data.reading import DataConfig
+from silotune.deployment.consortium.folder import Consortium
+from silotune.deployment.consortium.gate import LOOPBACK, find_caddy
+from silotune.deployment.join import init
+from silotune.deployment.queue import DONE, FAILED, LOG, STOPPED, state_of, submit
+from silotune.deployment.supervisor import Note
+from silotune.federation.client_config import write_client_configs
+from silotune.federation.roster import NAME
+from silotune.models.sources import resolve
+from silotune.recipes.parse import load_recipe
+from silotune.recipes.schema import RunConfig
+from silotune.results.run import Run
+from silotune.runtime.flower.engine import free_port, private_folder
+from silotune.runtime.flower.kept_processes import Kept
+from silotune.runtime.flower.submit import engine_environment
+from silotune.workflows.check import check
+from silotune.workflows.run import place_for
+
+START_S = 180.0
+"""Seconds in which the clients have to be connected."""
+TICK_S = 0.3
+SERVER = "server up"
+"""No client is called so."""
+
+
+def rehearse(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    num_clients: int = 3,
+    out: Path | None = None,
+    note: Note = print,
+) -> Run:
+    """Run a recipe as a consortium of this machine would.
+
+    Args:
+        recipe: A shipped name or a TOML file, with rows to cut as in a simulation.
+        overrides: Dotted `key=value` texts on top of it.
+        num_clients: So many of its clients take part.
+        out: Folder to create; by default runs/<time>-<recipe>-rehearsal.
+        note: Told what happens.
+
+    Returns:
+        The finished run. It lies in the rehearsal's folder, with all that the consortium and its
+        clients left: keys, kits, logs.
+
+    Raises:
+        SilotuneError: A mistake in the recipe, or something did not start; nothing runs any more.
+    """
+    run, rows = clients_of(recipe, overrides, num_clients)
+    place = place_for(recipe, out, "-rehearsal").absolute()
+    with consortium_of(run, rows, place, note) as (folder, kept):
+        made = submit(folder, run)
+        follow(made, kept, note)
+    return Run(made)
+
+
+@contextlib.contextmanager
+def consortium_of(
+    run: RunConfig, rows: Mapping[str, ClientRows], place: Path, note: Note
+) -> Iterator[tuple[Path, Kept]]:
+    """A server and clients of this machine, all connected; they end with the block.
+
+    Args:
+        run: Says what the clients' rows look like, which base they have, and their threads.
+        rows: Of each client, by a name that a certificate can have.
+        place: Folder to create, for all that they leave.
+        note: Told what happens.
+
+    Yields:
+        The consortium's folder, and what keeps the processes.
+    """
+    find_caddy()
+    if place.exists():
+        raise ConfigError(f"{place} exists already.\n  Choose another --out.")
+    place.mkdir(parents=True)
+    note(f"rehearsal: {place}")
+    folder = place / "consortium"
+    address = f"{LOOPBACK}:{free_port()}"
+    Consortium.create(folder, name="rehearsal", address=address, listen=address)
+    consortium = Consortium.open(folder)
+    base = resolve(run.model.name)
+    copy = str(base.absolute()) if isinstance(base, Path) else None
+    configs = write_client_configs(
+        place / "clients",
+        rows,
+        run,
+        model=copy,
+        state=lambda name: place / "clients" / name / "state",
+    )
+    commands: dict[str, list[str]] = {SERVER: ["server", "up", "--folder", str(folder)]}
+    for name, config in configs.items():
+        request, _ = init(name, config.parent)
+        kit, _ = consortium.approve(request)
+        commands[name] = ["client", "join", str(kit), "--folder", str(config.parent)]
+    with private_folder() as private:
+        environment = engine_environment(
+            place, private=private, runs=place, threads=run.runtime.threads
+        )
+        kept = Kept(private, log=place / "keeper.log", environment=environment)
+        try:
+            for name, words in commands.items():
+                log = place / f"{name}.log"
+                kept.start(name, [sys.executable, "-m", "silotune", *words], log=log)
+            _wait_for_clients(place, configs, kept, note)
+            yield folder, kept
+        finally:
+            kept.close()
+
+
+def clients_of(
+    recipe: str | Path, overrides: Sequence[str], num_clients: int
+) -> tuple[RunConfig, Mapping[str, ClientRows]]:
+    """The recipe, and so many clients' rows under names that a certificate can have."""
+    keys = list(overrides)
+    cut = load_recipe(recipe, keys).partition
+    if cut is not None and cut.num_clients is not None:
+        keys.append(f"partition.num_clients={num_clients}")
+    checked = check(recipe, [*keys, "runtime.name=in-process"])
+    if len(checked.rows) < num_clients:
+        raise ConfigError(
+            f"the recipe's rows make {len(checked.rows)} clients, {num_clients} are asked for.\n"
+            f"  Give --clients {len(checked.rows)}, or more rows."
+        )
+    rows: dict[str, ClientRows] = {}
+    for n, (name, own) in enumerate(sorted(checked.rows.items())[:num_clients], start=1):
+        rows[name if re.fullmatch(NAME, name) else f"client-{n}"] = own
+    data = checked.run.data
+    # the clients' files hold rows that are converted and split already
+    kept = DataConfig(
+        path=data.path, system=data.system, template=data.template, labels=data.labels
+    )
+    return checked.run.model_copy(update={"data": kept}), rows
+
+
+def _wait_for_clients(place: Path, configs: Mapping[str, Path], kept: Kept, note: Note) -> None:
+    deadline = time.monotonic() + START_S
+    missing = set(configs)
+    while missing:
+        _check_alive(place, kept)
+        for name in sorted(missing):
+            if "is connected to" in _said(place, name):
+                note(f"{name} is connected")
+                missing.discard(name)
+        if missing and time.monotonic() > deadline:
+            raise EngineError(
+                f"{', '.join(sorted(missing))}: not connected within {START_S:g} s.\n"
+                f"  What they wrote: {place}"
+            )
+        time.sleep(TICK_S)
+
+
+def follow(made: Path, kept: Kept, note: Note) -> None:
+    """Pass on what a run says, until it is over.
+
+    Raises:
+        EngineError: It failed or was stopped, or a process of the consortium has ended.
+    """
+    log, at = made / LOG, 0
+    while True:
+        _check_alive(made.parents[2], kept)
+        state = state_of(made)
+        if log.exists():
+            with log.open(encoding="utf-8", errors="replace") as file:
+                file.seek(at)
+                text = file.read()
+                at = file.tell()
+            for line in text.splitlines():
+                note(line)
+        if state["state"] == DONE:
+            return
+        if state["state"] in (FAILED, STOPPED):
+            raise EngineError(f"the run is {state['state']}: {state['why']}.")
+        time.sleep(TICK_S)
+
+
+def _check_alive(place: Path, kept: Kept) -> None:
+    for name, code in kept.ended():
+        raise EngineError(
+            f"the rehearsal's {name} ended with exit status {code}.\n"
+            f"  {_said(place, name)[-1000:].strip()}"
+        )
+
+
+def _said(place: Path, name: str) -> str:
+    log = place / f"{name}.log"
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""

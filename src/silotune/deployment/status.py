@@ -1,0 +1,125 @@
+"""What `silotune server status` shows: clients, runs, rounds, bytes, and who is waited for."""
+
+import fcntl
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from silotune.core.wording import human_bytes
+from silotune.deployment.consortium.folder import Consortium
+from silotune.deployment.queue import runs_of, state_of
+from silotune.federation.metrics import Row
+from silotune.federation.roster import MEMBERS
+from silotune.federation.run_folder import RunFolder
+from silotune.recipes.sections import usable_threads
+from silotune.runtime.flower.server_reports import PROGRESS
+from silotune.runtime.flower.submit import CONNECTION, engine_environment, flwr
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Everything there is to tell about a consortium's server now.
+
+    Returns:
+        name, up, fingerprint, clients (name, online), runs (name, state, why, round, rounds,
+        bytes, seconds_left, waiting_for).
+    """
+    consortium = Consortium.open(folder)
+    engine = (folder / MEMBERS).parent.absolute()
+    up = _is_up(engine)
+    online = _online(engine) if up else {}
+    members = folder / MEMBERS
+    nodes = json.loads(members.read_text(encoding="utf-8")) if members.is_file() else {}
+    return {
+        "name": consortium.about.name,
+        "up": up,
+        "fingerprint": consortium.fingerprint(),
+        "clients": [
+            {"name": name, "online": online.get(str(nodes.get(name)), False)}
+            for name in consortium.members()
+        ],
+        "runs": [_run(path, engine) for path in runs_of(folder).values()],
+    }
+
+
+def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+    """`status` for people."""
+    clients = [(c["name"], "online" if c["online"] else "away") for c in now["clients"]]
+    runs: list[tuple[str, ...]] = []
+    for run in now["runs"]:
+        left = run["seconds_left"]
+        runs.append(
+            (
+                run["name"],
+                run["state"],
+                f"{run['round']}/{run['rounds']}",
+                human_bytes(run["bytes"]),
+                "" if left is None else f"{left / 60:.0f} min",
+                ", ".join(run["waiting_for"]) or run["why"],
+            )
+        )
+    tables: list[list[tuple[str, ...]]] = [[("client", "now"), *clients]]
+    if runs:
+        tables.append([("run", "state", "rounds", "sent", "left", "waiting for"), *runs])
+    return tables
+
+
+def _is_up(engine: Path) -> bool:
+    lock = engine / "up.lock"
+    if not lock.exists():
+        return False
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _online(engine: Path) -> dict[str, bool]:
+    environment = engine_environment(
+        engine / "flwr", private=engine / "flwr", runs=engine / "runs", threads=usable_threads()
+    )
+    words = ("supernode", "list", CONNECTION, "--format", "json")
+    answer = flwr(words, environment=environment, log=engine / "logs" / "flwr.log")
+    return {n["node-id"]: n["status"] == "online" for n in answer.get("nodes") or []}
+
+
+def _run(path: Path, engine: Path) -> dict[str, Any]:
+    folder = RunFolder.open(path)
+    rows = folder.metrics()
+    done = [row for row in rows if row["event"] == "round"]
+    now = state_of(path)
+    left = folder.run.rounds - len(done)
+    waiting = _waiting(engine / "runs" / folder.run_id() / PROGRESS)
+    return {
+        "name": path.name,
+        "state": now["state"],
+        "why": now["why"],
+        "round": len(done),
+        "rounds": folder.run.rounds,
+        "bytes": sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows),
+        "seconds_left": _seconds_left(done, left) if now["state"] == "running" else None,
+        "waiting_for": waiting if now["state"] == "running" else [],
+    }
+
+
+def _seconds_left(done: list[Row], left: int) -> float | None:
+    """By the median of the last rounds; None before the first."""
+    return left * statistics.median(row["seconds"] for row in done[-5:]) if done else None
+
+
+def _waiting(progress: Path) -> list[str]:
+    """Who was asked in this round and has not answered."""
+    waiting: set[str] = set()
+    if not progress.is_file():
+        return []
+    for line in progress.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "begin_round":
+            waiting = set(event["cohort"])
+        elif event["event"] in ("client_done", "client_failed"):
+            waiting.discard(event["client"])
+        elif event["event"] == "end_round":
+            waiting = set()
+    return sorted(waiting)

@@ -1,0 +1,174 @@
+"""What the server accepts of a round: each answer is checked before it can touch the sum."""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from silotune.core.algorithm import Algorithm, expected_extra, expected_layout
+from silotune.core.errors import QuorumError, UpdateError, first_line
+from silotune.core.tree import check_finite, check_same_layout, l2_norm
+from silotune.core.types import (
+    BUDGET_SPENT,
+    Arrival,
+    Failure,
+    Layout,
+    Score,
+    ServerState,
+    Settings,
+    Update,
+)
+from silotune.federation.progress import Progress
+from silotune.federation.run_folder import Spool
+from silotune.federation.sampling import num_needed
+from silotune.recipes.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the answers of a round must be."""
+
+    round: int
+    clients: Sequence[str]
+    layout: Layout
+    extra: Mapping[str, Layout]
+    settings: Settings
+    num_labels: int = 0
+    """Classes that a score has to count; 0 where nothing is classified."""
+
+
+def what_is_expected(
+    algorithm: Algorithm, state: ServerState, clients: Sequence[str], num_labels: int = 0
+) -> Expected:
+    """What `clients` must answer in the round after `state`."""
+    layout, extra = expected_layout(algorithm, state), expected_extra(algorithm, state)
+    settings = algorithm.local.settings
+    return Expected(state.round + 1, clients, layout, extra, settings, num_labels)
+
+
+def check_scores(scores: Iterable[Score | Failure], num_labels: int) -> Iterator[Score | Failure]:
+    """Put a failure in the place of a score that counts other labels than there are."""
+    for score in scores:
+        if isinstance(score, Failure) or len(score.label_counts) == num_labels:
+            yield score
+        else:
+            yield Failure(score.client, 0, "refused", _other_labels(score, num_labels))
+
+
+def _other_labels(score: Score, num_labels: int) -> str:
+    return (
+        f"client '{score.client}': its score counts {len(score.label_counts)} labels, the server "
+        f"knows {num_labels}.\n  Use the same recipe at this client."
+    )
+
+
+def accept(
+    arrivals: Iterable[Arrival], spool: Spool, expected: Expected, progress: Progress
+) -> list[Failure]:
+    """Check each arrival and spool it, or refuse it by name. Nothing wrong reaches the sum.
+
+    Returns:
+        The clients without a usable update: those that a runtime reported, those refused here,
+        and those that never answered.
+    """
+    failures: list[Failure] = []
+    open_: set[str] = set(expected.clients)
+    for arrival in arrivals:
+        if arrival.round < expected.round:
+            why = f"its answer to round {arrival.round} came after the deadline and is not used"
+            arrival = Failure(arrival.client, arrival.round, "late", why)
+        if isinstance(arrival, Update):
+            try:
+                arrival = check_update(arrival, expected, open_)
+            except UpdateError as error:
+                arrival = Failure(arrival.client, expected.round, "refused", str(error))
+        if isinstance(arrival, Failure):
+            failures.append(arrival)
+            progress.client_failed(arrival)
+        else:
+            open_.remove(arrival.client)
+            spool.add(arrival)
+            progress.client_done(arrival)
+        del arrival  # before the next is fetched: it may be large
+    answered = {failure.client for failure in failures if failure.round == expected.round}
+    for silent in sorted(open_ - answered):
+        failures.append(Failure(silent, expected.round, "no answer", "the client did not answer"))
+        progress.client_failed(failures[-1])
+    return failures
+
+
+def check_update(update: Update, expected: Expected, open_: Collection[str]) -> Update:
+    """Refuse an update that cannot be combined with the others.
+
+    Args:
+        update: As it came.
+        expected: What it must be.
+        open_: Clients whose answer is still awaited.
+
+    Returns:
+        The update, with the norm of its delta among its metrics.
+
+    Raises:
+        UpdateError: From a client that was not asked or has answered; of a round to come; wrong
+            names, shapes or dtypes; NaN or infinity; no examples; other constants of the local rule
+            than the server's, for instance another mu.
+    """
+    who = f"client '{update.client}', round {expected.round}"
+    if update.client not in open_:
+        known = update.client in expected.clients
+        why = "has answered already" if known else "was not asked in this round"
+        raise UpdateError(f"{who}: {why}.\n  Its update is not used.")
+    if update.round != expected.round:
+        raise UpdateError(
+            f"{who}: answers round {update.round}, the server is in round {expected.round}.\n"
+            "  Its update is not used."
+        )
+    check_same_layout(update.delta, expected.layout, who=who)
+    norm = l2_norm(update.delta)
+    if not math.isfinite(norm):  # nor is it where one value is not
+        check_finite(update.delta, who=who)
+    if update.extra.keys() != expected.extra.keys():
+        raise UpdateError(
+            f"{who}: brings {sorted(update.extra) or 'nothing'} beside its delta, the server's "
+            f"algorithm expects {sorted(expected.extra) or 'nothing'}.\n"
+            "  Use the same recipe at this client."
+        )
+    for key, layout in expected.extra.items():
+        check_same_layout(update.extra[key], layout, who=f"{who}, {key}")
+        check_finite(update.extra[key], who=f"{who}, {key}")
+    if update.score is not None and len(update.score.label_counts) != expected.num_labels:
+        raise UpdateError(_other_labels(update.score, expected.num_labels))
+    if update.num_examples < 1:
+        raise UpdateError(f"{who}: no examples, so its update has no weight.\n  Check its data.")
+    if dict(update.settings) != dict(expected.settings):
+        raise UpdateError(
+            f"{who}: trained with {dict(update.settings) or 'no settings'}, the server's algorithm "
+            f"has {dict(expected.settings) or 'none'}.\n  Use the same recipe at this client."
+        )
+    return replace(update, metrics={**update.metrics, "delta_norm": norm})
+
+
+def check_quorum(
+    run: RunConfig, round_: int, cohort: Sequence[str], spool: Spool, failures: Sequence[Failure]
+) -> str | None:
+    """Stop the run when too few usable updates arrived.
+
+    Returns:
+        "privacy" where it ends well, with the adapter of the round before: so many clients have no
+        privacy left to give that the others are too few. None where there are enough.
+
+    Raises:
+        QuorumError: Names the clients that are missing, and why.
+    """
+    needed, arrived = num_needed(run.sampling, len(cohort)), len(spool)
+    if arrived >= needed:
+        return None
+    spent = sum(failure.code == BUDGET_SPENT for failure in failures)
+    if round_ > 1 and spent and arrived + spent >= needed:
+        return "privacy"
+    reasons = "\n".join(f"  {f.client}: {f.code}: {first_line(f.place)}" for f in failures)
+    raise QuorumError(
+        f"round {round_}: {arrived} usable updates of {len(cohort)}, and sampling.quorum = "
+        f"{run.sampling.quorum:g} needs {needed}.\n{reasons}\n"
+        "  Mend these clients and resume: finished clients are not trained again. If the recipe\n"
+        "  is at fault, start a new run with another."
+    )

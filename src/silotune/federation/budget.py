@@ -1,0 +1,246 @@
+"""What a run may spend: the bytes that it sends, and the hours that it takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from silotune.core.algorithm import Algorithm, broadcast_extra, expected_extra, expected_layout
+from silotune.core.atomic_files import write_json
+from silotune.core.errors import ConfigError
+from silotune.core.tree import layout_bytes, size_bytes
+from silotune.core.types import ServerState
+from silotune.federation.metrics import Row, trained
+from silotune.federation.privacy_statement import num_released
+from silotune.federation.run_folder import RunFolder
+from silotune.federation.sampling import cohort_size
+from silotune.recipes.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """Bytes of the messages of one round, from what is known before it, if every client answers."""
+
+    down: int
+    """Bytes to one client: the adapter, and what the algorithm sends beside it."""
+    up: int
+    """Bytes from one client."""
+    num_asked: int
+    """Clients that train."""
+    num_scoring: int
+    """Other clients, which receive the adapter only to score it."""
+    num_last: int
+    """Clients that score the adapter after this round, if it is the last."""
+
+    @property
+    def bytes_down(self) -> int:
+        """To all clients, without the scoring after the last round."""
+        return (self.num_asked + self.num_scoring) * self.down
+
+    @property
+    def bytes_up(self) -> int:
+        """From all clients."""
+        return self.num_asked * self.up
+
+    @property
+    def last_bytes(self) -> int:
+        """Of the scoring after the last round."""
+        return self.num_last * self.down
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all messages, if this round is the last."""
+        return self.bytes_down + self.bytes_up + self.last_bytes
+
+
+def is_within(limit: int | None, spent: int, cost: RoundCost, *, first: bool) -> bool:
+    """Whether a round, and the scoring of what comes of it, fit below a run's ceiling.
+
+    Args:
+        limit: `budget.bytes`.
+        spent: Bytes of the rounds before.
+        cost: Of the round.
+        first: Whether there is no round before it.
+
+    Raises:
+        ConfigError: Not even the first round does.
+    """
+    if limit is None or spent + cost.size_bytes <= limit:
+        return True
+    if first:
+        raise ConfigError(
+            f"budget.bytes = {limit}, but one round sends {cost.size_bytes} bytes.\n"
+            "  Raise it, or send less: a lower adapter.rank or sampling.fraction."
+        )
+    return False
+
+
+def has_time(hours: float | None, spent_s: float, *, round_s: float, last_s: float) -> bool:
+    """Whether one more round, and the scoring of what comes of it, fit below a run's ceiling.
+
+    Args:
+        hours: `budget.hours`.
+        spent_s: Seconds of the run so far.
+        round_s: What the round is expected to take.
+        last_s: What the scoring after it is expected to take.
+    """
+    return hours is None or spent_s + round_s + last_s <= 3600 * hours
+
+
+Clock = Callable[[], float]
+"""Seconds of which only differences count, the same in all processes of this machine."""
+
+FILE = "budget.json"
+"""earlier: seconds of the parts before this one; began: when this one did, by the clock; seconds:
+of all parts, when it was last written; ended_by: the ceiling that ends the run, or null."""
+
+
+def begin_part(folder: RunFolder, began: float) -> None:
+    """Note that a run begins, or goes on.
+
+    Args:
+        folder: The run's.
+        began: When, by the clock.
+    """
+    before = read_spent(folder)
+    earlier = 0.0 if before is None else before["seconds"]
+    _write(folder, earlier=earlier, began=began, seconds=earlier, ended_by=None)
+
+
+def read_spent(folder: RunFolder) -> dict[str, Any] | None:
+    """What is written down, see `FILE`; None for a run without a budget."""
+    return folder.read_json(FILE)
+
+
+def seconds_spent(folder: RunFolder, clock: Clock) -> float:
+    """Seconds of all parts of a run until now, the time between them left out."""
+    known = read_spent(folder)
+    return 0.0 if known is None else known["earlier"] + clock() - known["began"]
+
+
+def write_spent(folder: RunFolder, clock: Clock, *, ended_by: str | None) -> None:
+    """Write down what is spent until now: a kill after this line loses none of it.
+
+    Args:
+        folder: The run's.
+        clock: The one that the part began by.
+        ended_by: The ceiling that ends the run, if one does.
+    """
+    if (known := read_spent(folder)) is None:
+        known = {"earlier": 0.0, "began": clock()}
+    seconds = known["earlier"] + clock() - known["began"]
+    _write(
+        folder, earlier=known["earlier"], began=known["began"], seconds=seconds, ended_by=ended_by
+    )
+
+
+def keep_spent(folder: RunFolder, clock: Clock) -> None:
+    """Bring the seconds up to date, where they are counted, and leave the rest as it is."""
+    if (known := read_spent(folder)) is not None:
+        write_spent(folder, clock, ended_by=known["ended_by"])
+
+
+def _write(
+    folder: RunFolder, *, earlier: float, began: float, seconds: float, ended_by: str | None
+) -> None:
+    known = {"earlier": earlier, "began": began, "seconds": seconds, "ended_by": ended_by}
+    write_json(folder.path / FILE, known)
+
+
+def expected_seconds(rows: Sequence[Row]) -> tuple[float, float]:
+    """What the next round, and the scoring after the last one, will take by what was seen so far.
+
+    Args:
+        rows: metrics.jsonl.
+
+    Returns:
+        Seconds of the longest round; and of the longest scoring over all clients, 0 where nothing
+        is scored.
+    """
+    scored: dict[int, dict[str, int]] = {}
+    for row in rows:
+        if row["event"] == "evaluate" and row["status"] == "ok":
+            scored.setdefault(row["round"] + 1, {})[row["client"]] = row["num_examples"]
+    beside: dict[int, dict[str, float]] = {}
+    for row in trained(rows):
+        seconds = row["seconds"] - row["seconds_training"]
+        beside.setdefault(row["round"], {})[row["client"]] = seconds
+    rounds = {row["round"]: row["seconds"] for row in rows if row["event"] == "round"}
+    scoring = (
+        _scoring(scored.get(r, {}), beside.get(r, {}), round_s=seconds)
+        for r, seconds in rounds.items()
+    )
+    return max(rounds.values(), default=0.0), max(scoring, default=0.0)
+
+
+def _scoring(scored: Mapping[str, int], beside: Mapping[str, float], *, round_s: float) -> float:
+    """Seconds in which all clients scored the adapter that a round began with.
+
+    Args:
+        scored: Held-out rows by client.
+        beside: For each client that trained, its seconds besides its steps, nearly all of its
+            score. Others score in a message of their own, whose seconds nobody takes, so they count
+            by their rows.
+        round_s: Of the round. Clients that score side by side are done sooner than one after the
+            other, and the round held all of that and the training.
+    """
+    own = [client for client in beside if client in scored]
+    if not own:
+        return 0.0
+    per_row = sum(beside[client] for client in own) / sum(scored[client] for client in own)
+    return min(per_row * sum(scored.values()), round_s)
+
+
+def next_ceiling(
+    run: RunConfig,
+    state: ServerState,
+    algorithm: Algorithm,
+    names: Sequence[str],
+    folder: RunFolder,
+    clock: Clock,
+) -> str | None:
+    """The ceiling that the next round, and the scoring of what comes of it, would go beyond.
+
+    What was spent, and the answer, are written to the run folder.
+
+    Returns:
+        Its key, or None where there is no such ceiling, or no next round.
+
+    Raises:
+        ConfigError: Not even the first round fits below budget.bytes. That it does not fit below
+            budget.hours shows only when it is done.
+    """
+    limit, hours, found = run.budget.bytes, run.budget.hours, None
+    if run.privacy.unit != "none" and not run.privacy.is_at_client and state.round < run.rounds:
+        # a round that a crash repeated was a release too
+        found = "privacy" if num_released(folder) >= run.rounds else None
+    if limit is None and hours is None:
+        return found
+    if found is None and state.round < run.rounds:
+        rows, spent_s = folder.metrics(), seconds_spent(folder, clock)
+        sent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
+        cost = round_cost(run, state, algorithm, len(names))
+        round_s, last_s = expected_seconds(rows) if hours is not None else (0.0, 0.0)
+        if not is_within(limit, sent, cost, first=state.round == 0):
+            found = "budget.bytes"
+        elif state.round > 0 and not has_time(hours, spent_s, round_s=round_s, last_s=last_s):
+            found = "budget.hours"
+    write_spent(folder, clock, ended_by=found)
+    return found
+
+
+def round_cost(
+    run: RunConfig, state: ServerState, algorithm: Algorithm, num_clients: int
+) -> RoundCost:
+    """What the round after `state` sends. Tensors are not looked at, only their sizes."""
+    asked, scored = (
+        cohort_size(run.sampling, num_clients),
+        run.evaluate.due(state.round, run.rounds),
+    )
+    extra = expected_extra(algorithm, state).values()
+    return RoundCost(
+        down=sum(map(size_bytes, (state.adapter, *broadcast_extra(state, algorithm).values()))),
+        up=sum(map(layout_bytes, (expected_layout(algorithm, state), *extra))),
+        num_asked=asked,
+        num_scoring=(num_clients - asked) * scored,
+        num_last=num_clients * (run.evaluate.every > 0),
+    )

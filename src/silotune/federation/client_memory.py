@@ -1,0 +1,69 @@
+"""What a client keeps between its rounds, in its own folder. None of it is ever sent."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from torch import Tensor
+
+from silotune.core.atomic_files import load_tensors, save_tensors
+from silotune.core.types import AdapterState
+
+
+@dataclass(frozen=True)
+class ClientMemory:
+    """What a client keeps between its rounds. It never leaves the client."""
+
+    position: int = 0
+    """Rows taken from the client's stream so far."""
+    tensors: Mapping[str, AdapterState] = field(default_factory=dict)
+    """An algorithm's own memory by purpose: personal tensors, control variates."""
+
+
+def folder_name(client: str) -> str:
+    """A file name for a client: its own where that is safe, else a part of it and a fingerprint."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,60}", client):
+        return client
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", client).strip("-")[:40]
+    return f"{readable or 'client'}-{sha256(client.encode()).hexdigest()[:8]}"
+
+
+def load_memory(folder: Path, round_: int) -> ClientMemory:
+    """What the client kept before round `round_`: its newest memory of an earlier round, or none.
+
+    Memories are kept by round, so that a round that is asked again after a crash starts from the
+    same one.
+    """
+    earlier = [p for p in sorted(folder.glob("round-*.safetensors")) if _round_of(p) < round_]
+    if not earlier:
+        return ClientMemory()
+    flat, about = load_tensors(earlier[-1])
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        purpose, name = key.split("/", 1)
+        tensors.setdefault(purpose, {})[name] = tensor
+    return ClientMemory(int(about["position"]), tensors)
+
+
+def save_memory(folder: Path, round_: int, memory: ClientMemory, *, keep_from: int) -> None:
+    """Write a client's memory of a round; older ones that no resume can need are removed.
+
+    Args:
+        folder: The client's own.
+        round_: The round it has just trained in.
+        memory: What it keeps.
+        keep_from: The newest memory before this round, and all later ones, stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {f"{purpose}/{n}": t for purpose, s in memory.tensors.items() for n, t in s.items()}
+    about = {"position": str(memory.position)}
+    save_tensors(folder / f"round-{round_:05d}.safetensors", flat, about=about)
+    older = [p for p in sorted(folder.glob("round-*.safetensors")) if _round_of(p) < keep_from]
+    for stale in older[:-1]:
+        stale.unlink()
+
+
+def _round_of(path: Path) -> int:
+    return int(path.stem.removeprefix("round-"))

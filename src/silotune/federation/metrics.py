@@ -1,0 +1,51 @@
+"""Rows of metrics.jsonl, and what they add up to.
+
+One row per event: a client trained, a client's held-out rows were scored, a round ended.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from silotune.core.stats import label_scores
+from silotune.training.scoring import add_label_counts
+
+Row = dict[str, Any]
+
+
+def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
+    """Held-out loss over all clients, weighted by tokens, by rounds behind the adapter."""
+    sums: dict[int, list[float]] = {}
+    for row in rows:
+        if row["event"] == "evaluate" and row["status"] == "ok":
+            total = sums.setdefault(row["round"], [0.0, 0.0])
+            total[0] += row["loss"] * row["num_tokens"]
+            total[1] += row["num_tokens"]
+    return {round_: loss / tokens for round_, (loss, tokens) in sorted(sums.items())}
+
+
+def trained(rows: Iterable[Row]) -> list[Row]:
+    """The rows of clients that trained; of one that failed there is only its reason."""
+    return [row for row in rows if row["event"] == "train" and "train_loss" in row]
+
+
+def train_loss(rows: Iterable[Row]) -> float:
+    """Training loss over all targets of these rows' clients; 0 where none trained."""
+    own = trained(rows)
+    # a run of an older silotune has no num_targets in its rows
+    weights = [row.get("num_targets", row["num_tokens"]) for row in own]
+    total = sum(row["train_loss"] * weight for row, weight in zip(own, weights, strict=True))
+    return total / max(1, sum(weights))
+
+
+def overall_scores(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
+    """Accuracy, macro F1 and Matthews correlation over all clients, by rounds behind the adapter.
+
+    Empty for tasks other than classify.
+    """
+    found: dict[int, list[list[list[int]]]] = {}
+    for row in rows:
+        if row["event"] == "evaluate" and "label_counts" in row:
+            found.setdefault(row["round"], []).append(row["label_counts"])
+    return {
+        round_: label_scores(add_label_counts(counts)) for round_, counts in sorted(found.items())
+    }

@@ -1,0 +1,213 @@
+"""What a private run promises, what it has released, and the statement that anyone can check.
+
+The promise is made before the first round and written down as privacy.json. Every release is a line
+of a ledger, written before it is made: a resumed run counts on, and nothing resets it.
+"""
+
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from silotune.core.algorithm import Algorithm
+from silotune.core.atomic_files import write_json
+from silotune.core.errors import ConfigError
+from silotune.core.seeds import generator
+from silotune.federation.client_privacy import own_plan
+from silotune.federation.ledger import FILE as LEDGER
+from silotune.federation.ledger import write_down
+from silotune.federation.run_folder import RunFolder
+from silotune.federation.sampling import cohort_size
+from silotune.privacy.accountant import Epsilon, noise_for, spent, spent_in_all, third_opinion
+from silotune.privacy.client_level import guarded
+from silotune.privacy.clip import split_noise
+from silotune.privacy.noise import Noise, secure_noise, seeded_noise
+from silotune.recipes.schema import RunConfig
+
+FILE = "privacy.json"
+Promise = dict[str, Any]
+"""privacy.json; see `promise_of`."""
+
+
+def promise_of(run: RunConfig, num_examples: Mapping[str, int]) -> Promise | None:
+    """What a recipe promises, if all its rounds are done; None without [privacy].
+
+    Args:
+        run: The recipe.
+        num_examples: Train rows of every client; 0 where they are not known.
+
+    Returns:
+        unit, neighbours, sampling, released, mechanism, clip_norm, num_releases (rounds), delta,
+        epsilon (by both accountants), noise, and versions. With noise at the server also
+        noise_multiplier, clipping, num_clients, num_planned (clients a round) and epsilon_replace
+        (one client replaced by another: the sensitivity is twice as large). With noise at the
+        clients `clients`: each one's plan, with its own epsilon; the one above them is the largest,
+        and `epsilon_prv` its third opinion.
+
+    Raises:
+        ConfigError: dp-accounting is missing, or adaptive clipping cannot have so much noise.
+    """
+    cfg = run.privacy
+    if cfg.unit == "none":
+        return None
+    make = _by_clients if cfg.is_at_client else _by_server
+    own = make(run, num_examples)
+    return {
+        **own,
+        "clip_norm": cfg.clip_norm,
+        "delta": cfg.delta,
+        "noise": cfg.noise,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES[cfg.unit]},
+    }
+
+
+UNIT_CLIENT = "client: all rows of one client, in all rounds together"
+NEIGHBOURS_CLIENT = "one client's changes put to zero, or not (add or remove one)"
+LIBRARIES = {
+    "client": ("silotune", "dp-accounting", "torch"),
+    "record": ("silotune", "dp-accounting", "opacus", "torch"),
+}
+
+
+def _by_server(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
+    cfg, releases = run.privacy, run.rounds
+    planned, delta = cohort_size(run.sampling, len(num_examples)), _delta(run)
+    z = cfg.noise_multiplier
+    if z is None:
+        assert cfg.target_epsilon is not None
+        z = noise_for(target_epsilon=cfg.target_epsilon, num_releases=releases, delta=delta)
+    if cfg.clipping == "adaptive":
+        try:
+            split_noise(z, num_clients=planned)
+        except ValueError as error:
+            raise ConfigError(
+                f"privacy.clipping: {error}.\n"
+                "  Set clipping = 'fixed', ask more clients in a round, or take less noise."
+            ) from error
+    cost = spent(noise_multiplier=z, num_releases=releases, delta=delta)
+    return {
+        "unit": UNIT_CLIENT,
+        "neighbours": NEIGHBOURS_CLIENT,
+        "sampling": "none assumed: a client may be asked in every round",
+        "released": "the adapter after every round, to everybody",
+        "mechanism": "Gaussian noise on the sum of clipped changes, divided by the planned clients",
+        "noise_multiplier": z,
+        "clipping": cfg.clipping,
+        "num_clients": len(num_examples),
+        "num_planned": planned,
+        "num_releases": releases,
+        "epsilon": as_json(cost),
+        "epsilon_replace": as_json(cost_if_replaced(z, releases, delta))["pld"],
+    }
+
+
+def _by_clients(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
+    delta, clients, worst = _delta(run), dict[str, Any](), Epsilon(0.0, 0.0)
+    third = 0.0
+    for name, count in sorted(num_examples.items()):
+        if count == 0:
+            continue
+        plan = own_plan(run, count)
+        assert plan is not None, "it is at the client"
+        cost = spent_in_all([plan.steps()], delta=delta)
+        clients[name] = {**asdict(plan), "epsilon": as_json(cost)}
+        if cost.pld >= worst.pld:
+            worst, third = cost, third_opinion(plan.steps(), delta=delta)
+    return {
+        **(OF_RECORDS if run.privacy.unit == "record" else OF_CLIENTS),
+        "released": "what each client sends in every round, to everybody, the server included",
+        "num_releases": min(run.rounds, run.privacy.max_participations or run.rounds),
+        "clients": clients,
+        "epsilon": as_json(worst),
+        "epsilon_prv": _number(third),
+    }
+
+
+OF_RECORDS = {
+    "unit": "record: one row of one client, in all rounds together",
+    "neighbours": "one row of one client added or removed",
+    "sampling": "Poisson: every step takes each row with the same probability, drawn at the client "
+    "and told to nobody",
+    "mechanism": "DP-SGD at each client: Gaussian noise on the sum of clipped row gradients of "
+    "every step, divided by the expected rows",
+}
+OF_CLIENTS = {
+    "unit": UNIT_CLIENT,
+    "neighbours": NEIGHBOURS_CLIENT,
+    "sampling": "none assumed: a client may be asked in every round",
+    "mechanism": "Gaussian noise at each client on its own clipped change",
+}
+
+
+def _delta(run: RunConfig) -> float:
+    assert run.privacy.delta is not None, "recipes/contradictions.py asks for it"
+    return run.privacy.delta
+
+
+def cost_if_replaced(noise_multiplier: float, num_releases: int, delta: float) -> Epsilon:
+    """The epsilon if one client is replaced by another, which may move the sum twice as far."""
+    return spent(noise_multiplier=noise_multiplier / 2, num_releases=num_releases, delta=delta)
+
+
+def as_json(cost: Epsilon) -> dict[str, float | None]:
+    """As JSON: no bound is null."""
+    return {"pld": _number(cost.pld), "rdp": _number(cost.rdp)}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def too_few_for(promise: Promise) -> str | None:
+    """The units of which one given away whole would keep the promise's delta; None if none are."""
+    if "clients" not in promise:
+        return (
+            None
+            if promise["delta"] < 1 / promise["num_clients"]
+            else (f"{promise['num_clients']} clients")
+        )
+    for name, own in promise["clients"].items():
+        if own["unit"] == "record" and promise["delta"] >= 1 / own["num_examples"]:
+            return f"{own['num_examples']} rows of client '{name}'"
+    return None
+
+
+def with_privacy(
+    algorithm: Algorithm, run: RunConfig, folder: RunFolder, num_examples: Mapping[str, int]
+) -> Algorithm:
+    """The algorithm with the recipe's guard around it, and the promise written down.
+
+    The same algorithm where there is no guard at the server: each client protects its own rows.
+
+    Args:
+        algorithm: The recipe's.
+        run: The recipe.
+        folder: Of the run.
+        num_examples: As in `promise_of`.
+
+    Raises:
+        ConfigError: See `promise_of`.
+    """
+    # a client's own plan follows from what it has; what the server adds is promised once
+    promise = None if run.privacy.is_at_client else folder.read_json(FILE)
+    if promise is None:
+        promise = promise_of(run, num_examples)
+        if promise is not None:
+            write_json(folder.path / FILE, promise)
+    if promise is None or run.privacy.is_at_client:
+        return algorithm
+    return guarded(
+        algorithm,
+        run.privacy,
+        noise_multiplier=promise["noise_multiplier"],
+        num_planned=promise["num_planned"],
+        noise=lambda round_: _noise(run, round_),
+        write_down=lambda release: write_down(folder.path / LEDGER, asdict(release)),
+    )
+
+
+def _noise(run: RunConfig, round_: int) -> Noise:
+    if run.privacy.noise == "secure":
+        return secure_noise
+    return seeded_noise(generator(run.seed, "privacy", round_))

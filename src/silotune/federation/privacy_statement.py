@@ -1,0 +1,221 @@
+"""What a private run has spent, in words and numbers that anyone can recompute."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from silotune.core.types import BUDGET_SPENT
+from silotune.federation.client_privacy import released
+from silotune.federation.ledger import FILE as LEDGER
+from silotune.federation.ledger import lines
+from silotune.federation.privacy_guarantee import FILE, Promise, as_json, cost_if_replaced
+from silotune.federation.run_folder import RunFolder
+from silotune.privacy.accountant import Epsilon, spent, spent_in_all
+from silotune.recipes.schema import RunConfig
+
+
+def releases(folder: RunFolder) -> list[dict[str, Any]]:
+    """Every release that was made, or begun, in order.
+
+    Of noise at the server the run's ledger. Of noise at the clients each one's own, where it is at
+    hand, else what the server took down of the rounds; `client` names whose it is. There a message
+    without a usable answer counts as its client's plan: it may have been a release all the same.
+    """
+    if not folder.run.privacy.is_at_client:
+        return lines(folder.path / LEDGER)
+    clients: Mapping[str, Any] = (folder.read_json(FILE) or {}).get("clients", {})
+    own = {name: lines(folder.client_folder(name) / LEDGER) for name in clients}
+    if any(own.values()):
+        return [{"client": name, **line} for name, found in own.items() for line in found]
+    return [
+        row if "num_lots" in row else {**clients[row["client"]], **row}
+        for row in folder.metrics()
+        if row["event"] == "train"
+        if "num_lots" in row or (row["client"] in clients and row["status"] not in NOT_TRAINED)
+    ]
+
+
+NOT_TRAINED = ("declined", BUDGET_SPENT, "not connected", "not reachable", "late")
+"""Failures before a client trains. What came late has failed before, by its deadline."""
+
+
+def num_released(folder: RunFolder) -> int:
+    """Releases of the server that count.
+
+    A round that was done again after a crash counts twice: its first noise may have been seen.
+    Seeded noise is the same both times.
+    """
+    rows = releases(folder)
+    return (
+        len({row["round"] for row in rows}) if folder.run.privacy.noise == "seeded" else len(rows)
+    )
+
+
+def statement(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:
+    """What a run has spent, beside its promise; None for a run without [privacy].
+
+    Returns:
+        promise, num_released (of the client that released most), epsilon (by both accountants;
+        null is no bound), with noise at the server epsilon_replace, at the clients each one's own
+        epsilon, and not_protected, as sentences.
+    """
+    promise: Promise | None = folder.read_json(FILE)
+    if promise is None:
+        return None
+    spent_by = _spent_by_clients if run.privacy.is_at_client else _spent_by_server
+    return {
+        "promise": promise,
+        **spent_by(folder, promise),
+        "not_protected": list(_not_protected(run, promise)),
+    }
+
+
+def _spent_by_server(folder: RunFolder, promise: Promise) -> dict[str, Any]:
+    z, delta = promise["noise_multiplier"], promise["delta"]
+    count = num_released(folder)
+    cost = spent(noise_multiplier=z, num_releases=count, delta=delta)
+    return {
+        "num_released": count,
+        "epsilon": as_json(cost),
+        "epsilon_replace": as_json(cost_if_replaced(z, count, delta))["pld"],
+    }
+
+
+def _spent_by_clients(folder: RunFolder, promise: Promise) -> dict[str, Any]:
+    by_client: dict[str, list[Mapping[str, Any]]] = {name: [] for name in promise["clients"]}
+    for row in releases(folder):
+        by_client.setdefault(row["client"], []).append(row)
+    costs = {
+        name: spent_in_all(released(rows), delta=promise["delta"])
+        for name, rows in by_client.items()
+    }
+    worst = max(costs.values(), key=lambda cost: cost.pld, default=Epsilon(0.0, 0.0))
+    return {
+        "num_released": max(map(len, by_client.values()), default=0),
+        "epsilon": as_json(worst),
+        "clients": {
+            name: {"num_released": len(by_client[name]), "epsilon": as_json(cost)}
+            for name, cost in costs.items()
+        },
+    }
+
+
+def _not_protected(run: RunConfig, promise: Mapping[str, Any]) -> list[str]:
+    record, at_client = run.privacy.unit == "record", run.privacy.is_at_client
+    found = [
+        "numbers of rows that can be used, sizes and times of messages, who took part, and whether "
+        "a client's rows made it fail",
+        "the SHA-256 of all rows in this folder's provenance.json: whoever knows the others can "
+        "try out a row by it. Do not publish it",
+    ]
+    if run.runtime.name != "flower":
+        found.append(
+            "losses, norms and other numbers about clients, of training and of held-out rows: they "
+            "have no noise, and are in this folder's metrics, report and card. Do not publish them"
+        )
+    elif not at_client:
+        found.append("norms of clients' changes: they are in this folder's metrics, without noise")
+    if record:
+        found.insert(
+            0, "a client as a whole: what many of its rows have in common is learned, and shows"
+        )
+        found.append("a person with several rows: each row more adds its own epsilon")
+    elif not at_client:
+        found.insert(0, "from whoever runs the server: it sees each client's own change")
+    if promise["noise"] == "seeded":
+        found.insert(
+            0, "ANYTHING: the noise is seeded, so whoever knows the recipe can take it off"
+        )
+    if promise["epsilon"]["pld"] is None:
+        found.insert(0, "ANYTHING: the noise multiplier is 0")
+    if run.adapter.head == "local" and not record:
+        found.append("each client's own head, which stays with it and has no noise")
+    return found
+
+
+def privacy_lines(found: Mapping[str, Any]) -> list[str]:
+    """A statement in words, for terminal, report and card.
+
+    Args:
+        found: From `statement`.
+    """
+    promise = found["promise"]
+    return [
+        f"{guarantee(found['epsilon'], promise)} after {found['num_released']} release(s)"
+        f"; promised for {promise['num_releases']}: {guarantee(promise['epsilon'], promise)}",
+        *(_lines_by_clients(found) if "clients" in promise else _lines_by_server(found)),
+        f"unit: {promise['unit']}",
+        f"neighbours: {promise['neighbours']}",
+        f"sampling: {promise['sampling']}",
+        f"released: {promise['released']}",
+        f"mechanism: {promise['mechanism']}; {_mechanism(promise)}, {promise['noise']} noise",
+        *(f"not protected: {text}" for text in found["not_protected"]),
+    ]
+
+
+def _lines_by_server(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"by the RDP accountant {_epsilon(found['epsilon']['rdp'])}; where one client is replaced "
+        f"by another {_epsilon(found['epsilon_replace'])}"
+    ]
+
+
+def _lines_by_clients(found: Mapping[str, Any]) -> list[str]:
+    own = found["clients"].items()
+    each = ", ".join(f"{name} {_epsilon(cost['epsilon']['pld'])}" for name, cost in own)
+    return [
+        f"by the RDP accountant {_epsilon(found['epsilon']['rdp'])}, all promised rounds by the "
+        f"PRV accountant {_epsilon(found['promise']['epsilon_prv'])}; one replaced by another "
+        "counts as two",
+        f"spent by each client: {each}",
+    ]
+
+
+def check_lines(promise: Promise) -> Sequence[str]:
+    """What `silotune check` says before anything runs."""
+    first = (
+        f"privacy: {guarantee(promise['epsilon'], promise)} after "
+        f"{promise['num_releases']} rounds; {_mechanism(promise)}"
+    )
+    if "clients" in promise:
+        return [
+            first,
+            *(
+                f"privacy: client '{name}': {_epsilon(own['epsilon']['pld'])} with a noise "
+                f"multiplier of {own['noise_multiplier']:g} at {own['num_lots']} release(s) a "
+                f"round, each of {own['lot_size']:g} out of {own['num_examples']} rows"
+                for name, own in promise["clients"].items()
+            ),
+        ]
+    std = promise["noise_multiplier"] * promise["clip_norm"] / promise["num_planned"]
+    return [
+        first,
+        f"privacy: the noise on the mean change has a standard deviation of {std:.3g} in "
+        "every number of the adapter",
+    ]
+
+
+def _mechanism(promise: Promise) -> str:
+    if "clients" not in promise:
+        return (
+            f"noise multiplier {promise['noise_multiplier']:g}, {promise['clipping']} clip norm "
+            f"{promise['clip_norm']:g}, {promise['num_planned']} planned clients"
+        )
+    own = promise["clients"].values()
+    noise = _range([plan["noise_multiplier"] for plan in own])
+    rates = _range([plan["sampling_rate"] for plan in own])
+    return f"noise multiplier {noise}, clip norm {promise['clip_norm']:g}, sampling rate {rates}"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+
+
+def guarantee(epsilon: Mapping[str, float | None], promise: Promise) -> str:
+    """As papers write it, with the unit."""
+    unit = promise["unit"].split(":", 1)[0]
+    return f"({_epsilon(epsilon['pld'])}, {promise['delta']:g})-DP per {unit}"
+
+
+def _epsilon(value: float | None) -> str:
+    return "no bound" if value is None else f"{value:.3f}"

@@ -1,0 +1,56 @@
+"""What is written down about a round: rows of metrics.jsonl."""
+
+from collections.abc import Iterable, Sequence
+
+from silotune.core.types import Failure, Score
+from silotune.federation.metrics import Row
+from silotune.federation.run_folder import Spool
+from silotune.training.scoring import metrics
+
+
+def round_rows(
+    round_: int,
+    cohort: Sequence[str],
+    spool: Spool,
+    failures: Sequence[Failure],
+    scores: Sequence[Score | Failure],
+    *,
+    seconds: float,
+) -> list[Row]:
+    """A row per client that was asked, per score of the received adapter, and for the round."""
+    rows: list[Row] = []
+    received: list[Score | Failure] = list(scores)
+    for update in spool.reports():
+        rows.append(
+            {
+                "event": "train",
+                "round": round_,
+                "client": update.client,
+                "status": "ok" if update.metrics["delta_norm"] > 0 else "did not move",
+                "num_examples": update.num_examples,
+                "bytes_down": update.bytes_down,
+                "bytes_up": update.bytes_up,
+                **update.metrics,
+                **update.settings,
+            }
+        )
+        if update.score is not None:
+            received.append(update.score)
+    for f in failures:
+        row = {"event": "train", "round": round_, "client": f.client, "status": f.code}
+        rows.append({**row, "place": f.place})
+    rows += score_rows(round_ - 1, received)
+    rows.append({"event": "round", "round": round_, "num_asked": len(cohort), "seconds": seconds})
+    return rows
+
+
+def score_rows(num_rounds: int, scores: Iterable[Score | Failure]) -> list[Row]:
+    """Rows of held-out scores, in client-name order. `num_rounds` lie behind the scored adapter."""
+    rows: list[Row] = []
+    for score in sorted(scores, key=lambda s: s.client):
+        row: Row = {"event": "evaluate", "round": num_rounds, "client": score.client}
+        if isinstance(score, Failure):
+            rows.append({**row, "status": score.code, "place": score.place})
+        else:
+            rows.append({**row, "status": "ok", **metrics([score]), "bytes_down": score.size_bytes})
+    return rows

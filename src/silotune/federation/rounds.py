@@ -1,0 +1,103 @@
+"""The server's half of a run: THE main loop. Network, algorithm and disk are arguments."""
+
+import time
+from collections.abc import Callable
+
+from silotune.core.algorithm import Algorithm, broadcast_extra
+from silotune.core.seeds import generator
+from silotune.core.types import Broadcast, Clients, Failure, Score, ServerState
+from silotune.federation.acceptance import accept, check_quorum, check_scores, what_is_expected
+from silotune.federation.budget import Clock, next_ceiling
+from silotune.federation.metrics import Row
+from silotune.federation.progress import Progress
+from silotune.federation.round_rows import round_rows, score_rows
+from silotune.federation.run_folder import RunFolder
+from silotune.federation.sampling import sample
+from silotune.recipes.schema import RunConfig
+
+Improve = Callable[[ServerState], tuple[ServerState, list[Row]]]
+"""(state after a round's aggregation) -> the improved state, and rows for metrics.jsonl."""
+
+
+def run_rounds(
+    run: RunConfig,
+    state: ServerState,
+    *,
+    algorithm: Algorithm,
+    clients: Clients,
+    folder: RunFolder,
+    progress: Progress,
+    improve: Improve | None = None,
+    clock: Clock = time.perf_counter,
+) -> ServerState:
+    """Run the rounds that are left, and score the last adapter.
+
+    Args:
+        run: The recipe.
+        state: Where to begin: round 0 with the first adapter, or a checkpoint.
+        algorithm: How many deltas become one change.
+        clients: The data holders. The only argument that may cross a network.
+        folder: Where updates, checkpoints and metrics go.
+        progress: Told what happens; decides nothing.
+        improve: What the server does on rows of its own after each aggregation, see teaching.py.
+        clock: Seconds of which only differences count, the same in all processes of this machine.
+
+    Returns:
+        The state after the last round.
+
+    Raises:
+        QuorumError: Too few usable updates; what was done so far is kept and can be resumed.
+    """
+    num_labels = len(run.data.labels or ())
+    ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
+    while ended_by is None and state.round < run.rounds:
+        r, began = state.round + 1, clock()
+        # 1. Who takes part: drawn from (seed, round), so a resumed run asks the same clients.
+        cohort = sample(clients.names(), run.sampling, generator(run.seed, "sampling", r))
+        progress.begin_round(r, cohort)
+        scoring = run.evaluate.due(r - 1, run.rounds)
+        broadcast = _broadcast(state, r, algorithm, score=scoring)
+        # 2. Let them train: the only line that may cross a network. Updates come as they arrive;
+        #    those that a crash left on disk are not asked for again.
+        spool = folder.spool(r)
+        done = set(spool.names())
+        waiting = [name for name in cohort if name not in done]
+        arrivals = clients.train(waiting, broadcast)
+        # 3. Check one at a time, then spool: what cannot be combined must not touch anything.
+        expected = what_is_expected(algorithm, state, waiting, num_labels)
+        failures = accept(arrivals, spool, expected, progress)
+        if ended_by := check_quorum(run, r, cohort, spool, failures):
+            folder.save(state, last=True)
+            break
+        # 4. Whoever was not asked scores the adapter too, so that every curve is over all clients.
+        absent = [name for name in clients.names() if name not in cohort] if scoring else []
+        scores: list[Score | Failure] = []
+        if absent:
+            scores += check_scores(clients.evaluate(absent, broadcast), num_labels)
+        # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
+        change = algorithm.combine(state, spool)
+        state = algorithm.step(state, change)
+        # 6. What the server learns on rows of its own, where it has some: fine-tuned or distilled.
+        state, own = improve(state) if improve else (state, [])
+        # 7. Write it down; a crash after this line loses nothing.
+        rows = round_rows(r, cohort, spool, failures, scores, seconds=clock() - began)
+        folder.append_metrics([*own, *rows])
+        ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
+        folder.save(state, last=r == run.rounds or ended_by is not None)
+        progress.end_round(r, rows)
+    if ended_by is not None:
+        progress.note(f"{ended_by} ends the run after round {state.round}")
+    if run.evaluate.due(state.round, state.round):
+        final = _broadcast(state, state.round + 1, algorithm, score=True)
+        progress.begin_scoring(clients.names())
+        folder.rewind(state.round)  # a resumed run may have scored it before
+        found = check_scores(clients.evaluate(clients.names(), final), num_labels)
+        folder.append_metrics(score_rows(state.round, found))
+    return state
+
+
+def _broadcast(state: ServerState, round_: int, algorithm: Algorithm, *, score: bool) -> Broadcast:
+    return Broadcast(round_, state.adapter, broadcast_extra(state, algorithm), score=score)
+
+
+# --- what is written down about a round -------------------------------------------------------

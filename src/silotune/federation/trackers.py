@@ -1,0 +1,83 @@
+"""Rounds as curves in an experiment tracker, through the tracker's own library. Off by default.
+
+The names and calls of TensorBoard, Weights & Biases, MLflow and trackio differ; accelerate, which
+PEFT needs anyway, knows them all. What is logged are the numbers of metrics.jsonl, never rows.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from silotune.core.errors import ConfigError
+from silotune.federation.metrics import Row, held_out_losses, train_loss, trained
+from silotune.federation.progress import Progress
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker whose library is missing.
+
+    Raises:
+        ConfigError: With the line that installs it.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ConfigError(
+            f"report.tracker = '{name}' needs a library that is not installed.\n"
+            f"  pip install {name}, or set report.tracker = 'none'."
+        )
+
+
+class Tracker(Progress):
+    """Logs the numbers of every round."""
+
+    def __init__(self, name: str, *, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Open a run of the tracker.
+
+        Args:
+            name: Of the tracker.
+            folder: The run folder; its name becomes the run's.
+            settings: The recipe, flat.
+        """
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()  # without it, accelerate's trackers fail where they write to their own log
+        options: dict[str, Any] = {
+            "tensorboard": {"run_name": "tracker", "logging_dir": str(folder)},
+            "wandb": {"run_name": "silotune", "name": folder.name, "dir": str(folder)},
+            "mlflow": {"experiment_name": "silotune", "run_name": folder.name},
+            "trackio": {"run_name": "silotune", "name": folder.name},
+        }
+        self._tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
+        self._tracker.start()
+        plain = (str, int, float, bool)
+        self._tracker.store_init_configuration(
+            {k: v if isinstance(v, plain) else str(v) for k, v in settings.items()}
+        )
+
+    def end_round(self, round_: int, rows: Sequence[Row]) -> None:
+        """Log what the round's rows say."""
+        self._tracker.log(_trained(rows), step=round_)
+        self.log_scores(rows)
+
+    def log_scores(self, rows: Sequence[Row]) -> None:
+        """Log held-out losses at the rounds that lie behind the scored adapter."""
+        scored = [row for row in rows if row["event"] == "evaluate" and row["status"] == "ok"]
+        for behind, loss in held_out_losses(scored).items():
+            own = {row["client"]: row["loss"] for row in scored if row["round"] == behind}
+            values = {f"held_out_loss/{client}": value for client, value in own.items()}
+            self._tracker.log({**values, "held_out_loss/all": loss}, step=behind)
+
+    def end(self) -> None:
+        """Close the tracker's run."""
+        self._tracker.finish()
+
+
+def _trained(rows: Sequence[Row]) -> dict[str, float]:
+    values = {f"train_loss/{row['client']}": row["train_loss"] for row in trained(rows)}
+    if values:
+        values["train_loss/all"] = train_loss(rows)
+    for key in ("bytes_up", "bytes_down"):
+        values[key] = float(sum(row.get(key, 0) for row in rows))
+    values["seconds"] = sum(row["seconds"] for row in rows if row["event"] == "round")
+    return values

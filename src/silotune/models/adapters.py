@@ -1,0 +1,331 @@
+"""The adapter: what is trained beside a frozen base, built by PEFT and found by name.
+
+The only file that chooses PEFT's configuration. It knows modules, not clients or rounds.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from silotune.core.errors import ConfigError, ModelError
+from silotune.core.seeds import derive
+from silotune.core.types import Config
+from silotune.core.wording import did_you_mean
+from silotune.models.heads import Head
+from silotune.models.quantization import Quantization, tame_bitsandbytes
+
+Kind = Literal["lora", "ia3", "prompt", "prefix", "peft", "full"]
+
+OWN_KEYS: Mapping[str, Mapping[str, str]] = {
+    "lora": {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "target_modules": "targets",
+        "use_rslora": "rslora",
+        "use_dora": "dora",
+    },
+    "ia3": {"target_modules": "targets"},
+    "prompt": {"num_virtual_tokens": "virtual_tokens"},
+    "prefix": {"num_virtual_tokens": "virtual_tokens"},
+    "peft": {"target_modules": "targets"},
+    "full": {},
+}
+"""By kind: PEFT's options that have a key of their own here."""
+
+NOT_OURS = {
+    **dict.fromkeys(
+        ("task_type", "inference_mode", "base_model_name_or_path", "modules_to_save", "revision"),
+        "follows from other keys",
+    ),
+    **dict.fromkeys(
+        ("tokenizer_name_or_path", "tokenizer_kwargs"), "would let a recipe read files of clients"
+    ),
+    "layer_replication": "would change the base, which all clients share",
+}
+"""PEFT's options that a recipe may not set, and why."""
+
+NEEDS_ROWS = ("eva", "corda", "lora_ga")
+"""Ways to begin a LoRA adapter that look at rows first, which no server has."""
+
+TARGETS = {"distilbert": ("q_lin", "v_lin")}
+"""Modules for adapters of the families that PEFT has no choice for, by `model_type`."""
+
+PROMPT_KINDS = ("prompt", "prefix")
+"""Trained vectors in front of the text instead of weights beside the base's."""
+
+
+class AdapterConfig(Config):
+    """What is trained and sent."""
+
+    kind: Kind = "lora"
+    """lora trains small factors beside a frozen base (Hu et al. 2021, arXiv:2106.09685); ia3 scales
+    activations (Liu et al. 2022, arXiv:2205.05638); prompt and prefix train vectors in front of the
+    text (Lester et al. 2021, arXiv:2104.08691; Li and Liang 2021, arXiv:2101.00190); peft is any
+    other of PEFT's, named by peft.peft_type; full trains all weights."""
+    rank: int = Field(default=8, ge=1)
+    """lora: rank of the factors."""
+    alpha: float = Field(default=16, gt=0)
+    """lora: scaling; the product is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """lora: dropout in front of the factors during training."""
+    targets: tuple[str, ...] | None = None
+    """Names of the modules that are adapted; absent: PEFT's choice for the model family.
+    ["all-linear"]: every linear layer but the output."""
+    head: Literal["train", "freeze", "local"] = "train"
+    """classify: what becomes of the classification head, which begins at random. train: learned and
+    sent with the adapter. freeze: stays as it began. local: learned, and kept at each client."""
+    rslora: bool = False
+    """lora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """lora: also train the magnitude of each weight's columns (Liu et al. 2024,
+    arXiv:2402.09353). Slower, much so on a quantised base."""
+    virtual_tokens: int = Field(default=16, ge=1)
+    """prompt and prefix: trained vectors in front of the text."""
+    peft: dict[str, Any] = Field(default={})
+    """Further options of PEFT's configuration for this kind, by PEFT's names, for instance
+    rank_pattern. An option that would change the base itself is refused."""
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "AdapterConfig":
+        mistakes: list[str] = []
+        ours = OWN_KEYS[self.kind].values()
+        for key in ("rslora", "dora", "virtual_tokens"):
+            moved = getattr(self, key) != type(self).model_fields[key].default
+            if moved and key not in ours and self.kind != "full":
+                kinds = [f"'{kind}'" for kind, keys in OWN_KEYS.items() if key in keys.values()]
+                mistakes.append(f"{key} has an effect with kind = {' or '.join(kinds)} only")
+        if self.kind == "full" and self.peft:
+            mistakes.append("peft has no effect with kind = 'full'")
+        for option, key in OWN_KEYS[self.kind].items():
+            if option in self.peft:
+                mistakes.append(f"peft.{option} is adapter.{key} here")
+        mistakes += [f"peft.{o} {why}" for o, why in NOT_OURS.items() if o in self.peft]
+        if (begin := self.peft.get("init_lora_weights")) in NEEDS_ROWS:
+            mistakes.append(f"peft.init_lora_weights = '{begin}' needs rows before the first round")
+        if self.kind == "peft" and "peft_type" not in self.peft:
+            mistakes.append("peft.peft_type is missing: name the method, for instance 'LOHA'")
+        if self.kind != "peft" and "peft_type" in self.peft:
+            mistakes.append("peft.peft_type needs kind = 'peft'")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+
+def check_adapter(cfg: AdapterConfig, quantization: Quantization, device: torch.device) -> None:
+    """Find what cannot be, without loading a model.
+
+    Raises:
+        ConfigError: PEFT has no method or option of that name, and the nearest is offered; or the
+            adapter cannot stand on such a base.
+    """
+    if cfg.dora and quantization == "int8" and device.type == "cpu":
+        raise ConfigError(  # PEFT 0.21 and bitsandbytes 0.50 lose the weights' scales between them
+            "adapter.dora cannot be used with model.quantization = 'int8' on a processor.\n"
+            "  Set model.quantization = 'nf4', or adapter.dora = false."
+        )
+    if cfg.peft:
+        _peft_config(cfg, {})
+
+
+def _peft_config(cfg: AdapterConfig, more: Mapping[str, Any]) -> Any:
+    """PEFT's configuration object for a recipe."""
+    tame_bitsandbytes()
+    import peft
+
+    given = {k: v for k, v in cfg.peft.items() if k != "peft_type"}
+    if cfg.kind == "peft":
+        kind = _config_class(str(cfg.peft["peft_type"]))
+    else:
+        kind = {
+            "lora": peft.LoraConfig,
+            "ia3": peft.IA3Config,
+            "prompt": peft.PromptTuningConfig,
+            "prefix": peft.PrefixTuningConfig,
+        }[cfg.kind]
+    known = [f.name for f in dataclasses.fields(kind) if f.init]
+    for option in given:
+        if option not in known:
+            raise ConfigError(
+                f"adapter.peft.{option}: PEFT's {kind.__name__} has no such option."
+                f"{did_you_mean(option, known)}"
+            )
+    own = {
+        option: getattr(cfg, key) for option, key in OWN_KEYS[cfg.kind].items() if key != "targets"
+    }
+    try:
+        return kind(**own, **given, **more)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"adapter.peft: PEFT refuses these options: {error}") from error
+
+
+def _config_class(name: str) -> Any:
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    found = {
+        kind.value: config
+        for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if not issubclass(config, PromptLearningConfig)
+    }
+    if name.upper() not in found:
+        raise ConfigError(
+            f"adapter.peft.peft_type: PEFT has no method '{name}' that adapts weights."
+            f"{did_you_mean(name, found)}\n  There are: {', '.join(sorted(found))}."
+        )
+    return found[name.upper()]
+
+
+def put_adapter(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> Any:
+    """A fresh adapter on a plain model.
+
+    Args:
+        base: The plain model; its weights stay as they are.
+        cfg: Which adapter; not "full".
+        seed: First values are drawn from (seed, "adapter"), the same at every client.
+        head: Modules that are trained whole beside the adapter.
+
+    Raises:
+        ModelError: No module of the targets' names, or PEFT cannot adapt this model.
+        ConfigError: See `check_adapter`.
+    """
+    tame_bitsandbytes()
+    from peft import TaskType, get_peft_model
+
+    more: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS}
+    if cfg.kind not in PROMPT_KINDS:
+        targets = list(cfg.targets or TARGETS.get(base.config.model_type, ()))
+        more["target_modules"] = "all-linear" if targets == ["all-linear"] else targets or None
+        if head is not None:
+            more["modules_to_save"] = list(head.modules)
+        _check_targets(base, cfg.targets)
+    config = _peft_config(cfg, more)
+    before = _marks(base) if cfg.peft else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "adapter"))
+        try:
+            model = get_peft_model(base, config)
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            what = str(cfg.peft.get("peft_type", cfg.kind))
+            mend = (
+                f"Change or take out: adapter.peft.{', adapter.peft.'.join(cfg.peft)}."
+                if cfg.peft
+                else "Name the modules yourself, for instance the projections of queries and "
+                f"values: [adapter] targets. The model has: {', '.join(_leaf_names(base))}."
+            )
+            raise ModelError(
+                f"adapter: PEFT cannot place '{what}' on this model: {error}\n  {mend}"
+            ) from error
+    if cfg.peft and _base_changed(base, before):
+        raise ConfigError(
+            f"adapter.peft: {', '.join(sorted(cfg.peft))} would change weights of the base, which "
+            "all clients share and every comparison starts from.\n  Take the option out."
+        )
+    if cfg.kind == "peft":
+        _try_out(model, str(cfg.peft["peft_type"]))
+    return model
+
+
+def _try_out(model: Any, method: str) -> None:
+    """A forward pass with and without: not every method of PEFT works on every quantised base.
+
+    Some read packed weights as if they were numbers, without an error.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    model.eval()  # some draw at random in training
+    why = "it changes what the base says before it has learned anything"
+    try:
+        with torch.inference_mode():
+            fresh = model(input_ids=ids).logits
+            with model.disable_adapter():
+                plain = model(input_ids=ids).logits
+        quantised = getattr(model.get_base_model(), "is_quantized", False)
+        fits = not quantised or (fresh - plain).abs().max() <= 0.02 * plain.abs().max()
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        fits, why = False, str(error)
+    if not fits:
+        raise ModelError(
+            f"adapter.peft.peft_type = '{method}' does not work on this base: {why}\n"
+            "  Take another method, or a base that is not quantised."
+        )
+
+
+def _base_changed(base: nn.Module, before: Mapping[int, float]) -> bool:
+    """Whether weights of the base learn now, or are others than `_marks` has seen."""
+    learning = {p.data_ptr() for p in base.parameters() if p.requires_grad}
+    return bool(learning & before.keys()) or not _marks(base).items() >= before.items()
+
+
+def _marks(base: nn.Module) -> dict[int, float]:
+    """Each frozen tensor's place in memory and a sum over it: what a change would change."""
+    return {
+        p.data_ptr(): float(p.detach().double().abs().sum())
+        for p in base.parameters()
+        if not p.is_meta
+    }
+
+
+def _leaf_names(base: Any) -> list[str]:
+    modules = base.named_modules()
+    return sorted({name.rsplit(".", 1)[-1] for name, m in modules if not list(m.children())})
+
+
+def _check_targets(base: Any, targets: tuple[str, ...] | None) -> None:
+    names = _leaf_names(base)
+    for target in targets or ():
+        last = target.rsplit(".", 1)[-1]
+        if last not in names and targets != ("all-linear",):
+            near = difflib.get_close_matches(last, names, n=3, cutoff=0.4)
+            offer = f"Did you mean {', '.join(near)}?" if near else f"It has: {', '.join(names)}."
+            raise ModelError(f"adapter.targets: '{target}' is no module of this model.\n  {offer}")
+
+
+def trained_parameters(model: Any, kind: Kind) -> dict[str, nn.Parameter]:
+    """Names as saved -> the live parameters.
+
+    They are matched by storage, since PEFT decides the names.
+
+    Raises:
+        ModelError: Something that learns would not be saved.
+    """
+    learning = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    if kind == "full":
+        saved = dict(model.named_parameters())  # tied weights appear once
+    elif kind in PROMPT_KINDS:
+        # PEFT saves a copy of the one table of vectors, under this name; there is more to learn
+        # where an option puts a network behind it
+        saved = {"prompt_embeddings": next(iter(learning.values()))}
+    else:
+        from peft import get_peft_model_state_dict
+
+        # False: "auto" asks the hub for the base's config, by whatever name the base has
+        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = {
+        n: learning[t.data_ptr()] for n, t in sorted(saved.items()) if t.data_ptr() in learning
+    }
+    if len(found) != len(learning):
+        raise ModelError(
+            f"adapter: {len(learning)} tensors would learn, but PEFT saves {len(found)} of them.\n"
+            "  This kind of adapter, or an option in adapter.peft, cannot be sent between clients."
+        )
+    return cast(dict[str, nn.Parameter], found)
+
+
+def without_frozen(model: Any, kind: Kind, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A saved adapter without the tensors that PEFT saves for some methods, and that never learn.
+
+    They are drawn from the seed when the adapter is built.
+    """
+    if kind == "full" or kind in PROMPT_KINDS:
+        return dict(state)
+    from peft import get_peft_model_state_dict
+
+    learning = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    frozen = {name for name, tensor in saved.items() if tensor.data_ptr() not in learning}
+    return {name: tensor for name, tensor in state.items() if name not in frozen}

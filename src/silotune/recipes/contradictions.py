@@ -1,0 +1,205 @@
+"""What a recipe says twice and differently: pairs of keys that no single section can judge."""
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from silotune.data.chat_templates import TEMPLATES
+from silotune.models.adapters import PROMPT_KINDS
+from silotune.recipes.algorithm import FlowerStrategyConfig, chosen_algorithm
+from silotune.recipes.schema import RunConfig
+
+
+def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Every pair (key, why it cannot be) that no single section can see."""
+    if run.checkpoint.keep == "best" and run.evaluate.every == 0:
+        yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
+    yield from run.runtime.contradictions()
+    if run.plan.measure and run.runtime.name == "flower":
+        yield (
+            "plan.measure",
+            "cannot be used with runtime.name = 'flower': the server has no rows to take a "
+            "step on, and the clients' machines are not its own",
+        )
+    yield from _of_the_task(run)
+    yield from _of_the_server(run)
+    if "no-end-token" in run.train.compat and TEMPLATES.get(run.data.template) is None:
+        own = ", ".join(name for name, text in TEMPLATES.items() if text is not None)
+        yield "train.compat", f"'no-end-token' needs data.template to be one of: {own}"
+    arms = [run.algorithm, *run.compare.algorithms]
+    if any(arm in arms[:i] for i, arm in enumerate(arms)):
+        yield "compare.algorithms", "names an algorithm twice, or the recipe's own again"
+    yield from _of_the_adapter(run)
+    yield from _of_privacy(run)
+
+
+def _of_privacy(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What would make [privacy] mean less than it says."""
+    cfg, own = run.privacy, type(run.privacy).model_fields
+    if cfg.unit == "none":
+        given = [key for key in own if getattr(cfg, key) != own[key].default]
+        yield from (
+            (f"privacy.{key}", 'has an effect with unit = "client" or "record" only')
+            for key in given
+        )
+        return
+    if (cfg.noise_multiplier is None) == (cfg.target_epsilon is None):
+        yield "privacy.noise_multiplier", "or target_epsilon: give one of both"
+    if cfg.delta is None:
+        yield "privacy.delta", f"is missing: give one well below 1 by the number of {cfg.unit}s"
+    if cfg.clipping == "fixed":
+        adaptive = [k for k in ("quantile", "clip_lr") if getattr(cfg, k) != own[k].default]
+        yield from ((f"privacy.{k}", 'has an effect with clipping = "adaptive"') for k in adaptive)
+    if run.checkpoint.keep == "best":
+        yield "checkpoint.keep", "'best' chooses by held-out losses, which have no noise"
+    if run.runtime.name == "flower":
+        if run.evaluate.every > 0:
+            yield (
+                "evaluate.every",
+                "with [privacy] and runtime.name = 'flower' must be 0: real clients keep their "
+                "losses, which have no noise",
+            )
+        if cfg.noise == "seeded":
+            yield (
+                "privacy.noise",
+                "'seeded' is for simulations: real clients would be protected by nothing",
+            )
+    if cfg.unit == "record":
+        yield from _of_records(run)
+    if cfg.is_at_client:
+        yield from _of_own_noise(run)
+    else:
+        yield from _of_noise_at_the_server(run)
+
+
+def _of_records(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What would make the protection of rows mean less, or cannot give a row's gradient."""
+    if run.privacy.noise_at != "server":
+        yield "privacy.noise_at", 'has an effect with unit = "client" only: rows always have it'
+    if run.train.packing:
+        yield (
+            "train.packing",
+            "puts rows into one, and privacy.unit = 'record' has to tell them apart",
+        )
+    if "same-samples" in run.train.compat:
+        yield "train.compat", "'same-samples' would end the secret draw of rows"
+    if run.model.gradient_checkpointing:
+        yield (
+            "model.gradient_checkpointing",
+            "hides the gradients of single rows that privacy.unit = 'record' needs",
+        )
+    if run.adapter.kind != "lora" or run.adapter.dora:
+        kind = "dora" if run.adapter.kind == "lora" else f"kind = '{run.adapter.kind}'"
+        yield (
+            "adapter.kind",
+            f"with privacy.unit = 'record' must be 'lora' without dora: {kind} gives no "
+            "gradients of single rows",
+        )
+
+
+def _of_own_noise(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What only a server that adds the noise can do."""
+    if run.privacy.clipping == "adaptive":
+        yield (
+            "privacy.clipping",
+            "'adaptive' has an effect with noise at the server only, which knows the norms",
+        )
+
+
+def _of_noise_at_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What would make the protection of clients mean less."""
+    if run.privacy.max_participations is not None:
+        yield "privacy.max_participations", "has an effect with noise at the client only"
+    arms = {"algorithm": run.algorithm}
+    arms |= {f"compare.algorithms.{i}": arm for i, arm in enumerate(run.compare.algorithms)}
+    for where, arm in arms.items():
+        if isinstance(arm, FlowerStrategyConfig):
+            yield where, "a Flower strategy cannot be private here: what it releases is unknown"
+        elif arm.weights != "uniform":
+            yield (
+                f"{where}.weights",
+                "with [privacy] must be 'uniform': a weight by rows would let a large client "
+                "move the mean by more than the noise covers",
+            )
+
+
+def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What cannot be trained on such a base, or for such a task."""
+    kind, model = run.adapter.kind, run.model
+    if kind == "full" and model.dtype in ("float16", "bfloat16"):
+        yield (
+            "model.dtype",
+            f"'{model.dtype}' cannot hold the small steps of full training; use float32",
+        )
+    if kind == "full" and model.quantization != "none":
+        yield (
+            "model.quantization",
+            "and adapter.kind = 'full' exclude each other: quantised weights cannot learn",
+        )
+    arms = (run.algorithm, *run.compare.algorithms)
+    for name in dict.fromkeys(chosen_algorithm(arm) for arm in arms if arm.needs_lora):
+        if kind != "lora":
+            why = f"with algorithm '{name}', which works on LoRA's two factors; use lora"
+            yield "adapter.kind", f"'{kind}' cannot be used {why}"
+        elif run.adapter.dora:
+            why = "what DoRA makes of the factors is not linear in them, so means are not exact"
+            yield "adapter.dora", f"cannot be used with algorithm '{name}': {why}"
+    if kind in PROMPT_KINDS and run.task == "classify":
+        yield "adapter.kind", f"'{kind}' works with task = \"instruct\" only"
+    if kind in PROMPT_KINDS and run.server.work == "distill":
+        yield "adapter.kind", f"'{kind}' cannot learn from a teacher; use lora, ia3 or full"
+    if kind in PROMPT_KINDS and run.train.packing:
+        yield "train.packing", f"cannot be used with adapter.kind = '{kind}'"
+    if kind == "prefix" and model.gradient_checkpointing:
+        yield (
+            "model.gradient_checkpointing",
+            "cannot be used with adapter.kind = 'prefix', which needs the cache it drops",
+        )
+
+
+def _of_the_task(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Keys that only one of the tasks knows."""
+    other = {
+        "instruct": (
+            ("adapter", "head"),
+            ("data", "labels"),
+            ("data", "text"),
+            ("data", "text_pair"),
+        ),
+        "classify": (
+            ("data", "prompt"),
+            ("data", "completion"),
+            ("data", "system"),
+            ("data", "template"),
+            ("train", "packing"),
+            ("compare", "max_new_tokens"),
+        ),
+    }
+    for section, key in other[run.task]:
+        part: BaseModel = getattr(run, section)
+        if getattr(part, key) != type(part).model_fields[key].default:
+            its = next(task for task in other if task != run.task)
+            yield f"{section}.{key}", f'has an effect with task = "{its}" only'
+
+
+def _of_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What the server needs for its own training."""
+    server, distill = run.server, run.distill
+    if server.data_path is not None and server.data_fraction > 0:
+        yield "server.data_path", "and data_fraction exclude each other; give one"
+    if server.data_path is not None and server.data_path in (
+        run.data.path,
+        run.data.eval_path,
+    ):
+        yield "server.data_path", "names the clients' rows; the server's have to be its own"
+    has_rows = server.data_path is not None or server.data_fraction > 0
+    if server.work != "none" and not has_rows:
+        yield (
+            "server.work",
+            f"'{server.work}' needs rows of the server's own: set server.data_fraction or "
+            "server.data_path",
+        )
+    if server.work == "distill" and distill.teacher is None:
+        yield "distill.teacher", "is missing: name a larger model with the same tokenizer"
+    if server.work != "none" and run.adapter.head == "local":
+        yield "adapter.head", "'local' leaves the server without a head to train with"

@@ -1,0 +1,136 @@
+"""A recipe's mistakes in words: the key, what is wrong, and the key that was probably meant."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from silotune.algorithms import ALGORITHMS
+from silotune.algorithms.base import AlgorithmConfig
+from silotune.core.wording import did_you_mean
+from silotune.data.partition import PartitionConfig
+from silotune.data.reading import DataConfig
+from silotune.models.adapters import AdapterConfig
+from silotune.models.loading import ModelConfig
+from silotune.privacy.base import PrivacyConfig
+from silotune.recipes.algorithm import (
+    ALGORITHM_CONFIGS,
+    FLOWER,
+    FLOWER_EXAMPLE,
+    FlowerStrategyConfig,
+    chosen_algorithm,
+)
+from silotune.recipes.sections import (
+    BudgetConfig,
+    CheckpointConfig,
+    CompareConfig,
+    PlanConfig,
+    ReportConfig,
+    RuntimeConfig,
+    SamplingConfig,
+    SweepConfig,
+)
+from silotune.training.loop import TrainConfig
+from silotune.training.scoring import EvaluateConfig
+from silotune.training.server_training import DistillConfig, ServerConfig
+
+LISTS = {
+    "": '["one", "two"]',
+    "adapter.targets": '["q_proj", "v_proj"]',
+    "compare.algorithms": '["fedprox"]',
+    "sweep.keys": '["train.lr=1e-4,1e-3"]',
+    "sweep.runs": '["train.lr=1e-3 adapter.rank=8"]',
+}
+"""Examples of lists, by key."""
+
+
+def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
+    """One mistake as `key: what is wrong`, from one item of a pydantic ValidationError.
+
+    Args:
+        where: The key, from `where` in parse.py.
+        item: The error as pydantic reports it.
+        table: The whole recipe, which says what algorithm was chosen.
+    """
+    key = ".".join(where)
+    match item["type"]:
+        case "extra_forbidden":
+            chosen = chosen_algorithm(table.get("algorithm", {}))
+            others = [n for n, cfg in ALGORITHM_CONFIGS.items() if where[-1] in cfg.model_fields]
+            if where[0] == "algorithm" and chosen == FLOWER:
+                near = did_you_mean(where[-1], FlowerStrategyConfig.model_fields)
+                return f"{key}: unknown key.{near} The strategy's are in algorithm.options."
+            if where[0] == "algorithm" and others:
+                return f"{key}: is a key of {', '.join(others)}, not of {chosen}."
+            near = nearest_key(key, chosen)
+            return f"{key}: unknown key." + (f" Did you mean {near}?" if near else "")
+        case "missing":
+            return f"{key}: is missing."
+        case "union_tag_invalid":
+            section = item["input"]
+            if not isinstance(section, dict):
+                return f"{key}: is a section. Name the algorithm with {key}.name."
+            chosen = chosen_algorithm(cast(dict[str, Any], section))
+            return (
+                f"{key}.name: there is no algorithm '{chosen}'.{did_you_mean(chosen, ALGORITHMS)} "
+                f"There are: {', '.join(ALGORITHM_CONFIGS)}."
+                + (f" {FLOWER_EXAMPLE}" if re.match("flower|flwr", chosen.lower()) else "")
+            )
+        case "string_pattern_mismatch":
+            return f"{key}: is not the path of a class. {FLOWER_EXAMPLE}"
+        case "model_type" | "dict_type":
+            return f"{key}: is a section; set single keys of it, as in {key}.key = value."
+        case "tuple_type":
+            return f"{key}: should be a list, for instance {LISTS.get(key, LISTS[''])}."
+        case "value_error":
+            return f"{key}: {item['ctx']['error']}."
+        case _:
+            given = item["input"]
+            shown = f", got {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+            return f"{key}: {item['msg'].replace('Input should', 'should')}{shown}."
+
+
+def nearest_key(key: str, algorithm: str) -> str | None:
+    """The known key that a mistyped one most likely means; a dotted one for a dotted one."""
+    keys, last = list(known_keys(algorithm)), key.rsplit(".", 1)[-1]
+    if elsewhere := [k for k in keys if k.rsplit(".", 1)[-1] == last]:  # in the wrong section
+        return difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)[0]
+    known = [k for k in keys if ("." in k) == ("." in key)]
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        return close[0]
+    by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+    close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    return by_last[close[0]] if close else None
+
+
+def known_keys(algorithm: str = "fedavg") -> Iterator[str]:
+    """Every key that a recipe with this algorithm may hold, dotted."""
+    for name, cls in sections(algorithm).items():
+        yield from (f"{name}.{key}" for key in cls.model_fields)
+    yield from ("seed", "rounds", "task", "track", *sections(algorithm))
+
+
+def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
+    """The tables of a recipe and the models that describe them."""
+    return {
+        "model": ModelConfig,
+        "adapter": AdapterConfig,
+        "data": DataConfig,
+        "partition": PartitionConfig,
+        "sampling": SamplingConfig,
+        "train": TrainConfig,
+        "server": ServerConfig,
+        "distill": DistillConfig,
+        "algorithm": ALGORITHM_CONFIGS.get(algorithm, AlgorithmConfig),
+        "privacy": PrivacyConfig,
+        "evaluate": EvaluateConfig,
+        "checkpoint": CheckpointConfig,
+        "runtime": RuntimeConfig,
+        "budget": BudgetConfig,
+        "plan": PlanConfig,
+        "report": ReportConfig,
+        "compare": CompareConfig,
+        "sweep": SweepConfig,
+    }

@@ -1,0 +1,204 @@
+"""A recipe is read: TOML and overrides in, a checked RunConfig out; and back to TOML."""
+
+import re
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import tomli_w
+from pydantic import ValidationError
+
+from silotune.core.errors import ConfigError
+from silotune.core.wording import did_you_mean
+from silotune.recipes.algorithm import ALGORITHM_CONFIGS, chosen_algorithm
+from silotune.recipes.contradictions import contradictions
+from silotune.recipes.mistakes import explain, nearest_key
+from silotune.recipes.schema import RunConfig
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes in the package, by name."""
+    folder = Path(str(resources.files("silotune.recipes")))
+    return {p.stem: p for p in sorted(folder.glob("*.toml"), key=lambda p: p.stem)}
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply `key=value` overrides.
+
+    Args:
+        recipe: A shipped name, or the path of a TOML file.
+        overrides: Dotted keys, for instance "train.lr=5e-4". A value is read as TOML, and as text
+            where it is none; `none` takes a key out.
+
+    Raises:
+        ConfigError: All mistakes together, each with its key and its mend.
+    """
+    path = _find(recipe)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: not valid TOML: {error}.\n"
+            '  Mend the line. A recipe holds lines such as: rounds = 3, or data.path = "rows.csv".'
+        ) from error
+    problems: list[str] = []
+    for override in overrides:
+        problem = _apply(table, override)
+        if problem:
+            problems.append(problem)
+    return parse(table, name=path.stem, problems=problems)
+
+
+def with_overrides(run: RunConfig, overrides: Sequence[str], *, name: str = "recipe") -> RunConfig:
+    """A recipe with other values at some keys, checked like one that is read.
+
+    Args:
+        run: The recipe.
+        overrides: As in `load_recipe`. Another algorithm begins with its own defaults.
+        name: What an error calls the recipe.
+
+    Raises:
+        ConfigError: All mistakes together.
+    """
+    table = tomllib.loads(to_toml(run))
+    problems = [problem for text in overrides if (problem := _apply(table, text))]
+    if chosen_algorithm(table["algorithm"]) != chosen_algorithm(run.algorithm):
+        table["algorithm"] = {}
+        for text in overrides:
+            if text.strip().startswith("algorithm."):
+                _apply(table, text)
+    return parse(table, name=name, problems=problems)
+
+
+def _find(recipe: str | Path) -> Path:
+    shipped = shipped_recipes()
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    beside = sorted(p.name for p in path.parent.glob("*.toml"))
+    near = did_you_mean(path.name, [*shipped, *beside])
+    raise ConfigError(
+        f"recipe '{recipe}': no such file and no shipped recipe.{near}\n"
+        f"  Give the path of a TOML file, or a shipped name: {', '.join(shipped)}."
+    )
+
+
+def _apply(table: dict[str, Any], override: str) -> str | None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(part.strip() for part in key.split(".")):
+        return f"override '{override}': write key=value, for instance train.lr=5e-4"
+    *sections, last = key.split(".")
+    here = table
+    for section in sections:
+        inner = here.setdefault(section, {})
+        if not isinstance(inner, dict):
+            return f"override '{key}': '{section}' is a value, not a section"
+        here = cast(dict[str, Any], inner)
+    if text.strip() == "none":
+        here.pop(last, None)
+    else:
+        here[last] = _value(text.strip())
+    return None
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse(
+    table: Mapping[str, Any], *, name: str = "recipe", problems: Sequence[str] = ()
+) -> RunConfig:
+    """Check a recipe's table. `problems` found before are reported with the others.
+
+    Raises:
+        ConfigError: All mistakes together.
+    """
+    found, bad, rest = list(problems), set[tuple[str, ...]](), _copy(table)
+    # What is wrong is taken out and the rest is read again: a wrong type in a section would
+    # otherwise hide the contradictions of that section, and those of the whole recipe.
+    while True:
+        before = _copy(rest)
+        try:
+            config = RunConfig.model_validate(rest)
+            break
+        except ValidationError as error:
+            for item in error.errors():
+                where = _where(item["loc"])
+                if not _follows_from(item, where, bad):
+                    found.append(explain(where, item, table))
+                bad |= {where, _meant(where, item, table)}
+                _take_out(rest, where)
+            assert rest != before, "a required field has no stand-in"
+    keys = {".".join(where) for where in bad}
+    found += [f"{key}: {why}" for key, why in contradictions(config) if key not in keys]
+    if found:
+        count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
+        raise ConfigError("\n  ".join([f"{count} in recipe '{name}':", *found]))
+    return config
+
+
+def _meant(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> tuple[str, ...]:
+    """The key that a misspelt one most likely stands for; it is missing, so it is suspect too."""
+    if item["type"] != "extra_forbidden":
+        return where
+    near = nearest_key(".".join(where), chosen_algorithm(table.get("algorithm", {})))
+    return tuple(near.split(".")) if near else where
+
+
+def _follows_from(item: Any, where: tuple[str, ...], bad: Collection[tuple[str, ...]]) -> bool:
+    """Whether a mistake only shows because another key was taken out before."""
+    names = {key[-1] for key in bad if key[:-1] == where}
+    return item["type"] == "value_error" and any(
+        re.search(rf"\b{name}\b", str(item["ctx"]["error"])) for name in names
+    )
+
+
+STAND_INS: dict[tuple[str, ...], Any] = {
+    ("rounds",): 1,
+    ("data",): {"path": "medquad_mini"},
+    ("data", "path"): "medquad_mini",
+}
+"""What a recipe must have, where reading has to go on without it."""
+
+
+def _take_out(table: dict[str, Any], where: tuple[str, ...]) -> None:
+    """Remove a key, or the list that a wrong item stands in; put in what a recipe must have."""
+    here = table
+    for depth, part in enumerate(where, start=1):
+        inner = here.get(part)
+        if depth == len(where) or not isinstance(inner, dict):
+            here.pop(part, None)
+            if where[:depth] in STAND_INS:
+                here[part] = deepcopy(STAND_INS[where[:depth]])
+            return
+        here = cast(dict[str, Any], inner)
+
+
+def _where(loc: Sequence[int | str]) -> tuple[str, ...]:
+    """A pydantic location as a recipe's key: without the tag of a chosen algorithm."""
+    parts = [str(part) for part in loc]
+    tag = {"algorithm": 1, "compare": 3}.get(parts[0])  # compare.algorithms.0.<tag>
+    if tag is not None and len(parts) > tag and parts[tag] in ALGORITHM_CONFIGS:
+        del parts[tag]
+    return tuple(parts)
+
+
+def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: _copy(cast(Mapping[str, Any], v)) if isinstance(v, Mapping) else v
+        for k, v in table.items()
+    }
+
+
+def to_toml(run: RunConfig) -> str:
+    """The resolved recipe: every value spelt out; `parse` of it gives an equal RunConfig."""
+    return tomli_w.dumps(run.model_dump(mode="json", exclude_none=True, serialize_as_any=True))

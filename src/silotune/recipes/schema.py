@@ -1,0 +1,65 @@
+"""The recipe: RunConfig, gathered from the configs of the parts; TOML in and out.
+
+A field is the only home of its default, its help text and its range. This file loads no model and
+no data.
+"""
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+)
+
+from silotune.core.types import Config
+from silotune.data.partition import PartitionConfig
+from silotune.data.reading import DataConfig
+from silotune.models.adapters import AdapterConfig
+from silotune.models.loading import ModelConfig
+from silotune.privacy.base import PrivacyConfig
+from silotune.recipes.algorithm import ALGORITHM_CONFIGS, AnyAlgorithmConfig
+from silotune.recipes.sections import (
+    BudgetConfig,
+    CheckpointConfig,
+    CompareConfig,
+    PlanConfig,
+    ReportConfig,
+    RuntimeConfig,
+    SamplingConfig,
+    SweepConfig,
+)
+from silotune.recipes.tracks import TrackName
+from silotune.training.loop import TrainConfig
+from silotune.training.scoring import EvaluateConfig
+from silotune.training.server_training import DistillConfig, ServerConfig
+
+
+class RunConfig(Config):
+    """A recipe: everything that decides what a run computes."""
+
+    seed: int = Field(default=17, ge=0)
+    """Every random draw of a run derives from it, by name."""
+    rounds: int = Field(ge=1)
+    """Rounds of training and aggregation."""
+    task: Literal["instruct", "classify"] = "instruct"
+    """instruct: answer as the rows do. classify: give a text one of several labels."""
+    track: TrackName | None = None
+    """Keep to the rules of this track of the FlowerTune LLM leaderboard: its data set, its number
+    of clients, its ceiling for communication."""
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    partition: PartitionConfig | None = None
+    sampling: SamplingConfig = SamplingConfig()
+    train: TrainConfig = TrainConfig()
+    algorithm: AnyAlgorithmConfig = Field(default_factory=lambda: ALGORITHM_CONFIGS["fedavg"]())
+    privacy: PrivacyConfig = PrivacyConfig()
+    server: ServerConfig = ServerConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    budget: BudgetConfig = BudgetConfig()
+    plan: PlanConfig = PlanConfig()
+    report: ReportConfig = ReportConfig()
+    compare: CompareConfig = CompareConfig()
+    sweep: SweepConfig = SweepConfig()

@@ -1,0 +1,163 @@
+"""A conversation with a finished run: its base and the federated model answer the same messages.
+
+Each of them sees its own earlier answers only. Knows models that are loaded already and a recipe;
+neither terminals, nor pages, nor where a run lies.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from silotune.core.errors import ConfigError
+from silotune.data.chat_templates import render
+from silotune.data.conversations import Conversation
+from silotune.models.adapters import PROMPT_KINDS
+from silotune.models.loading import LoadedModel, base_only
+from silotune.recipes.schema import RunConfig
+from silotune.training.generate import complete, encode
+from silotune.training.tasks.classify import predictions
+
+Speaker = Literal["base", "federated"]
+SPEAKERS: tuple[Speaker, ...] = ("base", "federated")
+"""In the order in which they are asked and shown."""
+
+NO_HEAD = "the base has no head for these labels, so it has nothing to say"
+"""Why a classifier's base does not take part."""
+
+Exchange = tuple[str, str]
+"""A message and the answer to it."""
+History = Mapping[str, tuple[Exchange, ...]]
+"""Speaker -> what it was told and has answered, oldest first; {} before the first message."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one message."""
+
+    answers: Mapping[str, str]
+    """By speaker."""
+    history: History
+    """With this exchange; goes in with the next message."""
+    num_unseen: Mapping[str, int]
+    """Oldest exchanges that no longer fitted in front of this message."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each speaker that no longer sees the whole conversation."""
+        return tuple(
+            f"{name} no longer sees the oldest {unseen} of {len(self.history[name]) - 1} "
+            "exchanges: the model has no places left for them"
+            for name, unseen in self.num_unseen.items()
+            if unseen
+        )
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """The models of a run, loaded once, and how they are asked. A conversation goes in and out.
+
+    Not for several threads at a time: the base speaks while the adapter of the same model is off.
+    """
+
+    run: RunConfig
+    models: Mapping[str, LoadedModel]
+    """By speaker, in the order of `SPEAKERS`. One model for both, but where all weights were
+    trained: then the base is another one."""
+    max_new_tokens: int = 128
+    """Where an answer that does not end by itself is cut."""
+
+    def reply(self, text: str, history: History) -> Reply:
+        """Let every speaker answer, greedily, with the system text and the template of training.
+
+        Where a conversation has become too long for the model's positions, the oldest exchanges are
+        left out of what it sees. Of a classifier every message is judged by itself.
+
+        Args:
+            text: The message; with the task classify the text to give a label.
+            history: Of the conversation so far. Not modified.
+
+        Raises:
+            ConfigError: This one message is too long.
+        """
+        seen = {name: self._prompt(name, text, history.get(name, ())) for name in self.models}
+        answers = {name: self._answer(name, text, ids) for name, (ids, _) in seen.items()}
+        return Reply(
+            answers,
+            {name: (*history.get(name, ()), (text, said)) for name, said in answers.items()},
+            {name: unseen for name, (_, unseen) in seen.items()},
+        )
+
+    def _answer(self, name: str, text: str, ids: list[int]) -> str:
+        loaded = self.models[name]
+        if self.run.task == "classify":
+            shares = predictions(loaded, [{"text": text}], self.run.train.max_length)[0]
+            label = (self.run.data.labels or ())[int(shares.argmax())]
+            return f"{label} ({float(shares.max()):.1%})"
+        asleep = name == "base" and loaded.has_adapter
+        with base_only(loaded) if asleep else contextlib.nullcontext():
+            (said,) = complete(loaded, [ids], max_new_tokens=self.max_new_tokens)
+        return said.text.strip()
+
+    def _prompt(self, name: str, text: str, talk: tuple[Exchange, ...]) -> tuple[list[int], int]:
+        """Token ids of as much of a conversation as fits, and how many exchanges do not."""
+        if self.run.task == "classify":
+            return [], 0
+        loaded = self.models[name]
+        places = positions(loaded)
+        room = None if places is None else places - self.max_new_tokens
+        ids: list[int] = []
+        for unseen in range(len(talk) + 1):
+            messages = self._messages(text, talk[unseen:])
+            (ids,) = encode(loaded, [render(loaded.tokenizer, messages, ask=True)])
+            if room is None or len(ids) <= room:
+                return ids, unseen
+        raise ConfigError(
+            f"this message comes to {len(ids)} tokens with its template; the model has places for "
+            f"{places}, of which {self.max_new_tokens} are kept for the answer.\n"
+            "  Shorten it, or give a smaller --max-new-tokens."
+        )
+
+    def _messages(self, text: str, talk: tuple[Exchange, ...]) -> Conversation:
+        system = self.run.data.system
+        return (
+            *([{"role": "system", "content": system}] if system else []),
+            *(
+                {"role": role, "content": content}
+                for exchange in talk
+                for role, content in zip(("user", "assistant"), exchange, strict=True)
+            ),
+            {"role": "user", "content": text},
+        )
+
+
+def positions(loaded: LoadedModel) -> int | None:
+    """Tokens that the model has places for; None where its configuration does not say.
+
+    Trained vectors in front of the text take places too, though not of the base.
+    """
+    config = loaded.model.config.get_text_config()
+    places = getattr(config, "max_position_embeddings", None)
+    if places is None or loaded.kind not in PROMPT_KINDS:
+        return places
+    return places - sum(own.num_virtual_tokens for own in loaded.model.peft_config.values())
+
+
+@dataclass
+class Chat:
+    """One conversation: remembers what was said. The models are in `speakers`, loaded once."""
+
+    speakers: Speakers
+    history: History = field(default_factory=dict[str, tuple[Exchange, ...]])
+    notes: tuple[str, ...] = ()
+    """What to know of the last answers; see `Reply`."""
+
+    def say(self, text: str) -> dict[str, str]:
+        """Answers by speaker. See `Speakers.reply`."""
+        reply = self.speakers.reply(text, self.history)
+        self.history, self.notes = reply.history, reply.notes
+        return dict(reply.answers)
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.history, self.notes = {}, ()

@@ -1,0 +1,230 @@
+"""A finished run, or a comparison, as one HTML page that stands alone: no script, no request.
+
+Gathers the numbers; charts.py draws, verdicts.py words, and html/report.html lays out.
+Everything that is data (names, questions, answers, recipe) is escaped by the template.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from silotune.federation.metrics import Row, held_out_losses
+from silotune.federation.privacy_statement import privacy_lines
+from silotune.recipes.parse import to_toml
+from silotune.recipes.schema import RunConfig
+from silotune.results import charts
+from silotune.results.card import python_use
+from silotune.results.charts import Interval, Split
+from silotune.results.summary import (
+    budget_lines,
+    budget_warnings,
+    cost_lines,
+    is_scored,
+    label_table,
+    loss_table,
+    prediction_notes,
+    prediction_table,
+    unit_of,
+    worse_off,
+)
+from silotune.results.verdicts import num_clients, run_verdict
+
+Samples = Sequence[Mapping[str, Any]]
+"""client, question, reference, and answers by name ("base", "federated", ...)."""
+
+
+class Drawing(NamedTuple):
+    """A chart, and what is said beside it."""
+
+    title: str
+    svg: str
+    note: str = ""
+
+
+def run_page(
+    run: RunConfig,
+    summary: Mapping[str, Any],
+    rows: Sequence[Row],
+    provenance: Mapping[str, Any],
+    *,
+    split: Split,
+    samples: Samples,
+) -> str:
+    """The page of one run.
+
+    Args:
+        run: The resolved recipe.
+        summary: summary.json, as from `report.summarise`.
+        rows: metrics.jsonl.
+        provenance: provenance.json.
+        split: Rows, lengths and labels of each client; may be empty or lack clients.
+        samples: Answers side by side; may be empty.
+
+    Returns:
+        HTML.
+    """
+    header, *table = loss_table(summary)  # with hyphens: it is for terminals too
+    lost = worse_off(summary)
+    warnings = [f"Not better than the base for: {', '.join(lost)}."] if lost else []
+    warnings += budget_warnings(summary)
+    return render(
+        "report.html",
+        kind="run",
+        title=f"{provenance['base']['name']}, fine-tuned by {num_clients(summary['clients'])}",
+        subtitle=f"{summary['rounds']} rounds of {summary['algorithm']}, result after round "
+        f"{summary['result_round']}",
+        verdict=[run_verdict(summary)],
+        warnings=warnings,
+        notes=[*([run.report.note] if run.report.note else []), *budget_lines(summary)],
+        loss_header=header,
+        loss_rows=[(name, *(typeset(cell) for cell in cells)) for name, *cells in table],
+        lost=lost,
+        scored=is_scored(summary),
+        unit=unit_of(summary),
+        label_table=label_table(summary),
+        loss_charts=drawn(_loss_charts(rows, unit_of(summary))),
+        cost_lines=cost_lines(summary),
+        prediction_table=[
+            (name, *map(typeset, cells)) for name, *cells in prediction_table(summary)
+        ],
+        prediction_notes=prediction_notes(summary),
+        privacy_lines=privacy_lines(summary["privacy"]) if "privacy" in summary else [],
+        cost_charts=drawn(
+            _cost_charts(rows, summary["rounds"], charts.biggest(summary["clients"]))
+        ),
+        use=_use(run, provenance),
+        **shared_parts(run, provenance, split, samples),
+        adapter_sha256=summary["adapter_sha256"],
+    )
+
+
+def capitalised(text: str) -> str:
+    """The text with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def better(metric: Mapping[str, Any]) -> str:
+    """Which way a metric improves, in words."""
+    return "lower is better" if metric["lower_is_better"] else "higher is better"
+
+
+# --- charts -----------------------------------------------------------------------------------
+
+
+def _loss_charts(rows: Sequence[Row], unit: str) -> list[Drawing]:
+    held_out = _by_client(rows, "evaluate", "loss")
+    training = _by_client(rows, "train", "train_loss")
+    overall = {r: loss for r, loss in held_out_losses(rows).items() if math.isfinite(loss)}
+    return [
+        Drawing("Held-out loss", charts.held_out_loss(held_out, overall, unit)),
+        Drawing("Training loss", charts.training_loss(training, unit)),
+    ]
+
+
+def _cost_charts(rows: Sequence[Row], rounds: int, shown: Sequence[str]) -> list[Drawing]:
+    down: dict[int, float] = {}
+    up: dict[int, float] = {}
+    for row in rows:
+        # the adapter after round r travels in round r + 1; the last one is scored by itself
+        at = min(row["round"] + (row["event"] == "evaluate"), rounds)
+        down[at] = down.get(at, 0) + row.get("bytes_down", 0)
+        up[at] = up.get(at, 0) + row.get("bytes_up", 0)
+    training, whole = (
+        _by_client(rows, "train", "seconds_training"),
+        _by_client(rows, "train", "seconds"),
+    )
+    inside = {name: sum(training[name].values()) for name in shown if name in training}
+    other = {name: max(0.0, sum(whole.get(name, {}).values()) - s) for name, s in inside.items()}
+    note = "The last adapter's way to the clients for scoring counts in the last round."
+    return [
+        Drawing("Traffic per round", charts.bytes_per_round(down, up), note),
+        Drawing("Time per client", charts.seconds_per_client(inside, other)),
+    ]
+
+
+def _split_charts(split: Split) -> list[Drawing]:
+    shown = {name: split[name] for name in charts.biggest(split)}
+    some = len(shown) < len(split)
+    note = f"The {len(shown)} clients with the most rows, of {len(split)}. " if some else ""
+    box = "Box: the middle half, with the median; whiskers: 5 % and 95 % of the rows."
+    return [
+        Drawing("Rows", charts.rows_per_client(shown), note),
+        Drawing("Labels", charts.labels_per_client(shown), note),
+        Drawing("Lengths", charts.tokens_per_client(shown), note + box),
+    ]
+
+
+def _by_client(rows: Sequence[Row], event: str, key: str) -> dict[str, dict[int, float]]:
+    """A number of every client's rows by round, without those that are no number."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["event"] == event and math.isfinite(row.get(key, math.nan)):
+            found.setdefault(row["client"], {})[row["round"]] = row[key]
+    return dict(sorted(found.items()))
+
+
+def only_finite(given: Mapping[str, Interval], arms: Iterable[str]) -> dict[str, Interval]:
+    """What can be drawn of some arms."""
+    numbers = {
+        arm: {k: v for k, v in given[arm].items() if v is not None and math.isfinite(v)}
+        for arm in arms
+        if given.get(arm)
+    }
+    return {arm: found for arm, found in numbers.items() if "mean" in found}
+
+
+def drawn(drawings: Iterable[Drawing]) -> list[Drawing]:
+    """The drawings that show anything."""
+    return [drawing for drawing in drawings if drawing.svg]
+
+
+# --- tables and words -------------------------------------------------------------------------
+
+
+def shared_parts(
+    run: RunConfig, provenance: Mapping[str, Any], split: Split, samples: Samples
+) -> dict[str, Any]:
+    """What both pages end with."""
+    return {
+        "samples": samples,
+        "split": split,
+        "split_charts": drawn(_split_charts(split)),
+        "recipe": to_toml(run),
+        "seed": run.seed,
+        "provenance": provenance,
+        "rows_sha256": rows_sha256(run, provenance),
+    }
+
+
+def rows_sha256(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
+    """The hash of all rows; None under [privacy]: who knows all but one could try that one out."""
+    return provenance["data"]["sha256"] if run.privacy.unit == "none" else None
+
+
+def _use(run: RunConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The lines of the model card, as words and code."""
+    words, _, code = "\n".join(python_use(run)).partition("```python")
+    return {
+        "ask": f'silotune ask {provenance["run"]} "your question"',
+        "words": words.replace("`", "").strip(),
+        "python": code.strip().removesuffix("```").strip(),
+    }
+
+
+def typeset(cell: str) -> str:
+    """A table's cell with a real minus sign, and a dash for no value."""
+    return "–" if cell == "-" else cell.replace("-", "−")
+
+
+def render(template: str, **page: Any) -> str:
+    """Fill one of the package's templates; all that is data is escaped."""
+    import jinja2
+
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("silotune.results", "html"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return env.get_template(template).render(page)

@@ -1,0 +1,254 @@
+"""A finished run on disk: its numbers, its adapter, its model, its page."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from silotune.core.atomic_files import write_atomically
+from silotune.core.errors import ConfigError, ModelError, RunFolderError, UpdateError
+from silotune.core.types import AdapterState
+from silotune.federation.metrics import Row
+from silotune.federation.privacy_statement import releases, statement
+from silotune.federation.progress import Progress
+from silotune.federation.recipe_model import load_for
+from silotune.federation.run_folder import RunFolder
+from silotune.models.adapters import without_frozen
+from silotune.models.gguf_write import GgufType
+from silotune.models.loading import LoadedModel, folder_of_base, write_adapter
+from silotune.models.sources import content_hash, is_hub_id
+from silotune.recipes.schema import RunConfig
+from silotune.results.chat import NO_HEAD, SPEAKERS, Chat, Speaker, Speakers
+from silotune.results.export import GGUF_DEFAULT, check_order, export_run
+from silotune.results.export_card import ExportKind
+from silotune.results.hub import hub_login, push_folder
+from silotune.results.page import run_page
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a text is a path too
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json: losses per client, bytes, seconds, fingerprint of the adapter."""
+        summary = RunFolder.open(self.path).read_json("summary.json")
+        if summary is None:
+            raise RunFolderError(
+                f"{self.path} is not finished.\n  Go on with it: silotune run --resume {self.path}"
+            )
+        return summary
+
+    @property
+    def metrics(self) -> list[Row]:
+        """metrics.jsonl: one row per round, client and event."""
+        return RunFolder.open(self.path).metrics()
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """Some held-out questions with what base and result answer; [] where none were asked."""
+        return RunFolder.open(self.path).read_json("samples.json") or []
+
+    @property
+    def privacy(self) -> dict[str, Any] | None:
+        """What it promised, what it has spent, and every release; None without [privacy].
+
+        Enough to compute epsilon anew; see docs/privacy.md.
+        """
+        folder = RunFolder.open(self.path)
+        found = statement(folder.run, folder)
+        return found and {**found, "releases": releases(folder), "sha256": self._sha256()}
+
+    def _sha256(self) -> dict[str, str]:
+        """What the statement speaks of: the recipe, the promise, and the result's tensors."""
+        names = ("recipe.toml", "privacy.json", "adapter/adapter_model.safetensors")
+        return {
+            name: hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+            for name in names
+            if (self.path / name).is_file()
+        }
+
+    def report(self) -> Path:
+        """Write report.html: the run on one page, without a network. Returns its path."""
+        folder = RunFolder.open(self.path)
+        page = run_page(
+            folder.run,
+            self.summary,
+            self.metrics,
+            folder.read_json("provenance.json"),
+            split=folder.read_json("split.json") or {},
+            samples=self.samples,
+        )
+        write_atomically(self.path / "report.html", page.encode())
+        return self.path / "report.html"
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved recipe."""
+        return RunFolder.open(self.path).run
+
+    def adapter(self) -> AdapterState:
+        """The result's tensors by name, float32."""
+        return read_result(self.path / "adapter")
+
+    def load(self) -> LoadedModel:
+        """The model with the result in it.
+
+        Raises:
+            RunFolderError: There is no result yet.
+            ModelError: The base is not the one that the adapter was trained on.
+        """
+        adapter = self.adapter()
+        self._check_base()
+        return self._load(self.config, adapter)
+
+    def _load(self, run: RunConfig, adapter: AdapterState) -> LoadedModel:
+        loaded = load_for(run)
+        head = loaded.head_modules
+        if head is not None and run.adapter.head == "freeze":
+            # saved with the adapter, which is of no use without it; the same as when it was drawn
+            adapter = {name: t for name, t in adapter.items() if not head.holds(name)}
+        try:
+            write_adapter(loaded, without_frozen(loaded.model, loaded.kind, adapter))
+        except UpdateError as error:
+            raise ModelError(
+                f"{self.path / 'adapter'} does not fit {run.model.name}: {error}\n"
+                "  Restore the run's own recipe and adapter."
+            ) from error
+        return loaded
+
+    def _check_base(self, *, there: bool = False) -> None:
+        """Refuse a base that has changed; with `there` one that is gone, too."""
+        model = self.config.model
+        newest = is_hub_id(model.name) and model.revision is None  # is what was asked for
+        if newest and not there:
+            return
+        try:
+            folder = folder_of_base(model)
+        except OSError as error:  # a folder that is gone may read like a hub id
+            raise ModelError(
+                f"the base '{model.name}' is gone: it is neither a folder here nor on the hub.\n"
+                "  Restore it, or go where it can be reached."
+            ) from error
+        if newest and not any(folder.glob("*.safetensors")):
+            return  # fetched when it is loaded
+        provenance = RunFolder.open(self.path).read_json("provenance.json")
+        if content_hash(folder) != provenance["base"]["sha256"]:
+            raise ModelError(
+                f"{model.name} is not the base that {self.path} was trained on: its files have "
+                "changed.\n  Restore them, or train anew."
+            )
+
+    def export(
+        self,
+        kind: ExportKind = "peft",
+        *,
+        to: Path | str | None = None,
+        gguf_type: GgufType | None = None,
+        push: str | None = None,
+        public: bool = False,
+        progress: Progress | None = None,
+    ) -> Path:
+        """Write the result for others to load, with a card that says where it comes from.
+
+        Args:
+            kind: "peft": the adapter, tokenizer and chat template. "merged": the adapter merged
+                into the base that is not quantised, as a plain model folder. "gguf": the same as
+                one file for llama.cpp, for models of the Llama family.
+            to: The folder to create; by default export/<kind> in the run folder. Never overwritten.
+            gguf_type: How a GGUF file stores matrices; by default f16.
+            push: OWNER/NAME: upload it to the hub too, as whoever is logged in there.
+            public: Whether everyone may read that repository.
+            progress: Told what happens; silent by default.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: Arguments that cannot be, or nobody is logged in to the hub.
+            ModelError: The base is gone or has changed, or there is no such export of this run.
+            RunFolderError: The run is not finished, or something is in the place.
+            DiskError: The folder cannot be written.
+            SilotuneError: The hub did not take it; the folder stays.
+        """
+        progress = progress or Progress()
+        check_order(self.config, kind, gguf_type=gguf_type, push=push, public=public)
+        _, adapter = self.summary, self.adapter()  # is it finished?
+        self._check_base(there=True)
+        api = hub_login() if push is not None else None
+        place = export_run(
+            self.path,
+            kind,
+            Path(to) if to is not None else self.path / "export" / kind,
+            gguf_type=gguf_type or GGUF_DEFAULT,
+            load=lambda run: self._load(run, adapter),
+            progress=progress,
+        )
+        if push is not None:
+            progress.note(f"pushing to {push}")
+            progress.note(f"pushed: {push_folder(api, place, push, public=public)}")
+        return place
+
+    def ask(self, question: str, *, base: bool = False, max_new_tokens: int = 128) -> str:
+        """Answer a question with the trained adapter, or with the base.
+
+        The system text and the template are those of training. With the task classify, `question`
+        is the text, and the answer its label and how likely the model takes it to be.
+
+        Raises:
+            ConfigError: The question is too long, or the base has no head to answer with.
+        """
+        only: Speaker = "base" if base else "federated"
+        return self.chat(only=only, max_new_tokens=max_new_tokens).say(question)[only]
+
+    def chat(self, *, only: Speaker | None = None, max_new_tokens: int = 128) -> Chat:
+        """Begin a conversation with the base and the federated model, side by side.
+
+        Loads the model once. Where all weights were trained the base is another model, and both are
+        held in memory. A classifier's base has no head, so there the federated model is alone.
+
+        Args:
+            only: Leave the other one out.
+            max_new_tokens: Where an answer that does not end by itself is cut.
+
+        Raises:
+            ConfigError: The base alone is asked for, and has no head.
+            ModelError: See `load`.
+        """
+        run = self.config
+        if run.task == "classify":
+            if only == "base":
+                raise ConfigError(f"{NO_HEAD}.\n  Ask without --base, and without --only base.")
+            only = "federated"
+        whole = run.adapter.kind == "full"
+        result = None if whole and only == "base" else self.load()
+        base = load_for(run) if whole and only != "federated" else result
+        both = zip(SPEAKERS, (base, result), strict=True)
+        models = {name: m for name, m in both if m is not None and only in (None, name)}
+        return Chat(Speakers(run, models, max_new_tokens))
+
+
+def read_result(adapter: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter or model, by name.
+
+    Raises:
+        RunFolderError: There are none.
+    """
+    files = sorted(adapter.glob("*.safetensors"))
+    if not files:
+        raise RunFolderError(
+            f"{adapter} holds no result yet.\n"
+            f"  Go on with it: silotune run --resume {adapter.parent}"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        tensors |= load_file(path)
+    return tensors

@@ -1,0 +1,283 @@
+"""What a run says at its end: the summary as numbers and as tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from silotune.core.wording import human_bytes, human_seconds
+from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
+from silotune.recipes.schema import RunConfig
+
+ARMS = ("base", "federated")
+
+
+def summarise(
+    run: RunConfig,
+    rows: Sequence[Row],
+    clients: Mapping[str, Mapping[str, int]],
+    *,
+    result_round: int,
+    measured: Mapping[str, Any],
+    head_bytes: int = 0,
+) -> dict[str, Any]:
+    """The contents of summary.json.
+
+    Args:
+        run: The resolved recipe.
+        rows: metrics.jsonl.
+        clients: num_train and num_eval of each client.
+        result_round: Rounds behind the adapter that became the result.
+        measured: What only the process knows: seconds_total, base_model_loads, peak_memory_bytes,
+            adapter_sha256, adapter.
+        head_bytes: Of the classification head, in every message that carries the adapter.
+    """
+    losses = {
+        (row["round"], row["client"]): row["loss"]
+        for row in rows
+        if row["event"] == "evaluate" and row["status"] == "ok"
+    }
+    overall = held_out_losses(rows)
+    own = [row for row in rows if row["event"] == "train" and "seconds_training" in row]
+    at_server = [row for row in rows if row["event"] == "server"]
+    sent = {
+        key: [n for row in rows if (n := row.get(key, 0))] for key in ("bytes_up", "bytes_down")
+    }
+    found: dict[str, Any] = {}
+    if run.task == "classify":
+        found["labels"] = list(run.data.labels or ())
+        found["scores"] = _label_scores(rows, clients, result_round)
+        found |= {f"head_{key}": head_bytes * len(sizes) for key, sizes in sent.items()}
+    if at_server:
+        found["seconds_server"] = sum(row["seconds"] for row in at_server)
+        found["tokens_server"] = sum(int(row["num_tokens"]) for row in at_server)
+    return {
+        "task": run.task,
+        "algorithm": getattr(run.algorithm, "name", ""),
+        "rounds": max((row["round"] for row in rows if row["event"] == "round"), default=0),
+        "result_round": result_round,
+        "clients": {
+            name: {
+                "base_loss": losses.get((0, name)),
+                "federated_loss": losses.get((result_round, name)),
+                **counts,
+            }
+            for name, counts in sorted(clients.items())
+        },
+        "overall": {
+            "base_loss": overall.get(0),
+            "federated_loss": overall.get(result_round),
+        },
+        **{key: sum(sizes) for key, sizes in sent.items()},
+        # real clients under [privacy] keep it
+        "tokens_trained": sum(int(row["num_tokens"]) for row in own)
+        if all("num_tokens" in row for row in own)
+        else None,
+        "seconds_training": sum(row["seconds_training"] for row in own),
+        **found,
+        **measured,
+    }
+
+
+def _label_scores(
+    rows: Sequence[Row], clients: Mapping[str, Any], result_round: int
+) -> dict[str, Any]:
+    """Accuracy, macro F1 and Matthews correlation of base and result, by client and over all.
+
+    Over all are all rows together, not a mean of the clients.
+    """
+
+    def scores(own: Sequence[Row]) -> dict[str, Any]:
+        by_round = overall_scores(own)
+        return {"base": by_round.get(0), "federated": by_round.get(result_round)}
+
+    by_client = {
+        name: scores([row for row in rows if row.get("client") == name]) for name in sorted(clients)
+    }
+    return {"clients": by_client, "overall": scores(rows)}
+
+
+def unit_of(summary: Mapping[str, Any]) -> str:
+    """What a loss is a mean over."""
+    return "nats per row" if summary.get("task") == "classify" else "nats per token"
+
+
+def label_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: accuracy, macro F1 and Matthews correlation, base and federated.
+
+    Empty for tasks other than classify.
+    """
+    if "scores" not in summary:
+        return []
+    names = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "Matthews"}
+    header = ["client", *(f"{name}: {arm}" for name in names.values() for arm in ARMS)]
+    lines = [tuple(header)]
+    scores = summary["scores"]
+    for client, own in [*scores["clients"].items(), ("all", scores["overall"])]:
+        cells = (
+            "-" if own[arm] is None else f"{own[arm][key]:.3f}" for key in names for arm in ARMS
+        )
+        lines.append((client, *cells))
+    return lines
+
+
+def worse_off(summary: Mapping[str, Any]) -> list[str]:
+    """Clients whose held-out loss is not lower than the base's."""
+    return [
+        name
+        for name, c in summary["clients"].items()
+        if None not in (c["base_loss"], c["federated_loss"])
+        and not c["federated_loss"] < c["base_loss"]
+    ]
+
+
+def is_scored(summary: Mapping[str, Any]) -> bool:
+    """Whether any client's held-out loss is known, of base or result."""
+    arms = (c[f"{arm}_loss"] for c in summary["clients"].values() for arm in ARMS)
+    return any(loss is not None for loss in arms)
+
+
+def loss_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: client, rows, held-out loss of base and federated adapter, difference.
+
+    Where no loss is known the rows alone.
+    """
+    lines = [("client", "train rows", "held-out rows", "base", "federated", "change")]
+    for name, c in summary["clients"].items():
+        lines.append((name, str(c["num_train"]), str(c["num_eval"]), *_three(c)))
+    rows = [summary["clients"][name] for name in summary["clients"]]
+    totals = (str(sum(c["num_train"] for c in rows)), str(sum(c["num_eval"] for c in rows)))
+    table: list[tuple[str, ...]] = [*lines, ("all", *totals, *_three(summary["overall"]))]
+    return table if is_scored(summary) else [line[:3] for line in table]
+
+
+def _three(c: Mapping[str, Any]) -> tuple[str, str, str]:
+    before, after = c["base_loss"], c["federated_loss"]
+    if before is None or after is None:
+        return ("-", "-", "-")
+    return (f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+
+
+def cost_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Bytes and seconds in words."""
+    at_server = summary.get("seconds_server", 0.0)
+    other = summary["seconds_total"] - summary["seconds_training"] - at_server
+    server = f"{human_seconds(at_server)} on the server's rows, " if at_server else ""
+    down, up = (
+        human_bytes(summary[key])
+        + (f" (head {human_bytes(summary[f'head_{key}'])})" if summary.get(f"head_{key}") else "")
+        for key in ("bytes_down", "bytes_up")
+    )
+    tokens, peak = summary["tokens_trained"], summary["peak_memory_bytes"]
+    return [
+        f"sent to clients {down}, sent by clients {up}",
+        f"{human_seconds(summary['seconds_training'])} in training, {server}"
+        f"{human_seconds(other)} in everything else",
+        ("" if tokens is None else f"{tokens} tokens trained, ")
+        + f"base loaded {summary['base_model_loads']} time(s)"
+        + ("" if peak is None else f", peak memory {human_bytes(peak)}"),
+    ]
+
+
+def budget_warnings(summary: Mapping[str, Any]) -> list[str]:
+    """That the run went beyond budget.hours, where it did."""
+    budget = summary.get("budget")
+    if not budget or budget["hours"] is None or budget["seconds"] <= 3600 * budget["hours"]:
+        return []
+    one = f", and round 1 alone took {human_seconds(budget['longest_round_seconds'])}"
+    return [
+        f"budget.hours = {budget['hours']:g} was not kept: the run took "
+        f"{human_seconds(budget['seconds'])} until the last score"
+        f"{one if budget['rounds'] == 1 else ''}."
+    ]
+
+
+def budget_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Which ceiling ended the run after which round, where one did."""
+    budget = summary.get("budget")
+    if not budget or budget["ended_by"] is None:
+        return []
+    after = f"round {budget['rounds']} of {budget['planned_rounds']}"
+    return [f"{budget['ended_by']} ended the run after {after}"]
+
+
+def prediction_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: what was predicted, what it was, and the difference in percent.
+
+    Empty for runs of an older silotune.
+    """
+    if not (found := summary.get("predicted")):
+        return []
+    words = {
+        "bytes": ("sent, both ways", human_bytes),
+        "memory": ("peak memory", human_bytes),
+        "seconds": ("time until the last score", human_seconds),
+    }
+    lines = [("cost", "predicted", "actual", "difference")]
+    for key, (what, shown) in words.items():
+        if (pair := found[key]) is not None:
+            both = (shown(pair["predicted"]), shown(pair["actual"]))
+            lines.append((what, *both, f"{100 * pair['difference']:+.1f} %"))
+    return lines
+
+
+def prediction_notes(summary: Mapping[str, Any]) -> list[str]:
+    """Why predicted and actual costs differ, or do not compare."""
+    return list(summary.get("predicted", {}).get("notes", ()))
+
+
+def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Header and rows: a round a line; its losses over all clients, bytes and seconds.
+
+    Args:
+        rows: metrics.jsonl.
+    """
+    held_out, labels = held_out_losses(rows), overall_scores(rows)
+    more = ("accuracy", "macro F1", "Matthews") if labels else ()
+    lines = [("round", "train loss", "held-out loss after it", *more, "sent", "seconds")]
+
+    def scores(round_: int) -> tuple[str, ...]:
+        found = labels.get(round_)
+        return tuple(f"{n:.3f}" for n in found.values()) if found else ("-",) * len(more)
+
+    if 0 in held_out:
+        lines.append(("0 (base)", "-", f"{held_out[0]:.3f}", *scores(0), "-", "-"))
+    for last in (row for row in rows if row["event"] == "round"):
+        own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
+        after = held_out.get(last["round"])
+        sent = sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in own)
+        lines.append(
+            (
+                str(last["round"]),
+                f"{train_loss(own):.3f}" if trained(own) else "-",
+                "-" if after is None else f"{after:.3f}",
+                *scores(last["round"]),
+                human_bytes(sent),
+                f"{last['seconds']:.1f}",
+            )
+        )
+    return lines
+
+
+def split_table(split: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: a client a line; its rows, lengths and commonest labels.
+
+    Args:
+        split: As from `overview.describe_split`.
+    """
+    header = (
+        "client",
+        "train rows",
+        "held-out rows",
+        "tokens: median",
+        "95 %",
+        "longest",
+        "labels",
+    )
+    lines: list[tuple[str, ...]] = [header]
+    for name, own in split.items():
+        labels = [f"{label} {count}" for label, count in list(own["labels"].items())[:4]]
+        more = len(own["labels"]) - len(labels)
+        shown = ", ".join(labels) + (f" and {more} more" if more else "")
+        lengths = (f"{own['tokens'][key]:.0f}" for key in ("p50", "p95", "max"))
+        counts = (str(own["num_train"]), str(own["num_eval"]))
+        lines.append((name, *counts, *lengths, shown or "-"))
+    return lines

@@ -1,0 +1,84 @@
+"""What a run, or a comparison, says in one sentence; and numbers in words.
+
+A verdict compares an arm with training alone ("local"), and is one of the keys of `PHRASES`.
+"""
+
+import math
+from collections.abc import Mapping, Sized
+from typing import Any
+
+from silotune.results.summary import unit_of, worse_off
+
+PHRASES = {
+    "gained": "gained",
+    "lost": "lost",
+    "no clear difference": "shows no clear difference",
+    "too few rows": "has too few rows for a verdict",
+}
+COUNTED = {
+    "gained": "gained",
+    "lost": "lost",
+    "no clear difference": "with no clear difference",
+    "too few rows": "with too few rows",
+}
+
+
+def run_verdict(summary: Mapping[str, Any]) -> str:
+    """One plain sentence: for how many clients it is better than the base, and by how much."""
+    scored = [
+        c for c in summary["clients"].values() if None not in (c["base_loss"], c["federated_loss"])
+    ]
+    before, after = summary["overall"]["base_loss"], summary["overall"]["federated_loss"]
+    if not scored or before is None or after is None:
+        return "Held-out loss was not measured, so this run cannot say whether it helped."
+    num_better = len(scored) - len(worse_off(summary))
+    if after == before:
+        change = f"it stayed at {before:.3f}"
+    else:
+        share = number(100 * (after - before) / before if before else None, "+.1f") + "\u00a0%"
+        way = "fell" if after < before else "rose"
+        change = f"it {way} from {before:.3f} to {after:.3f} {unit_of(summary)} ({share})"
+    verb = "has" if num_better == 1 else "have"
+    missing = len(summary["clients"]) - len(scored)
+    unknown = f" {num_clients(range(missing))} without a held-out score." if missing else ""
+    return (
+        f"{num_better} of {num_clients(scored)} {verb} a lower held-out loss than with the base; "
+        f"over all, weighted by {unit_of(summary).rsplit(' ', 1)[1]}s, {change}.{unknown}"
+    )
+
+
+def gain(group: Mapping[str, Any], key: str, comparison: Mapping[str, Any]) -> str:
+    """What the result does for one client, or for the mean over clients, in one metric."""
+    metric, result = comparison["metrics"][key], comparison["result"]
+    verdict = group["verdicts"].get(key, {}).get(result)
+    difference = group["differences"].get(key, {}).get(result)
+    said = f"{PHRASES.get(verdict, 'has no verdict')}: {metric['label']}"
+    if not difference:
+        return said
+    return f"{said} {interval(difference, signed(metric))} {metric['unit']}"
+
+
+def signed(metric: Mapping[str, Any]) -> str:
+    """The form of a difference in this metric."""
+    return f"+.{metric['digits']}f"
+
+
+def num_clients(given: Sized) -> str:
+    """'1 client', '2 clients'."""
+    return f"{len(given)} client{'' if len(given) == 1 else 's'}"
+
+
+def interval(given: Mapping[str, float | None] | None, form: str) -> str:
+    """'2.200 [2.000, 2.400]', without what is missing; a line may break before the bracket.
+
+    Args:
+        given: mean, low and high.
+        form: Of each number, for instance ".3f".
+    """
+    mean, low, high = (number((given or {}).get(key), form) for key in ("mean", "low", "high"))
+    return mean if "–" in (mean, low, high) else f"{mean} [{low},\u00a0{high}]"
+
+
+def number(x: float | None, form: str) -> str:
+    """A number with a real minus sign; what is none is a dash."""
+    return "–" if x is None or not math.isfinite(x) else format(x, form).replace("-", "−")

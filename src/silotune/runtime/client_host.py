@@ -1,0 +1,167 @@
+"""What answers messages where the rows are: one process, one base model, any number of clients.
+
+In Flower's simulation every actor has one; in deployment every client has one of its own, in its
+resident worker. Errors become a code and a place: an exception's text may hold a client's rows, so
+it goes to the log on this side and never to the server.
+"""
+
+import contextlib
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import silotune
+from silotune.core.algorithm import keep_local
+from silotune.core.errors import BudgetSpent, Declined, SilotuneError, UpdateError
+from silotune.core.types import BUDGET_SPENT, Failure
+from silotune.data.clients import ClientRows
+from silotune.federation.client import (
+    ClientData,
+    Worker,
+    prepare_client,
+    score,
+    take_part,
+    withheld,
+)
+from silotune.federation.client_memory import load_memory
+from silotune.federation.client_privacy import Ledger
+from silotune.federation.recipe_model import load_for, local_tensors
+from silotune.models.devices import peak_memory_bytes
+from silotune.models.loading import folder_of_base, num_base_loads
+from silotune.models.sources import content_hash
+from silotune.recipes.schema import RunConfig
+from silotune.runtime import wire
+from silotune.runtime.flower.strategy import algorithm_of
+from silotune.runtime.payload import Parcel
+from silotune.training.loop import pick_optimizer
+from silotune.training.tasks import build_task
+
+PACKAGE = Path(silotune.__file__).parent
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process finds what its clients own."""
+
+    run: RunConfig
+    """The recipe as it is run here."""
+    rows: Callable[[str], ClientRows]
+    """A client's rows, by its name."""
+    folder: Callable[[str], Path]
+    """The folder of what a client keeps, by its name."""
+    ledger: Ledger | None = None
+    """Where a real client writes down what it releases, over all runs on its rows."""
+    withholds: bool = False
+    """Whether what has no noise stays here; for real clients under [privacy]. The number of rows is
+    told."""
+
+
+class Station:
+    """The model, once, and the tokens of every client served so far."""
+
+    def __init__(self, place: Place) -> None:
+        """Load the base model.
+
+        Raises:
+            ModelError: It cannot be loaded here.
+        """
+        run = place.run
+        torch.set_num_threads(run.runtime.threads)
+        self.place = place
+        loaded = load_for(run)
+        algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
+        task = build_task(run.task, run.data.labels)
+        self.worker = Worker(loaded, task, run, algorithm, place.ledger)
+        self.base_sha256 = content_hash(folder_of_base(run.model))
+        self.data: dict[str, ClientData] = {}
+
+    def answer(self, kind: str, client: str, parcel: Parcel) -> Parcel:
+        """Do what a message asks for. Raises what goes wrong; see `guarded`."""
+        data = self._data(client)
+        if kind == "query":
+            return self._report(data)
+        broadcast, own = wire.decode_broadcast(parcel), self.place.folder(client)
+        if kind == "train":
+            if self.place.withholds:
+                broadcast = replace(broadcast, score=False)
+            update = take_part(self.worker, data, broadcast, own)
+            if self.place.withholds:
+                update = withheld(update)
+            return self._signed(wire.encode_update(update))
+        if self.place.withholds:
+            raise Declined(
+                f"client '{client}' keeps its scores: under [privacy] they have no noise.\n"
+                "  Set evaluate.every = 0."
+            )
+        memory = load_memory(own, broadcast.round)
+        result = score(self.worker, data, broadcast, memory)
+        return self._signed(wire.encode_score(result, broadcast.round))
+
+    def _data(self, client: str) -> ClientData:
+        if client not in self.data:
+            self.data[client] = prepare_client(self.place.rows(client), self.worker)
+        return self.data[client]
+
+    def _report(self, data: ClientData) -> Parcel:
+        """What the server wants to know before the first round."""
+        run, quiet = self.worker.run, self.place.withholds
+        about = {
+            "num_train": len(data.examples),
+            "num_eval": data.num_eval,
+            # how long rows are is in them
+            "num_cut": 0 if quiet else data.num_cut,
+            "num_dropped": 0 if quiet else data.num_dropped,
+            "base_sha256": self.base_sha256,
+            "dtype": str(self.worker.loaded.dtype),
+            "quantization": self.worker.loaded.quantization,
+            "optimizer": pick_optimizer(run.train.optimizer, self.worker.loaded.device)[0],
+            "threads": torch.get_num_threads(),
+        }
+        return self._signed(Parcel({"report": about}))
+
+    def _signed(self, parcel: Parcel) -> Parcel:
+        """Say which process answered: the run's summary adds up loads and memory."""
+        about: dict[str, Any] = {
+            "id": f"{platform.node()}/{os.getpid()}",
+            "base_loads": num_base_loads(),
+            # the longest rows of a step decide it
+            "peak_memory_bytes": 0 if self.place.withholds else peak_memory_bytes(),
+        }
+        return Parcel({**parcel.about, "process": about}, parcel.values)
+
+
+def guarded(work: Callable[[], Parcel], *, client: str, round_: int) -> Parcel:
+    """The answer, or the failure in its place. No exception leaves a client."""
+    try:
+        parcel = work()
+    except Exception as error:  # whatever it is, it is this client's
+        with contextlib.suppress(OSError):  # a full disk, where the log lies too
+            traceback.print_exc(file=sys.stderr)
+        parcel = wire.encode_failure(failure_from(error, client=client, round_=round_))
+    return Parcel({**parcel.about, "client": client}, parcel.values)
+
+
+def failure_from(error: BaseException, *, client: str, round_: int) -> Failure:
+    """Code and place of an error. Only texts that hold names and shapes alone are passed on."""
+    told = {
+        UpdateError: "training failed",
+        Declined: "declined",
+        BudgetSpent: BUDGET_SPENT,
+    }
+    if type(error) in told:
+        return Failure(client, round_, told[type(error)], str(error)[:1000])
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).is_relative_to(PACKAGE)] or frames
+    where = "unknown place"
+    if ours:
+        last = ours[-1]
+        where = f"{Path(last.filename).name}:{last.lineno} in {last.name}"
+    known = "this client has the reason in its log" if isinstance(error, SilotuneError) else ""
+    return Failure(client, round_, type(error).__name__[:100], where[:1000], known)

@@ -1,0 +1,1 @@
+"""Everything that knows Flower: its engine, its apps, its records, its strategies."""

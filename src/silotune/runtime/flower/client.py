@@ -1,0 +1,96 @@
+"""The client's side of Flower: a message comes in, a `Station` answers it, a reply goes out.
+
+In simulation the station lives in this process, an actor that Ray keeps. In deployment Flower
+starts a new process for every message, so the station lives in a resident worker and this file
+only passes parcels on; it imports neither torch nor a model library then.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from silotune.runtime.flower.records import from_record, to_record
+from silotune.runtime.payload import Parcel
+
+if TYPE_CHECKING:
+    from silotune.runtime.client_host import Station
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say who this is, what it holds and what it runs."""
+    return _answer("query", message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round."""
+    return _answer("train", message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score an adapter on the held-out rows."""
+    return _answer("evaluate", message, context)
+
+
+def _answer(kind: str, message: Message, context: Context) -> Message:
+    told = dict(context.run_config)
+    if "runs" in told:  # of an exported app, where each run has a folder by Flower's number
+        told["folder"] = str(Path(str(told["runs"])) / str(context.run_id))
+    reply = pass_on(kind, from_record(message.content), told, context.node_config)
+    return Message(to_record(reply), reply_to=message)
+
+
+def pass_on(kind: str, parcel: Parcel, run: Mapping[str, Any], node: Mapping[str, Any]) -> Parcel:
+    """Find who answers. The only place that knows simulation from deployment.
+
+    Args:
+        kind: query, train or evaluate.
+        parcel: What the server sent.
+        run: The run's config: recipe, names of the clients, run folder.
+        node: This node's config: `client`, the path of a client's own configuration; or
+            `partition-id`, the number of a simulated client.
+    """
+    round_ = int(parcel.about.get("round", 0))
+    if "client" in node:
+        from silotune.runtime.flower.resident_worker import ask
+
+        asked = {"kind": kind, "recipe": run["recipe"], "run": run["run"], "parcel": parcel.about}
+        return ask(Path(str(node["client"])), Parcel(asked, parcel.values), round_=round_)
+    from silotune.runtime.client_host import guarded
+
+    name = json.loads(str(run["clients"]))[int(node["partition-id"])]
+
+    def work() -> Parcel:
+        station = _station(str(run["recipe"]), str(run["folder"]))
+        return station.answer(kind, name, parcel)
+
+    return guarded(work, client=name, round_=round_)
+
+
+@lru_cache(maxsize=1)
+def _station(recipe: str, folder: str) -> "Station":
+    """The simulated clients' station, once per actor."""
+    from silotune.data.clients import load_clients
+    from silotune.federation.run_folder import RunFolder
+    from silotune.recipes.schema import RunConfig
+    from silotune.runtime.client_host import Place, Station
+
+    run = RunConfig.model_validate_json(recipe)
+    rows = load_clients(
+        run.data,
+        run.partition,
+        seed=run.seed,
+        task=run.task,
+        server_fraction=run.server.data_fraction,
+    )
+    run_folder = RunFolder(Path(folder), run)
+    return Station(Place(run, rows.__getitem__, run_folder.client_folder))

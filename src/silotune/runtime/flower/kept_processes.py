@@ -1,0 +1,102 @@
+"""Processes that end when this one ends, however it ends: a keeper holds them."""
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from silotune.runtime.flower.process_keeper import end_all
+
+KEEPER = "keeper"
+
+
+class Kept:
+    """A keeper, the orders it is given, and what it says of processes that ended."""
+
+    def __init__(
+        self, private: Path, *, log: Path, environment: Mapping[str, str], lock: int | None = None
+    ) -> None:
+        """Start the keeper.
+
+        Args:
+            private: A folder that the keeper removes when all is over.
+            log: Where the keeper writes what is wrong with it.
+            environment: Of the keeper and of all it starts.
+            lock: A locked file that stays so until the last of the processes is gone.
+        """
+        self.mark = secrets.token_hex(16)
+        with log.open("ab") as file:
+            self._keeper = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "silotune.runtime.flower.process_keeper",
+                    self.mark,
+                    str(private),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=dict(environment),
+                start_new_session=True,  # Ctrl-C reaches this process alone
+                pass_fds=() if lock is None else (lock,),
+            )
+        assert self._keeper.stdout is not None
+        os.set_blocking(self._keeper.stdout.fileno(), False)
+
+    @property
+    def pid(self) -> int:
+        """The keeper's."""
+        return self._keeper.pid
+
+    def start(self, name: str, argv: Sequence[str], *, log: Path) -> None:
+        """Have a program started; `name` is what `ended` will call it."""
+        self._order({"name": name, "argv": [program(argv[0]), *argv[1:]], "log": str(log)})
+
+    def tell(self, name: str, signum: int) -> None:
+        """Send a signal to a program that was started by this name, if it is still there."""
+        self._order({"name": name, "signal": signum})
+
+    def _order(self, order: Mapping[str, Any]) -> None:
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.write(json.dumps(order).encode() + b"\n")
+        self._keeper.stdin.flush()
+
+    def ended(self) -> Iterator[tuple[str, int]]:
+        """Name and exit status of programs that have ended since the last call.
+
+        KEEPER is among them when the keeper itself has, and with it all the others.
+        """
+        assert self._keeper.stdout is not None
+        if self._keeper.poll() is not None:
+            yield KEEPER, self._keeper.returncode
+            return
+        while line := self._keeper.stdout.readline():
+            report = json.loads(line)
+            yield report["ended"], report["code"]
+
+    def close(self) -> None:
+        """End everything that was started, and wait for it."""
+        assert self._keeper.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._keeper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._keeper.wait(timeout=60)
+        if self._keeper.returncode != 0:
+            self._keeper.kill()
+            self._keeper.wait()
+            end_all(self.mark, adopted=False)  # this process may have children of its own
+        if self._keeper.stdout is not None:
+            self._keeper.stdout.close()
+
+
+def program(name: str) -> str:
+    """A console script of the same environment as this Python."""
+    beside = Path(sysconfig.get_path("scripts")) / name
+    return str(beside) if beside.exists() else name

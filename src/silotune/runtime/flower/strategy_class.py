@@ -1,0 +1,111 @@
+"""The class that a recipe names as "flower:<module>.<Class>": imported, checked, built.
+
+Importing it runs its module, so this happens where a recipe is checked and where the server runs.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from silotune.core.errors import ConfigError, SilotuneError
+from silotune.core.wording import did_you_mean
+from silotune.recipes.algorithm import NOT_OPTIONS, FlowerStrategyConfig
+
+if TYPE_CHECKING:
+    from flwr.serverapp.strategy import Strategy
+
+OURS = {
+    "fraction_train": 1.0,
+    "fraction_evaluate": 0.0,
+    "min_train_nodes": 1,
+    "min_evaluate_nodes": 1,
+    "min_available_nodes": 1,
+}
+"""Arguments that leave the choice of clients to [sampling], for classes that have them."""
+
+
+def refused(cfg: FlowerStrategyConfig, what: str, mend: str) -> ConfigError:
+    """The strategy of a recipe cannot be used: what is wrong, and how to mend it."""
+    what = what.rstrip(".")
+    end = "" if what.endswith("?") else "."
+    return ConfigError(f"algorithm.name: '{cfg.name}' {what}{end}\n  {mend}.")
+
+
+def text_of(error: Exception) -> str:
+    """What an error of foreign code says, in one line."""
+    kind = "" if isinstance(error, SilotuneError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".partition("\n")[0].rstrip(". ")
+
+
+def class_of(cfg: FlowerStrategyConfig) -> "type[Strategy]":
+    """Import the class that a recipe names. This runs its module.
+
+    Raises:
+        ConfigError: Flower, the module or the class is missing, or the class is no strategy.
+    """
+    try:
+        from flwr.serverapp.strategy import Strategy
+    except ImportError as error:
+        mend = "Install it where the server runs: pip install 'silotune[flower]'"
+        raise refused(cfg, f"needs Flower: {text_of(error)}", mend) from error
+    path, _, name = cfg.name.removeprefix("flower:").rpartition(".")
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:  # a module of strangers: whatever it raises is explained
+        mend = "Mend the path; a module of your own must be on PYTHONPATH"
+        raise refused(cfg, f"cannot be imported: {text_of(error)}", mend) from error
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, Strategy):
+        return found
+    classes = {n: c for n, c in vars(module).items() if isinstance(c, type)}
+    there = [n for n, c in classes.items() if issubclass(c, Strategy) and not inspect.isabstract(c)]
+    if found is None:
+        what = f"is not there: '{path}' has no '{name}'.{did_you_mean(name, there)}"
+        raise refused(cfg, what, f"Strategies there: {', '.join(there) or 'none'}")
+    mend = "Name a class of the message API; flwr.server.strategy holds the older ones"
+    raise refused(cfg, "is no subclass of flwr.serverapp.strategy.Strategy", mend)
+
+
+def builder_of(cfg: FlowerStrategyConfig) -> "Callable[[], Strategy]":
+    """A function that builds a fresh strategy with the recipe's options.
+
+    Raises:
+        ConfigError: As `class_of`; or the options are not those of the class.
+    """
+    cls = class_of(cfg)
+    known = _arguments(cls)
+    for key in sorted(cfg.options.keys() - known.keys()):
+        there = sorted(known.keys() - NOT_OPTIONS.keys())
+        what = f"has no option '{key}'.{did_you_mean(key, there)}"
+        raise refused(cfg, what, f"It has: {', '.join(there) or 'none'}")
+    given = {**{key: value for key, value in OURS.items() if key in known}, **cfg.options}
+    missing = [key for key, p in known.items() if p.default is p.empty and key not in given]
+    if "strategy" in missing:
+        mend = "Name a strategy that stands alone"
+        raise refused(cfg, "wraps another strategy, which a recipe cannot hold", mend)
+    if missing:
+        mend = f"Set {', '.join(f'algorithm.options.{key}' for key in missing)}"
+        raise refused(cfg, f"cannot be built without {', '.join(missing)}", mend)
+
+    def build() -> "Strategy":
+        try:
+            return cls(**given)
+        except Exception as error:
+            mend = "Change [algorithm.options]"
+            raise refused(cfg, f"cannot be built: {text_of(error)}", mend) from error
+
+    return build
+
+
+def _arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """Arguments of a class by name; where it takes **kwargs, those of its base too."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            _, *own = inspect.signature(vars(base)["__init__"]).parameters.values()
+            named = {p.name: p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            found = {**named, **found}
+            if all(p.kind is not p.VAR_KEYWORD for p in own):
+                break
+    return found

@@ -1,0 +1,272 @@
+"""A run is handed to a SuperLink and followed: what travels, what stays, and how it ends.
+
+The app that Flower gets is a pyproject whose components point into this package. Clients are told
+the recipe and the run's id; what is the server's alone lies in a file beside it, in the folder that
+the server app finds by its environment.
+"""
+
+import json
+import os
+import subprocess
+import sysconfig
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from silotune.core.atomic_files import write_json
+from silotune.core.errors import EngineError
+from silotune.data.files import EXAMPLES, locate
+from silotune.data.reading import DataConfig
+from silotune.federation.client_config import LOCATIONS, is_client_folder
+from silotune.federation.roster import MEMBERS, is_consortium
+from silotune.models.sources import SOURCES
+from silotune.recipes.schema import RunConfig
+from silotune.runtime.flower.kept_processes import program
+from silotune.runtime.flower.server_reports import OUTCOME, Follower, read_outcome
+from silotune.runtime.job import Job
+from silotune.runtime.payload import PART_BYTES
+from silotune.training.server_training import DistillConfig, ServerConfig
+
+SUBMIT_S = 120.0
+"""Seconds in which the server app has to begin."""
+RUNS = "SILOTUNE_RUNS"
+"""Environment variable of the server app: the folder in which each run has its own, by its id."""
+SETTINGS = "settings.json"
+CONNECTION = "engine"
+"""How the SuperLink is called in Flower's own configuration."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OWN = "each client's own"
+SERVER = "silotune.runtime.flower.server:app"
+APP = """\
+[project]
+name = "silotune-run"
+version = "0.0.0"
+[tool.flwr.app]
+publisher = "silotune"
+[tool.flwr.app.components]
+serverapp = "{server}"
+clientapp = "silotune.runtime.flower.client:app"
+[tool.flwr.app.config]
+"""
+
+
+def app_of(server: str) -> str:
+    """The head of a Flower app's pyproject, up to its config: no code, only names of functions."""
+    return APP.format(server=server)
+
+
+def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -> dict[str, str]:
+    """The caller's environment, without what Flower would send home or install.
+
+    Args:
+        home: Flower's own folder.
+        private: For sockets and other short-lived files.
+        runs: See `RUNS`.
+        threads: Processor threads of each process.
+    """
+    asked = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK]
+    no_proxy = ",".join(filter(None, asked))
+    own = {
+        # a proxy for the world outside would be asked for this machine's own ports too
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
+        # Flower starts its own programs by name
+        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # one after the other: over a slow link two together would take twice as long each
+        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(PART_BYTES),
+        "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
+        "TMPDIR": str(private),
+        "OMP_NUM_THREADS": str(threads),
+        RUNS: str(runs),
+    }
+    return {**os.environ, **own}
+
+
+class Link:
+    """A SuperLink that runs, and one job on it. Whoever owns the SuperLink's processes inherits."""
+
+    def __init__(self, job: Job, *, work: Path, log: Path) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            job: The run.
+            work: The run's own folder for settings, progress and outcome; its name is the run's id.
+            log: Where Flower's commands write what is not JSON.
+        """
+        self.job, self.work, self.log = job, work, log
+        self.run_id: int | None = None
+
+    def _environment(self) -> dict[str, str]:
+        raise NotImplementedError
+
+    def _options(self) -> list[str]:
+        """Further words of `flwr run`."""
+        return []
+
+    def _check_alive(self) -> None:
+        """Raise when waiting is of no use any more."""
+
+    def submit(self) -> None:
+        """Hand the app over.
+
+        Raises:
+            EngineError: Flower does not take it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(self.work / SETTINGS, own_settings(self.job))
+        told = told_settings(self.job)
+        app, values = self.work / "app", self.work / "told.toml"
+        app.mkdir(exist_ok=True)
+        empty = "".join(f'{key} = ""\n' for key in told)
+        (app / "pyproject.toml").write_text(app_of(SERVER) + empty, encoding="utf-8")
+        values.write_text(tomli_w.dumps(told), encoding="utf-8")
+        words = ["run", str(app), CONNECTION, "--run-config", str(values), "--format", "json"]
+        answer = self._flwr(*words, *self._options())
+        self.run_id = answer.get("run-id")
+        if not answer.get("success") or self.run_id is None:
+            raise self._problem("Flower did not take the run")
+
+    def follow(self) -> dict[str, Any]:
+        """Pass on progress until the server app has left its outcome.
+
+        Raises:
+            EngineError: It ended without one.
+        """
+        follower = Follower(self.work, self.job.progress)
+        deadline = time.monotonic() + SUBMIT_S
+        while True:
+            self._check_alive()
+            gone = follower.has_ended()
+            late = follower.process is None and time.monotonic() > deadline
+            ended = (self.work / OUTCOME).exists()  # looked at first: the last lines come before
+            follower.follow()
+            if ended and (outcome := read_outcome(self.work)):
+                return outcome
+            if gone or late:
+                what = "ended without a result" if gone else f"did not begin within {SUBMIT_S:g} s"
+                raise self._problem(f"Flower's server app {what} (Flower says: {self._status()})")
+            time.sleep(0.1)
+
+    def _status(self) -> str:
+        runs = self._flwr("ls", CONNECTION, "--run-id", str(self.run_id), "--format", "json")
+        entry = (runs.get("runs") or [{}])[0]
+        return str(entry.get("status", "unknown"))
+
+    def _flwr(self, *words: str) -> dict[str, Any]:
+        return flwr(words, environment=self._environment(), log=self.log)
+
+    def _problem(self, what: str) -> EngineError:
+        return EngineError(
+            f"{what}.\n  What the engine wrote: {self.job.folder.path / 'engine.log'}\n"
+            "  What was finished is kept; resume the run to go on."
+        )
+
+
+def flwr(words: "tuple[str, ...]", *, environment: Mapping[str, str], log: Path) -> dict[str, Any]:
+    """One command of Flower's own, its answer read as JSON; empty where it is none."""
+    done = subprocess.run(
+        [program("flwr"), *words],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    with log.open("a", encoding="utf-8") as file:
+        file.write(done.stderr)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(done.stdout)
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+# --- what is told, and what is not ----------------------------------------------------------------
+
+
+def told_settings(job: Job) -> dict[str, str]:
+    """What the server app and every client is told."""
+    told = {
+        "recipe": travelling(job.run).model_dump_json(serialize_as_any=True),
+        "run": job.folder.run_id(),
+    }
+    if job.run.runtime.name == "flower-simulation":  # actors are this machine's own
+        folder = str(job.folder.path.absolute())
+        told |= {"clients": json.dumps(sorted(job.names)), "folder": folder}
+    return told
+
+
+def own_settings(job: Job) -> dict[str, Any]:
+    """What the server app alone is told."""
+    return {
+        "clients": sorted(job.names),
+        "folder": str(job.folder.path.absolute()),
+        "base_sha256": job.base_sha256,
+        "local": sorted(job.local),
+        "members": str((job.consortium / MEMBERS).absolute()) if job.consortium else None,
+    }
+
+
+def read_settings(run_id: str) -> tuple[Path, dict[str, Any]]:
+    """The run's own folder and settings, as the server app finds them."""
+    work = Path(os.environ[RUNS]) / run_id
+    return work, json.loads((work / SETTINGS).read_text(encoding="utf-8"))
+
+
+def travelling(run: RunConfig) -> RunConfig:
+    """The recipe as it is sent: whole paths in simulation, no place of rows in deployment."""
+    if run.runtime.name == "flower":
+        place = locate(run.data.path)
+        if place is not None and (is_client_folder(place) or is_consortium(place)):
+            return without_places(run)
+        # these clients were cut from one data set: their rows are converted and split already
+        own, data = without_places(run), run.data
+        told = DataConfig(path=OWN, system=data.system, template=data.template, labels=data.labels)
+        return own.model_copy(update={"data": told})
+    # what the server does with its own rows is no client's business, but that a part of them is not
+    # the clients' is: actors read the rows anew
+    mine = {
+        "server": ServerConfig(data_fraction=run.server.data_fraction),
+        "distill": DistillConfig(),
+    }
+    return with_whole_paths(run).model_copy(update=mine)
+
+
+def with_whole_paths(run: RunConfig) -> RunConfig:
+    """The recipe with paths that mean the same in any directory."""
+    places = {"data": ("path", "eval_path"), "model": ("name",)}
+    places |= {"server": ("data_path",), "distill": ("teacher",)}
+    parts = {
+        part: (own := getattr(run, part)).model_copy(
+            update={key: _whole(value) for key in keys if (value := getattr(own, key))}
+        )
+        for part, keys in places.items()
+    }
+    return run.model_copy(update=parts)
+
+
+def _whole(name: str) -> str:
+    """A path from the root, where it is one of this machine's and no name of ours."""
+    place = Path(name).expanduser()
+    ours = name in EXAMPLES or name in SOURCES
+    return name if ours or not place.exists() else str(place.absolute())
+
+
+def without_places(run: RunConfig) -> RunConfig:
+    """A recipe for real clients: what rows look like stays, where they are does not."""
+    data = run.data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
+    # what the server does with its own rows is no client's business
+    mine = {"server": ServerConfig(), "distill": DistillConfig()}
+    return run.model_copy(update={"data": data, "partition": None, **mine})
+
+
+def _default(key: str) -> Any:
+    return DataConfig.model_fields[key].default

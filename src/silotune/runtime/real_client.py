@@ -1,0 +1,94 @@
+"""A real client: its own configuration decides what a recipe means here."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from silotune.core.errors import UpdateError
+from silotune.federation.client_config import (
+    ClientConfig,
+    check_base,
+    check_hours,
+    check_steps,
+    load_client_config,
+    own_recipe,
+    own_rows,
+)
+from silotune.federation.client_memory import folder_name
+from silotune.federation.client_privacy import Ledger
+from silotune.federation.ledger import FILE as LEDGER
+from silotune.federation.outbound_log import FILE as OUTBOUND
+from silotune.federation.outbound_log import Outbound
+from silotune.recipes.schema import RunConfig
+from silotune.runtime.client_host import Place, Station, guarded
+from silotune.runtime.payload import Parcel
+
+
+class Deployed:
+    """One client's station, kept as long as recipe and own configuration stay the same."""
+
+    def __init__(self, config: Path) -> None:
+        self.config = config
+        self.name = load_client_config(config).name
+        self._now: tuple[str, str, ClientConfig] | None = None
+        self._station: Station | None = None
+
+    def answer(self, asked: Parcel) -> Parcel:
+        """Answer one message. The own configuration is read anew each time: its limits count."""
+        about, began = asked.about, time.monotonic()
+        kind, round_ = about["kind"], int(about["parcel"].get("round", 0))
+
+        def work() -> Parcel:
+            own = load_client_config(self.config)
+            with _turn(own.runtime.turn):
+                station = self._open(about["recipe"], about["run"], own)
+                check_base(own, station.base_sha256)
+                if kind == "train":
+                    check_hours(own, self._outbound(about["run"], own).seconds_training())
+                return station.answer(kind, self.name, Parcel(about["parcel"], asked.values))
+
+        def let_out() -> Parcel:
+            outbound = self._outbound(about["run"], load_client_config(self.config))
+            seconds = time.monotonic() - began
+            outbound.let_out(reply.about, reply.values, asked=kind, seconds=seconds)
+            return reply
+
+        reply = guarded(work, client=self.name, round_=round_)
+        return guarded(let_out, client=self.name, round_=round_)
+
+    def _outbound(self, run_id: str, own: ClientConfig) -> Outbound:
+        return Outbound(Path(own.state) / OUTBOUND, run_id, own.limits.max_bytes)
+
+    def _open(self, recipe: str, run_id: str, own: ClientConfig) -> Station:
+        if self._station is None or self._now != (recipe, run_id, own):
+            self._station = None  # frees the old model before the new one is loaded
+            run = RunConfig.model_validate_json(recipe)
+            here = own_recipe(run, own)
+            rows = own_rows(run, own)
+            check_steps(run, own, len(rows.train))
+            if not run_id.isalnum():
+                raise UpdateError("the run's id is not a plain word")
+            kept = Path(own.state) / "runs" / run_id / folder_name(own.name)
+            limits = own.limits
+            ledger = Ledger(
+                Path(own.state) / LEDGER, run_id, epsilon=limits.epsilon, delta=limits.delta or 0.0
+            )
+            private = here.privacy.unit != "none"
+            place = Place(here, lambda _: rows, lambda _: kept, ledger=ledger, withholds=private)
+            self._station = Station(place)
+            self._now = (recipe, run_id, own)
+        return self._station
+
+
+@contextlib.contextmanager
+def _turn(path: str | None) -> Iterator[None]:
+    """Clients that share a machine train one at a time: together they would only slow down."""
+    if path is None:
+        yield
+        return
+    import fcntl
+
+    with Path(path).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,137 @@
+"""Answers of a model: greedy, with the template it was trained with, many at once."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from silotune.data.chat_templates import render
+from silotune.data.conversations import Conversation
+from silotune.models.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said."""
+
+    text: str
+    """As decoded, without special tokens; blanks at the ends are kept."""
+    num_tokens: int
+    """New tokens, without the end token."""
+    ended: bool
+    """Whether the model ended by itself, and was not cut at max_new_tokens."""
+
+
+def answer(loaded: LoadedModel, messages: Conversation, *, max_new_tokens: int) -> str:
+    """Let the model speak after `messages`, choosing the likeliest token each time.
+
+    Args:
+        loaded: The model as it stands; nothing is changed.
+        messages: A conversation that ends with the user.
+        max_new_tokens: Where an answer that does not end by itself is cut.
+    """
+    (only,) = answers(loaded, [messages], max_new_tokens=max_new_tokens)
+    return only.text.strip()
+
+
+def answers(
+    loaded: LoadedModel,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[Answer]:
+    """The model's next turn in each conversation, in their order. See `complete`."""
+    prompts = [render(loaded.tokenizer, talk, ask=True) for talk in conversations]
+    return complete(
+        loaded, encode(loaded, prompts), max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+
+
+def encode(
+    loaded: LoadedModel, prompts: Sequence[str], *, special: bool = False
+) -> list[list[int]]:
+    """Token ids of texts. A rendered chat holds its special tokens; `special` adds them."""
+    if not prompts:
+        return []
+    return loaded.tokenizer(list(prompts), add_special_tokens=special)["input_ids"]
+
+
+def complete(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[Answer]:
+    """Go on with each prompt, greedily.
+
+    Prompts are padded on the left and masked, so an answer does not depend on what else is in its
+    batch, beyond rounding: where two tokens are equally likely to the last bits of a float, another
+    batch size may choose the other one.
+
+    Args:
+        loaded: The model as it stands; nothing is changed.
+        prompts: Token ids, none empty.
+        max_new_tokens: Where an answer that does not end by itself is cut.
+        batch_size: Prompts in one forward pass; speed and memory only.
+
+    Returns:
+        One answer per prompt, in their order.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # little padding
+    found: dict[int, Answer] = {}
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        new = _generate(loaded, [prompts[i] for i in batch], max_new_tokens)
+        found |= dict(zip(batch, new, strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, each (batch, longest), int64."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def _generate(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[Answer]:
+    ids, mask = pad_left(prompts, loaded.tokenizer.eos_token_id)
+    ends = end_tokens(loaded)
+    with torch.inference_mode(), warnings.catch_warnings():
+        # PEFT counts positions itself behind trained vectors, and says so at every token
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
+        out = loaded.model.generate(
+            input_ids=ids.to(loaded.device),
+            attention_mask=mask.to(loaded.device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=loaded.tokenizer.eos_token_id,
+            top_p=None,
+            top_k=None,
+            temperature=None,
+        )
+    return [_cut(loaded, row, ends) for row in out[:, ids.shape[1] :].tolist()]
+
+
+def _cut(loaded: LoadedModel, new: list[int], ends: Sequence[int]) -> Answer:
+    """The tokens before the first end token; what stands behind it is padding."""
+    length = next((i for i, token in enumerate(new) if token in ends), len(new))
+    text = loaded.tokenizer.decode(new[:length], skip_special_tokens=True)
+    return Answer(str(text), length, ended=length < len(new))
+
+
+def end_tokens(loaded: LoadedModel) -> list[int]:
+    """The token that training taught as the end, and those that the base itself ends with."""
+    own: Any = loaded.model.generation_config.eos_token_id
+    base = own if isinstance(own, list) else [own]
+    return sorted({loaded.tokenizer.eos_token_id, *(token for token in base if token is not None)})

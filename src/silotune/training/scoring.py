@@ -1,0 +1,137 @@
+"""How well a model predicts held-out rows: sums, and what follows from them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from silotune.core.stats import label_scores
+from silotune.core.types import Config, Score
+from silotune.models.loading import LoadedModel
+from silotune.training.tasks.base import Batch, Example, Task
+
+
+class EvaluateConfig(Config):
+    """Scoring on held-out rows."""
+
+    every: int = Field(default=1, ge=0)
+    """Rounds between scores of the adapter; base and final adapter are scored too. 0 switches
+    all of it off."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows in one forward pass; the score does not depend on it beyond rounding."""
+
+    def due(self, num_rounds: int, last: int) -> bool:
+        """Whether the adapter that has `num_rounds` rounds behind it, out of `last`, is scored."""
+        return self.every > 0 and (num_rounds % self.every == 0 or num_rounds == last)
+
+
+def build_eval_batches(examples: Sequence[Example], task: Task, batch_size: int) -> list[Batch]:
+    """All examples in batches of similar length, in an order that depends on nothing else."""
+    return [
+        task.collate([examples[i] for i in group]) for group in _by_length(examples, batch_size)
+    ]
+
+
+def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].ids.numel(), i))
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+
+def evaluate(
+    loaded: LoadedModel, batches: Iterable[Batch], task: Task, *, client: str, num_examples: int
+) -> Score:
+    """Score the model as it stands. Dropout is off; nothing is changed.
+
+    Returns:
+        Sums over the batches' targets: losses of several clients add up exactly.
+    """
+    loss_sum, num_tokens, num_correct = 0.0, 0, 0
+    counts = torch.zeros(len(task.labels), 3, dtype=torch.int64)
+    loaded.model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            out = task.loss(loaded, batch)
+            loss_sum += float(out.loss_sum)
+            num_tokens += batch.num_trained
+            given, true = out.logits.argmax(-1).cpu(), batch.targets
+            num_correct += int((given == true).sum())
+            if task.labels:
+                parts = (true[given == true], given, true)
+                counts += torch.stack([torch.bincount(p, minlength=len(counts)) for p in parts], 1)
+    found = tuple((right, given, true) for right, given, true in counts.tolist())
+    return Score(client, loss_sum, num_tokens, num_correct, num_examples, label_counts=found)
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """How well a model predicts one row."""
+
+    loss_sum: float
+    """Negative log-likelihood in nats over the row's targets."""
+    num_tokens: int
+    """How many there are."""
+    given: int = -1
+    """classify: the class that the row was given, by its number."""
+    true: int = -1
+    """classify: the class that it has."""
+
+
+def score_each(
+    loaded: LoadedModel, examples: Sequence[Example], task: Task, *, batch_size: int
+) -> list[RowScore]:
+    """Score every example by itself, for comparisons row by row.
+
+    Returns:
+        One score per example, in their order. Their sums are those of `evaluate`, to rounding.
+    """
+    found: dict[int, RowScore] = {}
+    loaded.model.eval()
+    with torch.inference_mode():
+        for group in _by_length(examples, batch_size):
+            batch = task.collate([examples[i] for i in group])
+            logits = task.loss(loaded, batch).logits  # (num_trained, vocabulary or labels)
+            nll = F.cross_entropy(logits, batch.targets.to(loaded.device), reduction="none")
+            row = batch.positions // batch.ids.shape[1]
+            sums = torch.zeros(len(group), dtype=torch.float64)
+            sums.index_add_(0, row, nll.double().cpu())
+            counts = torch.bincount(row, minlength=len(group))
+            for n, (i, total, count) in enumerate(
+                zip(group, sums.tolist(), counts.tolist(), strict=True)
+            ):
+                classes = (int(logits[n].argmax()), int(batch.targets[n])) if task.labels else ()
+                found[i] = RowScore(total, count, *classes)
+    return [found[i] for i in range(len(examples))]
+
+
+def metrics(scores: Iterable[Score]) -> dict[str, Any]:
+    """Loss in nats, and how often the most likely prediction was right, over all targets.
+
+    Of tokens: perplexity and token_accuracy. Of labels: accuracy, macro_f1 and mcc, and the counts
+    that they follow from. Clients hold different numbers of targets; a mean of their means would
+    let a small one count as much as a large.
+    """
+    all_scores = list(scores)
+    num_tokens = sum(s.num_tokens for s in all_scores)
+    loss = sum(s.loss_sum for s in all_scores) / num_tokens
+    found: dict[str, Any] = {
+        "loss": loss,
+        "num_tokens": num_tokens,
+        "num_examples": sum(s.num_examples for s in all_scores),
+    }
+    if all_scores[0].label_counts:
+        counts = add_label_counts(s.label_counts for s in all_scores)
+        return {**found, **label_scores(counts), "label_counts": counts}
+    return {
+        **found,
+        "perplexity": math.exp(min(loss, 700.0)),  # above that a float overflows
+        "token_accuracy": sum(s.num_correct for s in all_scores) / num_tokens,
+    }
+
+
+def add_label_counts(counts: Iterable[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """The counts of several clients together."""
+    return [[sum(cell) for cell in zip(*label, strict=True)] for label in zip(*counts, strict=True)]

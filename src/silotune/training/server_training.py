@@ -1,0 +1,294 @@
+"""What the server does on its own rows after each aggregation: fine-tune, or distil a teacher.
+
+The server may own labelled rows, and a larger model than the clients can run. What it learns enters
+the clients' model through the adapter alone; neither its rows nor its teacher are ever sent.
+
+Fine-tuning is the plain baseline: a gain of a teacher that it does not beat is a gain of the
+server's labels. Distillation trains teacher and student together, each on the labels and towards
+the other's prediction (FedKD: Wu et al. 2022, "Communication-efficient federated learning via
+knowledge distillation", Nature Communications 13, arXiv:2108.13323; here the teacher stays on the
+server).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from silotune.core.errors import ModelError, UpdateError
+from silotune.core.seeds import derive, generator
+from silotune.core.types import Config
+from silotune.models.loading import LoadedModel
+from silotune.training.distill_losses import (
+    attention_gap,
+    joint_loss,
+    layer_map,
+    mutual,
+    published_loss,
+)
+from silotune.training.loop import TrainConfig, build_batches, build_optimizer, plan_steps
+from silotune.training.tasks.base import Batch, Example, Loss, Task
+
+
+class ServerConfig(Config):
+    """Rows that the server owns, and what it does with them."""
+
+    data_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the train rows that is the server's and no client's, drawn with the seed."""
+    data_path: str | None = Field(default=None, min_length=1)
+    """The server's own file or folder, with the columns of the clients' rows, instead."""
+    work: Literal["none", "fine-tune", "distill"] = "none"
+    """After each aggregation. fine-tune: train the adapter on these rows. distill: train it
+    together with a teacher, see [distill]."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the server's rows after each aggregation."""
+    lr: float = Field(default=5e-5, gt=0)
+    """Learning rate at the start of each of these trainings; it falls to 0 over their steps."""
+    weight: float = Field(default=1.0, ge=0, le=1)
+    """How much of what the server learned enters the adapter: aggregate + weight * (trained -
+    aggregate). At 0 the adapter is that of the clients alone."""
+
+
+class DistillConfig(Config):
+    """A teacher on the server."""
+
+    teacher: str | None = Field(default=None, min_length=1)
+    """A model with the base's tokenizer: a hub id, a folder, a named source, or the folder that
+    `silotune pretrain-teacher` wrote."""
+    pretrain_epochs: int = Field(default=0, ge=0)
+    """Passes over the server's rows that the teacher makes before round 1. A folder of `silotune
+    pretrain-teacher` has them behind it."""
+    lr: float | None = Field(default=None, gt=0)
+    """The teacher's learning rate, where it is not server.lr: a teacher trains all of its weights,
+    the student perhaps an adapter, which takes larger steps."""
+    teacher_epochs: int = Field(default=1, ge=0)
+    """Passes of the teacher alone over the server's rows after each aggregation, before both learn
+    together for server.epochs."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Both predictions are softened by it before they are compared; the loss is scaled by its
+    square."""
+    kl: float = Field(default=1.0, ge=0)
+    """Weight of the Kullback-Leibler divergences, student from teacher and teacher from student. At
+    0, and without attention, the student learns what fine-tune would teach it."""
+    attention: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared difference of attention maps."""
+    attention_layers: tuple[tuple[int, int], ...] | None = None
+    """Pairs (student layer, teacher layer), counted from 0, that are compared; absent: every layer
+    of the student, spread evenly over the teacher's, last with last."""
+    top_k: int = Field(default=0, ge=0)
+    """Compare only the other side's so many most likely tokens or labels; 0: all of them."""
+    compat: Literal["none", "raw-logits"] = "none"
+    """raw-logits: the formula of the published FedKD-LoRA code, which is no divergence, for
+    comparison; temperature, kl and top_k have no say in it, and any attention above 0 counts as
+    1."""
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "DistillConfig":
+        if self.attention_layers is not None and self.attention == 0:
+            raise ValueError("attention_layers has no effect with attention = 0")
+        return self
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the server trains on, as tokens, with what it needs to train."""
+
+    examples: tuple[Example, ...]
+    task: Task
+    train: TrainConfig
+    """Batch size, clipping, weight decay and optimizer are the clients'."""
+    seed: int
+
+
+Draw = Callable[[str], None]
+"""Seeds the dropout of a model's next pass by its name: a teacher beside it must not change it."""
+
+
+def fine_tune(
+    loaded: LoadedModel, lesson: Lesson, *, epochs: int, lr: float, seed_name: str
+) -> dict[str, float]:
+    """Train what a model trains, adapter or all weights, on the server's rows.
+
+    Args:
+        loaded: Changed in place.
+        lesson: The rows.
+        epochs: Passes over them.
+        lr: At the first step; it falls linearly to 0.
+        seed_name: Names the order of the rows and the dropout.
+
+    Returns:
+        loss, num_steps, num_tokens and seconds.
+
+    Raises:
+        UpdateError: The loss became NaN or infinite.
+    """
+
+    def losses(batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        draw("student")
+        found = lesson.task.loss(loaded, batch).loss_sum / batch.num_trained
+        return found, {"loss": float(found.detach())}
+
+    return _train([(loaded, lr)], lesson, losses, epochs=epochs, seed_name=seed_name)
+
+
+def distill(
+    student: LoadedModel,
+    teacher: LoadedModel,
+    lesson: Lesson,
+    cfg: DistillConfig,
+    *,
+    epochs: int,
+    lr: float,
+    seed_name: str,
+) -> dict[str, float]:
+    """Train student and teacher together: both on the labels, each towards the other.
+
+    Arguments, results and errors as `fine_tune`; `cfg.lr` is the teacher's rate where it is given,
+    and the results are loss (the student's), teacher_loss and divergence.
+    """
+    wants_maps = cfg.attention > 0
+    pairs = _pairs(cfg, student, teacher) if wants_maps else ()
+
+    def losses(batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        draw("student")
+        mine = lesson.task.loss(student, batch, attentions=wants_maps)
+        draw("teacher")
+        its = lesson.task.loss(teacher, batch, attentions=wants_maps)
+        ce_mine, ce_its = mine.loss_sum / batch.num_trained, its.loss_sum / batch.num_trained
+        if cfg.compat == "raw-logits":
+            total = published_loss(
+                ce_mine, ce_its, mine.logits, its.logits, mine.attentions, its.attentions, pairs
+            )
+            apart = (total - ce_mine - ce_its).detach()
+        else:
+            apart = _apart(mine, its, cfg, pairs, batch)
+            total = joint_loss(ce_mine, ce_its, apart)
+        told = {"loss": ce_mine, "teacher_loss": ce_its, "divergence": apart}
+        return total, {name: float(value.detach()) for name, value in told.items()}
+
+    with _eager([student, teacher] if wants_maps else []):
+        both = [(student, lr), (teacher, cfg.lr or lr)]
+        return _train(both, lesson, losses, epochs=epochs, seed_name=seed_name)
+
+
+def _apart(
+    mine: Loss, its: Loss, cfg: DistillConfig, pairs: Sequence[tuple[int, int]], batch: Batch
+) -> Tensor:
+    """How far student and teacher are from each other, weighted."""
+    found = torch.zeros((), device=mine.logits.device)
+    if cfg.kl > 0:
+        temperature, top_k = cfg.temperature, cfg.top_k
+        found = found + cfg.kl * mutual(
+            mine.logits, its.logits, temperature=temperature, top_k=top_k
+        )
+    if cfg.attention > 0:
+        mask = batch.mask.to(mine.logits.device)
+        gap = attention_gap(mine.attentions, its.attentions, pairs, mask)
+        found = found + cfg.attention * gap
+    return found
+
+
+def _pairs(
+    cfg: DistillConfig, student: LoadedModel, teacher: LoadedModel
+) -> tuple[tuple[int, int], ...]:
+    mine, its = _num_layers(student), _num_layers(teacher)
+    if cfg.attention_layers is None:
+        return layer_map(mine, its)
+    for a, b in cfg.attention_layers:
+        if not (0 <= a < mine and 0 <= b < its):
+            raise ModelError(
+                f"distill.attention_layers: there is no pair ({a}, {b}): the student has {mine} "
+                f"layers and the teacher {its}, counted from 0.\n  Name layers that they have."
+            )
+    return cfg.attention_layers
+
+
+def _num_layers(loaded: LoadedModel) -> int:
+    return loaded.model.config.get_text_config().num_hidden_layers
+
+
+@contextmanager
+def _eager(models: Sequence[LoadedModel]) -> Iterator[None]:
+    """Let models compute attention maps, which the fused kernels never write down."""
+    plain = [m.model.get_base_model() if m.has_adapter else m.model for m in models]
+    before = [model.config._attn_implementation for model in plain]
+    for model in plain:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for model, kind in zip(plain, before, strict=True):
+            model.set_attn_implementation(kind)
+
+
+def _train(
+    learners: Sequence[tuple[LoadedModel, float]],
+    lesson: Lesson,
+    losses: Callable[[Batch, Draw], tuple[Tensor, dict[str, float]]],
+    *,
+    epochs: int,
+    seed_name: str,
+) -> dict[str, float]:
+    """Train one model, or two together, each with a learning rate and an optimizer of its own."""
+    began, cfg, count = time.perf_counter(), lesson.train, 0
+    models = [loaded for loaded, _ in learners]
+    weights = [[p for p in m.parameters.values() if p.requires_grad] for m in models]
+    optimizers = [
+        build_optimizer(own, cfg, lr, fused=True, device=m.device)
+        for own, (m, lr) in zip(weights, learners, strict=True)
+    ]
+    steps = _plan(lesson, epochs, seed_name)
+    sums: dict[str, float] = {}
+    num_targets = num_tokens = 0
+    cuda = [m.device for m in models if m.device.type == "cuda"]
+
+    def draw(who: str) -> None:
+        torch.manual_seed(derive(lesson.seed, "server-dropout", seed_name, who, count))
+
+    with torch.random.fork_rng(devices=cuda):
+        for m in models:
+            m.model.train()
+        for n, batches in enumerate(build_batches(steps, lesson.examples, lesson.task)):
+            step_targets = sum(batch.num_trained for batch in batches)
+            for batch in batches:
+                loss, told = losses(batch, draw)
+                (loss * (batch.num_trained / step_targets)).backward()
+                count += 1
+                num_targets += batch.num_trained
+                num_tokens += batch.num_real_tokens * len(models)
+                for name, value in told.items():
+                    sums[name] = sums.get(name, 0.0) + value * batch.num_trained
+            for own, optimizer, (_, lr) in zip(weights, optimizers, learners, strict=True):
+                if cfg.clip_norm > 0:
+                    nn.utils.clip_grad_norm_(own, cfg.clip_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * (1 - n / len(steps))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        for m in models:
+            m.model.eval()
+    means = {name: value / num_targets for name, value in sums.items()}
+    if not all(map(math.isfinite, means.values())):
+        raise UpdateError(
+            "the server's own training ended in a loss that is not a number.\n"
+            "  Lower server.lr or distill.lr, or set train.clip_norm."
+        )
+    seconds = time.perf_counter() - began
+    return {**means, "num_steps": len(steps), "num_tokens": num_tokens, "seconds": seconds}
+
+
+def _plan(lesson: Lesson, epochs: int, seed_name: str) -> list[list[list[int]]]:
+    """The steps of some passes, each in an order of its own."""
+    steps: list[list[list[int]]] = []
+    lengths = [e.ids.numel() for e in lesson.examples]
+    for epoch in range(epochs):
+        gen = generator(lesson.seed, "server-order", seed_name, epoch)
+        rows = torch.randperm(len(lengths), generator=gen).tolist()
+        steps += plan_steps(rows, lengths, lesson.train, gen)
+    return steps

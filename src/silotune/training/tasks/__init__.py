@@ -1,0 +1,18 @@
+"""What can be learned, by the name that a recipe uses."""
+
+from collections.abc import Callable, Sequence
+
+from silotune.training.tasks.base import Task
+from silotune.training.tasks.classify import classify
+from silotune.training.tasks.instruct import INSTRUCT
+
+TASKS: dict[str, Callable[[Sequence[str]], Task]] = {
+    "instruct": lambda labels: INSTRUCT,
+    "classify": classify,
+}
+"""Each is built from the recipe's labels, which only classification has."""
+
+
+def build_task(name: str, labels: Sequence[str] | None = None) -> Task:
+    """The task of a recipe: its `task` and `data.labels`."""
+    return TASKS[name](labels or ())

@@ -1,0 +1,220 @@
+"""Supervised fine-tuning on conversations: the assistant's turns are learned, the prompts are not.
+
+The text is that of the recipe's template, rendered once per row; the loss mask is placed by
+character offsets, so that ids are those of the template and a prompt at inference has the ids it
+had in training. The end token of each assistant turn is learned, also where it doubles as the
+padding token.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from silotune.core.errors import DataError, ModelError
+from silotune.data.chat_templates import render
+from silotune.data.conversations import Conversation
+from silotune.models.loading import LoadedModel
+from silotune.training.tasks.base import Batch, Example, Loss, Prepared, Task
+
+
+def trained_spans(tokenizer: Any, messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and the character spans that are learned.
+
+    A span runs from the first character of an assistant's answer to the end of the end token behind
+    it, or to the end of the turn where the template writes none.
+
+    Raises:
+        DataError: The template rewrites earlier turns when later ones follow, so no span can be
+            placed.
+    """
+    text, spans = render(tokenizer, messages, ask=False), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = len(render(tokenizer, messages[:i], ask=True))
+        turn = render(tokenizer, messages[: i + 1], ask=False)
+        if not text.startswith(turn) or not turn.startswith(
+            render(tokenizer, messages[:i], ask=True)
+        ):
+            raise DataError(
+                "the chat template changes earlier turns when later ones follow, so the loss mask "
+                "cannot be placed.\n  Use rows with one assistant turn, at the end."
+            )
+        end = turn.rfind(tokenizer.eos_token, start)
+        spans.append((start, len(turn) if end < 0 else end + len(tokenizer.eos_token)))
+    return text, spans
+
+
+def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Prepared:
+    """Tokenise conversations and mark what is learned.
+
+    Args:
+        rows: Conversations with at least one assistant turn.
+        tokenizer: A fast tokenizer with a chat template.
+        max_length: Tokens after which a row is cut, at its end.
+    """
+    rendered = [trained_spans(tokenizer, row) for row in rows]
+    encoded = tokenizer(
+        [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
+    )
+    examples, kept, num_cut, num_dropped = [], [], 0, 0
+    for row, ((_, spans), ids, offsets) in enumerate(
+        zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ):
+        starts = torch.tensor([start for start, _ in offsets])
+        trained = torch.zeros(len(ids), dtype=torch.bool)
+        for start, end in spans:
+            trained |= (starts >= start) & (starts < end)
+        trained[0] = False  # nothing predicts the first token
+        num_cut += len(ids) > max_length
+        if trained[:max_length].any():
+            examples.append(Example(torch.tensor(ids[:max_length]), trained[:max_length]))
+            kept.append(row)
+        else:
+            num_dropped += 1
+    return Prepared(tuple(examples), num_cut, num_dropped, tuple(kept))
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad on the right to the longest example.
+
+    No attention mask is needed: with causal attention no real token sees the padding behind it, and
+    no padded position is among `positions`. The padding id is arbitrary for the same reason.
+    """
+    length = max(e.ids.numel() for e in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.int64)
+    trained = torch.zeros(len(examples), length, dtype=torch.bool)
+    for i, example in enumerate(examples):
+        ids[i, : example.ids.numel()] = example.ids
+        trained[i, : example.ids.numel()] = example.trained
+    # the token at t is predicted at t - 1
+    where = trained[:, 1:].nonzero()  # (num_trained, 2): row, t - 1
+    lengths = torch.tensor([e.ids.numel() for e in examples])
+    return Batch(
+        ids=ids,
+        positions=where[:, 0] * length + where[:, 1],
+        targets=ids[where[:, 0], where[:, 1] + 1],
+        num_real_tokens=int(lengths.sum()),
+        mask=torch.arange(length) < lengths[:, None],
+    )
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """One row of all examples, one behind the other, without padding."""
+    ids = torch.cat([e.ids for e in examples])
+    trained = torch.cat([e.trained for e in examples])
+    lengths = torch.tensor([e.ids.numel() for e in examples])
+    where = trained.nonzero()[:, 0]  # never the first token of an example
+    return Batch(
+        ids=ids[None],
+        positions=where - 1,
+        targets=ids[where],
+        num_real_tokens=ids.numel(),
+        mask=torch.ones(1, ids.numel(), dtype=torch.bool),
+        owners=torch.arange(len(examples)).repeat_interleave(lengths),
+    )
+
+
+def _apart(loaded: LoadedModel, owners: Tensor) -> dict[str, Tensor]:
+    """Positions that begin anew with each example, and a mask in which none sees another."""
+    places = torch.arange(owners.numel(), device=owners.device)
+    same = owners[:, None] == owners[None, :]
+    begins = torch.where(same, places[None, :], owners.numel()).amin(1)
+    mask = torch.zeros(same.shape, dtype=_head(loaded).weight.dtype, device=owners.device)
+    mask.masked_fill_(~(same & (places[:, None] >= places[None, :])), torch.finfo(mask.dtype).min)
+    return {"attention_mask": mask[None, None], "position_ids": (places - begins)[None]}
+
+
+def check_packing(loaded: LoadedModel, max_length: int = 0) -> None:
+    """Refuse to pack for a model in which a row would still see the one before it.
+
+    Args:
+        loaded: Nothing is changed.
+        max_length: Tokens of the longest row there may be.
+
+    Raises:
+        ModelError: Two rows packed have another loss than alone, or the second another with another
+            first; or attention reaches less far than rows are long.
+    """
+    size = _head(loaded).weight.shape[0]
+
+    def example(first: int, length: int) -> Example:
+        return Example(torch.arange(first, first + length) % size, torch.arange(length) > 0)
+
+    one, two, other = example(3, 8), example(20, 5), example(30, 8)
+    try:
+        with torch.inference_mode():
+            found = [loss(loaded, pack([a, two])).logits for a in (one, other)]
+            padded = loss(loaded, collate([one, two])).logits
+    except (RuntimeError, TypeError, ValueError) as error:  # it takes no such mask
+        raise ModelError(_UNPACKED) from error
+    most = float(padded.abs().max())
+    # in half precision another order of sums moves such senseless texts by some per cent
+    error = 0.01 if loaded.dtype == torch.float32 else 0.3
+    same = (found[0] - padded).norm() <= error * padded.norm()
+    # masked attention carries nothing over; what a hybrid model carries may be small
+    apart = torch.allclose(found[0][-4:], found[1][-4:], rtol=0, atol=1e-6 * most)
+    # the mask that keeps rows apart takes the place of a window
+    config = loaded.model.config.get_text_config()
+    reach = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if not same or not apart or (reach or max_length) < max_length:
+        raise ModelError(_UNPACKED)
+
+
+_UNPACKED = (
+    "train.packing: in this model packed rows would see one another.\n  Set train.packing = false."
+)
+
+
+def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
+    """Negative log-likelihood of the trained tokens; only there the vocabulary is scored."""
+    device = loaded.device
+    more: dict[str, Any] = {"output_attentions": True} if attentions else {}
+    if batch.owners is not None:
+        more |= _apart(loaded, batch.owners.to(device))
+    with only_positions(_head(loaded), batch.positions.to(device), batch.ids.shape[1]):
+        out = loaded.model(input_ids=batch.ids.to(device), use_cache=False, **more)
+    logits = (
+        out.logits.float()
+    )  # (num_trained, vocabulary); fp32: bf16 log-sums lose the small classes
+    nll = F.cross_entropy(logits, batch.targets.to(device), reduction="sum")
+    return Loss(nll, logits, tuple(out.attentions) if attentions else ())
+
+
+@contextmanager
+def only_positions(head: nn.Module, positions: Tensor, length: int) -> Iterator[None]:
+    """Let the output head see only some positions: (batch, length, d) becomes (num_trained, d).
+
+    The head is the widest matrix of a small model. What a family does to its logits afterwards
+    (scaling, soft caps) works element by element and is left as it is.
+    """
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        # prompt tuning puts trained vectors in front, whose outputs predict no token of the text
+        own = hidden[:, hidden.shape[1] - length :]
+        return (own.flatten(0, 1).index_select(0, positions), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _head(loaded: LoadedModel) -> Any:
+    model = loaded.model.get_base_model() if loaded.has_adapter else loaded.model
+    return model.get_output_embeddings()
+
+
+def num_tokens(rows: Sequence[Conversation], tokenizer: Any) -> list[int]:
+    """Tokens of each conversation, with its template, before anything is cut."""
+    texts = [render(tokenizer, row, ask=False) for row in rows]
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+INSTRUCT = Task(prepare=prepare, collate=collate, loss=loss, num_tokens=num_tokens, pack=pack)

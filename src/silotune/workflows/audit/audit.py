@@ -1,0 +1,327 @@
+"""Audits: attacks on one's own runs, whose success bounds from below what a run gives away.
+
+A recipe is trained with canaries in it, clients or rows that are in or out by a coin, and what
+comes out is used to guess which. A finished run is only looked at: whether its losses tell the rows
+that it was trained on. Nothing of it proves privacy: another attack may find more.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from silotune.core.algorithm import expected_layout, keep_local
+from silotune.core.atomic_files import free_place, write_json
+from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.types import ServerState
+from silotune.data.reading import TaskRow
+from silotune.federation.client import Worker
+from silotune.federation.client_privacy import own_plan, protected
+from silotune.federation.privacy_guarantee import with_privacy
+from silotune.federation.privacy_statement import statement
+from silotune.federation.progress import Progress
+from silotune.federation.recipe_model import load_for, local_tensors
+from silotune.federation.rounds import run_rounds
+from silotune.federation.run_folder import RunFolder
+from silotune.federation.sampling import cohort_size
+from silotune.federation.server_work import open_server_work
+from silotune.models.loading import LoadedModel, read_adapter, untrained
+from silotune.recipes.parse import shipped_recipes
+from silotune.recipes.schema import RunConfig
+from silotune.recipes.sections import BudgetConfig
+from silotune.results.run import Run
+from silotune.runtime.flower.strategy import algorithm_of
+from silotune.runtime.inprocess import InProcessClients, prepare_clients
+from silotune.training.tasks import build_task
+from silotune.workflows.audit.bounds import exposure
+from silotune.workflows.audit.canary_clients import CanaryClients, Protect
+from silotune.workflows.audit.canary_rows import CanaryRow, draw_canaries, with_canaries
+from silotune.workflows.audit.membership import drawn_rows, infer_membership, losses
+from silotune.workflows.audit.result import claim_of, result_of
+from silotune.workflows.check import Checked, check
+from silotune.workflows.provenance import provenance_of
+from silotune.workflows.run import place_for, run_in
+
+FILE = "audit.json"
+CANARIES, FEWEST = 100, 10
+"""By default, and at least: with ten canaries no guess refutes more than an epsilon of 1.05."""
+NUM_OTHERS = 200
+"""Secrets beside a canary's own among which it is ranked."""
+NUM_EXPOSED = 8
+"""Canaries of either kind that are ranked: each costs so many losses more."""
+BLACK_BOX = "looks at losses under the last adapter alone, not at what clients sent on the way"
+
+
+class AuditFolder(RunFolder):
+    """A run with canaries in it. It is no run: `silotune run --resume` refuses it."""
+
+    RECIPE = "audit.toml"
+    KIND = "audit"
+    COMMAND = "silotune audit"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A finished audit on disk."""
+
+    path: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """audit.json: what was attacked, how, what it shows, and what was claimed."""
+        return json.loads((self.path / FILE).read_text(encoding="utf-8"))
+
+    @property
+    def is_refuted(self) -> bool:
+        """Whether the attack shows more than the claim allows."""
+        return bool(self.result.get("is_refuted"))
+
+
+def audit(
+    target: str | Path | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    canaries: int | None = None,
+    out: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """Attack a finished run, or train a recipe with canaries in it and attack that.
+
+    Args:
+        target: The folder of a finished run in process, for membership inference; or a recipe.
+        overrides: Dotted `key=value` texts on top of a recipe.
+        canaries: How many, at least 10; by default 100. With [privacy] unit = "client" they are
+            clients, else rows.
+        out: The folder to create for a recipe; by default runs/<time>-<recipe>-audit.
+        progress: Told what happens; silent by default.
+
+    Returns:
+        The audit: for a run in a new folder inside its own.
+
+    Raises:
+        ConfigError: Arguments that cannot be, or a recipe that cannot be audited.
+        SilotuneError: See errors.py; nothing half-done stays.
+    """
+    progress = progress or Progress()
+    if not isinstance(target, RunConfig) and _is_run(target):
+        if overrides or canaries is not None or out is not None:
+            raise ConfigError(
+                f"{target} is a run, and is audited as it is: keys, canaries and out have no "
+                "place.\n  Leave them out, or give a recipe."
+            )
+        return _audit_run(Run(Path(target)), progress)
+    count = CANARIES if canaries is None else canaries
+    if count < FEWEST:
+        raise ConfigError(
+            f"canaries = {count}: so few could hardly show anything.\n  Take {FEWEST} or more."
+        )
+    checked = check(target, overrides)
+    _check_auditable(checked.run)
+    place = place_for(target, out, "-audit")
+    if place.exists():  # an audit has no --resume that could be offered
+        raise RunFolderError(f"{place} exists and is not overwritten.\n  Give another --out.")
+    folder = AuditFolder.create(place, _bare(checked.run))
+    progress.note(f"audit folder: {folder.path}")
+    attack = _with_clients if checked.run.privacy.unit == "client" else _with_rows
+    try:
+        with folder.locked():
+            found = attack(folder, replace(checked, run=folder.run), progress, count)
+            write_json(folder.path / FILE, found)
+    except BaseException:  # half an audit says nothing, and cannot be gone on with
+        folder.remove()
+        raise
+    finally:
+        progress.end()
+    return Audit(folder.path)
+
+
+def _is_run(target: str | Path) -> bool:
+    """A run folder, or another folder that is not meant for a recipe."""
+    path = Path(target)
+    return (path / RunFolder.RECIPE).is_file() or (
+        path.is_dir() and str(target) not in shipped_recipes()
+    )
+
+
+def _check_auditable(run: RunConfig) -> None:
+    if run.runtime.name != "in-process":
+        raise ConfigError(
+            f"runtime.name = '{run.runtime.name}': an audit puts canaries among the clients, and "
+            "does so in process.\n  Add runtime.name=in-process."
+        )
+    if run.adapter.head == "local" and run.privacy.unit != "client":
+        raise ConfigError(
+            "adapter.head = 'local': every client scores with a head of its own, which is no part "
+            "of the result, so canary rows tell little.\n  Choose another adapter.head."
+        )
+
+
+def _bare(run: RunConfig) -> RunConfig:
+    """The recipe without what it writes for people, for an audit is no result to show.
+
+    And without ceilings: what canaries send would use them up before the promised rounds are done.
+    """
+    report = run.report.model_copy(update={"page": False, "samples": 0, "tracker": "none"})
+    return run.model_copy(update={"report": report, "budget": BudgetConfig()})
+
+
+# --- a finished run -------------------------------------------------------------------------------
+
+
+def _audit_run(run: Run, progress: Progress) -> Audit:
+    found = infer_membership(run, progress)
+    place = free_place(run.path / "audits" / time.strftime("%Y-%m-%d-%H%M%S"))
+    place.mkdir(parents=True)
+    notes = ["an attack on the rows as they are: it bounds no epsilon, for nobody tossed for them"]
+    claim = claim_of(statement(run.config, RunFolder.open(run.path)))
+    result = {"attack": "membership inference", "run": run.path.name, "claim": claim, **found}
+    write_json(place / FILE, {**result, "notes": notes})
+    return Audit(place)
+
+
+# --- canary clients -------------------------------------------------------------------------------
+
+
+def _with_clients(
+    folder: RunFolder, checked: Checked, progress: Progress, count: int
+) -> dict[str, Any]:
+    run = checked.run
+    progress.note(f"loading {run.model.name}")
+    torch.set_num_threads(run.runtime.threads)
+    loaded = load_for(run, progress)
+    provenance_of(folder, checked, loaded)
+    plain = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
+    worker = Worker(loaded, build_task(run.task, run.data.labels), run, plain)
+    inner = InProcessClients(worker, prepare_clients(checked.rows, worker), folder, progress)
+    first = read_adapter(loaded)
+    clients = CanaryClients(
+        inner,
+        count=count,
+        clip_norm=run.privacy.clip_norm,
+        layout=expected_layout(plain, ServerState(0, first)),
+        settings=plain.local.settings,
+        seed=run.seed,
+        protect=_own_noise_of(run) if run.privacy.is_at_client else None,
+    )
+    num_rows = {name: len(own.examples) for name, own in inner.data.items()}
+    num_rows |= dict.fromkeys(clients.canaries, 1)
+    algorithm = with_privacy(plain, run, folder, num_rows)
+    server = open_server_work(run, folder, algorithm=algorithm, progress=progress, loaded=loaded)
+    progress.begin(run.rounds, 1)
+    last = run_rounds(
+        run,
+        ServerState(0, first, algorithm.init(first, len(num_rows))),
+        algorithm=algorithm,
+        clients=clients,
+        folder=folder,
+        progress=progress,
+        improve=server and server.improve,
+    )
+    asked = cohort_size(run.sampling, len(num_rows))
+    notes = [f"the promise is that of {len(num_rows)} clients, canaries counted"]
+    if asked < len(num_rows):
+        notes.append(f"a round asks {asked} of them, so that a canary tells less")
+    scores = clients.scores(first, last.adapter)
+    told = result_of(clients.coins, scores, statement(run, folder), notes)
+    return {"attack": "canary clients", **told}
+
+
+def _own_noise_of(run: RunConfig) -> Protect:
+    """What every client does to its change, as `client.train_round` does it."""
+
+    def protect(delta: dict[str, Tensor], client: str, round_: int) -> dict[str, Tensor]:
+        plan = own_plan(run, 1)
+        assert plan is not None, "asked for with noise at the client only"
+        return protected(run, plan, delta, client=client, round_=round_)
+
+    return protect
+
+
+# --- canary rows ----------------------------------------------------------------------------------
+
+
+def _with_rows(
+    folder: RunFolder, checked: Checked, progress: Progress, count: int
+) -> dict[str, Any]:
+    began, run = time.perf_counter(), checked.run
+    canaries = draw_canaries(
+        checked.rows,
+        count,
+        seed=run.seed,
+        labels=(run.data.labels or ()) if run.task == "classify" else (),
+        system=run.data.system,
+        num_others=NUM_OTHERS,
+    )
+    progress.note(f"loading {run.model.name}")
+    torch.set_num_threads(run.runtime.threads)
+    loaded = load_for(run, progress)
+    rows = [canary.row for canary in canaries]
+    _check_length(loaded, rows, run)
+    with untrained(loaded):
+        before = losses(loaded, rows, run)
+    planted = with_canaries(checked.rows, canaries)
+    run_in(folder, replace(checked, rows=planted), progress, began=began, loaded=loaded)
+    after = losses(loaded, rows, run)
+    scores = [b - a for b, a in zip(before, after, strict=True)]
+    coins = [canary.is_in for canary in canaries]
+    notes = [*_not_met(run, folder, checked, canaries), BLACK_BOX]
+    told = result_of(coins, scores, statement(run, folder), notes)
+    if run.task == "instruct":
+        progress.note("ranking secrets")
+        told["exposure"] = {
+            name: _exposure(loaded, run, canaries, after, is_in=is_in)
+            for name, is_in in (("in", True), ("out", False))
+        }
+    return {"attack": "canary rows", **told}
+
+
+def _check_length(loaded: LoadedModel, rows: Sequence[TaskRow], run: RunConfig) -> None:
+    task = build_task(run.task, run.data.labels)
+    longest = max(task.num_tokens(rows, loaded.tokenizer))
+    if longest > run.train.max_length:
+        raise ConfigError(
+            f"train.max_length = {run.train.max_length} cuts canary rows, which have up to "
+            f"{longest} tokens.\n  Raise it."
+        )
+
+
+def _not_met(
+    run: RunConfig, folder: RunFolder, checked: Checked, canaries: Sequence[CanaryRow]
+) -> list[str]:
+    """Which canaries no step has met: they cannot be found, and the bound is the lower for it."""
+    missed, metrics = 0, folder.metrics()
+    for name, own in checked.rows.items():
+        planted = sum(canary.is_in and canary.client == name for canary in canaries)
+        # canaries are the last train rows; a row of the client's own that was dropped moves them
+        met = drawn_rows(run, metrics, name, len(own.train) + planted)
+        missed += planted - sum(n >= len(own.train) for n in met)
+    of = sum(canary.is_in for canary in canaries)
+    return [f"about {missed} of the {of} canaries that are in were met by no step"] * (missed > 0)
+
+
+def _exposure(
+    loaded: LoadedModel,
+    run: RunConfig,
+    canaries: Sequence[CanaryRow],
+    own_losses: Sequence[float],
+    *,
+    is_in: bool,
+) -> dict[str, Any]:
+    """Bits of the secrets that are in, or as a control of those that are out."""
+    pairs = zip(canaries, own_losses, strict=True)
+    chosen = [(c, loss) for c, loss in pairs if c.is_in == is_in][:NUM_EXPOSED]
+    bits = [exposure(loss, losses(loaded, canary.others, run)) for canary, loss in chosen]
+    return {
+        "num_secrets": len(bits),
+        "num_candidates": 1 + NUM_OTHERS,
+        "mean_bits": statistics.fmean(bits) if bits else None,
+        "most_bits": max(bits, default=None),
+        "num_first": sum(b == math.log2(1 + NUM_OTHERS) for b in bits),
+    }

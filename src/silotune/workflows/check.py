@@ -1,0 +1,191 @@
+"""Every mistake that shows without loading a model: recipe, names, data, clients, labels."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from silotune.core.errors import ConfigError, DataError
+from silotune.data.chat_templates import TEMPLATES, resolve_template
+from silotune.data.clients import ClientRows, cut_clients
+from silotune.data.files import locate
+from silotune.data.labelled_texts import sorted_labels
+from silotune.data.partition import PartitionConfig
+from silotune.data.reading import TaskRow
+from silotune.federation.client_config import (
+    is_client_folder,
+    load_client_config,
+    load_client_configs,
+    own_rows,
+)
+from silotune.federation.privacy_guarantee import Promise, promise_of, too_few_for
+from silotune.federation.roster import is_consortium, names_in
+from silotune.federation.sampling import cohort_size
+from silotune.federation.server_work import server_rows
+from silotune.federation.trackers import check_tracker
+from silotune.models.adapters import check_adapter
+from silotune.models.devices import pick_device
+from silotune.models.quantization import check_quantization
+from silotune.models.sources import check_name, is_hub_id
+from silotune.recipes.arms import federated_arms
+from silotune.recipes.parse import load_recipe
+from silotune.recipes.schema import RunConfig
+from silotune.recipes.tracks import TRACKS
+from silotune.runtime.flower.engine import check_installed
+from silotune.runtime.flower.strategy_check import check_algorithm, strategy_warnings
+from silotune.training.loop import pick_optimizer
+from silotune.workflows.data_overview import label_warnings
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe without mistakes, and the rows it names."""
+
+    run: RunConfig
+    rows: Mapping[str, ClientRows]
+    warnings: Sequence[str] = ()
+    """What is allowed and may surprise."""
+    promise: Promise | None = None
+    """What [privacy] promises, where there is one."""
+
+
+def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Checked:
+    """Find every mistake that shows without loading a model: recipe, model name, data, clients.
+
+    Raises:
+        ConfigError, ModelError, DataError: With what is wrong, where, and how to mend it.
+    """
+    run = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    check_name(run.model.name)
+    if run.model.revision is not None and not is_hub_id(run.model.name):
+        raise ConfigError(
+            f"model.revision = '{run.model.revision}' has no effect: '{run.model.name}' is not on "
+            "the hub.\n  Take it out, or give a hub id in model.name."
+        )
+    if run.data.template not in TEMPLATES:  # the run keeps the text, wherever the file goes
+        text = resolve_template(run.data.template)
+        run = run.model_copy(update={"data": run.data.model_copy(update={"template": text})})
+    check_track(run)
+    device = pick_device(run.runtime.device)
+    check_quantization(run.model.quantization, device, "model.quantization")
+    check_adapter(run.adapter, run.model.quantization, device)
+    if run.runtime.name != "in-process":
+        check_installed(run)
+    check_tracker(run.report.tracker)
+    federated_arms(run)  # mistakes in compare.arms
+    rows, unused = _rows(run)
+    own = server_rows(run)
+    if run.server.work != "none" and not own:
+        raise DataError(
+            "the server has no rows to train on.\n  Give it some: server.data_fraction or "
+            "server.data_path."
+        )
+    _, notice = pick_optimizer(run.train.optimizer, device)
+    warnings = [*unused, *strategy_warnings(run.algorithm), *([notice] if notice else [])]
+    if run.task == "classify":
+        run = _with_labels(run, rows, own)
+        # of real clients' rows under [privacy] nobody else is to know; elsewhere nobody here does
+        here = any(own.train for own in rows.values())
+        if here and (run.runtime.name != "flower" or run.privacy.unit == "none"):
+            warnings += label_warnings(rows, run.data.labels or ())
+    if run.server.work == "distill" and run.distill.teacher is not None:
+        check_name(run.distill.teacher, "distill.teacher")
+    check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
+    promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
+    if promise is not None and (few := too_few_for(promise)) is not None:
+        warnings.append(
+            f"privacy.delta = {promise['delta']:g} is no smaller than 1 by the {few}: "
+            "giving one of them away whole would keep such a promise"
+        )
+    return Checked(run, rows, warnings, promise)
+
+
+def check_track(run: RunConfig) -> None:
+    """Refuse a recipe that names a leaderboard's track and does not keep to its rules.
+
+    Raises:
+        ConfigError: Names every key that differs.
+    """
+    if run.track is None:
+        return
+    rules = TRACKS[run.track]
+    given = run.partition.num_clients if run.partition is not None else None
+    wrong: list[str] = []
+    if run.data.path != rules.data:
+        wrong.append(f"data.path = '{run.data.path}', the track's is '{rules.data}'")
+    if given != rules.num_clients:
+        wrong.append(f"partition.num_clients = {given}, the track's is {rules.num_clients}")
+    if (run.budget.bytes or math.inf) > rules.max_bytes:
+        wrong.append(f"budget.bytes is above {rules.max_bytes} or absent")
+    if wrong:
+        raise ConfigError(
+            "\n  ".join([f"track = '{run.track}' does not allow:", *wrong])
+            + "\n  Mend them, or take the track out with track=none: the scores are then no "
+            "entry of the leaderboard."
+        )
+
+
+def _with_labels(
+    run: RunConfig, rows: Mapping[str, ClientRows], server: Sequence[TaskRow]
+) -> RunConfig:
+    """The recipe with all labels named: by itself, or else as the rows have them."""
+    if run.data.labels is not None:
+        return run
+    everything = [*server, *(row for own in rows.values() for row in own.train + own.evaluation)]
+    labels = sorted_labels([row for row in everything if isinstance(row, dict)])
+    if len(labels) < 2:
+        raise DataError(
+            f"all rows have one label ({', '.join(labels)}), so there is nothing to tell apart.\n"
+            "  Bring rows of other labels, or set data.label to the column that holds them."
+        )
+    return run.model_copy(update={"data": run.data.model_copy(update={"labels": labels})})
+
+
+def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
+    """All clients' rows, from the recipe's data or by the clients' own configurations.
+
+    And a warning for rows that are not used.
+    """
+    place = locate(run.data.path)
+    clients_own = place is not None and (is_client_folder(place) or is_consortium(place))
+    if place is None or not clients_own:
+        return cut_clients(
+            run.data,
+            run.partition,
+            seed=run.seed,
+            task=run.task,
+            server_fraction=run.server.data_fraction,
+        )
+    if run.runtime.name != "flower":
+        raise ConfigError(
+            f"data.path = '{run.data.path}' stands for clients of their own, and these count "
+            "in deployment only.\n  Set runtime.name = 'flower', or give the rows themselves."
+        )
+    if run.partition is not None and run.partition != PartitionConfig():
+        raise ConfigError(
+            f"data.path = '{run.data.path}' stands for clients of their own, so [partition] has "
+            "nothing to cut.\n  Remove [partition]."
+        )
+    if run.server.data_fraction > 0:
+        raise ConfigError(
+            "server.data_fraction: these rows are the clients' own, and no share of them is the "
+            "server's.\n  Give the server rows of its own: server.data_path."
+        )
+    if run.task == "classify" and run.data.labels is None:
+        raise ConfigError(
+            "data.labels is missing: the server cannot read it from rows that are the clients' "
+            'own.\n  Name all classes: data.labels = ["no", "yes"].'
+        )
+    if is_consortium(place):
+        return {name: ClientRows(name, (), ()) for name in _members(place)}, []
+    owners = [load_client_config(path) for path in load_client_configs(place).values()]
+    return {own.name: own_rows(run, own) for own in owners}, []
+
+
+def _members(place: Path) -> Sequence[str]:
+    if not (names := names_in(place)):
+        raise ConfigError(
+            f"nobody is in the consortium of {place} yet.\n"
+            "  Let a client in: silotune server approve REQUEST"
+        )
+    return names

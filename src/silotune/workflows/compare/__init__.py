@@ -1,0 +1,1 @@
+"""`silotune compare`: trains the arms of a comparison, and says what they show."""

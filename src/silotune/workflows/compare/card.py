@@ -1,0 +1,40 @@
+"""A comparison as a Markdown card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from silotune.recipes.schema import RunConfig
+from silotune.results.card import markdown_table
+from silotune.workflows.compare.statistics import (
+    AGAINST,
+    against_table,
+    cost_table,
+    difference_table,
+    score_table,
+)
+from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
+
+
+def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
+    """README.md of a comparison: the report's numbers as Markdown, without rows or answers."""
+    up_to = "Up to " if run.budget.bytes or run.budget.hours else ""
+    said = [*comparison_verdict(comparison), *worse_off_warnings(comparison), *comparison["notes"]]
+    lines = [
+        f"# Was it worth joining? {comparison['base_name']}, {len(comparison['clients'])} clients",
+        "",
+        *(f"- {line}" for line in said),
+        "",
+        f"Seeds: {', '.join(map(str, comparison['seeds']))}. "
+        f"{up_to}{run.rounds} rounds. All arms are "
+        "scored on the same held-out rows of each client; a difference is arm minus local, with "
+        "its 95 % interval.",
+    ]
+    for key, metric in comparison["metrics"].items():
+        better = "lower" if metric["lower_is_better"] else "higher"
+        lines += ["", f"## {metric['label']} ({metric['unit']}, {better} is better)", ""]
+        lines += [*markdown_table(score_table(comparison, key)), ""]
+        lines += markdown_table(difference_table(comparison, key))
+        if against := against_table(comparison, key):
+            lines += ["", f"{AGAINST}:", "", *markdown_table(against)]
+    lines += ["", "## Cost over all seeds", "", *markdown_table(cost_table(comparison))]
+    return "\n".join(lines) + "\n"

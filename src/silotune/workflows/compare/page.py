@@ -1,0 +1,154 @@
+"""A comparison as one HTML page."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from silotune.recipes.schema import RunConfig
+from silotune.results import charts
+from silotune.results.charts import Split
+from silotune.results.page import (
+    Drawing,
+    Samples,
+    better,
+    capitalised,
+    drawn,
+    only_finite,
+    render,
+    shared_parts,
+    typeset,
+)
+from silotune.results.verdicts import gain, interval, num_clients, signed
+from silotune.workflows.compare.statistics import AGAINST, against_table, cost_table
+from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
+
+MEAN = "mean over clients"
+
+SIGNS = {"gained": "▲", "lost": "▼", "no clear difference": "≈", "too few rows": "?"}
+"""A verdict is told by its sign and its word, not by its colour alone."""
+
+
+class ScoreRow(NamedTuple):
+    """One arm's line in a comparison's table, in words."""
+
+    arm: str
+    score: str
+    difference: str
+    verdict: str
+
+
+def comparison_page(
+    comparison: Mapping[str, Any],
+    *,
+    run: RunConfig,
+    provenance: Mapping[str, Any],
+    split: Split,
+    samples: Samples,
+) -> str:
+    """The page of a comparison: every arm against training alone.
+
+    Args:
+        comparison: seeds, base_name, result, metrics, arms, clients, overall, worse_off
+            and notes.
+        run: The recipe of the result.
+        provenance: As in a run.
+        split: As in a run.
+        samples: As in a run.
+
+    Returns:
+        HTML.
+    """
+    result, seeds = comparison["result"], comparison["seeds"]
+    # first, and not to be replaced by a client of that name
+    groups = {MEAN: {}, **comparison["clients"]} | {MEAN: comparison["overall"]}
+    return render(
+        "report.html",
+        kind="comparison",
+        title=f"Was it worth joining? {comparison['base_name']}, "
+        f"{num_clients(comparison['clients'])}",
+        subtitle=f"{'up to ' if run.budget.bytes or run.budget.hours else ''}{run.rounds} rounds, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} "
+        f"{', '.join(map(str, seeds))}",
+        verdict=comparison_verdict(comparison),
+        against_title=AGAINST,
+        against=[
+            (metric["label"], table[0], [[n, *map(typeset, cells)] for n, *cells in table[1:]])
+            for key, metric in comparison["metrics"].items()
+            if (table := against_table(comparison, key))
+        ],
+        client_verdicts=[
+            (name, [gain(c, key, comparison) for key in comparison["metrics"]])
+            for name, c in comparison["clients"].items()
+        ],
+        warnings=worse_off_warnings(comparison),
+        notes=comparison["notes"],
+        result=result,
+        metrics=[
+            {
+                "label": capitalised(metric["label"]),
+                "unit": metric["unit"],
+                "better": better(metric),
+                "groups": [
+                    (name, _score_rows(group, key, metric, comparison["arms"]))
+                    for name, group in groups.items()
+                ],
+                "charts": drawn(_score_charts(groups, key, metric, comparison)),
+            }
+            for key, metric in comparison["metrics"].items()
+        ],
+        signs=SIGNS,
+        cost_table=[
+            [name, *(cell.replace(",", " ") for cell in cells)]
+            for name, *cells in cost_table(comparison)
+        ],
+        **shared_parts(run, provenance, split, samples),
+        adapter_sha256=None,
+    )
+
+
+def _score_charts(
+    groups: Mapping[str, Any], key: str, metric: Mapping[str, Any], comparison: Mapping[str, Any]
+) -> list[Drawing]:
+    clients = comparison["clients"]
+    names = [MEAN, *charts.biggest(clients, charts.MAX_GROUPS)]
+    some = len(names) <= len(clients)
+    note = f"The {len(names) - 1} clients with the most rows, of {len(clients)}. " if some else ""
+    arms = list(comparison["arms"])
+    lone = {arm for arm in arms if arm.startswith("only ")}
+    if len(arms) > charts.MAX_LINES:  # one more for every client: too many to tell apart
+        shown = [arm for arm in arms if arm not in lone]
+        note += "Adapters of single clients are in the table only. "
+    else:
+        shown = arms
+    # the base is far from all others, which would squeeze their differences into one point
+    apart = [arm for arm in arms if arm != "base" and arm not in lone]
+    scores = {name: only_finite(groups[name]["scores"].get(key, {}), shown) for name in names}
+    gaps = {name: only_finite(groups[name]["differences"].get(key, {}), apart) for name in names}
+    label, unit, title = metric["label"], metric["unit"], capitalised(metric["label"])
+    return [
+        Drawing(
+            f"{title}: every arm",
+            charts.scores(scores, arms, metric=label, x_label=f"{label} ({unit})"),
+            f"{note}Dot: mean; line: 95\u00a0% interval; {better(metric)}.",
+        ),
+        Drawing(
+            f"{title}: difference to training alone",
+            charts.differences(gaps, arms, metric=label, x_label=f"arm minus local ({unit})"),
+            f"{note}Left of zero is {'better' if metric['lower_is_better'] else 'worse'}.",
+        ),
+    ]
+
+
+def _score_rows(
+    group: Mapping[str, Any], key: str, metric: Mapping[str, Any], arms: Iterable[str]
+) -> list[ScoreRow]:
+    scores, gaps = group["scores"].get(key, {}), group["differences"].get(key, {})
+    verdicts, plain = group["verdicts"].get(key, {}), f".{metric['digits']}f"
+    return [
+        ScoreRow(
+            arm,
+            interval(scores.get(arm), plain),
+            interval(gaps.get(arm), signed(metric)),
+            verdicts.get(arm, ""),
+        )
+        for arm in arms
+    ]

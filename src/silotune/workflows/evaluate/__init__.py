@@ -1,0 +1,1 @@
+"""`silotune evaluate`: questions with known answers, asked of a finished run."""

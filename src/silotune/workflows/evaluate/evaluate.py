@@ -1,0 +1,373 @@
+"""Questions with known answers, put to a finished run: its own held-out ones, suites, leaderboards.
+
+Base and result are asked the same, in the template of training. Every answer is kept as it was
+given, in a folder of its own inside the run folder.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from silotune.core.atomic_files import free_place, write_json, write_rows
+from silotune.core.errors import ConfigError
+from silotune.core.seeds import generator
+from silotune.core.stats import Interval, Labelled, label_scores, wilson
+from silotune.core.wording import did_you_mean
+from silotune.data.clients import ClientRows
+from silotune.federation.metrics import Row
+from silotune.federation.progress import Progress
+from silotune.federation.run_folder import RunFolder
+from silotune.models.loading import LoadedModel, base_only
+from silotune.recipes.schema import RunConfig
+from silotune.results.run import Run
+from silotune.training.generate import answers
+from silotune.training.scoring import score_each
+from silotune.training.tasks import build_task
+from silotune.workflows.check import check
+from silotune.workflows.evaluate.suites import SUITES
+from silotune.workflows.evaluate.suites import code as code_suite
+from silotune.workflows.evaluate.suites.base import Item, load_items
+from silotune.workflows.evaluate.suites.leaderboard import run_finance, run_medical
+from silotune.workflows.evaluate.suites.lm_eval_tasks import check_lm_eval, run_lm_eval
+from silotune.workflows.evaluate.suites.results import Answered, Way, summarise
+from silotune.workflows.evaluate.suites.scoring import score_generation, score_likelihood
+from silotune.workflows.evaluate.text_scores import Quality, judge, question_of
+from silotune.workflows.evaluate.text_scores import mean as mean_quality
+
+LM_EVAL = "lm-eval:"
+"""In front of the name of a task of lm-eval."""
+HELD_OUT = "held-out"
+"""The run's own held-out questions."""
+
+
+@dataclass(frozen=True)
+class ExamConfig:
+    """What is asked, and how."""
+
+    suites: Sequence[str] = ()
+    """Names of suites, or "lm-eval:<task>"; the run's own held-out questions when empty."""
+    data: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Suite -> a local file with its columns; the others are read from the hub."""
+    max_new_tokens: int = 128
+    """Where a generated answer is cut."""
+    batch_size: int = 16
+    """Prompts in one forward pass; but for --leaderboard it changes speed and memory only."""
+    limit: int | None = None
+    """At most so many questions of each suite, drawn with the run's seed."""
+    leaderboard: bool = False
+    """Also by the protocols of FlowerTune's leaderboards, where they have the suite."""
+    instructions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Suite -> the leaderboard's own instruction sentence in place of ours."""
+    base: bool = True
+    """Ask the untouched base too."""
+    allow_code_execution: bool = False
+    """Programs that the model wrote may run here."""
+
+
+def check_exam(cfg: ExamConfig) -> dict[str, list[Any]]:
+    """Read all questions, before a model is loaded.
+
+    Returns:
+        Suite -> its items, or for code its problems; without the tasks of lm-eval.
+
+    Raises:
+        ConfigError: An unknown suite, a file for a suite that is not asked, code without leave.
+        DataError: Questions that cannot be read.
+    """
+    known = [*SUITES, code_suite.NAME]
+    for name in cfg.suites:
+        if not name.startswith(LM_EVAL) and name not in known:
+            raise ConfigError(
+                f"there is no suite '{name}'.{did_you_mean(name, known)}\n"
+                f"  There are: {', '.join(known)}; or {LM_EVAL}<task> for a task of lm-eval."
+            )
+    for name in (*cfg.data, *cfg.instructions):
+        if name not in cfg.suites:
+            raise ConfigError(
+                f"a file or an instruction is given for suite '{name}', which is not asked."
+                f"{did_you_mean(name, cfg.suites)}\n  Add --suite {name}, or leave it out."
+            )
+    if any(name.startswith(LM_EVAL) for name in cfg.suites):
+        check_lm_eval([n.removeprefix(LM_EVAL) for n in cfg.suites if n.startswith(LM_EVAL)])
+    if code_suite.NAME in cfg.suites:
+        code_suite.check_allowed(cfg.allow_code_execution)
+    found: dict[str, list[Any]] = {}
+    for name in cfg.suites:
+        if name == code_suite.NAME:
+            found[name] = list(code_suite.load_problems(cfg.data.get(name)))
+        elif not name.startswith(LM_EVAL):
+            found[name] = load_items(SUITES[name], cfg.data.get(name))
+    return found
+
+
+def take_exam(run: Run, cfg: ExamConfig, *, progress: Progress | None = None) -> Path:
+    """Ask a finished run, and write down what it said.
+
+    Args:
+        run: A finished run.
+        cfg: What is asked.
+        progress: Told what happens; silent by default.
+
+    Returns:
+        A new folder inside the run folder: scores.json, and the raw answers as JSONL.
+
+    Raises:
+        SilotuneError: See `check_exam` and `Run.load`.
+    """
+    progress = progress or Progress()
+    questions = check_exam(cfg)
+    config = run.config
+    if config.task == "classify" and cfg.suites:
+        raise ConfigError(
+            "suites are questions, and this run gives labels.\n"
+            "  Leave out --suite: its own held-out rows are scored."
+        )
+    own = None if cfg.suites else check(config).rows
+    progress.note(f"loading {config.model.name}")
+    loaded = run.load()
+    place = free_place(run.path / "evaluations" / time.strftime("%Y-%m-%d-%H%M%S"))
+    place.mkdir(parents=True)
+    scores: dict[str, Any] = {"run": run.path.name, "settings": _plain(cfg), "models": {}}
+    for model, speaking in _models(loaded, cfg):
+        with speaking():
+            found: dict[str, Any] = {}
+            if own is not None:
+                progress.note(f"{model}: held-out questions")
+                rows, found[HELD_OUT] = _held_out(loaded, config, own, cfg)
+                write_rows(place / f"held-out-{model}.jsonl", rows)
+            for name in cfg.suites:
+                progress.note(f"{model}: {name}")
+                rows, found[name] = _suite(loaded, name, questions, cfg, config)
+                if rows:
+                    write_rows(place / f"{name}-{model}.jsonl", rows)
+        scores["models"][model] = found
+    write_json(place / "scores.json", scores)
+    return place
+
+
+def _models(
+    loaded: LoadedModel, cfg: ExamConfig
+) -> Iterator[tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]]:
+    """The models that are asked, each with what makes it speak. Of full training, the result."""
+    if cfg.base and loaded.has_adapter:
+        yield "base", lambda: base_only(loaded)
+    yield "federated", contextlib.nullcontext
+
+
+def _plain(cfg: ExamConfig) -> dict[str, Any]:
+    return {**asdict(cfg), "data": {name: str(path) for name, path in cfg.data.items()}}
+
+
+# --- the run's own questions ----------------------------------------------------------------------
+
+
+def _held_out(
+    loaded: LoadedModel, config: Any, rows: Mapping[str, Any], cfg: ExamConfig
+) -> tuple[list[Row], dict[str, Any]]:
+    if config.task == "classify":
+        return _held_out_labels(loaded, config, rows, cfg)
+    task = build_task(config.task)
+    kept: list[Row] = []
+    scores: dict[str, Any] = {}
+    for client, own in sorted(rows.items()):
+        talks = _drawn(own.evaluation, cfg.limit, config.seed, client)
+        prepared = task.prepare(talks, loaded.tokenizer, config.train.max_length)
+        each = score_each(loaded, prepared.examples, task, batch_size=config.evaluate.batch_size)
+        asked = [question_of(talk) for talk in talks]
+        said = answers(
+            loaded,
+            [talk for talk, _ in asked],
+            max_new_tokens=cfg.max_new_tokens,
+            batch_size=cfg.batch_size,
+        )
+        judged = judge(said, [reference for _, reference in asked])
+        scores[client] = {
+            "num_items": len(talks),
+            "loss": sum(s.loss_sum for s in each) / max(1, sum(s.num_tokens for s in each)),
+            **mean_quality(judged),
+        }
+        for (talk, reference), one, quality in zip(asked, said, judged, strict=True):
+            row = {"client": client, "question": talk[-1]["content"], "reference": reference}
+            kept.append({**row, "answer": one.text, **asdict(quality)})
+    keys = ["loss", *Quality.__dataclass_fields__]
+    mean = {key: sum(own[key] for own in scores.values()) / len(scores) for key in keys}
+    return kept, {"clients": scores, "mean over clients": mean}
+
+
+def _held_out_labels(
+    loaded: LoadedModel, config: RunConfig, rows: Mapping[str, ClientRows], cfg: ExamConfig
+) -> tuple[list[Row], dict[str, Any]]:
+    """Every held-out row's label and the label it was given; scores of each client and over all."""
+    task, labels = build_task(config.task, config.data.labels), config.data.labels or ()
+    kept: list[Row] = []
+    for client, own in sorted(rows.items()):
+        texts = _drawn(own.evaluation, cfg.limit, config.seed, client)
+        examples = task.prepare(texts, loaded.tokenizer, config.train.max_length).examples
+        each = score_each(loaded, examples, task, batch_size=cfg.batch_size)
+        for text, one in zip(texts, each, strict=True):
+            found = {"label": labels[one.true], "given": labels[one.given], "loss": one.loss_sum}
+            kept.append({"client": client, **text, **found})
+    scores = {
+        client: _label_scores([row for row in kept if row["client"] == client], labels)
+        for client in sorted(rows)
+    }
+    return kept, {"clients": scores, "overall": _label_scores(kept, labels)}
+
+
+def _label_scores(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, Any]:
+    place = {label: n for n, label in enumerate(labels)}
+    given, true = (np.array([place[row[key]] for row in rows]) for key in ("given", "label"))
+    counts = Labelled("", given[None], true, len(labels)).counts().sum(axis=(0, 1))
+    return {
+        "num_items": len(rows),
+        "loss": sum(row["loss"] for row in rows) / len(rows),
+        **label_scores(counts),
+        "accuracy": asdict(wilson(int((given == true).sum()), len(rows))),
+    }
+
+
+def label_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: a client and model a line, over the run's own held-out rows."""
+    lines: list[tuple[str, ...]] = [
+        ("client", "model", "rows", "loss", "accuracy", "macro F1", "Matthews")
+    ]
+    clients = list(next(iter(scores["models"].values()))[HELD_OUT]["clients"])
+    for client in (*clients, None):
+        for model, found in scores["models"].items():
+            held = found[HELD_OUT]
+            own = held["overall"] if client is None else held["clients"][client]
+            cells = (f"{own['loss']:.3f}", _percent(own["accuracy"]))
+            rest = (f"{own[key]:.3f}" for key in ("macro_f1", "mcc"))
+            lines.append((client or "all", model, str(own["num_items"]), *cells, *rest))
+    return lines
+
+
+def _drawn(items: Sequence[Any], limit: int | None, seed: int, *labels: str) -> list[Any]:
+    """All of them, or `limit` drawn at random, in their order: files are often sorted."""
+    import torch
+
+    if limit is None or limit >= len(items):
+        return list(items)
+    gen = generator(seed, "exam", *labels)
+    return [items[i] for i in sorted(torch.randperm(len(items), generator=gen).tolist()[:limit])]
+
+
+# --- suites ---------------------------------------------------------------------------------------
+
+
+def _suite(
+    loaded: LoadedModel,
+    name: str,
+    questions: Mapping[str, list[Any]],
+    cfg: ExamConfig,
+    config: Any,
+) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
+    """Rows to keep, and scores by the way of answering."""
+    if name.startswith(LM_EVAL):
+        return [], run_lm_eval(loaded, [name.removeprefix(LM_EVAL)], cfg.limit)
+    items = _drawn(questions[name], cfg.limit, config.seed, name)
+    if name == code_suite.NAME:
+        found = code_suite.run_code(
+            loaded,
+            items,
+            allow_code_execution=cfg.allow_code_execution,
+            max_new_tokens=cfg.max_new_tokens,
+            batch_size=cfg.batch_size,
+        )
+        return list(found.rows), {"pass@1": found.summary()}
+    results = [
+        summarise(name, SUITES[name].kind, way, answered)
+        for way, answered in _ways(loaded, name, items, cfg, config.data.system)
+    ]
+    rows = [row for result in results for row in result.rows]
+    return rows, {result.way: result.summary() for result in results}
+
+
+def _ways(
+    loaded: LoadedModel, name: str, items: Sequence[Item], cfg: ExamConfig, system: str | None
+) -> Iterator[tuple[Way, list[Answered]]]:
+    size = cfg.batch_size
+    yield "likelihood", score_likelihood(loaded, items, system=system, batch_size=size)
+    said = score_generation(
+        loaded, items, system=system, max_new_tokens=cfg.max_new_tokens, batch_size=size
+    )
+    yield "generation", said
+    if not cfg.leaderboard or not all(item.leaderboard for item in items):
+        return
+    worded = cfg.instructions.get(name)
+    if SUITES[name].kind == "sentiment":
+        yield "leaderboard", run_finance(loaded, items, instruction=worded)
+    else:
+        yield "leaderboard", run_medical(loaded, items, suite=name, instruction=worded)
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def quality_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: a client and model a line, over the run's own held-out questions."""
+    keys = {"loss": 3, "rouge1": 3, "rouge2": 3, "rougeL": 3, "exact": 3, "length": 1, "ended": 2}
+    names = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "exact", "tokens", "ended")
+    lines: list[tuple[str, ...]] = [("client", "model", "questions", "loss", *names)]
+    clients = next(iter(scores["models"].values()))[HELD_OUT]["clients"]
+    for client in (*clients, "mean over clients"):
+        for model, found in scores["models"].items():
+            held = found[HELD_OUT]
+            own = held["clients"].get(client, held["mean over clients"])
+            count = str(own.get("num_items", ""))
+            cells = (f"{own[key]:.{digits}f}" for key, digits in keys.items())
+            lines.append((client, model, count, *cells))
+    return lines
+
+
+def suite_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: a suite, a way and a model a line."""
+    header = ("suite", "answered by", "model", "questions", "right", "wrong", "no answer", "guess")
+    lines: list[tuple[str, ...]] = []
+    for model, found in scores["models"].items():
+        for suite, ways in found.items():
+            if suite == HELD_OUT or suite.startswith(LM_EVAL):
+                continue
+            for way, own in ways.items():
+                lines.append((suite, way, model, str(own["num_items"]), *_shares(way, own)))
+    return [header, *sorted(lines)]
+
+
+def _shares(way: str, own: Mapping[str, Any]) -> tuple[str, ...]:
+    if way == "pass@1":
+        none = own["num_timeouts"] / own["num_items"]
+        wrong = own["num_failed"] / own["num_items"]
+        return _percent(own["pass_at_1"]), f"{wrong:.1%}", f"{none:.1%}", "-"
+    shares = (_percent(own[key]) for key in ("accuracy", "wrong", "unparsable"))
+    return (*shares, f"{own['chance']:.1%}")
+
+
+def _percent(interval: Mapping[str, float]) -> str:
+    found = Interval(**interval)
+    return f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
+
+
+def lm_eval_lines(scores: Mapping[str, Any]) -> list[str]:
+    """One line per metric of lm-eval's tasks."""
+    return [
+        f"{suite}, {model}: {task} {metric} {value:.4f}"
+        for model, found in scores["models"].items()
+        for suite, own in found.items()
+        if suite.startswith(LM_EVAL)
+        for task, metrics in own["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float)
+    ]
+
+
+def latest(run: Path) -> dict[str, Any] | None:
+    """The scores of a run's newest evaluation; None without one."""
+    folder = RunFolder.open(run)
+    places = sorted((folder.path / "evaluations").glob("*/scores.json"))
+    return json.loads(places[-1].read_text(encoding="utf-8")) if places else None

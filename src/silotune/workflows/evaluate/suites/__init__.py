@@ -1,0 +1,11 @@
+"""Benchmark suites: questions with known answers, from the hub or from a file."""
+
+from silotune.workflows.evaluate.suites.base import Suite
+from silotune.workflows.evaluate.suites.finance import FIQA, FPB, TFNS
+from silotune.workflows.evaluate.suites.medical import CAREQA, MEDMCQA, MEDQA, PUBMEDQA
+from silotune.workflows.evaluate.suites.mmlu import MMLU
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (PUBMEDQA, MEDQA, MEDMCQA, CAREQA, MMLU, FPB, FIQA, TFNS)
+}
+"""Every suite of questions by name; `code.py` has the one that runs programs."""

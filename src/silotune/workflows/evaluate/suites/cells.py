@@ -1,0 +1,67 @@
+"""The cells of a suite's rows: texts, numbers and labels that can be used, or a named mistake.
+
+Messages name the place and the column, never a value.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from silotune.core.errors import DataError
+from silotune.data.conversations import Row, is_missing
+
+
+def text_of(row: Row, column: str, where: str) -> str:
+    """A text that says something."""
+    value = row[column]
+    if is_missing(value) or not str(value).strip():
+        raise DataError(f"{where}: column '{column}' is empty.\n  Fill it, or remove the row.")
+    if isinstance(value, list | Mapping):
+        raise DataError(
+            f"{where}: column '{column}' is of type {type(value).__name__}, text is needed.\n"
+            "  Write the text itself there."
+        )
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:  # JSON lets half a character through; tokenizers do not
+        raise DataError(
+            f"{where}: column '{column}' holds half of a character (a lone surrogate).\n"
+            "  Write the file again as UTF-8, or remove the row."
+        ) from None
+    return str(value)
+
+
+def number_of(row: Row, column: str, where: str) -> float:
+    """A number; CSV files hold it as text."""
+    try:
+        return float(text_of(row, column, where))
+    except ValueError:
+        raise DataError(
+            f"{where}: column '{column}' is not a number.\n  Mend it, or remove the row."
+        ) from None
+
+
+def pick(labels: Mapping[int, str], row: Row, column: str, where: str) -> str:
+    """The label that a number stands for."""
+    number = number_of(row, column, where)
+    if number in labels:
+        return labels[int(number)]
+    known = ", ".join(f"{i} ({label})" for i, label in labels.items())
+    raise DataError(
+        f"{where}: column '{column}' is none of {known}.\n  Mend it, or remove the row."
+    )
+
+
+def check_gold(gold: str, options: Mapping[str, str], column: str, where: str) -> str:
+    """The gold label, when it is an option."""
+    if gold not in options:
+        raise DataError(
+            f"{where}: column '{column}' is none of the options {', '.join(options)}.\n"
+            "  Mend it, or remove the row."
+        )
+    return gold
+
+
+def id_of(row: Row, where: str) -> str:
+    """The row's own id, or its place."""
+    own = row.get("id")
+    return Path(where).name if is_missing(own) or not str(own).strip() else str(own)

@@ -1,0 +1,293 @@
+"""One real step of a recipe's real shapes, in a process of its own: its memory and its seconds.
+
+    python -m silotune.workflows.plan.measure < recipe.toml
+
+A fresh process, because a peak of memory never falls again, and the asking one has its own. The
+rows stay in it: lengths and seconds come out.
+"""
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from silotune.core.algorithm import keep_local
+from silotune.core.errors import DataError, SilotuneError, first_line
+from silotune.core.seeds import generator
+from silotune.core.types import Broadcast
+from silotune.federation.client import ClientData, Worker, train_round
+from silotune.federation.client_memory import ClientMemory
+from silotune.federation.recipe_model import load_for, local_tensors
+from silotune.federation.sampling import sample
+from silotune.models.allocator import release_memory
+from silotune.models.devices import peak_memory_bytes
+from silotune.models.loading import read_adapter
+from silotune.models.sources import SOURCES, is_ready, resolve
+from silotune.recipes.parse import parse, to_toml
+from silotune.recipes.schema import RunConfig
+from silotune.runtime.flower.strategy import algorithm_of
+from silotune.runtime.inprocess import prepare_clients
+from silotune.training.loop import num_rows, plan_steps, stream
+from silotune.training.scoring import build_eval_batches
+from silotune.training.tasks import build_task
+from silotune.training.tasks.base import Batch, Example, Task
+from silotune.workflows.check import check
+from silotune.workflows.plan.memory import BatchShape, widest_batch
+
+TIMED = (0.25, 0.75)
+"""Where among the forward batches, sorted by their tokens, those lie whose seconds are taken."""
+
+KEPT_SHAPES = 75
+"""For how many shapes of a batch oneDNN keeps its kernels: 1024 kernels, of which a Llama's layers
+with LoRA need about 14 each; seen with SmolLM2-135M in bfloat16, where growth ended at so many."""
+
+TIMEOUT_S = 3600.0
+"""How long the process may take, loading the base included."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process needed for a recipe's widest batch, and how fast it was."""
+
+    device: str
+    real_rows: bool
+    """Whether the rows were the clients' own; else made up, as long as the recipe allows."""
+    batch: BatchShape
+    """The widest that the run will meet."""
+    peak_bytes: int
+    """Largest resident size that a process comes to which trains the whole run: that of this
+    process, and `bytes_per_shape` for every shape that it did not meet, up to `KEPT_SHAPES`. On
+    CUDA the largest allocation."""
+    bytes_per_shape: int
+    """What stays for every new shape of a batch: kernels that oneDNN builds for it and keeps."""
+    num_shapes: int
+    """Shapes of batches that the run will train on."""
+    seconds_start: float
+    """Until the first step: libraries, model, rows as tokens."""
+    seconds_per_token: float
+    """Of training on shapes that it met before, padding included."""
+    seconds_building: float
+    """Of the whole run, for kernels of shapes that it did not meet before."""
+    seconds_per_scored_token: float
+    """Of scoring held-out rows, padding included."""
+    train_tokens: tuple[int, ...]
+    """For each round the tokens, padding included, of all clients' steps."""
+    scored_tokens: Mapping[str, int]
+    """For each client the tokens of its held-out rows, padding included."""
+
+
+def is_at_hand(run: RunConfig) -> bool:
+    """Whether the base's weights lie on this machine, so that nothing has to be fetched."""
+    if run.model.name in SOURCES:
+        return is_ready(run.model.name)
+    place = resolve(run.model.name)
+    if isinstance(place, Path):
+        return any(place.glob("*.safetensors"))
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "model.safetensors.index.json")
+    found = (try_to_load_from_cache(place, file, revision=run.model.revision) for file in files)
+    return any(isinstance(path, str) for path in found)
+
+
+def measure(run: RunConfig) -> Measurement | str:
+    """Run one step in a fresh process; or say in one line why that failed.
+
+    Args:
+        run: A recipe without mistakes, whose base is at hand.
+    """
+    command = [sys.executable, "-m", "silotune.workflows.plan.measure"]
+    try:
+        done = subprocess.run(
+            command,
+            input=to_toml(run),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"three steps took longer than {TIMEOUT_S:.0f} s"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        killed = "it was killed, as happens when memory runs out"
+        return lines[-1].strip() if lines and done.returncode > 0 else killed
+    table = json.loads(done.stdout.splitlines()[-1])
+    table["batch"] = BatchShape(**table["batch"])
+    return Measurement(**{**table, "train_tokens": tuple(table["train_tokens"])})
+
+
+# --- in the process of its own --------------------------------------------------------------------
+
+
+def main() -> None:
+    """Read a recipe from stdin, measure, and write one line of JSON to stdout."""
+    began = time.perf_counter()
+    run = parse(tomllib.loads(sys.stdin.read()), name="plan")
+    with contextlib.redirect_stdout(sys.stderr):  # libraries may print
+        try:
+            found = _measure(run, began)
+        except SilotuneError as error:  # the line that the asking process passes on
+            sys.exit(f"{type(error).__name__}: {first_line(str(error))}")
+    sys.stdout.write(json.dumps(asdict(found)) + "\n")
+
+
+def _measure(run: RunConfig, began: float) -> Measurement:
+    torch.set_num_threads(run.runtime.threads)
+    loaded = load_for(run)
+    task = build_task(run.task, run.data.labels)
+    algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
+    worker = Worker(loaded, task, run, algorithm)
+    clients, real = _clients(run, worker)
+    start = time.perf_counter() - began
+    rounds = [list(_batches(run, clients, r)) for r in _positions(run, clients)]
+    ordered = sorted(
+        (batch for own in rounds for batch in own), key=lambda batch: _num_tokens(batch, run)
+    )
+    widest, name = ordered[-1], next(iter(clients))
+    scored = [batch for own in clients.values() for batch in own.eval_batches]
+    longest = max(scored, key=lambda batch: batch.ids.numel())
+    adapter = read_adapter(loaded)
+    extra = algorithm.init(adapter, len(clients))
+    broadcast = Broadcast(1, adapter, {key: extra[key] for key in algorithm.broadcasts})
+    broadcast = replace(broadcast, score=run.evaluate.every > 0)
+
+    def message(examples: Sequence[Example], *, score: Batch | None) -> Mapping[str, float]:
+        held_out = () if score is None else (score,)
+        data = replace(clients[name], examples=tuple(examples), eval_batches=held_out, num_eval=1)
+        asked = replace(broadcast, score=broadcast.score and score is not None)
+        update, _ = train_round(worker, data, asked, ClientMemory(), count=len(examples))
+        return update.metrics
+
+    middle = sorted(scored, key=lambda batch: batch.ids.numel())[len(scored) // 2]
+    first, picked = ordered[len(ordered) // 2], [ordered[int(x * len(ordered))] for x in TIMED]
+    message(first, score=longest)  # slower than the others: memory is taken, kernels are chosen
+    message(first, score=middle)
+    before = _held()
+    new = [message(batch, score=middle) for batch in picked]
+    timed = [message(batch, score=middle) for batch in picked]
+    built = sum(m["seconds_training"] for m in new) - sum(m["seconds_training"] for m in timed)
+    num_new = len(_shapes([first, *picked], run)) - 1
+    per_shape = max(0, _held() - before) // num_new if num_new else 0
+    # the widest last, as a client may meet it: what shorter ones freed are holes too small for it
+    message(widest, score=longest)
+    shapes = _shapes(ordered, run)
+    num_met = len(_shapes([first, *picked, widest], run))
+    num_unmet = max(0, min(len(shapes), KEPT_SHAPES) - num_met)
+    num_built = len(shapes) if len(shapes) <= KEPT_SHAPES else len(ordered)
+    num_tokens = sum(m["num_padded_tokens"] for m in timed)
+    beside = sum(m["seconds"] - m["seconds_training"] for m in timed) / len(timed)
+    return Measurement(
+        device=str(loaded.device),
+        real_rows=real,
+        batch=_shape(widest, task, run),
+        peak_bytes=_peak() + per_shape * num_unmet,
+        bytes_per_shape=per_shape,
+        num_shapes=len(shapes),
+        seconds_start=start,
+        seconds_per_token=sum(m["seconds_training"] for m in timed) / num_tokens,
+        seconds_building=max(0.0, built) / num_new * num_built if num_new else 0.0,
+        # what a message costs beside its steps and the score is far less than these
+        seconds_per_scored_token=beside / middle.ids.numel() if broadcast.score else 0.0,
+        train_tokens=tuple(sum(_num_tokens(b, run) for b in own) for own in rounds),
+        scored_tokens={
+            name: sum(batch.ids.numel() for batch in own.eval_batches)
+            for name, own in clients.items()
+        },
+    )
+
+
+def _clients(run: RunConfig, worker: Worker) -> tuple[dict[str, ClientData], bool]:
+    """The clients' rows as tokens; made-up ones where the data set cannot be reached."""
+    try:
+        return prepare_clients(check(run).rows, worker), True
+    except DataError:
+        if run.partition is None or run.partition.num_clients is None:
+            raise
+    shape = widest_batch(run)
+    example = Example(
+        torch.zeros(shape.length, dtype=torch.int64),
+        torch.arange(shape.length) > 0,
+        label=0 if run.task == "classify" else -1,
+    )
+    batches = build_eval_batches([example] * run.evaluate.batch_size, worker.task, shape.num_rows)
+    names = [f"client-{n}" for n in range(run.partition.num_clients)]
+    rows = (example,) * shape.num_rows
+    return {
+        name: ClientData(name, rows, tuple(batches), len(batches), num_cut=0, num_dropped=0)
+        for name in names
+    }, False
+
+
+def _positions(run: RunConfig, clients: Mapping[str, ClientData]) -> Iterator[dict[str, int]]:
+    """For each round, who takes part and how many rows each has taken before."""
+    taken = dict.fromkeys(clients, 0)
+    again = "same-samples" in run.train.compat
+    for r in range(1, run.rounds + 1):
+        cohort = sample(list(clients), run.sampling, generator(run.seed, "sampling", r))
+        yield {name: 0 if again else taken[name] for name in cohort}
+        for name in cohort:
+            taken[name] += num_rows(run.train, len(clients[name].examples))
+
+
+def _batches(
+    run: RunConfig, clients: Mapping[str, ClientData], cohort: Mapping[str, int]
+) -> Iterator[list[Example]]:
+    """The forward batches of a round, as its clients will cut them, in any order."""
+    for name, start in cohort.items():
+        own = clients[name].examples
+        flow = stream(len(own), run.seed, name, start=start)
+        rows = list(itertools.islice(flow, num_rows(run.train, len(own))))
+        order = generator(run.seed, "order", name)
+        for step in plan_steps(rows, [e.ids.numel() for e in own], run.train, order):
+            yield from ([own[row] for row in batch] for batch in step)
+
+
+def _num_tokens(examples: Sequence[Example], run: RunConfig) -> int:
+    lengths = [e.ids.numel() for e in examples]
+    return sum(lengths) if run.train.packing else max(lengths) * len(lengths)
+
+
+def _shapes(batches: Sequence[Sequence[Example]], run: RunConfig) -> set[tuple[int, int]]:
+    """Rows and length of each batch; packed ones are a single row."""
+    return {(1 if run.train.packing else len(batch), _num_tokens(batch, run)) for batch in batches}
+
+
+def _shape(examples: Sequence[Example], task: Task, run: RunConfig) -> BatchShape:
+    join = task.pack if run.train.packing and task.pack is not None else task.collate
+    batch = join(examples)
+    num_rows, length = batch.ids.shape
+    return BatchShape(num_rows, length, batch.num_trained)
+
+
+def _peak() -> int:
+    """The process's own peak. Linux hands `ru_maxrss` of the starting process on to the started."""
+    found = None if torch.cuda.is_available() else _status("VmHWM")
+    return peak_memory_bytes() if found is None else found
+
+
+def _held() -> int:
+    """What the process holds now, without what is free; 0 where that is not known."""
+    release_memory()
+    return 0 if torch.cuda.is_available() else _status("VmRSS") or 0
+
+
+def _status(key: str) -> int | None:
+    """Bytes by a line of Linux's /proc/self/status; None elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next(x for x in status.read_text("utf-8").splitlines() if x.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""How much memory a recipe needs, estimated from shapes alone: no weights, no rows.
+
+What is counted is said beside each part; what a library holds for itself on the way is not. This
+file knows neither messages nor seconds.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from silotune.core.algorithm import Algorithm
+from silotune.core.tree import size_bytes
+from silotune.models.devices import pick_device
+from silotune.models.loading import LoadedModel
+from silotune.models.quantization import BLOCK, Quantization
+from silotune.recipes.schema import RunConfig
+from silotune.training.loop import pick_optimizer
+from silotune.training.tasks import build_task
+from silotune.training.tasks.base import Batch
+from silotune.workflows.plan.shapes import Shapes, first_state
+
+PROCESS_BYTES = 700_000_000
+"""Python with torch, transformers and peft imported, on a processor; measured on Linux."""
+MOMENTS = {"adamw": 8.0, "sgd": 0.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
+"""Bytes that an optimizer keeps per value; 8 for those not named."""
+SECOND_BLOCK = 256
+"""Scales of 4-bit blocks that share a scale themselves, with double quantisation."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The forward batch that needs most."""
+
+    num_rows: int
+    length: int
+    """Tokens of each row, padding included."""
+    num_trained: int
+    """Predictions that the loss is taken on."""
+
+
+def widest_batch(run: RunConfig) -> BatchShape:
+    """What a recipe allows at most: full rows, and with instruct every token but the first learned.
+
+    Rows are shorter, and prompts are not learned, so a run usually stays below.
+    """
+    rows, length = run.train.batch_size, run.train.max_length
+    return BatchShape(rows, length, rows if run.task == "classify" else rows * (length - 1))
+
+
+@dataclass(frozen=True)
+class ClientMemory:
+    """Bytes of a process that trains one client at a time, by part."""
+
+    base: int
+    """The frozen weights, and of a quantised base the largest layer unpacked."""
+    adapter: int
+    """What is trained, in float32: values, gradients, and a copy as it was received."""
+    optimizer: int
+    """The optimizer's moments."""
+    activations: int
+    """What the forward pass of one batch keeps for the backward pass."""
+    logits: int
+    """Scores of the vocabulary, or of the labels, where the loss is taken, and their gradients; at
+    least what one layer's backward pass takes."""
+    process: int
+    """The libraries; on a GPU 0, for they are not in its memory."""
+
+    @property
+    def total(self) -> int:
+        """All of it, at the moment when most of it is held."""
+        return sum(vars(self).values())
+
+
+def client_memory(run: RunConfig, shapes: Shapes, batch: BatchShape) -> ClientMemory:
+    """Estimate a training process from shapes.
+
+    Args:
+        run: The recipe.
+        shapes: Its model.
+        batch: The forward batch that needs most.
+
+    Raises:
+        NotImplementedError: The model does not run without memory, so nothing is known of what its
+            forward pass keeps.
+    """
+    values = sum(p.numel() for p in shapes.parameters.values())
+    device = pick_device(run.runtime.device)
+    optimizer, _ = pick_optimizer(run.train.optimizer, device)
+    kept = kept_bytes(run, shapes, batch)
+    scores = 4 * batch.num_trained * _num_classes(run, shapes)
+    one_layer = (kept - scores) // _num_layers(shapes)
+    activations = kept - scores
+    if run.model.gradient_checkpointing:
+        # every layer's input, and one layer as it is computed anew
+        width = shapes.model.config.get_text_config().hidden_size
+        number = 4 if run.model.quantization != "none" else _itemsize(shapes)
+        inputs = _num_layers(shapes) * batch.num_rows * batch.length * width * number
+        activations = min(activations, inputs + one_layer)
+    return ClientMemory(
+        base=base_bytes(shapes, run.model.quantization, double=run.model.double_quantization),
+        adapter=3 * 4 * values if run.adapter.kind != "full" else 2 * 4 * values,
+        optimizer=round(MOMENTS.get(optimizer, 8.0) * values),
+        activations=activations,
+        logits=scores + max(2 * scores, one_layer),
+        process=_process_bytes(device),
+    )
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Bytes of a process that only combines, by part."""
+
+    base: int
+    """The base with its adapter, loaded before the first round and after the last, not between."""
+    state: int
+    """The adapter, and what the algorithm remembers."""
+    combining: int
+    """The sum of the updates in float64, one update, their mean, and the state that follows."""
+    process: int
+    """The libraries."""
+
+    @property
+    def total(self) -> int:
+        """The larger of both moments."""
+        return self.process + self.state + max(self.base, self.combining)
+
+
+def server_memory(
+    run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: int
+) -> ServerMemory:
+    """Estimate the server's process, as far as it does not train itself."""
+    state = first_state(shapes, algorithm, num_clients)
+    adapter = size_bytes(state.adapter)
+    held = adapter + sum(map(size_bytes, state.extra.values()))
+    base = base_bytes(shapes, run.model.quantization, double=run.model.double_quantization)
+    return ServerMemory(
+        base=base + (0 if run.adapter.kind == "full" else adapter),
+        state=held,
+        combining=2 * adapter + adapter + adapter + held,
+        process=PROCESS_BYTES,
+    )
+
+
+def base_bytes(shapes: Shapes, quantization: Quantization, *, double: bool) -> int:
+    """The weights that are not the adapter's, as they are held.
+
+    4 bits: half a byte per weight and a scale of 4 bytes per block of 64, or with double
+    quantisation of 1 byte and 4 more per 256 blocks. 8 bits: a byte per weight and 4 per row.
+    Output embeddings, embeddings and norms stay float32 beside quantised layers.
+    """
+    trained = {id(p) for p in shapes.parameters.values()} if _has_adapter(shapes) else set[int]()
+    packed = {} if quantization == "none" else _packed_layers(shapes)
+    total, largest, seen = 0, 0, set(trained)
+    for parameter in shapes.model.parameters():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if id(parameter) not in packed:
+            total += parameter.numel() * parameter.element_size()
+            continue
+        rows, largest = parameter.shape[0], max(largest, parameter.numel())
+        blocks = -(-parameter.numel() // BLOCK)
+        if quantization == "int8":
+            total += parameter.numel() + 4 * rows
+        else:
+            scales = blocks + 4 * -(-blocks // SECOND_BLOCK) if double else 4 * blocks
+            total += -(-parameter.numel() // 2) + scales
+    return total + 2 * largest  # a layer is unpacked to 16 bits when it is used
+
+
+def _has_adapter(shapes: Shapes) -> bool:
+    return hasattr(shapes.model, "peft_config")
+
+
+def _packed_layers(shapes: Shapes) -> set[int]:
+    """Weights of linear layers, but for output embeddings and heads."""
+    plain = shapes.model.get_base_model() if _has_adapter(shapes) else shapes.model
+    within = f"{plain.base_model_prefix}."
+    mine = {id(p) for p in shapes.parameters.values()}
+    return {
+        id(module.weight)
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.startswith(within)
+        and "pooler" not in name
+        and id(module.weight) not in mine
+        and "lora_" not in name
+    }
+
+
+# --- what a forward pass keeps --------------------------------------------------------------------
+
+
+def kept_bytes(run: RunConfig, shapes: Shapes, batch: BatchShape) -> int:
+    """What one forward pass in training keeps for the backward pass, weights not counted.
+
+    The model is run on tensors without memory, and everything that is saved is counted once. As on
+    real devices, attention keeps its inputs, its output and a number per query, no square matrix.
+
+    Raises:
+        NotImplementedError: The model does not run on such tensors.
+    """
+    own = {StorageWeakRef(t.untyped_storage()) for t in shapes.model.parameters()}
+    own |= {StorageWeakRef(t.untyped_storage()) for t in shapes.model.buffers()}
+    found: dict[StorageWeakRef, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if (place := StorageWeakRef(storage)) not in own:
+            found[place] = storage.nbytes()
+        return tensor
+
+    shapes.model.train()
+    try:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            _Shapes(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            loss = _loss(run, shapes, batch)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise NotImplementedError(str(error)) from error
+    finally:
+        shapes.model.eval()
+    del loss  # held until here, so that no place is given twice
+    return sum(found.values())
+
+
+def _loss(run: RunConfig, shapes: Shapes, batch: BatchShape) -> Tensor:
+    meta = torch.device("meta")
+    ids = torch.empty(batch.num_rows, batch.length, dtype=torch.int64, device=meta)
+    places = torch.empty(batch.num_trained, dtype=torch.int64, device=meta)
+    if run.task == "classify":  # a mask of ones is no mask, and cannot be looked at here
+        return F.cross_entropy(shapes.model(input_ids=ids).logits.float(), places)
+    loaded = LoadedModel(
+        shapes.model, None, meta, torch.float32, shapes.parameters, kind=run.adapter.kind
+    )
+    real = Batch(ids, places, places, ids.numel(), mask=torch.empty(ids.shape, device=meta))
+    return build_task(run.task).loss(loaded, real).loss_sum
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1]))
+        return out
+
+
+class _Shapes(TorchFunctionMode):
+    """What tensors without memory cannot do: ask for a value, and choose attention's short way.
+
+    Models ask whether a mask hides nothing, or rows are whole: here the answer is yes. And torch
+    would take the way that keeps all pairs of tokens.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__bool__:
+            return True
+        if func is F.scaled_dot_product_attention:
+            return _Fused.apply(*_attended(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    return query, key, value
+
+
+def _num_layers(shapes: Shapes) -> int:
+    return shapes.model.config.get_text_config().num_hidden_layers
+
+
+def _num_classes(run: RunConfig, shapes: Shapes) -> int:
+    if run.task == "classify":
+        return len(run.data.labels or ())
+    return shapes.model.config.get_text_config().vocab_size
+
+
+def _itemsize(shapes: Shapes) -> int:
+    return next(p for p in shapes.model.parameters() if p.dim() > 1).element_size()
+
+
+def _process_bytes(device: torch.device) -> int:
+    return 0 if device.type == "cuda" else PROCESS_BYTES

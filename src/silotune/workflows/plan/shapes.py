@@ -1,0 +1,158 @@
+"""A recipe's model without its weights: which tensors there are, from config.json alone.
+
+The model is built on torch's meta device, where tensors have shapes and no memory. This file knows
+neither bytes on a wire nor seconds.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from silotune.core.algorithm import Algorithm
+from silotune.core.errors import ModelError
+from silotune.core.types import ServerState
+from silotune.models.adapters import put_adapter, trained_parameters
+from silotune.models.devices import pick_device, pick_dtype
+from silotune.models.heads import Head, find_head, set_head
+from silotune.models.loading import quiet_libraries
+from silotune.models.sources import resolve
+from silotune.recipes.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model with its first adapter, on the meta device."""
+
+    model: Any
+    """As `LoadedModel.model`; where the base is quantised, its plain layers in float32."""
+    parameters: Mapping[str, nn.Parameter]
+    """What is trained and sent, by its name."""
+    head: frozenset[str]
+    """Of these, what belongs to a classification head."""
+    notes: tuple[str, ...] = ()
+    """What config.json does not say, and what is assumed instead."""
+
+
+def build_shapes(run: RunConfig) -> Shapes:
+    """Build what a recipe trains. No weights are read; a hub id costs its config.json.
+
+    Args:
+        run: With the task classify, all labels are named.
+
+    Raises:
+        ModelError: There is no such model, or the adapter does not fit it.
+    """
+    base, notes = _base(run), tuple[str, ...]()
+    labels, kind = run.task == "classify", run.adapter.kind
+    head: Head | None = None
+    if labels:
+        fresh, notes = _fresh_pooler(base, run)
+        head = find_head(base, fresh)
+    with torch.device("meta"), quiet_libraries():
+        if kind != "full":
+            # where the factors begin changes no shape, and some beginnings look at the weights
+            options = {k: v for k, v in run.adapter.peft.items() if k != "init_lora_weights"}
+            base = put_adapter(
+                base, run.adapter.model_copy(update={"peft": options}), run.seed, head
+            )
+        if head is not None:
+            set_head(base, head, trained=run.adapter.head != "freeze")
+    parameters = _named(base, run)
+    mine = (name for name in parameters if head is not None and head.holds(name))
+    return Shapes(base.eval(), parameters, frozenset(mine), notes)
+
+
+def first_state(shapes: Shapes, algorithm: Algorithm, num_clients: int) -> ServerState:
+    """The server's state before the first round, on the meta device."""
+    with torch.device("meta"):
+        adapter = {n: torch.empty(p.shape) for n, p in shapes.parameters.items()}
+        return ServerState(0, adapter, algorithm.init(adapter, num_clients))
+
+
+def _base(run: RunConfig) -> Any:
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+
+    cfg, place = run.model, resolve(run.model.name)
+    kind: Any = AutoModelForCausalLM
+    more: dict[str, Any] = {}
+    if run.task == "classify":
+        kind, more = AutoModelForSequenceClassification, {"num_labels": len(run.data.labels or ())}
+    dtype = pick_dtype(cfg.dtype, pick_device(run.runtime.device), whole=run.adapter.kind == "full")
+    if cfg.quantization != "none":
+        dtype = torch.float32  # what is not quantised becomes float32, and so what flows through
+    with quiet_libraries():
+        try:
+            config = AutoConfig.from_pretrained(
+                place, revision=cfg.revision, trust_remote_code=False, **more
+            )
+            with torch.device("meta"):
+                base = kind.from_config(config, dtype=dtype)
+        except (OSError, ValueError) as error:
+            first_line = str(error).strip().split("\n", 1)[0]
+            raise ModelError(
+                f"model.name = '{cfg.name}': its config.json cannot be read: {first_line}\n"
+                "  Give a folder that holds it, or a hub id that this machine can reach."
+            ) from error
+    return base.requires_grad_(run.adapter.kind == "full")
+
+
+def _fresh_pooler(base: Any, run: RunConfig) -> tuple[list[str], tuple[str, ...]]:
+    """Tensors of a pooler that the model's files lack, which then learn with the head; notes."""
+    within = f"{base.base_model_prefix}."
+    poolers = [n for n, _ in base.named_parameters() if n.startswith(within) and "pool" in n]
+    if not poolers:
+        return [], ()
+    place = resolve(run.model.name)
+    files = sorted(place.glob("*.safetensors")) if isinstance(place, Path) else []
+    if not files:
+        return [], ("the model's files are not here: it is assumed that they hold its pooler",)
+    from safetensors import safe_open
+
+    held: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:  # reads the names, not the tensors
+            held |= set(file.keys())
+    return [n for n in poolers if not {n, n.removeprefix(within)} & held], ()
+
+
+def _named(model: Any, run: RunConfig) -> dict[str, nn.Parameter]:
+    if run.adapter.kind == "full":
+        return dict(sorted((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    with _places(model) as origin:
+        found = trained_parameters(model, run.adapter.kind)
+        return {name: origin[parameter] for name, parameter in found.items()}
+
+
+@contextmanager
+def _places(model: nn.Module) -> Iterator[dict[Tensor, nn.Parameter]]:
+    """Give what learns a place in memory, by which PEFT's names are matched to it.
+
+    Memory that is never written to costs nothing. Yields the stand-ins' originals.
+    """
+    origin: dict[Tensor, nn.Parameter] = {}
+    twins: dict[nn.Parameter, nn.Parameter] = {}
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in list(model.modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                continue
+            if parameter not in twins:
+                room = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                twins[parameter] = nn.Parameter(room)
+                origin[twins[parameter]] = parameter
+            swapped.append((module, key, parameter))
+            module.register_parameter(key, twins[parameter])
+    try:
+        yield origin
+    finally:
+        for module, key, parameter in swapped:
+            module.register_parameter(key, parameter)

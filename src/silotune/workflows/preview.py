@@ -1,0 +1,313 @@
+"""What a recipe's rows are as a model reads them, before any training: lengths, cuts, duplicates.
+
+Loads the tokenizer, never a model. Numbers, names of clients and labels may be shown to others;
+samples hold rows, and are for the machine on which these lie.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from silotune.core.errors import ConfigError
+from silotune.core.wording import did_you_mean
+from silotune.data.clients import ClientRows
+from silotune.data.conversations import list_columns
+from silotune.data.duplicates import Duplicates, find_duplicates
+from silotune.data.files import locate
+from silotune.data.partition import PartitionConfig
+from silotune.data.reading import TaskRow
+from silotune.federation.client import cut_note
+from silotune.federation.client_config import is_client_folder
+from silotune.federation.recipe_model import give_template
+from silotune.federation.server_work import server_rows
+from silotune.models.loading import load_tokenizer, quiet_libraries
+from silotune.recipes.schema import RunConfig
+from silotune.training.tasks import build_task
+from silotune.training.tasks.base import Task
+from silotune.training.tasks.instruct import trained_spans
+from silotune.workflows.check import check
+from silotune.workflows.data_overview import quantiles
+
+NO_LIMIT = sys.maxsize
+"""For `Task.prepare`: nothing is cut, so that one pass gives both lengths and masks."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Some rows as tokens."""
+
+    tokens: Mapping[str, float]
+    """Quantiles of the rows' tokens before anything is cut, named as in `overview.QUANTILES`."""
+    num_cut: int
+    """Rows longer than `train.max_length`: their end is missing."""
+    num_dropped: int
+    """Rows in which no token to learn is left: they are not used."""
+    trained_share: float | None
+    """Share of the tokens of all used rows, as far as they are not cut, that the loss is taken on.
+    None with the task classify, whose loss is one number a row."""
+
+
+@dataclass(frozen=True)
+class ClientPreview:
+    """One client's rows in numbers."""
+
+    num_train: int
+    num_eval: int
+    labels: Mapping[str, int]
+    """Train rows of each label, the commonest first; empty without a label column."""
+    train: Lengths
+    held_out: Lengths
+    duplicates: Duplicates
+
+
+Kind = Literal["read", "learned", "cut"]
+"""What becomes of a text: read only, learned, or cut off at `train.max_length`."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One train row as text. Private: not for logs, files or others."""
+
+    client: str
+    row: int
+    """Its number among the client's train rows, from 1."""
+    num_tokens: int
+    """Before anything is cut."""
+    pieces: tuple[tuple[Kind, str], ...]
+    """The whole text in order; with the task classify, text, pair and label with their names."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A recipe's rows before any training."""
+
+    run: RunConfig
+    """The resolved recipe."""
+    split: str
+    """How the rows became clients, in words."""
+    clients: Mapping[str, ClientPreview]
+    """Sorted by name."""
+    num_server: int
+    """Rows of the server's own."""
+    warnings: Sequence[str]
+    """What is allowed and may surprise."""
+    samples: Sequence[Sample]
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the samples and the recipe, ready for JSON."""
+        return {
+            "split": self.split,
+            "max_length": self.run.train.max_length,
+            "num_server": self.num_server,
+            "clients": {name: asdict(own) for name, own in self.clients.items()},
+            "warnings": list(self.warnings),
+        }
+
+
+def preview(
+    recipe: str | Path | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    num_samples: int = 0,
+    client: str | None = None,
+) -> Preview:
+    """Check a recipe and show what its rows are to the model, without loading the model.
+
+    Args:
+        recipe: A shipped recipe's name, a TOML file, or a recipe.
+        overrides: Keys to change, as "train.max_length=256".
+        num_samples: Train rows to show as text, from the first on.
+        client: Whose; the first by name when absent.
+
+    Raises:
+        ConfigError, ModelError, DataError: With what is wrong, where, and how to mend it.
+    """
+    checked = check(recipe, overrides)
+    run, rows = checked.run, dict(sorted(checked.rows.items()))
+    chosen = _chosen(client, rows)
+    tokenizer, warnings = load_tokenizer(run.model), list(checked.warnings)
+    if run.task != "classify" and give_template(tokenizer, run):
+        warnings.append(f"{run.model.name} brings no chat template: the plain one is used")
+    task, limit, own = build_task(run.task, run.data.labels), run.train.max_length, server_rows(run)
+    with quiet_libraries():  # rows longer than the model's own limit are told by the numbers
+        clients = describe_rows(rows, tokenizer, task, limit, server=own)
+        samples = [
+            sample(row, tokenizer, task, limit, client=chosen, number=n)
+            for n, row in enumerate(rows[chosen].train[:num_samples], start=1)
+        ]
+    warnings += data_warnings(clients, limit)
+    return Preview(run, describe_cut(run), clients, len(own), warnings, samples)
+
+
+def _chosen(client: str | None, rows: Mapping[str, ClientRows]) -> str:
+    if client is None:
+        return next(iter(rows))
+    if client not in rows:
+        raise ConfigError(
+            f"there is no client '{client}'.{did_you_mean(client, rows)}\n"
+            f"  The clients are {list_columns(rows)}."
+        )
+    return client
+
+
+def describe_rows(
+    rows: Mapping[str, ClientRows],
+    tokenizer: Any,
+    task: Task,
+    max_length: int,
+    *,
+    server: Sequence[TaskRow] = (),
+) -> dict[str, ClientPreview]:
+    """All clients' rows in numbers. Every row is tokenised once.
+
+    Args:
+        rows: Of all clients, as far as this machine may read them.
+        tokenizer: Of the base, with its chat template.
+        task: The recipe's.
+        max_length: Tokens after which a row is cut.
+        server: The server's own train rows.
+    """
+    duplicates = find_duplicates(rows, server)
+    return {
+        name: ClientPreview(
+            num_train=len(own.train),
+            num_eval=len(own.evaluation),
+            labels=dict(Counter(own.labels).most_common()),
+            train=measure(own.train, tokenizer, task, max_length),
+            held_out=measure(own.evaluation, tokenizer, task, max_length),
+            duplicates=duplicates[name],
+        )
+        for name, own in sorted(rows.items())
+    }
+
+
+# --- lengths --------------------------------------------------------------------------------------
+
+
+def measure(rows: Sequence[TaskRow], tokenizer: Any, task: Task, max_length: int) -> Lengths:
+    """Lengths of rows, and what `task.prepare` makes of them at `max_length`; at least one row."""
+    if task.labels:
+        lengths = task.num_tokens(rows, tokenizer)
+        num_cut = sum(length > max_length for length in lengths)
+        return Lengths(quantiles(lengths), num_cut, 0, None)
+    whole = task.prepare(rows, tokenizer, NO_LIMIT)
+    lengths = [e.ids.numel() for e in whole.examples]
+    if whole.num_dropped:  # rows without any token to learn, which a template can bring about
+        kept = set(whole.rows)
+        lost = [row for n, row in enumerate(rows) if n not in kept]
+        lengths += task.num_tokens(lost, tokenizer)
+    used = [mask for e in whole.examples if (mask := e.trained[:max_length]).any()]
+    num_read = sum(mask.numel() for mask in used)
+    num_trained = sum(int(mask.sum()) for mask in used)
+    return Lengths(
+        tokens=quantiles(lengths),
+        num_cut=sum(length > max_length for length in lengths),
+        num_dropped=len(rows) - len(used),
+        trained_share=num_trained / num_read if used else 0.0,
+    )
+
+
+# --- rows as text ---------------------------------------------------------------------------------
+
+
+def sample(
+    row: TaskRow, tokenizer: Any, task: Task, max_length: int, *, client: str, number: int
+) -> Sample:
+    """One row as the model reads it, and which part of it is learned.
+
+    Args:
+        row: One of `client`'s train rows.
+        tokenizer: Of the base, with its chat template.
+        task: The recipe's.
+        max_length: Tokens after which a row is cut.
+        client: Whose row it is.
+        number: Its number among the client's train rows, from 1.
+    """
+    if task.labels:
+        (num_tokens,) = task.num_tokens([row], tokenizer)
+        names = {"text": "text", "text_pair": "pair"}
+        texts = [f"{name}: {row[part]}\n" for part, name in names.items() if part in row]
+        read = "".join(texts) + "label: "
+        return Sample(client, number, num_tokens, (("read", read), ("learned", row["label"])))
+    text, spans = trained_spans(tokenizer, row)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    end = starts[max_length] if len(starts) > max_length else len(text)
+    return Sample(client, number, len(starts), _pieces(text, spans, end))
+
+
+def _pieces(text: str, spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[Kind, str], ...]:
+    """Cut a text at the edges of its learned spans, and at `end`, from where it is not read."""
+
+    def kind(at: int) -> Kind:
+        if at >= end:
+            return "cut"
+        return "learned" if any(start <= at < stop for start, stop in spans) else "read"
+
+    edges = sorted({0, end, len(text), *(edge for span in spans for edge in span if edge < end)})
+    return tuple((kind(a), text[a:b]) for a, b in pairwise(edges))
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def describe_cut(run: RunConfig) -> str:
+    """How the rows of a recipe became clients, in words."""
+    cut = run.partition or PartitionConfig()
+    if cut.by is not None:
+        only = "" if cut.only is None else f", of which only {list_columns(cut.only)}"
+        return f"one client for each value of column '{cut.by}'{only}"
+    if cut.kind is not None:
+        seed = run.data.split_seed if run.data.split_seed is not None else run.seed
+        words = {
+            "iid": "parts of equal size, drawn at random (iid)",
+            "dirichlet": f"labels of column '{cut.label}' shared out unevenly (dirichlet, "
+            f"alpha {cut.alpha})",
+            "length": "parts of equal size, from short rows to long ones (length)",
+            "cluster": "rows of one topic together (cluster)",
+            "flwr-datasets": f"cut by {cut.partitioner} (flwr-datasets)",
+        }
+        return f"{words[cut.kind]}, seed {seed}"
+    place = locate(run.data.path)
+    if place is not None and is_client_folder(place):
+        return "each client by its own configuration"
+    return "one file for each client"
+
+
+def data_warnings(clients: Mapping[str, ClientPreview], max_length: int) -> list[str]:
+    """What spoils a run or its scores: held-out rows that are trained on, rows without answers."""
+    warnings: list[str] = []
+    if leaks := name_counts(clients, lambda own: own.duplicates.num_leaked):
+        warnings.append(
+            f"held-out rows are train rows too, so scores on them flatter: {leaks}; "
+            "remove them from one of the parts"
+        )
+    for name, own in clients.items():
+        dropped = own.train.num_dropped + own.held_out.num_dropped
+        num_cut = own.train.num_cut + own.held_out.num_cut
+        note = cut_note(name, num_cut=num_cut, num_dropped=dropped)
+        if note is not None and dropped:
+            warnings.append(note)
+        for part, lengths, size in (
+            ("train", own.train, own.num_train),
+            ("held-out", own.held_out, own.num_eval),
+        ):
+            if lengths.num_dropped == size:
+                warnings.append(
+                    f"client '{name}': no {part} row has an answer within {max_length} tokens, so "
+                    "a run will refuse to start; raise train.max_length or shorten the prompts"
+                )
+    return warnings
+
+
+def name_counts(
+    clients: Mapping[str, ClientPreview], count: Callable[[ClientPreview], int], most: int = 5
+) -> str:
+    """'north 3, south 1': the clients with the largest counts; empty where all counts are 0."""
+    counts = sorted((-count(own), name) for name, own in clients.items() if count(own))
+    more = f" and {len(counts) - most} clients more" if len(counts) > most else ""
+    return ", ".join(f"{name} {-n}" for n, name in counts[:most]) + more

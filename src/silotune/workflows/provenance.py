@@ -1,0 +1,77 @@
+"""What a run depends on: base, rows, device and versions, recorded once, compared on resume."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import platform
+from pathlib import Path
+from typing import Any
+
+from silotune.core.atomic_files import write_json
+from silotune.core.errors import RunFolderError
+from silotune.data.clients import fingerprint
+from silotune.data.files import locate
+from silotune.federation.roster import is_consortium
+from silotune.federation.run_folder import RunFolder
+from silotune.models.loading import LoadedModel, folder_of_base
+from silotune.models.sources import SOURCES, content_hash
+from silotune.recipes.schema import RunConfig
+from silotune.workflows.check import Checked
+
+LIBRARIES = ("silotune", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets")
+
+
+def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dict[str, Any]:
+    """Write down what the run stands on; a resumed run must stand on the same."""
+    run = checked.run
+    source = SOURCES.get(run.model.name)
+    now = {
+        "run": str(folder.path),
+        "base": {
+            "name": run.model.name,
+            "description": source.what if source else run.model.name,
+            "sha256": content_hash(folder_of_base(run.model)),
+            "revision": run.model.revision,
+        },
+        "data": {"path": run.data.path, "sha256": _fingerprint(checked)},
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "quantization": loaded.quantization,
+        "threads": run.runtime.threads,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {name: importlib.metadata.version(name) for name in _libraries(run)},
+    }
+    before = folder.read_json("provenance.json")
+    if before is None:
+        write_json(folder.path / "provenance.json", now)
+        return now
+    for part, key in (("data", "sha256"), ("base", "sha256")):
+        if before[part][key] != now[part][key]:
+            raise RunFolderError(
+                f"{folder.path}: the {part} has changed since the run began.\n"
+                f"  Restore it ({run.data.path if part == 'data' else run.model.name}), or start "
+                "a new run."
+            )
+    return before
+
+
+def _fingerprint(checked: Checked) -> str | None:
+    """Of all rows; None where they are the clients' own, in a consortium whose members change."""
+    place = locate(checked.run.data.path)
+    return None if place and is_consortium(place) else fingerprint(checked.rows)
+
+
+def _libraries(run: RunConfig) -> list[str]:
+    """What the result may depend on."""
+    quantised = run.model.quantization != "none" or "bit" in run.train.optimizer
+    there = importlib.util.find_spec("bitsandbytes") is not None
+    return [*LIBRARIES, *(["bitsandbytes"] if quantised and there else [])]
+
+
+def file_sha256(adapter: Path) -> str:
+    """Sha256 over a result's safetensors files in name order; of one file as `sha256sum`."""
+    digest = hashlib.sha256()
+    for path in sorted(adapter.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""One run after another on one base in memory: what comparisons and sweeps stand on.
+
+Loading a base and turning rows into tokens cost more than many a run's first round. Both are kept
+until a recipe comes that needs others; what a run gives is the same as alone, bit for bit.
+"""
+
+import gc
+import time
+from collections.abc import Mapping
+
+import torch
+
+from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.core.errors import SilotuneError
+from silotune.core.types import AdapterState
+from silotune.data.clients import fingerprint
+from silotune.federation.client import ClientData, Worker
+from silotune.federation.progress import Progress
+from silotune.federation.recipe_model import load_for
+from silotune.federation.run_folder import RunFolder
+from silotune.models.loading import (
+    LoadedModel,
+    is_renewable,
+    read_adapter,
+    renew_adapter,
+    write_adapter,
+)
+from silotune.recipes.schema import RunConfig
+from silotune.results.run import Run
+from silotune.runtime.inprocess import prepare_clients
+from silotune.training.tasks import build_task
+from silotune.training.tasks.instruct import check_packing
+from silotune.workflows.check import Checked, check
+from silotune.workflows.run import run_in
+
+
+def needs(run: RunConfig) -> str:
+    """What a recipe asks of its base and tokenizer; two with one answer can share them."""
+    ends = "no-end-token" in run.train.compat
+    labels = run.data.labels if run.task == "classify" else None
+    return repr((run.model, run.runtime.device, run.task, labels, run.data.template, ends))
+
+
+class SharedBase:
+    """A base model that one recipe after another is trained on."""
+
+    def __init__(self, run: RunConfig, progress: Progress) -> None:
+        self._load(run, progress)
+
+    def _load(self, run: RunConfig, progress: Progress | None = None) -> None:
+        self.loaded: LoadedModel = load_for(run, progress)
+        self.needs = needs(run)
+        self._keep(run)
+
+    def _keep(self, run: RunConfig) -> None:
+        self._dressed_for = (run.seed, run.adapter)
+        self._first = read_adapter(self.loaded)
+
+    def serves(self, run: RunConfig) -> bool:
+        """Whether a recipe needs this base and tokenizer, and no other."""
+        return needs(run) == self.needs
+
+    def dress(self, run: RunConfig) -> AdapterState:
+        """Put a recipe's first adapter on the base, and return it.
+
+        Only another seed or another adapter makes it anew; weights that were trained themselves
+        have to be loaded again.
+        """
+        assert self.serves(run)
+        if self._dressed_for != (run.seed, run.adapter):
+            if is_renewable(self.loaded, run.adapter):
+                self.loaded = renew_adapter(self.loaded, run.adapter, seed=run.seed)
+                self._keep(run)
+            else:
+                self._load(run)
+        if run.train.packing:
+            check_packing(self.loaded, run.train.max_length)
+        write_adapter(self.loaded, self._first)
+        return self._first
+
+
+class Bench:
+    """Trains recipes one after another, and keeps what the next one needs too."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._base: SharedBase | None = None
+        self._tokens: tuple[str, Mapping[str, ClientData]] | None = None
+
+    def run(self, folder: RunFolder, checked: Checked) -> Run:
+        """Do what is left of a run in its folder, which the caller has locked."""
+        began, run = time.perf_counter(), checked.run
+        if folder.read_json("summary.json") is not None:
+            return Run(folder.path)
+        if run.runtime.name != "in-process":  # the engine's processes load their own
+            return run_in(folder, checked, self.progress, began=began)
+        base = self._base_for(run)
+        base.dress(run)
+        data = self._data_for(checked, base.loaded)
+        return run_in(folder, checked, self.progress, began=began, loaded=base.loaded, data=data)
+
+    def _base_for(self, run: RunConfig) -> SharedBase:
+        if self._base is None or not self._base.serves(run):
+            self._base = self._tokens = None
+            gc.collect()  # two bases at once may not fit
+            self.progress.note(f"loading {run.model.name}")
+            self._base = SharedBase(run, self.progress)
+        return self._base
+
+    def _data_for(self, checked: Checked, loaded: LoadedModel) -> Mapping[str, ClientData]:
+        run = checked.run
+        about = (fingerprint(checked.rows), run.train.max_length, run.evaluate.batch_size)
+        if self._tokens is None or self._tokens[0] != repr(about):
+            task = build_task(run.task, run.data.labels)
+            worker = Worker(loaded, task, run, fedavg(FedAvgConfig()))
+            self._tokens = (repr(about), prepare_clients(checked.rows, worker))
+        return self._tokens[1]
+
+    def forget(self) -> None:
+        """Let go of base and tokens: nothing is known of their state after a failure."""
+        self._base = self._tokens = None
+
+
+def attempt(bench: Bench, folder: RunFolder) -> str | None:
+    """Do what is left of a run. Returns why it failed, for runs that others do not depend on."""
+    try:
+        with folder.locked():
+            bench.run(folder, check(folder.run))
+    except (SilotuneError, MemoryError, torch.OutOfMemoryError) as error:
+        bench.forget()
+        return f"{type(error).__name__}: {error}"
+    return None

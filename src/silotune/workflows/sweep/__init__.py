@@ -1,0 +1,1 @@
+"""`silotune sweep`: one recipe many times, and what came out."""

@@ -1,0 +1,67 @@
+"""A sweep as one HTML page that stands alone: all runs in a table, a loss curve of each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from silotune.recipes.parse import to_toml
+from silotune.recipes.schema import RunConfig
+from silotune.results import charts
+from silotune.results.page import Drawing, render, rows_sha256
+from silotune.workflows.sweep.ranking import sweep_table, title_of, verdict
+
+
+def sweep_page(
+    result: Mapping[str, Any],
+    curves: Mapping[int, Mapping[int, float]],
+    run: RunConfig,
+    provenance: Mapping[str, Any],
+) -> str:
+    """The page of a sweep.
+
+    Args:
+        result: sweep.json.
+        curves: Held-out loss by rounds behind the adapter, by run number.
+        run: The recipe that the runs change.
+        provenance: Of the best run.
+
+    Returns:
+        HTML.
+    """
+    done = [own for own in result["runs"] if own["failed"] is None]
+    lines = {f"{own['number']:03d} {title_of(own)}": curves[own["number"]] for own in done}
+    names, size = list(lines), charts.MAX_LINES
+    parts = [
+        {name: lines[name] for name in names[at : at + size]} for at in range(0, len(names), size)
+    ]
+    drawings = [
+        Drawing(_title(i * size, len(part), len(names)), charts.loss_by_run(part, result["unit"]))
+        for i, part in enumerate(parts)
+    ]
+    header, *rows = sweep_table(result)
+    return render(
+        "sweep.html",
+        kind="sweep",
+        warnings=[],
+        samples=[],
+        split={},
+        seed=run.seed,
+        adapter_sha256=None,
+        rows_sha256=rows_sha256(run, provenance),
+        title=f"{len(result['runs'])} runs of {run.model.name}",
+        subtitle=f"changed from run to run: {', '.join(result['keys'])}",
+        verdict=[verdict(result)],
+        notes=[*([result["note"]] if result["note"] else []), *result["notes"]],
+        header=header,
+        rows=rows,
+        drawings=[drawing for drawing in drawings if drawing.svg],
+        failures=[own for own in result["runs"] if own["failed"] is not None],
+        best=" ".join(f"{key}={text}" for key, text in done[0]["keys"].items()) if done else "",
+        recipe=to_toml(run),
+        provenance=provenance,
+    )
+
+
+def _title(first: int, count: int, total: int) -> str:
+    if total == count:
+        return "Held-out loss of every run"
+    return f"Held-out loss, runs ranked {first + 1} to {first + count} of {total}"

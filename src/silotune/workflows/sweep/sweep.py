@@ -1,0 +1,347 @@
+"""Many runs of one recipe, each with other values of some keys, ranked by held-out loss.
+
+A sweep is a folder of run folders. A run that is finished is never trained again, one that was
+interrupted goes on from its last round, and one that failed is tried again when the sweep is
+resumed. Every run is what `silotune run` with the same keys would give, bit for bit.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from silotune.core.atomic_files import write_atomically, write_json, write_rows, written_rows
+from silotune.core.errors import ConfigError, RunFolderError
+from silotune.federation.metrics import held_out_losses
+from silotune.federation.progress import Progress
+from silotune.federation.run_folder import RunFolder
+from silotune.recipes.schema import RunConfig
+from silotune.recipes.sections import usable_threads
+from silotune.recipes.sweep_grid import read_axes
+from silotune.results.run import Run
+from silotune.workflows.run import place_for
+from silotune.workflows.shared_base import Bench, attempt, needs
+from silotune.workflows.sweep.page import sweep_page
+from silotune.workflows.sweep.ranking import ranked
+from silotune.workflows.sweep.search import Search
+from silotune.workflows.sweep.trials import (
+    Trial,
+    check_trials,
+    chooses_threads,
+    num_jobs,
+    read_sweep,
+    trial_of,
+    trials_of,
+)
+from silotune.workflows.sweep.worker import WorkerProcess
+
+
+class SweepFolder(RunFolder):
+    """One sweep on disk. It is no run: `silotune run --resume` refuses it."""
+
+    RECIPE = "sweep.toml"
+    KIND = "sweep"
+    COMMAND = "silotune sweep"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep on disk."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a text is a path too
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """sweep.json: every run's keys, losses, bytes and seconds, the best first; failures last.
+
+        See docs/sweep.md.
+        """
+        result = SweepFolder.open(self.path).read_json("sweep.json")
+        if result is None:
+            raise RunFolderError(
+                f"{self.path} is not finished.\n"
+                f"  Go on with it: silotune sweep --resume {self.path}"
+            )
+        return result
+
+    @property
+    def best(self) -> Run:
+        """The run with the lowest held-out loss."""
+        return Run(self.path / self.result["runs"][0]["path"])
+
+    def report(self) -> Path:
+        """Write report.html: all runs on one page, without a network. Returns its path."""
+        result = self.result
+        curves = {
+            own["number"]: held_out_losses(Run(self.path / own["path"]).metrics)
+            for own in result["runs"]
+            if own["failed"] is None
+        }
+        finished = RunFolder.open(self.best.path)
+        page = sweep_page(
+            result, curves, SweepFolder.open(self.path).run, finished.read_json("provenance.json")
+        )
+        write_atomically(self.path / "report.html", page.encode())
+        return self.path / "report.html"
+
+
+def sweep(
+    recipe: str | Path | RunConfig | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    runs: Sequence[str] = (),
+    search: int = 0,
+    jobs: int | None = None,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Train a recipe with every combination of some keys' values, or go on with a sweep.
+
+    Args:
+        recipe: A shipped name, a TOML file or a config; its [sweep] counts too.
+        overrides: Dotted `key=value` texts. One with several values, "train.lr=1e-4,1e-3", is
+            swept; with `search` also a range, "train.lr=1e-5..1e-3,log". Others hold for all runs.
+        runs: Instead of combinations the runs themselves, each with its overrides in one text.
+        search: Train so many runs whose values Optuna chooses.
+        jobs: Runs at the same time, each in a process with a base of its own; by default as many
+            as processors and memory allow, and on a GPU one.
+        out: The folder to create; by default runs/<time>-<recipe>-sweep. Never overwritten.
+        resume: A sweep to go on with. Its own recipe and keys count.
+        progress: Told what happens; silent by default.
+
+    Raises:
+        SilotuneError: See errors.py. A mistake in any of the runs is found before the first one
+            begins. A run that fails later does not: it is in the result with its reason.
+    """
+    progress = progress or Progress()
+    if resume is not None:
+        if recipe is not None or overrides or runs or search or out is not None:
+            raise ConfigError(
+                "a resumed sweep keeps its recipe and its keys, so nothing else has a place.\n"
+                "  Give --resume and, if you like, --jobs; or start a new sweep."
+            )
+        folder = SweepFolder.open(Path(resume))
+        trials = trials_of(folder.run)
+    elif recipe is None:
+        raise ConfigError("give a recipe, or --resume with the folder of a sweep.")
+    else:
+        base = read_sweep(recipe, overrides, runs, search)
+        trials = trials_of(base)
+        num_runs = base.sweep.search or len(trials)
+        check_trials(trials)
+        if not chooses_threads(recipe, overrides):
+            at_once = jobs or num_jobs(trials, num_runs, progress)
+            threads = max(1, usable_threads() // at_once)
+            runtime = base.runtime.model_copy(update={"threads": threads})
+            base = base.model_copy(update={"runtime": runtime})
+            jobs = at_once
+        folder = SweepFolder.create(place_for(recipe, out, "-sweep"), base)
+        trials = trials_of(base)
+    progress.note(f"sweep folder: {folder.path}")
+    try:
+        with folder.locked():
+            return _sweep(folder, trials, jobs, progress)
+    except BaseException:
+        progress.note(f"go on with: silotune sweep --resume {folder.path}")
+        raise
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Where the next run comes from. Used by one thread at a time."""
+
+    def take(self, last: Trial | None) -> Trial | None:
+        """The next run for a process that did `last` before; None where no more are needed."""
+        ...
+
+    def tell(self, trial: Trial, loss: float | None) -> None:
+        """A run ended; without a loss it failed."""
+        ...
+
+
+class Listed:
+    """Runs that are known from the beginning."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        self._left = list(trials)
+
+    def take(self, last: Trial | None) -> Trial | None:
+        """Runs that need the same base follow each other, so that it is not loaded again."""
+        if not self._left:
+            return None
+        same = (i for i, t in enumerate(self._left) if last and needs(t.run) == needs(last.run))
+        return self._left.pop(next(same, 0))
+
+    def tell(self, trial: Trial, loss: float | None) -> None:
+        """Nothing follows from it."""
+
+
+class Searched:
+    """Runs that Optuna chooses; runs.jsonl in the folder remembers which."""
+
+    FILE = "runs.jsonl"
+
+    def __init__(self, folder: SweepFolder) -> None:
+        self._folder, base = folder, folder.run
+        axes = read_axes(base.sweep.keys, search=True)
+        self._search = Search(axes, seed=base.seed)
+        self.trials: list[Trial] = []
+        again: list[Trial] = []
+        for row in written_rows(folder.path / self.FILE):
+            trial = trial_of(base, row["number"], tuple(row["keys"]))
+            self.trials.append(trial)
+            loss = loss_of(trial, folder)
+            if loss is None:
+                again.append(trial)
+            else:
+                self._search.remember(trial.keys, loss)
+        self._again = Listed(again)
+        self._tried_again = {trial.number for trial in again}
+
+    def take(self, last: Trial | None) -> Trial | None:
+        """First what an earlier process left, then a proposal."""
+        left = self._again.take(last)
+        if left is not None or len(self.trials) >= self._folder.run.sweep.search:
+            return left
+        keys = self._search.propose()
+        if keys is None:
+            return None
+        trial = trial_of(self._folder.run, len(self.trials) + 1, keys)
+        self.trials.append(trial)
+        rows = [{"number": t.number, "keys": list(t.keys)} for t in self.trials]
+        write_rows(self._folder.path / self.FILE, rows)
+        return trial
+
+    def tell(self, trial: Trial, loss: float | None) -> None:
+        """What the next proposals stand on."""
+        if trial.number in self._tried_again:
+            self._search.remember(trial.keys, loss)
+        else:
+            self._search.tell(trial.keys, loss)
+
+
+def loss_of(trial: Trial, folder: SweepFolder) -> float | None:
+    """A finished run's held-out loss; None where it is not finished."""
+    place = trial.place(folder)
+    summary = RunFolder.open(place).read_json("summary.json") if place.exists() else None
+    return summary and summary["overall"]["federated_loss"]
+
+
+def _sweep(
+    folder: SweepFolder, trials: Sequence[Trial], jobs: int | None, progress: Progress
+) -> Sweep:
+    before = folder.read_json("sweep.json")
+    if before is not None and all(own["failed"] is None for own in before["runs"]):
+        return Sweep(folder.path)
+    base = folder.run
+    num_runs = base.sweep.search or len(trials)
+    at_once = jobs or num_jobs(trials, num_runs, progress)
+    source = Searched(folder) if base.sweep.search else Listed(trials)
+    failed = _Work(folder, source, num_runs, progress).do(at_once)
+    done = source.trials if isinstance(source, Searched) else trials
+    write_json(folder.path / "sweep.json", _result(folder, done, failed))
+    finished = Sweep(folder.path)
+    if base.report.page and len(failed) < len(done):
+        finished.report()
+    return finished
+
+
+class _Work:
+    """Runs of a sweep under way: who trains what, and what was told about it."""
+
+    def __init__(
+        self, folder: SweepFolder, source: Source, num_runs: int, progress: Progress
+    ) -> None:
+        self.folder, self.source, self.progress = folder, source, progress
+        self.num_runs = num_runs
+        self.failed: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def do(self, at_once: int) -> Mapping[int, str]:
+        """Train all. Returns why some failed, by number."""
+        if at_once == 1:
+            bench = Bench(self.progress)
+            self._follow(lambda place: attempt(bench, RunFolder.open(place)))
+            return self.failed
+        logs = [self.folder.path / f"worker-{n}.log" for n in range(1, at_once + 1)]
+        workers = [WorkerProcess(log) for log in logs]
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                for ended in [pool.submit(self._follow, worker.train) for worker in workers]:
+                    ended.result()
+            finally:  # an error or a signal here must not wait for the others' runs
+                with self._lock:
+                    self.source = Listed([])
+                for worker in workers:
+                    worker.stop()
+        return self.failed
+
+    def _follow(self, train: Callable[[Path], str | None]) -> None:
+        """Train one run after the other until there are no more."""
+        trial: Trial | None = None
+        while True:
+            with self._lock:
+                trial = self.source.take(trial)
+                if trial is None:
+                    return
+                place = trial.place(self.folder)
+                if not place.exists():
+                    RunFolder.create(place, trial.run)
+                self.progress.note(f"[{trial.number}/{self.num_runs}] {trial.title}")
+            why = train(place)
+            with self._lock:
+                self._ended(trial, why)
+
+    def _ended(self, trial: Trial, why: str | None) -> None:
+        loss = None if why is not None else loss_of(trial, self.folder)
+        self.source.tell(trial, loss)
+        if why is not None:
+            self.failed[trial.number] = why
+            self.progress.note(f"[{trial.number}/{self.num_runs}] failed: {why}")
+        else:
+            words = "no held-out loss" if loss is None else f"held-out loss {loss:.3f}"
+            self.progress.note(f"[{trial.number}/{self.num_runs}] done: {words}")
+
+
+def _result(
+    folder: SweepFolder, trials: Sequence[Trial], failed: Mapping[int, str]
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for trial in trials:
+        row: dict[str, Any] = {
+            "number": trial.number,
+            "path": str(trial.place(folder).relative_to(folder.path)),
+            "keys": dict(text.split("=", 1) for text in trial.keys),
+            "failed": failed.get(trial.number),
+        }
+        if row["failed"] is None:
+            run = Run(trial.place(folder))
+            row |= _numbers(run)
+        rows.append(row)
+    return {"name": folder.path.name, **ranked(rows), "note": folder.run.report.note}
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    summary = run.summary
+    last = summary["result_round"]
+    scored = [r for r in run.metrics if r["event"] == "evaluate" and r["round"] == last]
+    return {
+        "task": summary["task"],
+        "base_loss": summary["overall"]["base_loss"],
+        "loss": summary["overall"]["federated_loss"],
+        "scores": (summary.get("scores") or {}).get("overall", {}).get("federated"),
+        "num_scored": sum(row.get("num_tokens", 0) for row in scored),
+        "bytes": summary["bytes_up"] + summary["bytes_down"],
+        "seconds": summary["seconds_total"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "rounds": summary["rounds"],
+        "epsilon": summary.get("privacy", {}).get("epsilon", {}).get("pld"),
+    }

@@ -1,0 +1,341 @@
+"""Who is in a consortium, and how it is proven: keys, requests, kits, the folder, the gates."""
+
+import datetime
+import json
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from silotune.core.errors import ConfigError
+from silotune.deployment.consortium.certificates import (
+    client_certificate,
+    fingerprint,
+    is_signed_by,
+    name_of,
+    new_authority,
+    new_key,
+    new_request,
+    pem,
+    read_certificate,
+    read_key,
+    server_certificate,
+    write_key,
+)
+from silotune.deployment.consortium.folder import Consortium, read_address
+from silotune.deployment.consortium.gate import client_gate, find_caddy, server_gate, write_leaves
+from silotune.deployment.consortium.kit import Request, read_kit, read_request_file, write_file
+from silotune.deployment.join import init, server_fingerprint, take_kit
+from silotune.federation.roster import MEMBERS, Roster, is_consortium, names_in, write_members
+from tests.conftest import hospital_rows, write_jsonl
+
+needs_openssl = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="openssl, the independent judge, is not installed"
+)
+
+
+@pytest.fixture
+def consortium(tmp_path):
+    Consortium.create(tmp_path / "fl", name="hospitals", address="fl.example.org")
+    return Consortium.open(tmp_path / "fl")
+
+
+@pytest.fixture
+def north(tmp_path):
+    """A client's folder with key and request."""
+    init("north", tmp_path / "north")
+    return tmp_path / "north"
+
+
+def problem(call, *args, **keys) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **keys)
+    return str(caught.value)
+
+
+# --- keys and certificates -----------------------------------------------------------------------
+
+
+def test_a_private_key_is_its_owners_alone_and_never_overwritten(tmp_path):
+    path, key = tmp_path / "key.pem", new_key()
+    write_key(path, key)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert fingerprint(read_key(path).public_key()) == fingerprint(key.public_key())
+    assert "is never overwritten" in problem(write_key, path, new_key())
+    path.chmod(0o640)
+    assert f"chmod 600 {path}" in problem(read_key, path)
+
+
+@needs_openssl
+def test_openssl_finds_the_certificates_good_for_their_use_and_no_other(tmp_path):
+    """An independent judge: certificates that only we believe in are worth nothing."""
+    signer, key = new_key(), new_key()
+    authority = new_authority("hospitals", signer)
+    made = {
+        "server": server_certificate(authority, signer, key, "fl.example.org"),
+        "address": server_certificate(authority, signer, key, "10.1.2.3"),
+        "client": client_certificate(authority, signer, key.public_key(), "north"),
+    }
+    (tmp_path / "ca.pem").write_text(pem(authority))
+    for name, own in made.items():
+        (tmp_path / f"{name}.pem").write_text(pem(own))
+
+    def verify(name, *options) -> bool:
+        words = ["openssl", "verify", "-x509_strict", "-CAfile", "ca.pem", *options, f"{name}.pem"]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True).returncode == 0
+
+    server, client = ("-purpose", "sslserver"), ("-purpose", "sslclient")
+    assert verify("server", *server, "-verify_hostname", "fl.example.org")
+    assert not verify("server", *server, "-verify_hostname", "other.example.org")
+    assert verify("address", *server, "-verify_ip", "10.1.2.3")
+    assert verify("client", *client)
+    assert not verify("client", *server), "a client must not pose as the server"
+    assert not verify("server", *client)
+
+
+def test_a_certificate_of_another_authority_of_the_same_name_is_not_ours():
+    ours, theirs = new_key(), new_key()
+    authority, other = new_authority("hospitals", ours), new_authority("hospitals", theirs)
+    made = client_certificate(other, theirs, new_key().public_key(), "north")
+    assert is_signed_by(made, other)
+    assert not is_signed_by(made, authority)
+
+
+@needs_openssl
+def test_fingerprints_are_what_openssl_says_of_the_key(tmp_path):
+    key = new_key()
+    write_key(tmp_path / "key.pem", key)
+    der = subprocess.run(
+        ["openssl", "pkey", "-in", "key.pem", "-pubout", "-outform", "DER"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    ).stdout
+    said = subprocess.run(
+        ["openssl", "dgst", "-sha256", "-r"], input=der, capture_output=True, check=True
+    ).stdout.decode()
+    assert fingerprint(key.public_key()).replace(" ", "") == said[:32]
+
+
+# --- requests and kits ---------------------------------------------------------------------------
+
+
+def test_approval_makes_a_kit_that_fits_the_clients_key_and_holds_no_secret(
+    consortium, north, tmp_path
+):
+    kit, told = consortium.approve(north / "request.toml")
+    assert told == fingerprint(read_key(north / "key.pem").public_key())
+    write_jsonl(tmp_path / "rows.jsonl", hospital_rows())
+    joined = take_kit(kit, north, data=tmp_path / "rows.jsonl")
+    assert joined.own.name == "north"
+    assert joined.own.data.path == str(tmp_path / "rows.jsonl")
+    assert server_fingerprint(joined.kit) == consortium.fingerprint()
+    assert (joined.kit.host, joined.kit.port) == ("fl.example.org", 8443)
+    for path in (kit, north / "request.toml"):
+        assert "PRIVATE" not in path.read_text()
+    # the second time nothing has to be said, and what its people wrote is kept
+    own = north / "client.toml"
+    own.write_text(own.read_text().replace("# max_rounds = 20", "max_rounds = 20"))
+    assert take_kit(kit, north).own.limits.max_rounds == 20
+
+
+def test_a_kit_does_not_fit_another_key(consortium, north, tmp_path):
+    kit, _ = consortium.approve(north / "request.toml")
+    init("south", tmp_path / "south")
+    assert "is for another key" in problem(take_kit, kit, tmp_path / "south")
+    assert "holds no key" in problem(take_kit, kit, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda r, k: r.model_copy(update={"name": "south"}), "was signed for 'north'"),
+        (lambda r, k: r.model_copy(update={"request": "nonsense"}), "is no certificate request"),
+        (lambda r, k: k, "is no silotune request"),
+    ],
+)
+def test_a_request_that_is_not_as_its_client_made_it_is_refused(
+    consortium, north, tmp_path, change, text
+):
+    kit, _ = consortium.approve(north / "request.toml")
+    asked = read_request_file(north / "request.toml")
+    write_file(tmp_path / "changed.toml", change(asked, read_kit(kit)))
+    assert text in problem(consortium.approve, tmp_path / "changed.toml")
+
+
+def test_a_request_whose_key_was_exchanged_on_its_way_is_refused(consortium, north, tmp_path):
+    """The signature is the old key's: whoever puts in another key cannot make it."""
+    asked = read_request_file(north / "request.toml")
+    lines = asked.request.splitlines()
+    middle = list(lines[2])
+    middle[5] = "A" if middle[5] != "A" else "B"
+    lines[2] = "".join(middle)
+    broken = asked.model_copy(update={"request": "\n".join(lines) + "\n"})
+    write_file(tmp_path / "broken.toml", broken)
+    problem(consortium.approve, tmp_path / "broken.toml")
+    assert not consortium.members()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a b", "-a", "x" * 64, "a\n", "é"])
+def test_a_name_that_could_be_a_path_is_refused(tmp_path, name):
+    problem(init, name, tmp_path / "client")
+    assert not (tmp_path / "client" / "key.pem").exists()
+    key = new_key()
+    asked = Request.model_construct(
+        kind="silotune request", name=name, request=pem(new_request(name or "x", key))
+    )
+    (tmp_path / "r.toml").write_text(
+        f"kind = 'silotune request'\nname = {json.dumps(name)}\nrequest = '''{asked.request}'''\n"
+    )
+    problem(read_request_file, tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("part", ["authority", "certificate"])
+def test_a_kit_whose_parts_do_not_belong_together_is_refused(consortium, north, tmp_path, part):
+    kit, _ = consortium.approve(north / "request.toml")
+    Consortium.create(tmp_path / "other", name="hospitals", address="fl.example.org")
+    other, _ = Consortium.open(tmp_path / "other").approve(north / "request.toml")
+    mixed = read_kit(kit).model_copy(update={part: getattr(read_kit(other), part)})
+    write_file(tmp_path / "mixed.toml", mixed)
+    assert "Ask the server's people for the kit again" in problem(read_kit, tmp_path / "mixed.toml")
+
+
+def test_what_is_no_file_of_ours_is_refused_unread(tmp_path):
+    for name, text in {"a": "x" * 200_000, "b": "[[[", "c": "name = 1", "d": "\x00"}.items():
+        (tmp_path / name).write_text(text)
+        assert str(tmp_path / name) in problem(read_kit, tmp_path / name)
+    assert "cannot be read" in problem(read_kit, tmp_path / "missing")
+
+
+# --- who is in -----------------------------------------------------------------------------------
+
+
+def test_adding_and_removing_a_client_changes_no_other_file(consortium, north, tmp_path):
+    consortium.approve(north / "request.toml")
+
+    def files():
+        found = [p for p in consortium.folder.rglob("*") if p.is_file()]
+        return {str(p.relative_to(consortium.folder)): p.read_bytes() for p in found}
+
+    before = files()
+    init("south", tmp_path / "south")
+    consortium.approve(tmp_path / "south" / "request.toml")
+    assert list(names_in(consortium.folder)) == list(consortium.members()) == ["north", "south"]
+    assert {k: v for k, v in files().items() if "south" not in k} == before
+    consortium.revoke("south")
+    assert list(consortium.members()) == ["north"]
+    assert {k: v for k, v in files().items() if "south" not in k} == before
+    assert "In it: north." in problem(consortium.revoke, "south")
+
+
+def test_a_name_is_taken_until_it_is_revoked(consortium, north, tmp_path):
+    consortium.approve(north / "request.toml")
+    init("NORTH", tmp_path / "again")
+    text = problem(consortium.approve, tmp_path / "again" / "request.toml")
+    assert "silotune server revoke north" in text
+    consortium.revoke("north")
+    consortium.approve(tmp_path / "again" / "request.toml")
+    assert list(consortium.members()) == ["NORTH"]
+
+
+def test_one_key_is_one_client(consortium, north, tmp_path):
+    consortium.approve(north / "request.toml")
+    key = read_key(north / "key.pem")
+    write_file(
+        tmp_path / "second.toml", Request(name="second", request=pem(new_request("second", key)))
+    )
+    assert "is in already, as 'north'" in problem(consortium.approve, tmp_path / "second.toml")
+
+
+def test_approving_again_renews_the_certificate(consortium, north):
+    first = read_kit(consortium.approve(north / "request.toml", days=3)[0])
+    second = read_kit(consortium.approve(north / "request.toml", days=30)[0])
+    ends = [
+        read_certificate(kit.certificate, where="kit").not_valid_after_utc
+        for kit in (first, second)
+    ]
+    assert ends[1] - ends[0] > datetime.timedelta(days=26)
+    member = consortium.members()["north"]
+    assert pem(member.certificate) == second.certificate
+    assert name_of(member.certificate) == "north"
+
+
+def test_the_authoritys_key_is_readable_by_its_owner_alone(consortium):
+    for path in consortium.folder.rglob("key.pem"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(consortium.folder.stat().st_mode) == 0o700
+    assert is_consortium(consortium.folder)
+
+
+@pytest.mark.parametrize(
+    ("address", "read"),
+    [
+        ("fl.example.org", ("fl.example.org", 8443)),
+        ("10.0.0.1:443", ("10.0.0.1", 443)),
+        ("[::1]:9", ("::1", 9)),
+    ],
+)
+def test_addresses_are_read(address, read):
+    assert read_address(address) == read
+
+
+@pytest.mark.parametrize("address", ["", ":1", "a b", "host:0", "host:70000", "host:x", "http://a"])
+def test_what_is_no_address_is_refused(address):
+    assert "is no address" in problem(read_address, address)
+
+
+def test_the_roster_follows_who_comes_and_goes(tmp_path):
+    path = tmp_path / MEMBERS
+    path.parent.mkdir(parents=True)
+    write_members(path, {"south": 2, "north": 1})
+    roster = Roster(path)
+    assert list(roster.nodes()) == ["north", "south"]
+    assert (roster.name_of(2), roster.name_of(3)) == ("south", None)
+    write_members(path, {"east": 3})
+    assert (roster.name_of(2), roster.name_of(3)) == (None, "east")
+
+
+# --- the gates -----------------------------------------------------------------------------------
+
+
+def test_caddy_takes_both_configurations(consortium, north, tmp_path):
+    kit, _ = consortium.approve(north / "request.toml")
+    leaves = tmp_path / "leaves"
+    assert write_leaves(leaves, consortium.members())
+    assert not write_leaves(leaves, consortium.members()), "nothing has changed"
+    own = consortium.folder / "server"
+    server = server_gate(
+        consortium,
+        engine_port=1,
+        engine_certificate=own / "certificate.pem",
+        leaves=leaves,
+        public=tmp_path,
+    )
+    shutil.copy(own / "certificate.pem", tmp_path / "certificate.pem")
+    client = client_gate(
+        read_kit(kit),
+        port=1,
+        own=own,
+        key=north / "key.pem",
+        certificate=consortium.members()["north"].folder / "certificate.pem",
+        authority=consortium.folder / "authority" / "certificate.pem",
+    )
+    for n, config in enumerate((server, client)):
+        path = tmp_path / f"{n}.json"
+        path.write_text(json.dumps(config))
+        words = [find_caddy(), "validate", "--config", str(path)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_nobody_is_let_in_when_nobody_is_approved(consortium, tmp_path):
+    assert not write_leaves(tmp_path / "leaves", consortium.members())
+    assert list((tmp_path / "leaves").iterdir()) == []
+
+
+def test_a_proxy_that_is_not_there_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert "pip install 'silotune[deploy]'" in problem(find_caddy)

@@ -1,0 +1,93 @@
+"""The list of what has left a client: complete, written before, and a limit that holds."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from silotune.core.errors import Declined, DiskError
+from silotune.core.types import Update
+from silotune.federation.ledger import lines
+from silotune.federation.outbound_log import Outbound, sent_by_run
+from silotune.runtime import wire
+from silotune.runtime.payload import Parcel, no_values
+from tests.conftest import largest_file
+
+
+def update(value: float = 1.0, size: int = 3, round_: int = 1) -> Parcel:
+    delta = {"a": torch.full((size,), value), "b": torch.zeros(2, 2)}
+    metrics = {"seconds": 1.0, "seconds_training": 0.5}
+    return wire.encode_update(Update("north", round_, delta, 7, metrics))
+
+
+def let_out(outbound: Outbound, parcel: Parcel, asked: str = "train", seconds: float = 2.0) -> None:
+    outbound.let_out(parcel.about, parcel.values, asked=asked, seconds=seconds)
+
+
+def test_a_line_tells_all_that_left_but_the_numbers_themselves(tmp_path):
+    path, parcel = tmp_path / "state" / "outbound.jsonl", update(2.0)
+    let_out(Outbound(path, "r1"), parcel)
+    layout, line = lines(path)
+    assert layout["shapes"] == {"delta/a": [3], "delta/b": [2, 2]}
+    assert line["tensors"] == layout["layout"]
+    assert line["norm"] == pytest.approx(12**0.5)
+    assert line["bytes"] == 4 * 7 + len(json.dumps(parcel.about))
+    assert line["sha256"] == hashlib.sha256(parcel.values.tobytes()).hexdigest()
+    sent = dict(parcel.about["update"])
+    sent.pop("tensors")
+    assert line["said"] == {"update": sent}
+    assert (line["run"], line["asked"], line["seconds"]) == ("r1", "train", 2.0)
+
+
+def test_names_and_shapes_are_written_once_and_again_when_they_differ(tmp_path):
+    path = tmp_path / "outbound.jsonl"
+    for parcel in (update(), update(3.0), update(size=5), update()):
+        let_out(Outbound(path, "r1"), parcel)
+    found = lines(path)
+    assert sum("layout" in line for line in found) == 2
+    names = [line["tensors"] for line in found if "tensors" in line]
+    assert names[0] == names[1] == names[3] != names[2]
+
+
+def test_what_goes_beyond_the_limit_is_neither_written_nor_sent_and_a_failure_is(tmp_path):
+    path = tmp_path / "outbound.jsonl"
+    let_out(Outbound(path, "r1"), update())
+    (size,) = [line["bytes"] for line in lines(path) if "bytes" in line]
+    let_out(Outbound(path, "r1", max_bytes=2 * size), update())
+    before = path.read_bytes()
+    with pytest.raises(Declined, match=r"limits\.max_bytes"):
+        let_out(Outbound(path, "r1", max_bytes=2 * size), update())
+    assert path.read_bytes() == before
+    let_out(Outbound(path, "r2", max_bytes=size), update())  # another run has its own
+    let_out(Outbound(path, "r1", max_bytes=1), Parcel({"failure": {"code": "x"}}, no_values()))
+    assert lines(path)[-1]["said"] == {"failure": {"code": "x"}}
+
+
+def test_what_cannot_be_written_down_does_not_leave(tmp_path):
+    path = tmp_path / "outbound.jsonl"
+    with largest_file(100), pytest.raises(DiskError):
+        let_out(Outbound(path, "r1"), update())
+
+
+def test_training_time_counts_by_run_failed_rounds_included(tmp_path):
+    path = tmp_path / "outbound.jsonl"
+    one, other = Outbound(path, "r1"), Outbound(path, "r2")
+    let_out(one, update(), seconds=1.5)
+    let_out(one, Parcel({"failure": {}}, no_values()), seconds=2.0)
+    let_out(one, Parcel({"report": {}}, no_values()), asked="query", seconds=64.0)
+    let_out(other, update(), seconds=4.0)
+    assert one.seconds_training() == 3.5
+    assert other.seconds_training() == 4.0
+    first, second = sent_by_run(path)
+    assert (first["run"], first["answers"], first["updates"]) == ("r1", 3, 1)
+    assert (second["run"], second["answers"], second["updates"]) == ("r2", 1, 1)
+    assert first["bytes"] + second["bytes"] == sum(line.get("bytes", 0) for line in lines(path))
+
+
+def test_a_value_that_is_large_has_a_finite_norm(tmp_path):
+    """In float32 its square would be infinite."""
+    path = tmp_path / "outbound.jsonl"
+    let_out(Outbound(path, "r1"), update(1e30))
+    assert np.isfinite(lines(path)[-1]["norm"])

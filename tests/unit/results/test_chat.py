@@ -1,0 +1,272 @@
+"""A conversation: who sees what, what is left out, and what a terminal or a browser is given."""
+
+import asyncio
+import importlib.util
+
+import pytest
+import torch
+
+from silotune.cli.frame import plain
+from silotune.core.errors import ConfigError
+from silotune.data.chat_templates import render
+from silotune.models.adapters import AdapterConfig
+from silotune.models.loading import LoadedModel, ModelConfig, base_only, load_model
+from silotune.recipes.parse import parse
+from silotune.recipes.schema import RunConfig
+from silotune.results.chat import Chat, Speakers, positions
+from silotune.results.chat_page import address_of, guarded, take_port
+from silotune.training.generate import answer, encode
+
+SYSTEM = "Be brief."
+
+
+def recipe(**data) -> RunConfig:
+    data = {"path": "rows.jsonl", **data}
+    return parse({"rounds": 1, "data": data, "partition": {"by": "source"}})
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model) -> LoadedModel:
+    found = load_model(
+        ModelConfig(name=str(tiny_model), dtype="float32"),
+        AdapterConfig(rank=2, targets=("q_proj", "v_proj")),
+        seed=1,
+        device="cpu",
+    )
+    gen = torch.Generator().manual_seed(7)
+    with torch.no_grad():  # a random model repeats one token; a larger embedding makes it talk
+        found.model.get_base_model().get_input_embeddings().weight.mul_(30)
+        for parameter in found.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=gen))
+    return found
+
+
+def speakers(loaded: LoadedModel, *, max_new_tokens: int = 6, system: str | None = SYSTEM):
+    run = recipe(system=system) if system else recipe()
+    return Speakers(run, {"base": loaded, "federated": loaded}, max_new_tokens)
+
+
+def spoken(loaded: LoadedModel, name: str, *texts: str, num: int = 6) -> str:
+    """The oracle: a model's answer to the whole conversation, written out as messages."""
+    roles = ["system", *("user", "assistant") * len(texts)]
+    talk = tuple(
+        {"role": role, "content": text} for role, text in zip(roles, (SYSTEM, *texts), strict=False)
+    )
+    if name == "federated":
+        return answer(loaded, talk, max_new_tokens=num)
+    with base_only(loaded):
+        return answer(loaded, talk, max_new_tokens=num)
+
+
+# --- who sees what
+
+
+def test_each_speaker_sees_its_own_earlier_answers_and_not_the_others(loaded):
+    chat = Chat(speakers(loaded))
+    first, second, third = (chat.say(text) for text in ("What is flu?", "Why?", "And then?"))
+    assert first["base"] != first["federated"], "else the test says nothing"
+    for name in ("base", "federated"):
+        own = ["What is flu?"]
+        assert first[name] == spoken(loaded, name, *own)
+        own += [first[name], "Why?"]
+        assert second[name] == spoken(loaded, name, *own)
+        own += [second[name], "And then?"]
+        assert third[name] == spoken(loaded, name, *own)
+
+
+def test_a_second_message_is_answered_otherwise_than_the_same_one_alone(loaded):
+    chat = Chat(speakers(loaded))
+    alone = chat.say("Why?")
+    chat.say("What is flu?")
+    assert chat.say("Why?") != alone
+
+
+def test_after_a_reset_the_first_answer_comes_again(loaded):
+    chat = Chat(speakers(loaded))
+    first = chat.say("What is flu?")
+    chat.say("Why?")
+    chat.reset()
+    assert chat.history == {}
+    assert chat.say("What is flu?") == first
+
+
+def test_a_conversation_is_a_value_and_the_models_know_none(loaded):
+    ours = speakers(loaded)
+    before = ours.reply("What is flu?", {}).history
+    one, other = ours.reply("Why?", before), ours.reply("Why?", before)
+    assert one == other
+    assert len(before["base"]) == 1, "what goes in is not modified"
+
+
+def test_the_adapter_is_on_again_after_the_base_has_spoken(loaded):
+    before = spoken(loaded, "federated", "What is flu?")
+    Chat(speakers(loaded)).say("Hello?")
+    assert spoken(loaded, "federated", "What is flu?") == before
+
+
+# --- what does not fit
+
+
+def test_the_oldest_exchanges_are_left_out_when_places_run_out_and_it_is_said(loaded):
+    chat = Chat(speakers(loaded))
+    said = [chat.say("x" * 150) for _ in range(2)]
+    assert chat.notes == ()
+    third = chat.say("Why?" + "y" * 140)
+    assert chat.notes == tuple(
+        f"{name} no longer sees the oldest 1 of 2 exchanges: the model has no places left for them"
+        for name in ("base", "federated")
+    )
+    for name in ("base", "federated"):
+        seen = ["x" * 150, said[1][name], "Why?" + "y" * 140]
+        assert third[name] == spoken(loaded, name, *seen)
+        assert len(chat.history[name]) == 3, "what was said is kept, for people"
+
+
+def test_a_conversation_fills_the_places_to_the_last_one(loaded):
+    empty = render(loaded.tokenizer, ({"role": "user", "content": ""},), ask=True)
+    room = 512 - 6 - len(encode(loaded, [empty])[0])
+    chat = Chat(speakers(loaded, system=None))
+    chat.say("z" * room)
+    with pytest.raises(ConfigError, match="507 tokens"):
+        chat.say("z" * (room + 1))
+
+
+def test_one_message_that_is_too_long_is_an_error_and_the_conversation_stays(loaded):
+    chat = Chat(speakers(loaded))
+    chat.say("What is flu?")
+    before = chat.history
+    with pytest.raises(ConfigError) as error:
+        chat.say("x" * 600)
+    assert "the model has places for 512, of which 6 are kept for the answer" in str(error.value)
+    assert "smaller --max-new-tokens" in str(error.value)
+    assert chat.history == before
+
+
+def test_trained_vectors_in_front_of_the_text_take_places(tiny_model):
+    places = {
+        kind: positions(
+            load_model(
+                ModelConfig(name=str(tiny_model), dtype="float32"),
+                AdapterConfig(kind=kind, **options),
+                seed=1,
+                device="cpu",
+            )
+        )
+        for kind, options in {"lora": {"rank": 2}, "prompt": {"virtual_tokens": 5}}.items()
+    }
+    assert places == {"lora": 512, "prompt": 507}
+
+
+# --- what a terminal is given
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("plain, with ä, 漢 and 👩‍⚕️\tand\nlines", "plain, with ä, 漢 and 👩‍⚕️\tand\nlines"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]0;title\x07text", "text"),
+        ("\x1b]52;c;c2VjcmV0\x1b\\text", "text"),
+        ("\x1b]0;never ended", "0;never ended"),
+        ("\x1bcreset", "reset"),
+        ("one\r\ntwo\rthree", "one\ntwothree"),
+        ("\x9b31m\x00\x07\x08\x7f", "31m"),
+        ("safe \u202egnp.exe", "safe gnp.exe"),
+        ("lone \udc1b surrogate", "lone  surrogate"),
+    ],
+)
+def test_what_steers_a_terminal_is_taken_out(given, shown):
+    assert plain(given) == shown
+
+
+def test_no_character_below_a_blank_passes_but_line_breaks_and_tabs():
+    every = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
+    assert set(plain(every)) <= {"\n", "\t"} | set(map(chr, range(0x20, 0x7F)))
+
+
+# --- who reaches the page
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "example.org", ""])
+def test_a_page_for_other_machines_is_refused_with_the_way_to_reach_it(host):
+    with pytest.raises(ConfigError, match="neither a password nor encryption") as error:
+        take_port(host, 0)
+    assert "ssh -L" in str(error.value)
+
+
+def test_without_gradio_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        take_port("127.0.0.1", 0)
+    assert "pip install 'silotune[web]'" in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(host, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with take_port(host, 0) as taken:
+        number = taken.getsockname()[1]
+        assert address_of(taken) == f"http://127.0.0.1:{number}/"
+        with pytest.raises(ConfigError, match=f"port {number} of {host} cannot be had") as error:
+            take_port(host, number)
+    assert "--port" in str(error.value)
+
+
+def status_of(path: str, **headers: str) -> tuple[int, dict[bytes, bytes]]:
+    """What the guard lets an application answer, which would say 200 to everything."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {}
+
+    asked = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "path": path, "headers": asked}
+    asyncio.run(guarded(app)(scope, receive, send))
+    return sent[0]["status"], dict(sent[0]["headers"])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost", "[::1]:80", "LOCALHOST:1"])
+def test_the_page_answers_by_this_machines_own_names(host):
+    status, headers = status_of("/", host=host)
+    assert status == 200
+    assert b"default-src 'self'" in headers[b"content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"host": "evil.example"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "127.0.0.1@evil.example"},
+        {"host": "[broken"},
+        {"host": "127.0.0.1", "origin": "https://evil.example"},
+        {"host": "127.0.0.1", "origin": "null"},
+    ],
+    ids=str,
+)
+def test_pages_and_names_of_others_do_not_reach_the_model(headers):
+    assert status_of("/gradio_api/queue/join", **headers)[0] == 403
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/upload",
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/proxy=http://evil.example",
+        "/gradio_api/vibe-edit",
+        "/gradio_api/run/answer",
+        "/login",
+        "/monitoring",
+        "/docs",
+    ],
+)
+def test_nothing_of_gradio_is_open_that_the_page_does_not_need(path):
+    assert status_of(path, host="127.0.0.1")[0] == 403

@@ -1,0 +1,1219 @@
+"""The server's side of Flower on a grid in memory: who joins, who fails, what is late, named each.
+
+Nodes are plain functions, so every disorder of a network can be played without one: silence,
+lateness, other orders, other identities, nonsense. No model, no Ray, no SuperLink.
+"""
+
+import io
+import itertools
+import json
+import os
+import re
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from silotune.algorithms import ALGORITHMS
+from silotune.core.errors import DataError, EngineError, QuorumError, UpdateError
+from silotune.core.seeds import generator
+from silotune.core.tree import sha256
+from silotune.core.types import Broadcast, Score, ServerState, Update
+from silotune.federation import acceptance
+from silotune.federation.progress import Progress
+from silotune.federation.rounds import run_rounds
+from silotune.federation.run_folder import RunFolder
+from silotune.federation.sampling import sample
+from silotune.recipes.parse import parse
+from silotune.runtime import wire
+from silotune.runtime.client_host import guarded
+from silotune.runtime.flower import server as flower_server
+from silotune.runtime.flower.records import from_record, to_record
+from silotune.runtime.flower.server import FlowerClients
+from silotune.runtime.flower.server_reports import Follower, read_outcome
+from silotune.runtime.flower.submit import RUNS, SETTINGS
+from silotune.runtime.payload import Parcel
+
+NAMES = ("east", "north", "south", "west")
+START = {"lora_A": torch.zeros(2, 3), "lora_B": torch.ones(3, 2)}
+NUM_FLOATS = 12
+BASE = "ab" * 32
+SECRET = "patient 4711 has measles"
+"""A row's text; it may stand nowhere at the server."""
+
+
+# --- a grid in memory ----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def task_identity(monkeypatch):
+    """Outside its engine Flower makes no `Message` without these private numbers (engine.md)."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for key in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, key, 1)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(flower_server, "POLL_S", (0.001, 0.01))
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # nothing here loses its power
+
+
+Answer = RecordDict | Error | None
+Node = Callable[[Message], Answer]
+
+
+class Nodes(Grid):
+    """Flower's grid: each node is a function of a message; None is silence."""
+
+    def __init__(self, nodes: dict[int, Node] | None = None):
+        self.nodes = dict(nodes or {})
+        self.hidden: dict[int, float] = {}
+        self.messages: list[Message] = []
+        self.pulled: list[list[str]] = []
+        self.order: Callable[[list[Message]], list[Message]] = lambda replies: replies
+        self.began = time.monotonic()
+        self._replies: dict[str, Message] = {}
+        self._ids = itertools.count(1)
+
+    def get_node_ids(self):
+        now = time.monotonic() - self.began
+        return [n for n in self.nodes if now >= self.hidden.get(n, 0)]
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            assert message.metadata.ttl == flower_server.TTL_S
+            ids.append(f"message-{next(self._ids)}")
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self.messages.append(message)
+        for message in self.messages[len(self.messages) - len(ids) :]:
+            node = self.nodes.get(message.metadata.dst_node_id)
+            self.reply(message, node(message) if node else Error(5, SECRET))
+        return ids
+
+    def reply(self, message: Message, answer: Answer) -> None:
+        if answer is not None:
+            key = message.metadata.message_id
+            self._replies[key] = Message(answer, reply_to=message)
+
+    def pull_messages(self, message_ids):
+        ids = list(message_ids)
+        self.pulled.append(ids)
+        return self.order([self._replies.pop(i) for i in ids if i in self._replies])
+
+    def sent(self, kind: str) -> list[tuple[int, int]]:
+        """(round, node) of every message of a kind."""
+        found = [m.metadata for m in self.messages if m.metadata.message_type == kind]
+        return [(int(m.group_id or 0), m.dst_node_id) for m in found]
+
+    run = property(lambda self: None)
+
+    def not_used(self, *args, **kwargs):
+        raise AssertionError("silotune waits by itself")
+
+    set_run = create_message = send_and_receive = not_used
+
+
+def delta_of(client: str, round_: int) -> dict[str, torch.Tensor]:
+    gen = torch.Generator().manual_seed(sum(client.encode()) * 100 + round_)
+    return {n: torch.randn(t.shape, generator=gen) for n, t in START.items()}
+
+
+def update_of(client: str, broadcast: Broadcast) -> Update:
+    return Update(
+        client=client,
+        round=broadcast.round,
+        delta=delta_of(client, broadcast.round),
+        num_examples=len(client),
+        metrics={"train_loss": 1.0, "num_tokens": 5, "seconds_training": 0.1, "seconds": 1.0},
+        score=Score(client, 2.0, 2, 1, 1) if broadcast.score else None,
+    )
+
+
+REPORT = {
+    "num_train": 3,
+    "num_eval": 2,
+    "num_cut": 0,
+    "num_dropped": 0,
+    "base_sha256": BASE,
+    "dtype": "torch.float32",
+    "threads": 1,
+}
+
+
+@dataclass
+class Client:
+    """A node's function: what an honest client answers, and in its place what a test wants."""
+
+    name: str
+    report: dict | Answer = field(default_factory=dict)
+    train: Callable[[Broadcast], Parcel | Answer] | None = None
+    evaluate: Callable[[Broadcast], Parcel | Answer] | None = None
+    heard: list[tuple[str, int]] = field(default_factory=list)
+
+    def __call__(self, message: Message) -> Answer:
+        kind, parcel = message.metadata.message_type, from_record(message.content)
+        self.heard.append((kind, parcel.about.get("round", 0)))
+        if kind == "query":
+            report = self.report
+            answer = (
+                Parcel({"report": {**REPORT, **report}}) if isinstance(report, dict) else report
+            )
+        else:
+            broadcast = wire.decode_broadcast(parcel)
+            own = self.train if kind == "train" else self.evaluate
+            answer = own(broadcast) if own else self.honest(kind, broadcast)
+        if not isinstance(answer, Parcel):
+            return answer
+        process = {"id": self.name, "base_loads": 1, "peak_memory_bytes": 100}
+        about = {"client": self.name, "process": process, **answer.about}
+        return to_record(Parcel(about, answer.values))
+
+    def honest(self, kind: str, broadcast: Broadcast) -> Parcel:
+        if kind == "train":
+            return wire.encode_update(update_of(self.name, broadcast))
+        return wire.encode_score(Score(self.name, 3.0, 2, 1, 1), broadcast.round)
+
+
+class Heard(Progress):
+    """Everything that a person would see."""
+
+    def __init__(self):
+        self.notes, self.failures, self.done = [], [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def client_failed(self, failure):
+        self.failures.append(failure)
+
+    def client_done(self, update):
+        self.done.append((update.round, update.client))
+
+
+def recipe(**changes):
+    table = {
+        "rounds": 2,
+        "data": {"path": "medquad_mini"},
+        "partition": {"by": "source"},
+        "sampling": {"timeout_s": 0.05, "quorum": 0.5},
+        "evaluate": {"every": 0},
+        "runtime": {"name": "flower", "join_timeout_s": 0.05},
+    }
+    for key, value in changes.items():
+        section, _, inner = key.partition("__")
+        if inner:
+            table[section][inner] = value
+        else:
+            table[section] = value
+    return parse(table)
+
+
+def clients_by(**own) -> dict[int, Client]:
+    """One honest client per name, or the one given, on nodes 11, 12, ..."""
+    return {11 + i: own.get(name, Client(name)) for i, name in enumerate(NAMES)}
+
+
+class Played:
+    """A run on a grid, and what it left."""
+
+    def __init__(self, tmp_path, grid, run=None, names=NAMES, *, join=True, window=None):
+        self.grid, self.run, self.heard = grid, run or recipe(), Heard()
+        self.folder = RunFolder.create(tmp_path / "run", self.run)
+        self.clients = FlowerClients(
+            grid, names, self.run, self.heard, base_sha256=BASE, window=window
+        )
+        if join:
+            self.clients.join()
+
+    def go(self):
+        cfg, build = ALGORITHMS["fedavg"]
+        self.state = run_rounds(
+            self.run,
+            ServerState(0, START),
+            algorithm=build(cfg()),
+            clients=self.clients,
+            folder=self.folder,
+            progress=self.heard,
+        )
+        return self
+
+    def rows(self, event="train", **wanted):
+        rows = [r for r in self.folder.metrics() if r["event"] == event]
+        return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+
+    def status(self, round_, event="train"):
+        return {r["client"]: r["status"] for r in self.rows(event, round=round_)}
+
+    def everything(self) -> str:
+        """All that the server knows in words: rows, notes, failures, files."""
+        files = [p for p in self.folder.path.rglob("*") if p.is_file()]
+        texts = [p.read_bytes().decode(errors="replace") for p in files]
+        return "\n".join([*texts, *self.heard.notes, repr(self.heard.failures)])
+
+
+def play(tmp_path, nodes, run=None, **options) -> Played:
+    grid = nodes if isinstance(nodes, Nodes) else Nodes(nodes)
+    return Played(tmp_path, grid, run, **options).go()
+
+
+class Plain:
+    """An oracle without messages: the named clients of each round answer at once."""
+
+    def __init__(self, names=NAMES, absent=()):
+        self._names, self.absent = sorted(names), set(absent)
+
+    def names(self):
+        return self._names
+
+    def train(self, cohort, broadcast):
+        for name in cohort:
+            if (broadcast.round, name) not in self.absent:
+                yield update_of(name, broadcast)
+
+    def evaluate(self, cohort, broadcast):
+        return ()
+
+
+def oracle(tmp_path, run=None, **options) -> str:
+    cfg, build = ALGORITHMS["fedavg"]
+    run = run or recipe()
+    state = run_rounds(
+        run,
+        ServerState(0, START),
+        algorithm=build(cfg()),
+        clients=Plain(**options),
+        folder=RunFolder.create(tmp_path / "oracle", run),
+        progress=Progress(),
+    )
+    return sha256(state.adapter)
+
+
+# --- all is well ---------------------------------------------------------------------------------
+
+
+def test_messages_give_the_bits_of_a_plain_loop_and_their_bytes_are_counted(tmp_path):
+    played = play(tmp_path, clients_by())
+    assert sha256(played.state.adapter) == oracle(tmp_path)
+    for row in played.rows():
+        assert (row["status"], row["bytes_up"], row["bytes_down"]) == ("ok", *[4 * NUM_FLOATS] * 2)
+    assert played.heard.notes == played.heard.failures == []
+    assert played.clients.facts() == {
+        "num_rows": {name: {"num_train": 3, "num_eval": 2} for name in NAMES},
+        "processes": [
+            {"id": name, "base_loads": 1, "peak_memory_bytes": 100}
+            for name in played.clients.processes
+        ],
+    }
+
+
+@pytest.mark.parametrize("permutation", list(itertools.permutations(range(4)))[1::5])
+def test_the_order_in_which_answers_come_cannot_change_a_bit(tmp_path, permutation):
+    grid = Nodes(clients_by())
+    grid.order = lambda replies: (
+        [replies[i] for i in permutation] if len(replies) == 4 else replies[::-1]
+    )
+    played = play(tmp_path, grid)
+    assert sha256(played.state.adapter) == oracle(tmp_path)
+    if permutation != (0, 1, 2, 3):
+        assert [name for r, name in played.heard.done if r == 1] != list(NAMES)
+
+
+def test_answers_one_at_a_time_give_the_same_bits(tmp_path):
+    grid, held = Nodes(clients_by()), []
+
+    def one_of(replies):
+        held.extend(replies)
+        return [held.pop()] if held else []
+
+    grid.order = one_of
+    played = play(tmp_path, grid, recipe(sampling__timeout_s=20, runtime__join_timeout_s=20))
+    assert sha256(played.state.adapter) == oracle(tmp_path)
+
+
+def test_exactly_the_cohort_is_asked(tmp_path):
+    run = recipe(rounds=6, sampling={"fraction": 0.5, "timeout_s": 5, "quorum": 1.0})
+    nodes = clients_by()
+    played = play(tmp_path, nodes, run)
+    for r in range(1, 7):
+        cohort = sample(NAMES, run.sampling, generator(run.seed, "sampling", r))
+        asked = {nodes[node].name for round_, node in played.grid.sent("train") if round_ == r}
+        assert asked == set(cohort)
+    assert len(played.grid.sent("train")) == 12
+    assert len(played.grid.sent("query")) == 4
+    assert not played.grid.sent("evaluate")
+
+
+def test_memory_holds_sixteen_answers_however_many_clients_there_are(tmp_path):
+    names = [f"client-{i:02d}" for i in range(50)]
+    grid = Nodes({100 + i: Client(name) for i, name in enumerate(names)})
+    alive, most = [0], [0]
+
+    class Counted(Message):
+        def __del__(self):
+            alive[0] -= 1
+
+    def count(replies):
+        for reply in replies:
+            reply.__class__ = Counted
+        alive[0] += len(replies)
+        most[0] = max(most[0], alive[0])
+        return replies
+
+    grid.order = count
+    played = play(tmp_path, grid, recipe(rounds=1, sampling__timeout_s=20), names=names)
+    assert max(map(len, grid.pulled)) == flower_server.AT_ONCE == 16
+    # of the last batch one may still be looked at while the next is fetched
+    assert most[0] <= 2 * flower_server.AT_ONCE
+    assert set(played.status(1).values()) == {"ok"}
+    assert sha256(played.state.adapter) == oracle(tmp_path, recipe(rounds=1), names=names)
+
+
+@pytest.mark.parametrize(("adapters", "at_once"), [(0.5, 1), (1, 1), (3, 3)])
+def test_of_large_answers_fewer_are_fetched_at_once(tmp_path, monkeypatch, adapters, at_once):
+    """Sixteen adapters of 500 MB would be eight gigabytes."""
+    monkeypatch.setattr(flower_server, "AT_ONCE_BYTES", adapters * 4 * NUM_FLOATS)
+    grid = Nodes({100 + i: Client(name) for i, name in enumerate(NAMES)})
+    played = play(tmp_path, grid, recipe(rounds=1, sampling__timeout_s=20))
+    training = {m.metadata.message_id for m in grid.messages if m.metadata.message_type == "train"}
+    assert max(len(ids) for ids in grid.pulled if training.intersection(ids)) == at_once
+    assert set(played.status(1).values()) == {"ok"}
+
+
+def test_a_large_answer_is_let_go_before_the_next_is_fetched(tmp_path, monkeypatch):
+    """One adapter more or less for each place that still holds the last one: gigabytes."""
+    monkeypatch.setattr(flower_server, "AT_ONCE", 1)
+    made, left = [], []
+
+    def watched(module, name):
+        original = getattr(module, name)
+
+        def noting(*args, **options):
+            made.append(weakref.ref(found := original(*args, **options)))
+            return found
+
+        monkeypatch.setattr(module, name, noting)
+
+    watched(flower_server, "from_record")
+    watched(flower_server, "_decode")
+    watched(acceptance, "check_update")
+    grid = Nodes(clients_by())
+
+    def look(replies):
+        if grid.sent("train"):  # reports before that are small
+            left.append([type(found()).__name__ for found in made if found() is not None])
+        return replies
+
+    grid.order = look
+    played = play(tmp_path, grid, recipe(rounds=1, sampling__timeout_s=20))
+    assert set(played.status(1).values()) == {"ok"}
+    assert len(made) == 4 * len(NAMES)
+    assert len(left) >= len(NAMES)
+    assert left == [[]] * len(left)
+
+
+def test_an_answer_that_is_delivered_twice_counts_once(tmp_path):
+    grid, before = Nodes(clients_by()), []
+
+    def again(replies):
+        doubled = [*replies, *before]
+        before[:] = replies
+        return doubled
+
+    grid.order = again
+    played = play(tmp_path, grid)
+    assert sha256(played.state.adapter) == oracle(tmp_path)
+    assert len(played.rows()) == 8
+
+
+# --- joining -------------------------------------------------------------------------------------
+
+
+def test_join_waits_for_nodes_that_appear_one_after_the_other(tmp_path):
+    grid = Nodes(clients_by())
+    grid.hidden = {12: 0.03, 13: 0.06, 14: 0.09}
+    played = play(tmp_path, grid, recipe(runtime__join_timeout_s=20))
+    assert played.status(1) == dict.fromkeys(NAMES, "ok")
+    assert played.heard.notes == []
+
+
+def test_a_silent_node_does_not_keep_later_ones_from_joining(tmp_path):
+    grid = Nodes(clients_by(east=Client("east", report=None)))
+    grid.hidden = dict.fromkeys((12, 13, 14), 0.03)
+    played = play(tmp_path, grid)
+    others = {name: "ok" for name in NAMES if name != "east"}
+    assert played.status(1) == {**others, "east": "not connected"}
+
+
+def test_a_missing_client_is_named_with_the_key_and_the_run_goes_on(tmp_path):
+    nodes = clients_by()
+    del nodes[13]
+    played = play(tmp_path, nodes)
+    assert played.heard.notes == ["south: has not reported within 0.05 s (runtime.join_timeout_s)"]
+    assert played.status(1)["south"] == played.status(2)["south"] == "not connected"
+    assert {f.place for f in played.heard.failures} == {"it has not reported"}
+    absent = {(1, "south"), (2, "south")}
+    assert sha256(played.state.adapter) == oracle(tmp_path, absent=absent)
+
+
+def test_nobody_there_ends_in_a_quorum_error_that_names_all(tmp_path):
+    with pytest.raises(QuorumError) as caught:
+        play(tmp_path, {})
+    assert all(f"{name}: not connected: it has not reported" in str(caught.value) for name in NAMES)
+
+
+def test_a_client_that_appears_during_the_run_takes_part_from_then_on(tmp_path):
+    grid = Nodes(clients_by())
+    south = grid.nodes.pop(13)
+
+    def north(broadcast):
+        if broadcast.round == 2:
+            grid.nodes[13] = south
+        return wire.encode_update(update_of("north", broadcast))
+
+    grid.nodes[12].train = north
+    played = play(tmp_path, grid, recipe(rounds=3))
+    assert [played.status(r)["south"] for r in (1, 2, 3)] == [
+        "not connected",
+        "not connected",
+        "ok",
+    ]
+
+
+def test_a_start_says_for_whom_it_waits(tmp_path, monkeypatch):
+    """A run that was resumed while a client was away stood still for minutes, and said nothing."""
+    monkeypatch.setattr(flower_server, "TELL_S", 0.01)
+    monkeypatch.setattr(flower_server, "TOLD", 1)
+    grid = Nodes({100: Client("east"), 101: Client("north")})
+    played = play(tmp_path, grid, recipe(rounds=1))
+    waited = "waiting for south, ... to report, at most 0.05 s (runtime.join_timeout_s)"
+    assert [n for n in played.heard.notes if n.startswith("waiting")] == [waited]
+
+
+def test_a_node_that_reports_after_the_deadline_of_join_takes_part_later(tmp_path):
+    """Its model took long to load: the report comes when nobody waits for it any more."""
+    grid, held = Nodes(clients_by()), []
+    south = grid.nodes[13]
+    grid.nodes[13] = lambda message: held.append(message) if not held else south(message)
+
+    def north(broadcast):
+        if broadcast.round == 2:
+            grid.reply(held[0], south(held[0]))
+        return wire.encode_update(update_of("north", broadcast))
+
+    grid.nodes[12].train = north
+    played = play(tmp_path, grid, recipe(rounds=3))
+    assert [played.status(r)["south"] for r in (1, 2, 3)] == [
+        "not connected",
+        "not connected",
+        "ok",
+    ]
+    assert len(grid.sent("query")) == 4, "it is asked once"
+    assert {f.client for f in played.heard.failures} == {"south"}
+
+
+def test_an_unknown_client_is_named_and_never_asked_to_train(tmp_path):
+    mallory = Client("mallory")
+    played = play(tmp_path, {**clients_by(), 99: mallory})
+    (note,) = played.heard.notes
+    assert note == "mallory: unknown client: this run has no client of that name"
+    assert mallory.heard == [("query", 0)]
+    assert sha256(played.state.adapter) == oracle(tmp_path)
+
+
+def test_a_second_node_under_one_name_is_refused(tmp_path):
+    double = Client("north", train=lambda b: pytest.fail("must not be asked"))
+    played = play(tmp_path, {**clients_by(), 99: double})
+    (note,) = played.heard.notes
+    assert note == "north: name taken: another node has reported as this client"
+    assert sha256(played.state.adapter) == oracle(tmp_path)
+
+
+def test_the_second_node_under_a_name_takes_over_when_the_first_is_gone(tmp_path):
+    """A client that was killed is listed until Flower misses its heartbeats; its new node is not
+    the name's second owner for ever."""
+    grid = Nodes({**clients_by(), 99: Client("north")})
+
+    def east(broadcast):
+        if broadcast.round == 1:
+            del grid.nodes[12]
+        return wire.encode_update(update_of("east", broadcast))
+
+    grid.nodes[11].train = east
+    played = Played(tmp_path, grid, recipe(rounds=3)).go()
+    assert [played.status(r)["north"] for r in (1, 2, 3)][1:] == ["ok", "ok"]
+    assert {node for r, node in grid.sent("train") if r == 2} == {11, 13, 14, 99}
+
+
+def test_a_client_with_another_base_model_is_refused_in_every_round(tmp_path):
+    other = Client("south", report={"base_sha256": "c0ffee" * 10})
+    played = play(tmp_path, clients_by(south=other))
+    assert played.heard.notes == [
+        "south: other base model: its base model has the sha256 c0ffeec0ffee..."
+    ]
+    assert played.status(1)["south"] == played.status(2)["south"] == "other base model"
+    assert other.heard == [("query", 0)]
+
+
+def failing(error, round_=0, name="south"):
+    def work():
+        raise error
+
+    return guarded(work, client=name, round_=round_)
+
+
+def test_a_client_that_cannot_begin_gives_code_and_place_and_no_text(tmp_path, capsys):
+    broken = Client("south", report=failing(DataError(f"row 3: {SECRET}")))
+    broken.report = to_record(broken.report)
+    played = play(tmp_path, clients_by(south=broken))
+    assert SECRET in capsys.readouterr().err, "its own log has the text"
+    (row,) = played.rows(round=1, client="south")
+    assert row["status"] == "DataError"
+    assert re.fullmatch(r"client_host\.py:\d+ in guarded", row["place"])
+    assert SECRET not in played.everything()
+
+
+REPORTS = {
+    "nothing": {},
+    "a list": {"report": []},
+    "no counts": {"report": {"base_sha256": BASE}},
+    "counts in words": {"report": {**REPORT, "num_train": "many"}},
+    "negative counts": {"report": {**REPORT, "num_eval": -1}},
+    "more keys": {"report": {**REPORT, "rows": [SECRET]}},
+    "a sha that is none": {"report": {**REPORT, "base_sha256": 7}},
+    "an update": {"update": {}},
+    "a score": {"score": {"loss_sum": 1, "num_tokens": 1, "num_correct": 0, "num_examples": 1}},
+    "half a failure": {"failure": {"code": SECRET}},
+}
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_a_report_that_cannot_be_read_is_named_and_ends_nothing(tmp_path, kind):
+    strange = Client("south", report=to_record(Parcel({**REPORTS[kind], "client": "south"})))
+    played = play(tmp_path, clients_by(south=strange))
+    assert played.heard.notes == ["south: unreadable: its report cannot be read"]
+    assert played.status(1)["south"] == "unreadable"
+    assert set(played.clients.facts()["num_rows"]) == set(NAMES) - {"south"}
+    assert SECRET not in played.everything()
+
+
+@pytest.mark.parametrize("name", [None, 7, ["south"], {"south": 1}])
+def test_a_report_without_a_name_is_named_by_its_node(tmp_path, name):
+    about = {"report": REPORT} | ({"client": name} if name is not None else {})
+    played = play(tmp_path, clients_by(south=Client("south", report=to_record(Parcel(about)))))
+    assert any("unknown client" in note for note in played.heard.notes)
+    assert played.status(1)["south"] == "not connected"
+
+
+def test_a_reply_that_is_no_parcel_at_join_is_named_by_its_node(tmp_path):
+    played = play(tmp_path, clients_by(south=Client("south", report=RecordDict())))
+    assert played.heard.notes[0].startswith("node 13: unreadable: a message has no readable text.")
+    assert played.status(1)["south"] == "not connected"
+
+
+def test_a_node_that_is_not_reachable_at_first_is_asked_again(tmp_path):
+    grid, tries = Nodes(clients_by()), []
+    south = grid.nodes[13]
+
+    def flaky(message):
+        tries.append(message)
+        return Error(5, SECRET) if len(tries) == 1 else south(message)
+
+    grid.nodes[13] = flaky
+    played = play(tmp_path, grid, recipe(runtime__join_timeout_s=20))
+    assert played.status(1) == dict.fromkeys(NAMES, "ok")
+    assert played.heard.notes == ["node 13: not reachable: Flower's error code 5"]
+
+
+def test_rows_that_are_cut_are_told_once(tmp_path):
+    cut = Client("north", report={"num_cut": 4, "num_dropped": 1})
+    short = Client("south", report={"num_cut": 2})
+    played = play(tmp_path, clients_by(north=cut, south=short))
+    assert played.heard.notes == [
+        "north: 4 rows are longer than train.max_length and lose their end, "
+        "1 of them with the whole answer: these are left out",
+        "south: 2 rows are longer than train.max_length and lose their end",
+    ]
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        None,
+        [],
+        {},
+        {"id": "x"},
+        {"id": "x", "base_loads": "many", "peak_memory_bytes": 1},
+        {"id": "x", "base_loads": 1, "peak_memory_bytes": -1},
+        {"id": ["x"], "base_loads": 1, "peak_memory_bytes": 1},
+    ],
+)
+def test_what_a_process_says_of_itself_is_left_out_when_it_cannot_be_read(tmp_path, process):
+    def train(broadcast):
+        parcel = wire.encode_update(update_of("south", broadcast))
+        return to_record(Parcel({**parcel.about, "process": process}, parcel.values))
+
+    odd = Client("south", train=train)
+    odd.report = to_record(Parcel({"client": "south", "report": REPORT, "process": process}))
+    played = play(tmp_path, clients_by(south=odd))
+    assert played.status(1)["south"] == "ok"
+    assert sorted(p["id"] for p in played.clients.facts()["processes"]) == ["east", "north", "west"]
+
+
+# --- a client that does not deliver --------------------------------------------------------------
+
+
+def test_a_silent_client_is_named_with_the_key_and_the_others_go_on(tmp_path):
+    silent = Client("south", train=lambda b: None if b.round == 1 else honest("south", b))
+    began = time.monotonic()
+    played = play(tmp_path, clients_by(south=silent))
+    assert time.monotonic() - began < 5
+    (row,) = played.rows(round=1, client="south")
+    assert row["status"] == "timeout"
+    assert row["place"] == "no answer within 0.05 s (sampling.timeout_s)"
+    assert played.status(2) == dict.fromkeys(NAMES, "ok")
+    assert sha256(played.state.adapter) == oracle(tmp_path, absent={(1, "south")})
+
+
+def honest(name, broadcast):
+    return wire.encode_update(update_of(name, broadcast))
+
+
+def late_by_a_round(grid, node, name):
+    """Its answer to round 1 arrives while round 2 goes on."""
+    held = []
+    inner = grid.nodes[node]
+
+    def answer(message):
+        if message.metadata.message_type == "train":
+            if not held:
+                held.append((message, inner(message)))
+                return None
+            grid.reply(*held[0])
+        return inner(message)
+
+    grid.nodes[node] = answer
+
+
+def test_an_answer_after_the_deadline_is_named_late_in_the_next_round_and_not_used(tmp_path):
+    grid = Nodes(clients_by())
+    late_by_a_round(grid, 13, "south")
+    played = play(tmp_path, grid)
+    assert played.status(1)["south"] == "timeout"
+    rows = played.rows(round=2, client="south")
+    assert sorted(r["status"] for r in rows) == ["late", "ok"]
+    (late,) = [r for r in rows if r["status"] == "late"]
+    assert late["place"] == "its answer to round 1 came after the deadline and is not used"
+    assert sha256(played.state.adapter) == oracle(tmp_path, absent={(1, "south")})
+
+
+def test_a_late_answer_of_a_client_that_is_not_asked_again_is_named_too(tmp_path):
+    run = recipe(rounds=2, sampling={"num_clients": 2, "timeout_s": 0.05, "quorum": 0.5})
+    first, second = (
+        sample(NAMES, run.sampling, generator(run.seed, "sampling", r)) for r in (1, 2)
+    )
+    (away, *_) = sorted(set(first) - set(second))
+    node = 11 + NAMES.index(away)
+    grid, held = Nodes(clients_by()), []
+    inner = grid.nodes[node]
+
+    def silent(message):
+        if message.metadata.message_type != "train":
+            return inner(message)
+        held.append((message, inner(message)))
+        return None
+
+    grid.nodes[node] = silent
+    other = grid.nodes[11 + NAMES.index(second[0])]
+
+    def train(broadcast):
+        if broadcast.round == 2:
+            grid.reply(*held[0])
+        return honest(other.name, broadcast)
+
+    other.train = train
+    played = play(tmp_path, grid, run)
+    assert played.status(2) == {**dict.fromkeys(second, "ok"), away: "late"}
+    assert sha256(played.state.adapter) == oracle(tmp_path, run, absent={(1, away)})
+
+
+def test_a_late_answer_that_comes_while_a_new_node_is_met_is_named_too(tmp_path):
+    """It used to be read as that node's report, and swallowed."""
+    grid, held = Nodes(clients_by()), []
+    south, west = grid.nodes[13], grid.nodes.pop(14)
+
+    def silent(message):
+        if message.metadata.message_type == "train" and not held:
+            held.append((message, south(message)))
+            return None
+        return south(message)
+
+    def reports(message):
+        if held:
+            grid.reply(*held[0])
+        return west(message)
+
+    def east(broadcast):
+        grid.nodes[14] = reports
+        return honest("east", broadcast)
+
+    grid.nodes[13], grid.nodes[11].train = silent, east
+    played = play(tmp_path, grid)
+    statuses = sorted((r["client"], r["status"]) for r in played.rows(round=2))
+    assert statuses == [
+        *(("east", "ok"), ("north", "ok")),
+        *(("south", "late"), ("south", "ok"), ("west", "ok")),
+    ]
+
+
+def test_an_exception_at_a_client_leaves_code_and_place_and_its_text_nowhere(tmp_path, capsys):
+    def train(broadcast):
+        return failing(ValueError(SECRET), round_=broadcast.round)
+
+    played = play(tmp_path, clients_by(south=Client("south", train=train)))
+    assert SECRET in capsys.readouterr().err, "its own log has the text"
+    (row,) = played.rows(round=1, client="south")
+    assert row["status"] == "ValueError"
+    assert re.fullmatch(r"client_host\.py:\d+ in guarded", row["place"])
+    assert SECRET not in played.everything()
+    assert sha256(played.state.adapter) == oracle(tmp_path, absent={(1, "south"), (2, "south")})
+
+
+def test_our_own_error_at_a_client_keeps_its_text(tmp_path):
+    error = UpdateError("client 'south', round 1: 'lora_A' holds NaN or infinity.")
+    broken = Client("south", train=lambda b: failing(error, round_=b.round))
+    played = play(tmp_path, clients_by(south=broken))
+    (row,) = played.rows(round=1, client="south")
+    assert (row["status"], row["place"]) == ("training failed", str(error))
+
+
+CODES = {
+    0: "engine error",
+    1: "client app not loaded",
+    2: "client app failed",
+    3: "message lost",
+    4: "reply lost",
+    5: "not reachable",
+    6: "engine error",
+    7: "client app refused",
+    8: "client app ended",
+    99: "engine error",
+}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_flowers_error_codes_have_names_and_its_texts_are_not_shown(tmp_path, code):
+    broken = Client("south", train=lambda b: Error(code, f"Traceback: {SECRET}"))
+    played = play(tmp_path, clients_by(south=broken))
+    (row,) = played.rows(round=1, client="south")
+    assert (row["status"], row["place"]) == (CODES[code], f"Flower's error code {code}")
+    assert SECRET not in played.everything()
+
+
+def test_flowers_codes_are_those_of_the_installed_flower():
+    """A private table, read here once: an upgrade that renumbers them should be seen."""
+    from flwr.common.constant import ErrorCode
+
+    assert {
+        ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "client app not loaded",
+        ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "client app failed",
+        ErrorCode.MESSAGE_UNAVAILABLE: "message lost",
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "reply lost",
+        ErrorCode.NODE_UNAVAILABLE: "not reachable",
+        ErrorCode.INVALID_FAB: "client app refused",
+        ErrorCode.CLIENT_APP_CRASHED: "client app ended",
+    } == flower_server.ENGINE_CODES
+    assert flower_server.NOT_REACHABLE == ErrorCode.NODE_UNAVAILABLE
+
+
+def test_a_message_that_flower_does_not_take_is_named(tmp_path):
+    class Refuses(Nodes):
+        def push_messages(self, messages):
+            ids = super().push_messages(messages)
+            kinds = {m.metadata.message_type for m in messages}
+            return [None, *ids[1:]] if kinds == {"train"} else ids
+
+    played = play(tmp_path, Refuses(clients_by()))
+    assert played.status(1) == {**dict.fromkeys(NAMES, "ok"), "east": "message lost"}
+
+
+def test_when_flower_takes_no_message_at_all_everyone_is_named(tmp_path):
+    class Refuses(Nodes):
+        def push_messages(self, messages):
+            kinds = {m.metadata.message_type for m in messages}
+            return [] if kinds == {"train"} else super().push_messages(messages)
+
+    with pytest.raises(QuorumError) as caught:
+        play(tmp_path, Refuses(clients_by()))
+    assert all(f"{n}: message lost: Flower's error code 3" in str(caught.value) for n in NAMES)
+
+
+def test_a_node_that_is_gone_is_not_waited_for(tmp_path):
+    grid = Nodes(clients_by())
+
+    def east(broadcast):
+        grid.nodes.pop(13, None)
+        return honest("east", broadcast)
+
+    grid.nodes[11].train = east
+    run = recipe(sampling__timeout_s=30, runtime__join_timeout_s=30)
+    began = time.monotonic()
+    played = play(tmp_path, grid, run)
+    assert time.monotonic() - began < 10
+    (row,) = played.rows(round=2, client="south")
+    assert (row["status"], row["place"]) == ("not connected", "its node is gone")
+    assert played.status(1)["south"] in ("ok", "not reachable")
+
+
+@pytest.mark.parametrize("new_id", [99, 13])
+def test_a_client_that_was_started_again_is_found_under_its_new_node(tmp_path, new_id):
+    grid = Nodes(clients_by())
+    south = grid.nodes[13]
+
+    def east(broadcast):
+        if broadcast.round == 1:
+            grid.nodes.pop(13)
+        if broadcast.round == 2:
+            grid.nodes[new_id] = south
+        return honest("east", broadcast)
+
+    grid.nodes[14].train = lambda b: honest("west", b)
+    grid.nodes[11].train = east
+    played = play(tmp_path, grid, recipe(rounds=3))
+    assert [played.status(r)["south"] for r in (2, 3)] == ["not connected", "ok"]
+
+
+def test_a_client_that_was_started_again_between_two_rounds_misses_none(tmp_path):
+    grid = Nodes(clients_by())
+
+    def west(broadcast):
+        if broadcast.round == 1:
+            grid.nodes[99] = grid.nodes.pop(13)
+        return honest("west", broadcast)
+
+    grid.nodes[14].train = west  # the last that is asked
+    played = play(tmp_path, grid)
+    assert played.status(1) == played.status(2) == dict.fromkeys(NAMES, "ok")
+    assert sha256(played.state.adapter) == oracle(tmp_path)
+
+
+# --- answers that cannot be used -----------------------------------------------------------------
+
+
+def changed(broadcast, **facts):
+    parcel = honest("south", broadcast)
+    return Parcel({"update": {**parcel.about["update"], **facts}}, parcel.values)
+
+
+def objects(broadcast):
+    file = io.BytesIO()
+    np.save(file, np.array([print], dtype=object), allow_pickle=True)
+    array = Array("float32", (1,), "numpy.ndarray", file.getvalue())
+    about = to_record(honest("south", broadcast))["about"]
+    return RecordDict({"about": about, "values": ArrayRecord({"values": array})})
+
+
+UNREADABLE = {
+    "an empty record": lambda b: RecordDict(),
+    "no JSON": lambda b: RecordDict({"about": ConfigRecord({"about": SECRET})}),
+    "nested without end": lambda b: RecordDict({"about": ConfigRecord({"about": "[" * 200_000})}),
+    "pickled objects": objects,
+    "a report": lambda b: Parcel({"report": REPORT}),
+    "a score": lambda b: wire.encode_score(Score("south", 1.0, 1, 1, 1), b.round),
+    "an earlier round": lambda b: changed(b, round=b.round - 1),
+    "a later round": lambda b: changed(b, round=b.round + 1),
+    "a shape beyond all bounds": lambda b: changed(
+        b, tensors=[["delta", "lora_A", [2**62, 2**62]]]
+    ),
+    "no tensors": lambda b: changed(b, tensors=[]),
+    "examples beyond all bounds": lambda b: changed(b, num_examples=10**400),
+    "metrics that write over a row": lambda b: changed(b, metrics={"round": 1.0, "status": 0.0}),
+    "half a character": lambda b: changed(b, settings={"\ud800": 1.0}),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_answer_that_cannot_be_read_is_one_clients_failure_and_ends_nothing(tmp_path, kind):
+    played = play(tmp_path, clients_by(south=Client("south", train=UNREADABLE[kind])))
+    for r in (1, 2):
+        assert played.status(r) == {**dict.fromkeys(NAMES, "ok"), "south": "unreadable"}
+    assert SECRET not in played.everything()
+    absent = {(1, "south"), (2, "south")}
+    assert sha256(played.state.adapter) == oracle(tmp_path, absent=absent)
+
+
+def spoilt(broadcast, **changes):
+    return wire.encode_update(replace(update_of("south", broadcast), **changes))
+
+
+def holding(value):
+    delta = delta_of("south", 1)
+    delta["lora_B"][1, 1] = value
+    return delta
+
+
+REFUSED = {
+    "NaN": ({"delta": holding(float("nan"))}, "'lora_B' holds NaN or infinity"),
+    "infinity": ({"delta": holding(float("-inf"))}, "'lora_B' holds NaN or infinity"),
+    "another rank": (
+        {"delta": {"lora_A": torch.zeros(4, 3), "lora_B": torch.ones(3, 2)}},
+        "'lora_A' has shape (4, 3), the server expects (2, 3)",
+    ),
+    "a missing tensor": ({"delta": {"lora_A": torch.zeros(2, 3)}}, "tensor 'lora_B' is missing"),
+    "no examples": ({"num_examples": 0}, "no examples"),
+    "another mu": ({"settings": {"mu": 9.0}}, "trained with {'mu': 9.0}"),
+    "more than asked for": ({"extra": {"controls": START}}, "brings ['controls']"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_update_that_cannot_be_combined_is_refused_by_name(tmp_path, kind):
+    changes, text = REFUSED[kind]
+    bad = Client("south", train=lambda b: spoilt(b, **changes))
+    played = play(tmp_path, clients_by(south=bad), recipe(rounds=1))
+    (row,) = played.rows(client="south")
+    assert row["status"] == "refused"
+    assert f"client 'south', round 1: {text}" in row["place"]
+    assert sha256(played.state.adapter) == oracle(tmp_path, recipe(rounds=1), absent={(1, "south")})
+
+
+def test_a_node_cannot_answer_in_the_name_of_another(tmp_path):
+    def train(broadcast):
+        parcel = wire.encode_update(update_of("north", broadcast))
+        return Parcel({**parcel.about, "client": "north"}, parcel.values)
+
+    played = play(tmp_path, clients_by(south=Client("south", train=train)), recipe(rounds=1))
+    assert played.status(1) == dict.fromkeys(NAMES, "ok")
+    rows = {r["client"]: r["num_examples"] for r in played.rows()}
+    assert rows == {"east": 4, "north": 5, "south": 5, "west": 4}
+
+
+def test_too_few_usable_updates_stop_the_run_and_name_the_clients(tmp_path):
+    nodes = clients_by(
+        east=Client("east", train=lambda b: None),
+        north=Client("north", train=lambda b: Error(8, SECRET)),
+        south=Client("south", train=lambda b: RecordDict()),
+    )
+    with pytest.raises(QuorumError) as caught:
+        play(tmp_path, nodes)
+    text = str(caught.value)
+    assert "round 1: 1 usable updates of 4, and sampling.quorum = 0.5 needs 2" in text
+    assert "  east: timeout: no answer within 0.05 s (sampling.timeout_s)" in text
+    assert "  north: client app ended: Flower's error code 8" in text
+    assert "  south: unreadable: a message has no readable text." in text
+    assert "west" not in text
+    assert SECRET not in text
+
+
+# --- scoring -------------------------------------------------------------------------------------
+
+
+def test_scores_come_with_their_names_and_what_they_cost(tmp_path):
+    run = recipe(rounds=2, evaluate={"every": 1}, sampling__fraction=0.5)
+    played = play(tmp_path, clients_by(), run)
+    for behind in (0, 1, 2):
+        assert played.status(behind, "evaluate") == dict.fromkeys(NAMES, "ok")
+    last = played.rows("evaluate", round=2)
+    assert {r["bytes_down"] for r in last} == {4 * NUM_FLOATS}
+    assert {r["loss"] for r in last} == {1.5}
+
+
+def test_clients_that_do_not_score_in_time_are_named(tmp_path):
+    run = recipe(rounds=1, evaluate={"every": 1})
+    nodes = clients_by(
+        north=Client("north", evaluate=lambda b: None),
+        south=Client("south", evaluate=lambda b: Error(2, SECRET)),
+        west=Client("west", evaluate=lambda b: honest("west", b)),
+    )
+    played = play(tmp_path, nodes, run)
+    places = {r["client"]: (r["status"], r.get("place")) for r in played.rows("evaluate", round=1)}
+    assert places == {
+        "east": ("ok", None),
+        "north": ("timeout", "no answer within 0.05 s (sampling.timeout_s)"),
+        "south": ("client app failed", "Flower's error code 2"),
+        "west": ("unreadable", "it is no answer to the evaluate message"),
+    }
+    assert SECRET not in played.everything()
+
+
+def test_a_score_that_comes_late_is_not_taken_for_that_of_another_round(tmp_path):
+    """A score does not say its round: the message that it answers does."""
+    run = recipe(rounds=2, evaluate={"every": 1}, sampling__num_clients=2)
+    cohorts = [sample(NAMES, run.sampling, generator(run.seed, "sampling", r)) for r in (1, 2)]
+    absent = sorted(set(NAMES) - set(cohorts[0]))
+    name = absent[0]
+    node = 11 + NAMES.index(name)
+    grid, held = Nodes(clients_by()), []
+    inner = grid.nodes[node]
+
+    def answer(message):
+        if message.metadata.message_type == "evaluate" and not held:
+            wrong = Score(name, 1e6, 1, 0, 1)
+            held.append((message, to_record(wire.encode_score(wrong, 1))))
+            return None
+        if message.metadata.message_type != "query":
+            grid.reply(*held[0])
+        return inner(message)
+
+    grid.nodes[node] = answer
+    played = play(tmp_path, grid, run)
+    assert played.status(0, "evaluate")[name] == "timeout"
+    assert played.status(2)[cohorts[1][0]] == "ok"
+    assert f"{name}: its answer to the evaluate message of round 1 came late" in played.heard.notes
+    assert max(r["loss"] for r in played.rows("evaluate", status="ok")) < 1e6
+    rows = [(r["event"], r["round"], r.get("client")) for r in played.folder.metrics()]
+    assert len(rows) == len(set(rows)), "nobody is named twice"
+
+
+def test_a_late_score_of_an_earlier_adapter_is_not_one_of_the_last(tmp_path):
+    run = recipe(rounds=1, evaluate={"every": 1}, sampling__num_clients=2)
+    cohort = sample(NAMES, run.sampling, generator(run.seed, "sampling", 1))
+    name = min(set(NAMES) - set(cohort))
+    node = 11 + NAMES.index(name)
+    grid, held = Nodes(clients_by()), []
+    inner = grid.nodes[node]
+
+    def answer(message):
+        if message.metadata.message_type == "evaluate" and not held:
+            held.append((message, to_record(wire.encode_score(Score(name, 1e6, 1, 0, 1), 1))))
+            return None
+        if message.metadata.message_type == "evaluate":
+            grid.reply(*held[0])
+        return inner(message)
+
+    grid.nodes[node] = answer
+    played = play(tmp_path, grid, run)
+    assert played.status(0, "evaluate")[name] == "timeout"
+    last = played.rows("evaluate", round=1)
+    assert [(r["client"], r["loss"]) for r in last] == [(n, 1.5) for n in NAMES]
+    assert played.heard.notes == [
+        f"{name}: its answer to the evaluate message of round 1 came late"
+    ]
+
+
+def test_an_update_that_comes_while_the_last_adapter_is_scored_is_named(tmp_path):
+    run = recipe(rounds=1, evaluate={"every": 1})
+    grid, held = Nodes(clients_by()), []
+    south = grid.nodes[13]
+
+    def answer(message):
+        if message.metadata.message_type == "train":
+            held.append((message, south(message)))
+            return None
+        if message.metadata.message_type == "evaluate":
+            grid.reply(*held[0])
+        return south(message)
+
+    grid.nodes[13] = answer
+    played = play(tmp_path, grid, run)
+    assert played.status(1)["south"] == "timeout"
+    assert played.status(1, "evaluate") == dict.fromkeys(NAMES, "ok")
+    assert played.heard.notes == ["south: its answer to the train message of round 1 came late"]
+
+
+# --- the server app ------------------------------------------------------------------------------
+
+
+def context_of(tmp_path, monkeypatch, run, names=NAMES) -> Context:
+    folder = RunFolder.create(tmp_path / "run", run)
+    folder.save(ServerState(0, START), last=False)
+    place = tmp_path / "private"
+    place.mkdir()
+    monkeypatch.setenv(RUNS, str(tmp_path))
+    settings = {
+        "clients": list(names),
+        "folder": str(folder.path),
+        "base_sha256": BASE,
+        "local": [],
+        "members": None,
+    }
+    (place / SETTINGS).write_text(json.dumps(settings))
+    told = {"recipe": run.model_dump_json(serialize_as_any=True), "run": place.name}
+    return Context(1, 1, {}, RecordDict(), told)
+
+
+def test_the_app_runs_the_rounds_and_leaves_progress_and_outcome(tmp_path, monkeypatch):
+    run = recipe(evaluate={"every": 1})
+    flower_server.app(Nodes(clients_by()), context_of(tmp_path, monkeypatch, run))
+    outcome = read_outcome(tmp_path / "private")
+    assert outcome is not None
+    assert outcome["num_rows"] == {name: {"num_train": 3, "num_eval": 2} for name in NAMES}
+    assert {p["id"] for p in outcome["processes"]} == set(NAMES)
+    state = RunFolder.open(tmp_path / "run").load_state()
+    assert state is not None
+    assert sha256(state.adapter) == oracle(tmp_path)
+    heard = Heard()
+    follower = Follower(tmp_path / "private", heard)
+    follower.follow()
+    assert sorted(heard.done) == [(r, name) for r in (1, 2) for name in NAMES]
+
+
+def test_the_app_leaves_the_error_that_ended_the_rounds(tmp_path, monkeypatch):
+    nodes = {11: Client("east", train=lambda b: failing(ValueError(SECRET), b.round, "east"))}
+    context = context_of(tmp_path, monkeypatch, recipe())
+    with pytest.raises(QuorumError):
+        flower_server.app(Nodes(nodes), context)
+    with pytest.raises(QuorumError, match=r"east: ValueError: client_host\.py:\d+ in guarded"):
+        read_outcome(tmp_path / "private")
+    for path in (tmp_path / "private").iterdir():
+        assert SECRET not in path.read_text()
+
+
+def test_a_bug_in_the_app_leaves_its_kind_and_no_text(tmp_path, monkeypatch, capsys):
+    class Broken(Nodes):
+        def get_node_ids(self):
+            raise ZeroDivisionError(SECRET)
+
+    context = context_of(tmp_path, monkeypatch, recipe())
+    with pytest.raises(ZeroDivisionError):
+        flower_server.app(Broken(), context)
+    with pytest.raises(EngineError, match="the server app ended with ZeroDivisionError"):
+        read_outcome(tmp_path / "private")
+    assert SECRET in capsys.readouterr().err, "the engine's log has the text"
+    for path in (tmp_path / "private").iterdir():
+        assert SECRET not in path.read_text()
+
+
+def test_the_app_goes_on_where_a_checkpoint_ended(tmp_path, monkeypatch):
+    run = recipe(rounds=3)
+    context = context_of(tmp_path, monkeypatch, run)
+    grid = Nodes(clients_by())
+    flower_server.app(grid, context)
+    whole = RunFolder.open(tmp_path / "run").load_state()
+    assert whole is not None
+    again = Nodes(clients_by())
+    (tmp_path / "private" / "outcome.json").unlink()
+    flower_server.app(again, context)
+    assert not again.sent("train"), "all rounds are done"
+
+
+def test_with_a_window_everybody_is_asked_and_few_at_once(tmp_path):
+    class Counting(Nodes):
+        most = under_way = 0
+
+        def push_messages(self, messages):
+            ids = super().push_messages(messages)
+            self.under_way += len(ids)
+            self.most = max(self.most, self.under_way)
+            return ids
+
+        def pull_messages(self, message_ids):
+            found = super().pull_messages(message_ids)
+            self.under_way -= len(found)
+            return found
+
+    grid = Counting(clients_by())
+    run = recipe(runtime__join_timeout_s=30.0, sampling__timeout_s=30.0)
+    played = play(tmp_path / "few", grid, run, window=2)
+    assert grid.most == 2
+    assert played.status(1) == dict.fromkeys(NAMES, "ok")
+    whole = play(tmp_path / "all", clients_by(), run)
+    assert sha256(played.state.adapter) == sha256(whole.state.adapter)
