@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from silotune.workflows.audit.audit import audit
     from silotune.workflows.check import check
     from silotune.workflows.compare.compare import Comparison, compare
+    from silotune.workflows.evaluate.evaluate import Evaluation, Questions, evaluate
     from silotune.workflows.plan.plan import Plan, plan
     from silotune.workflows.preview import preview
     from silotune.workflows.run import base_folder, pretrain_teacher, run
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 # Resolved when first used: importing silotune costs no torch.
 _HOMES = {
     "Comparison": "silotune.workflows.compare.compare",
+    "Evaluation": "silotune.workflows.evaluate.evaluate",
     "PlainProgress": "silotune.federation.progress",
     "Plan": "silotune.workflows.plan.plan",
     "Progress": "silotune.federation.progress",
+    "Questions": "silotune.workflows.evaluate.evaluate",
     "Run": "silotune.results.run",
     "RunConfig": "silotune.recipes.schema",
     "SilotuneError": "silotune.core.errors",
@@ -36,6 +39,7 @@ _HOMES = {
     "base_folder": "silotune.workflows.run",
     "check": "silotune.workflows.check",
     "compare": "silotune.workflows.compare.compare",
+    "evaluate": "silotune.workflows.evaluate.evaluate",
     "load_recipe": "silotune.recipes.parse",
     "plan": "silotune.workflows.plan.plan",
     "pretrain_teacher": "silotune.workflows.run",
@@ -47,9 +51,11 @@ _HOMES = {
 
 __all__ = [
     "Comparison",
+    "Evaluation",
     "PlainProgress",
     "Plan",
     "Progress",
+    "Questions",
     "Run",
     "RunConfig",
     "SilotuneError",
@@ -58,6 +64,7 @@ __all__ = [
     "base_folder",
     "check",
     "compare",
+    "evaluate",
     "load_recipe",
     "plan",
     "pretrain_teacher",

@@ -11,7 +11,6 @@ import silotune
 from silotune.cli import app
 from silotune.core.errors import ModelError
 from silotune.results import run as finished_run
-from silotune.workflows.evaluate import evaluate as evaluate_workflow
 from tests.conftest import build_tiny_model, write_jsonl, write_tiny_recipe
 
 
@@ -171,7 +170,7 @@ def test_an_adapter_that_does_not_fit_is_named(done, tmp_path):
 def test_an_evaluation_of_full_training_asks_the_result_only(tmp_path, tiny_model):
     recipe = write_tiny_recipe(tmp_path, tiny_model)
     run = silotune.run(recipe, ["rounds=1", "adapter.kind=full"], out=tmp_path / "run")
-    place = evaluate_workflow.take_exam(run, evaluate_workflow.ExamConfig(max_new_tokens=2))
+    place = silotune.evaluate(run, silotune.Questions(max_new_tokens=2)).path
     assert list(json.loads((place / "scores.json").read_text())["models"]) == ["federated"]
 
 

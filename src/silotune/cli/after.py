@@ -71,20 +71,17 @@ def evaluate(
 ) -> None:
     """Put questions with known answers to a run and to its base."""
     with errors_as_exit_codes():
-        import json as json_
-
+        import silotune
         from silotune.federation.progress import pick_progress
         from silotune.results.run import Run
         from silotune.workflows.evaluate.evaluate import (
-            ExamConfig,
             label_table,
             lm_eval_lines,
             quality_table,
             suite_table,
-            take_exam,
         )
 
-        cfg = ExamConfig(
+        questions = silotune.Questions(
             suites=tuple(suite or ()),
             data=_files(data or ()),
             max_new_tokens=max_new_tokens,
@@ -95,8 +92,8 @@ def evaluate(
             base=base,
             allow_code_execution=allow_code_execution,
         )
-        place = take_exam(Run(run), cfg, progress=pick_progress())
-        scores = json_.loads((place / "scores.json").read_text(encoding="utf-8"))
+        done = silotune.evaluate(run, questions, progress=pick_progress())
+        scores = done.scores
         if json:
             print_json(scores)
             return
@@ -108,7 +105,7 @@ def evaluate(
             print_table(label_table(scores))
         else:
             print_table(quality_table(scores))
-        typer.echo(f"all answers: {place}")
+        typer.echo(f"all answers: {done.path}")
 
 
 def _files(pairs: list[str] | tuple[str, ...]) -> dict[str, Path]:

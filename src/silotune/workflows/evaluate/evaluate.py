@@ -47,8 +47,8 @@ HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
-class ExamConfig:
-    """What is asked, and how."""
+class Questions:
+    """What is asked of a finished run, and how."""
 
     suites: Sequence[str] = ()
     """Names of suites, or "lm-eval:<task>"; the run's own held-out questions when empty."""
@@ -70,7 +70,7 @@ class ExamConfig:
     """Programs that the model wrote may run here."""
 
 
-def check_exam(cfg: ExamConfig) -> dict[str, list[Any]]:
+def read_questions(cfg: Questions) -> dict[str, list[Any]]:
     """Read all questions, before a model is loaded.
 
     Returns:
@@ -106,22 +106,38 @@ def check_exam(cfg: ExamConfig) -> dict[str, list[Any]]:
     return found
 
 
-def take_exam(run: Run, cfg: ExamConfig, *, progress: Progress | None = None) -> Path:
-    """Ask a finished run, and write down what it said.
+@dataclass(frozen=True)
+class Evaluation:
+    """What a finished run, and its base, answered: one folder inside the run folder."""
+
+    path: Path
+    """scores.json, and every answer as it was given, as JSONL."""
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """scores.json: the settings, and for each model its scores by suite."""
+        return json.loads((self.path / "scores.json").read_text(encoding="utf-8"))
+
+
+def evaluate(
+    run: Run | Path | str, questions: Questions | None = None, *, progress: Progress | None = None
+) -> Evaluation:
+    """Ask a finished run questions with known answers, and record what it said.
 
     Args:
-        run: A finished run.
-        cfg: What is asked.
+        run: A finished run, or its folder.
+        questions: What is asked; by default the run's own held-out questions.
         progress: Told what happens; silent by default.
 
     Returns:
-        A new folder inside the run folder: scores.json, and the raw answers as JSONL.
+        The scores and answers, in a new folder inside the run folder.
 
     Raises:
-        SilotuneError: See `check_exam` and `Run.load`.
+        SilotuneError: See `read_questions` and `Run.load`.
     """
-    progress = progress or Progress()
-    questions = check_exam(cfg)
+    run = run if isinstance(run, Run) else Run(Path(run))
+    cfg, progress = questions or Questions(), progress or Progress()
+    asked = read_questions(cfg)
     config = run.config
     if config.task == "classify" and cfg.suites:
         raise ConfigError(
@@ -143,16 +159,16 @@ def take_exam(run: Run, cfg: ExamConfig, *, progress: Progress | None = None) ->
                 write_rows(place / f"held-out-{model}.jsonl", rows)
             for name in cfg.suites:
                 progress.note(f"{model}: {name}")
-                rows, found[name] = _suite(loaded, name, questions, cfg, config)
+                rows, found[name] = _suite(loaded, name, asked, cfg, config)
                 if rows:
                     write_rows(place / f"{name}-{model}.jsonl", rows)
         scores["models"][model] = found
     write_json(place / "scores.json", scores)
-    return place
+    return Evaluation(place)
 
 
 def _models(
-    loaded: LoadedModel, cfg: ExamConfig
+    loaded: LoadedModel, cfg: Questions
 ) -> Iterator[tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]]:
     """The models that are asked, each with what makes it speak. Of full training, the result."""
     if cfg.base and loaded.has_adapter:
@@ -160,7 +176,7 @@ def _models(
     yield "federated", contextlib.nullcontext
 
 
-def _plain(cfg: ExamConfig) -> dict[str, Any]:
+def _plain(cfg: Questions) -> dict[str, Any]:
     return {**asdict(cfg), "data": {name: str(path) for name, path in cfg.data.items()}}
 
 
@@ -168,7 +184,7 @@ def _plain(cfg: ExamConfig) -> dict[str, Any]:
 
 
 def _held_out(
-    loaded: LoadedModel, config: Any, rows: Mapping[str, Any], cfg: ExamConfig
+    loaded: LoadedModel, config: Any, rows: Mapping[str, Any], cfg: Questions
 ) -> tuple[list[Row], dict[str, Any]]:
     if config.task == "classify":
         return _held_out_labels(loaded, config, rows, cfg)
@@ -201,7 +217,7 @@ def _held_out(
 
 
 def _held_out_labels(
-    loaded: LoadedModel, config: RunConfig, rows: Mapping[str, ClientRows], cfg: ExamConfig
+    loaded: LoadedModel, config: RunConfig, rows: Mapping[str, ClientRows], cfg: Questions
 ) -> tuple[list[Row], dict[str, Any]]:
     """Every held-out row's label and the label it was given; scores of each client and over all."""
     task, labels = build_task(config.task, config.data.labels), config.data.labels or ()
@@ -265,7 +281,7 @@ def _suite(
     loaded: LoadedModel,
     name: str,
     questions: Mapping[str, list[Any]],
-    cfg: ExamConfig,
+    cfg: Questions,
     config: Any,
 ) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """Rows to keep, and scores by the way of answering."""
@@ -290,7 +306,7 @@ def _suite(
 
 
 def _ways(
-    loaded: LoadedModel, name: str, items: Sequence[Item], cfg: ExamConfig, system: str | None
+    loaded: LoadedModel, name: str, items: Sequence[Item], cfg: Questions, system: str | None
 ) -> Iterator[tuple[Way, list[Answered]]]:
     size = cfg.batch_size
     yield "likelihood", score_likelihood(loaded, items, system=system, batch_size=size)
