@@ -1,19 +1,27 @@
 # Two commands: `make demo` and `make test`. Both install what requirements.lock pins into .venv.
+# `make env EXTRAS=web,deploy` adds what some commands need: pyproject.toml lists the extras.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
+EXTRAS ?=
+comma := ,
 
 .PHONY: env dev demo test unit slow check format bench bench-deploy docs lock clean
 
-env: $(VENV)/.installed
+env: $(VENV)/.installed $(if $(EXTRAS),$(VENV)/.with-$(subst $(comma),-,$(EXTRAS)))
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.with-%: $(VENV)/.installed
+	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
 
 dev: $(VENV)/.developing
 $(VENV)/.developing: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 demo: env

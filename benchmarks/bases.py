@@ -2,7 +2,7 @@
 
 `python benchmarks/bases.py [MODEL]`: memory of the base, seconds of a training step and of ten
 answered tokens, as ratios to the base that is not quantised, in one process, one after the other.
-Needs `pip install 'silotune[quantization]'`.
+Needs `make env EXTRAS=quantization`.
 """
 
 import argparse

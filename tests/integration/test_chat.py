@@ -311,7 +311,7 @@ to, and whose models say something hostile when they are asked to."""
 @pytest.fixture(scope="module")
 def served(done, tmp_path_factory):
     """The address of the page, and the file with the hosts that its process turned to."""
-    pytest.importorskip("gradio", reason="not installed: pip install 'silotune[web]'")
+    pytest.importorskip("gradio", reason="not installed: make env EXTRAS=web")
     seen = tmp_path_factory.mktemp("page") / "hosts.jsonl"
     seen.touch()
     process = subprocess.Popen(
@@ -471,7 +471,7 @@ def test_without_the_extra_the_command_says_what_to_install(done, monkeypatch):
     monkeypatch.setattr(silotune.Run, "chat", lambda *_, **__: pytest.fail("a model was loaded"))
     result = converse(done, "", "--web")
     assert result.exit_code == 2
-    assert "pip install 'silotune[web]'" in result.stderr
+    assert "make env EXTRAS=web" in result.stderr
 
 
 def test_another_machines_address_is_refused_before_a_model_is_loaded(done, monkeypatch):

@@ -40,7 +40,7 @@ def partitioner_of(cfg: PartitionConfig) -> tuple[type[Any], dict[str, Any]]:
     except ImportError as error:
         raise ConfigError(
             'partition.kind = "flwr-datasets" needs the library flwr-datasets.\n'
-            "  Install it: pip install 'silotune[partitioners]'"
+            "  Install it: make env EXTRAS=partitioners"
         ) from error
     name = str(cfg.partitioner)
     there = [known for known in library.__all__ if known not in UNFIT]

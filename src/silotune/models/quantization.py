@@ -51,7 +51,7 @@ def check_quantization(kind: Quantization, device: torch.device, key: str) -> No
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"{key} = '{kind}' needs bitsandbytes, which is not installed.\n"
-            "  pip install 'silotune[quantization]'"
+            "  make env EXTRAS=quantization"
         )
 
 

@@ -181,7 +181,7 @@ def third_opinion(steps: Steps, *, delta: float) -> float:
     except ImportError as error:
         raise ConfigError(
             "privacy.unit = 'record' needs opacus, which is not installed.\n"
-            "  Install it: pip install 'silotune[privacy]'"
+            "  Install it: make env EXTRAS=privacy"
         ) from error
     if spent_in_all([steps], delta=delta).rdp > 50:
         return math.inf
@@ -198,5 +198,5 @@ def _library(name: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             "[privacy] needs dp-accounting, which is not installed.\n"
-            "  Install it: pip install 'silotune[privacy]'"
+            "  Install it: make env EXTRAS=privacy"
         ) from error

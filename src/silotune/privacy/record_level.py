@@ -76,7 +76,7 @@ class RowGuard:
         except ImportError as error:
             raise ConfigError(
                 "privacy.unit = 'record' needs opacus, which is not installed.\n"
-                "  Install it: pip install 'silotune[privacy]'"
+                "  Install it: make env EXTRAS=privacy"
             ) from error
         for module in model.modules():
             own = any(p.requires_grad for p in module.parameters(recurse=False))

@@ -35,7 +35,7 @@ NOT_OPTIONS = {
 class FlowerStrategyConfig(AlgorithmConfig):
     """Settings of a Flower strategy, as in flower:flwr.serverapp.strategy.FedYogi.
 
-    The class is imported where the server runs, never at a client. Needs silotune[flower].
+    The class is imported where the server runs, never at a client. Needs the extra flower.
     """
 
     name: str = Field(pattern=f"^{FLOWER_NAME}$")

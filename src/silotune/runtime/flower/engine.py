@@ -51,7 +51,7 @@ def check_installed(run: RunConfig) -> None:
     if missing:
         raise ConfigError(
             f"runtime.name = '{run.runtime.name}' needs {', '.join(missing)}.\n"
-            f"  Install it: pip install 'silotune[{extra}]'"
+            f"  Install it: make env EXTRAS={extra}"
         )
 
 

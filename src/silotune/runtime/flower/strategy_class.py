@@ -47,7 +47,7 @@ def class_of(cfg: FlowerStrategyConfig) -> "type[Strategy]":
     try:
         from flwr.serverapp.strategy import Strategy
     except ImportError as error:
-        mend = "Install it where the server runs: pip install 'silotune[flower]'"
+        mend = "Install it where the server runs: make env EXTRAS=flower"
         raise refused(cfg, f"needs Flower: {text_of(error)}", mend) from error
     path, _, name = cfg.name.removeprefix("flower:").rpartition(".")
     try:

@@ -26,7 +26,7 @@ class Search:
         except ImportError as error:
             raise ConfigError(
                 "sweep.search needs Optuna, which is not installed.\n"
-                "  Install it: pip install 'silotune[search]'"
+                "  Install it: make env EXTRAS=search"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._axes = axes

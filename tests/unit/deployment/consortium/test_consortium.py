@@ -338,4 +338,4 @@ def test_nobody_is_let_in_when_nobody_is_approved(consortium, tmp_path):
 def test_a_proxy_that_is_not_there_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(Path, "exists", lambda self: False)
-    assert "pip install 'silotune[deploy]'" in problem(find_caddy)
+    assert "make env EXTRAS=deploy" in problem(find_caddy)

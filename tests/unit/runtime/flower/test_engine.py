@@ -68,21 +68,21 @@ def job(tmp_path):
 @pytest.mark.parametrize(
     ("runtime", "gone", "text"),
     [
-        ("flower", {"flwr"}, "needs flwr.\n  Install it: pip install 'silotune[flower]'"),
+        ("flower", {"flwr"}, "needs flwr.\n  Install it: make env EXTRAS=flower"),
         (
             "flower",
             {"flwr", "psutil"},
-            "needs flwr, psutil.\n  Install it: pip install 'silotune[flower]'",
+            "needs flwr, psutil.\n  Install it: make env EXTRAS=flower",
         ),
         (
             "flower-simulation",
             {"ray"},
-            "needs ray.\n  Install it: pip install 'silotune[simulation]'",
+            "needs ray.\n  Install it: make env EXTRAS=simulation",
         ),
         (
             "flower-simulation",
             {"flwr", "psutil", "ray"},
-            "needs flwr, psutil, ray.\n  Install it: pip install 'silotune[simulation]'",
+            "needs flwr, psutil, ray.\n  Install it: make env EXTRAS=simulation",
         ),
     ],
 )

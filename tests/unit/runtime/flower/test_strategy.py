@@ -567,7 +567,7 @@ def test_without_flower_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr", None)
     found = mistake(config("FedYogi"))
     assert f"'flower:{FLWR}.FedYogi' needs Flower: " in found
-    assert found.endswith("Install it where the server runs: pip install 'silotune[flower]'.")
+    assert found.endswith("Install it where the server runs: make env EXTRAS=flower.")
 
 
 # --- during a run
