@@ -1,4 +1,4 @@
-"""Sizes, durations and near names, in words."""
+"""Sizes, durations, counts and near names, in words."""
 
 import difflib
 from collections.abc import Iterable
@@ -28,3 +28,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_folded = {other.casefold(): other for other in known}
     near = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f" Did you mean '{by_folded[near[0]]}'?" if near else ""
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun, singular or plural.
+
+    >>> counted(1, "client"), counted(3, "client"), counted(0, "reply", "replies")
+    ('1 client', '3 clients', '0 replies')
+    """
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
