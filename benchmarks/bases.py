@@ -1,8 +1,8 @@
 """What a base in fewer bits saves and costs, and what each adapter sends.
 
-`python benchmarks/bases.py [MODEL]`: memory of the base, seconds of a training step and of ten
-answered tokens, as ratios to the base that is not quantised, in one process, one after the other.
-Needs `make env EXTRAS=quantization`.
+`python benchmarks/bases.py [MODEL]`: memory of the base, and seconds for a training step and for
+ten generated tokens, with ratios to the unquantised base. All run in one process, one after the
+other. Needs `make env EXTRAS=quantization`.
 """
 
 import argparse
@@ -12,7 +12,8 @@ import torch
 
 from silotune.core.tree import size_bytes
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import LoadedModel, ModelConfig, load_model, read_adapter
+from silotune.models.base import ModelConfig
+from silotune.models.loading import LoadedModel, load_model, read_adapter
 from silotune.training.generate import complete
 from silotune.training.tasks.base import Example
 from silotune.training.tasks.instruct import INSTRUCT
@@ -34,7 +35,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("model", nargs="?", default="smollm2-135m-instruct")
     name = options.parse_args().model
-    print("quantization  dora   MB   seconds a step  of none  seconds of 10 tokens  of none")
+    print("quantization  dora     MB    seconds/step    ratio     seconds/10 tokens    ratio")
     plain: tuple[float, float] | None = None
     for dora in (False, True):
         for kind in BASES:

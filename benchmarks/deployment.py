@@ -3,10 +3,11 @@
     python benchmarks/deployment.py [--out DIR] [--rounds 12] [--megabytes 500]
         [--only rounds|large]
 
-Real processes, keys, certificates and gates, as `silotune rehearse` starts them. First the rounds
-of silotune with a base model so small that training takes no time and, on the same engine, those of
-an app that does nothing (noop_server.py, noop_client.py): the difference is overhead. Then adapters
-of so many megabytes for one, two and three clients, with the server's largest memory.
+Uses real processes, keys, certificates and gates, as `silotune rehearse` starts them. The first
+part compares silotune's rounds, with a base model so small that training takes no time, with those
+of an app that does nothing on the same engine (noop_server.py, noop_client.py): the difference is
+overhead. The second part runs adapters of `--megabytes` MB with one, two and three clients, and
+reports the server's peak memory.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import psutil
 from silotune.core.wording import human_bytes
 from silotune.deployment.queue import submit
 from silotune.deployment.rehearse import clients_of, consortium_of, follow
-from silotune.models.loading import folder_of_base
+from silotune.models.base import folder_of_base
 from silotune.recipes.parse import load_recipe
 from silotune.runtime.flower.kept_processes import Kept, program
 from silotune.runtime.flower.submit import APP
@@ -37,7 +38,7 @@ from silotune.runtime.flower.submit import APP
 CLIENTS, TURNS = 3, 2
 SHORT = ["evaluate.every=0", "train.local_steps=1", "train.batch_size=1", "train.max_length=64"]
 BYTES_OF_A_RANK = 4 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
-"""SmolLM2-135M: float32, 30 layers, every linear map of each."""
+"""SmolLM2-135M: float32, 30 layers, every linear map in each layer."""
 SERVER = {
     "server app": "flwr-serverapp",
     "SuperLink": "silotune.runtime.flower.superlink",
@@ -51,14 +52,14 @@ NOOP = {
 
 
 def main() -> None:
-    """Start a consortium, measure, print."""
+    """Start a consortium, measure, and print the results."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path)
     options.add_argument("--rounds", type=int, default=12)
     options.add_argument("--megabytes", type=float, default=500)
     options.add_argument("--only", choices=("rounds", "large"))
     args = options.parse_args()
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # of all processes: the apps' own modules
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that all find the apps
     with tempfile.TemporaryDirectory() as scratch:
         place = (args.out or Path(scratch)).absolute()
         if args.only != "large":
@@ -73,14 +74,14 @@ def main() -> None:
 
 
 def quiet(text: str) -> None:
-    """Nothing: only the tables are printed."""
+    """Print nothing: only the tables are shown."""
 
 
 # --- what a round costs
 
 
 def rounds(folder: Path, kept: Kept, num_rounds: int, base: Path) -> None:
-    """Print the engine's own round, silotune's, and what is between them; two turns of each."""
+    """Print the engine's own round, silotune's, and the difference; two turns of each."""
     keys = [*SHORT, *of_small(base), f"rounds={num_rounds}"]
     engine: list[float] = []
     ours: list[float] = []
@@ -89,23 +90,23 @@ def rounds(folder: Path, kept: Kept, num_rounds: int, base: Path) -> None:
         made = submit(folder, "hospitals", keys)
         with ends_of_rounds(made) as ends:
             follow(made, kept, quiet)
-        # from end to end, so that saving counts; the first loads the base model
+        # from end to end, so that saving counts; the first round loads the base model
         ours += [after - before for before, after in itertools.pairwise(ends)]
         trained += [row["seconds"] for row in rows_of(made, "train") if row["round"] > 1]
         engine += engine_rounds(folder, num_rounds, app=f"noop{turn}")[1:]
     size = rows_of(made, "train")[0]["bytes_up"]
     floor, own = statistics.median(engine), statistics.median(ours)
-    print(f"{CLIENTS} clients, {len(ours)} rounds, medians without the first of each turn")
+    print(f"{CLIENTS} clients, {len(ours)} rounds, medians without the first round of each turn")
     print(f"the engine's own, empty messages   {floor:.2f} s  {spread(engine)}")
     print(f"silotune's, {human_bytes(size)} each way     {own:.2f} s  {spread(ours)}")
     print(f"overhead                           {own - floor:+.2f} s, ratio {own / floor:.2f}")
     print(
-        f"of it local training               {statistics.median(trained):.2f} s  {spread(trained)}"
+        f"of that, local training            {statistics.median(trained):.2f} s  {spread(trained)}"
     )
 
 
 def small_base(folder: Path) -> Path:
-    """The recipe's base with random weights and far fewer of them: its training takes no time."""
+    """Make the recipe's base with random weights, and far fewer: training it takes no time."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     of = folder_of_base(load_recipe("hospitals").model)
@@ -118,17 +119,17 @@ def small_base(folder: Path) -> Path:
 
 
 def of_small(base: Path) -> list[str]:
-    """Keys that put it in the recipe's place, with an adapter as large as the recipe's."""
+    """Keys that put `base` in place of the recipe's, with an adapter as large as the recipe's."""
     return [f"model.name={base}", "adapter.rank=600", "adapter.alpha=600", "runtime.threads=1"]
 
 
 def engine_rounds(folder: Path, num_rounds: int, *, app: str) -> list[float]:
-    """Seconds of each round of an app that does nothing, on the consortium's own engine.
+    """Seconds of each round of an app that does nothing, on the consortium's engine.
 
     Args:
-        folder: The consortium's.
-        num_rounds: So many rounds.
-        app: Name of a folder to make, for the app.
+        folder: The consortium's folder.
+        num_rounds: How many rounds to run.
+        app: Name of the folder to create for the app.
     """
     engine = (folder / "engine").absolute()
     place, out = engine / app, engine / f"{app}.json"
@@ -148,7 +149,7 @@ def engine_rounds(folder: Path, num_rounds: int, *, app: str) -> list[float]:
 
 @contextmanager
 def ends_of_rounds(made: Path) -> Iterator[list[float]]:
-    """When each round of a run was written down, by this machine's clock, while it lasts."""
+    """Collect when each round of a run was recorded, by this machine's clock, inside the block."""
     ends: list[float] = []
 
     def look() -> None:
@@ -161,7 +162,7 @@ def ends_of_rounds(made: Path) -> Iterator[list[float]]:
 
 
 def rows_of(made: Path, event: str) -> list[dict[str, Any]]:
-    """Rows of one kind in a run's metrics; a line that is still being written is left out."""
+    """Rows of one kind in a run's metrics, without a line that is still being written."""
     text = (made / "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [row for row in rows if row["event"] == event]
@@ -169,7 +170,7 @@ def rows_of(made: Path, event: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def watching(look: Callable[[], None], *, pause_s: float) -> Iterator[None]:
-    """Look again and again, beside what the block does."""
+    """Call `look` repeatedly while the block runs."""
     over = threading.Event()
 
     def watch() -> None:
@@ -186,7 +187,7 @@ def watching(look: Callable[[], None], *, pause_s: float) -> Iterator[None]:
 
 
 def spread(values: list[float]) -> str:
-    """Least and most."""
+    """Minimum and maximum."""
     return f"({min(values):.2f} to {max(values):.2f})"
 
 
@@ -194,12 +195,12 @@ def spread(values: list[float]) -> str:
 
 
 def large(folder: Path, kept: Kept, megabytes: float) -> None:
-    """Print what a round of large adapters takes, and the server's memory, by number of clients."""
+    """Print the time of a round of large adapters and the server's memory, by number of clients."""
     rank = math.ceil(megabytes * 1e6 / BYTES_OF_A_RANK)
     keys = [*SHORT, "rounds=1", "runtime.threads=1", 'adapter.targets=["all-linear"]']
     keys += [f"adapter.rank={rank}", f"adapter.alpha={rank}", "train.optimizer=sgd"]
     keys += ["checkpoint.keep=last", "report.page=false", "report.samples=0"]
-    print("\nclients  adapter   round, s  largest memory of the server's processes", flush=True)
+    print("\nclients  adapter   round, s  peak memory of the server's processes", flush=True)
     for num_clients in range(1, CLIENTS + 1):
         asked = ["sampling.fraction=none", f"sampling.num_clients={num_clients}"]
         made = submit(folder, "hospitals", [*keys, *asked])
@@ -214,7 +215,7 @@ def large(folder: Path, kept: Kept, megabytes: float) -> None:
 
 @contextmanager
 def server_memory(folder: Path) -> Iterator[Mapping[str, int]]:
-    """The largest resident memory of each kind of process below `server up`, while it lasts."""
+    """Peak resident memory of each kind of process started by `server up`, inside the block."""
     peaks = dict.fromkeys(SERVER, 0)
     (up,) = (p for p in psutil.process_iter() if is_server(p, folder))
 

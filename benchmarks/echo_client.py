@@ -1,4 +1,4 @@
-"""A client app without a model, for messages.py: it answers with as many numbers as it received."""
+"""A client app without a model, for messages.py: it returns as many numbers as it receives."""
 
 import numpy as np
 from flwr.app import Context, Message
@@ -21,7 +21,7 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answer at once, with numbers of this client's own."""
+    """Answer at once, with numbers that differ by client."""
     parcel, number = from_record(message.content), int(context.node_config["partition-id"])
     update = {
         "round": parcel.about["round"],

@@ -1,8 +1,9 @@
 """`make bench`: the demo's training through silotune, against a plain loop over the same batches.
 
-Tokens per second from the first to the last round: base loaded, data tokenised, scoring left out;
-everything else is in (adapter swaps, optimizer, updates to disk, aggregation, checkpoints). The two
-alternate in one process, so that a drift of the machine hits both. The last line is the ratio.
+Measures tokens per second from the first to the last round. Loading the base, tokenising and
+scoring are left out; everything else counts (adapter swaps, optimizer, updates to disk,
+aggregation, checkpoints). The two alternate in one process, so that a drift of the machine affects
+both. The last line is the ratio.
 
     python benchmarks/floor.py [--pairs 3] [key=value ...]
 """
@@ -76,7 +77,7 @@ def main() -> None:
         )
         return time.perf_counter() - began, folder.metrics()
 
-    # the first steps of a process touch memory for the first time; they count for neither side
+    # the first steps of a process touch memory for the first time, so they count for neither side
     rows = next(iter(checked.rows.values())).train[: run.train.batch_size]
     warm = task.collate(INSTRUCT.prepare(rows, loaded.tokenizer, run.train.max_length).examples)
     task.loss(loaded, warm).loss_sum.backward()

@@ -1,8 +1,9 @@
 """The distillation experiment without a hub: `python benchmarks/glue.py cola [key=value]`.
 
-Six arms on CoLA, SST-2 or the question types of MedQuAD, read from ../shared beside the repository
-when they are there. Teacher and student are MiniLM of 6 and 3 layers, real weights with one
-tokenizer; the student is converted by minilm_l3.py, which needs `pip install onnx` once.
+Compares six arms on CoLA, SST-2 or the question types of MedQuAD, which are read from ../shared
+next to the repository if they are there. Teacher and student are MiniLM with 6 and 3 layers, with
+real weights and the same tokenizer. minilm_l3.py converts the student, which needs
+`pip install onnx` once.
 """
 
 import argparse
@@ -38,7 +39,7 @@ SETS = {
 
 
 def main() -> None:
-    """Compare, and print the tables."""
+    """Run the comparison and print the tables."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("set", choices=SETS)
     options.add_argument("--seeds", type=int, default=1)
@@ -49,7 +50,7 @@ def main() -> None:
     args = options.parse_intermixed_args()
     recipe, train, held_out, more = SETS[args.set]
     if not (DATA / train).is_file():
-        sys.exit(f"skipped: {train} is not beside this repository")
+        sys.exit(f"skipped: {train} is not next to this repository")
     progress = PlainProgress()
     if args.resume:
         done = silotune.compare(resume=args.resume, progress=progress)

@@ -1,13 +1,13 @@
 """What a message costs the server: rounds of many clients that each deliver 1 MB, without a model.
 
-The real loop with a real run folder: every update is checked, spooled, summed, measured and written
-down; only the training is left out. Each line is a process of its own, so that its peak memory is
-that line's; the first column of memory is before the first round. The case `floor` writes the same
-bytes to a file each, reads them back once and drops the files, with nothing done to them.
+Runs the real loop with a real run folder: every update is checked, spooled, summed, measured and
+recorded; only the training is left out. Each line is measured in a separate process, so that the
+peak memory belongs to that line. The first memory column is taken before the first round. The case
+`floor` writes the same bytes, one file per client, reads them back once and deletes the files.
 
-Seconds are of the median and of the fastest round. Rounds that follow each other at once are the
-hard case for a disk: ext4 passes over inodes that were freed in the last seconds, so that making
-the next thousand files can take longer than filling them.
+Seconds are those of the median and of the fastest round. Back-to-back rounds are the hard case for
+a disk: ext4 skips inodes that were freed in the last few seconds, so creating the next thousand
+files can take longer than filling them.
 
     python benchmarks/messages.py [--clients 10 100 1000] [--rounds 5] [--cases in-process floor]
 """
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +45,7 @@ START = {
     for layer in range(20)
     for factor, s in (("A", (10, 625)), ("B", (625, 10)))
 }
-"""40 tensors of float32, 1 000 000 bytes together."""
+"""40 float32 tensors, 1 000 000 bytes in total."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,26 @@ class Measured:
     cpu: list[float]
     """Processor seconds of this process in each round, all threads."""
     before: int
-    """Peak bytes before the first round: imports, and what the stand-in keeps."""
+    """Peak bytes before the first round: imports, and what the stand-in holds."""
     peak: int
-    """Peak bytes after the last."""
+    """Peak bytes after the last round."""
     result: str = ""
     """Fingerprint of the last adapter: cases that run the same rounds must agree."""
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size this process has had.
+    """Peak resident size of this process.
 
-    A child starts with its parent's, which is why the parent does nothing but start children.
+    A child starts with its parent's peak, so the parent does nothing but start children.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Deltas:
-    """Stands in for clients: each answers at once with random numbers of its own.
+    """Stands in for clients: each answers at once with its own random numbers.
 
-    A client's delta is a window into one stretch of noise, so that drawing it costs a copy only.
+    A client's delta is a window into one long stretch of noise, so drawing it costs only a copy.
     """
 
     def __init__(self, num_clients: int) -> None:
@@ -90,15 +90,15 @@ class Deltas:
         return [f"client-{i:05d}" for i in range(self.num_clients)]
 
     def delta(self, client: str, round_: int) -> AdapterState:
-        """Copies, as from a network: nothing is shared with the next client's."""
+        """A client's delta, copied as if from a network: it shares no memory with the next one."""
         at = (int(client.removeprefix("client-")) + 7 * round_) % 10_000
         parts = self.noise[at : at + self.size].split([t.numel() for t in START.values()])
         pairs = zip(START.items(), parts, strict=True)
         return {name: part.clone().view(like.shape) for (name, like), part in pairs}
 
-    def train(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Update]:
+    def train(self, messages: Mapping[str, Broadcast]) -> Iterator[Update]:
         """Answer for each client of the cohort."""
-        for name in cohort:
+        for name, broadcast in messages.items():
             delta = self.delta(name, broadcast.round)
             yield Update(
                 client=name,
@@ -110,29 +110,29 @@ class Deltas:
                 bytes_up=size_bytes(delta),
             )
 
-    def evaluate(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Score]:
-        """Nothing is scored here."""
-        raise AssertionError(f"{len(cohort)} clients asked in round {broadcast.round}")
+    def evaluate(self, messages: Mapping[str, Broadcast]) -> Iterator[Score]:
+        """Never called: nothing is scored here."""
+        raise AssertionError(f"{len(messages)} clients asked for a score")
 
 
 class RoundClock(Progress):
-    """Notes when each round begins."""
+    """Records when each round begins."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
 
     def tick(self) -> None:
-        """Take both clocks."""
+        """Read both clocks."""
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
 
     def begin_round(self, round_: int, cohort: Sequence[str]) -> None:  # noqa: ARG002 - as Progress
-        """A round begins."""
+        """Record the start of a round."""
         self.tick()
 
     def measured(self, before: int, result: str = "") -> Measured:
-        """The differences, and the memory until now."""
+        """The time of each round, and the peak memory so far."""
         wall, cpu = ([b - a for a, b in pairwise(times)] for times in (self.wall, self.cpu))
         return Measured(wall, cpu, before, peak_memory_bytes(), result)
 
@@ -147,7 +147,7 @@ def recipe(rounds: int, **runtime: Any) -> RunConfig:
 
 
 def in_process(num_clients: int, rounds: int, scratch: Path) -> Measured:
-    """The whole server half in one process; no network."""
+    """The server's half of a round in one process, without a network."""
     run, clients, clock = recipe(rounds), Deltas(num_clients), RoundClock()
     torch.set_num_threads(run.runtime.threads)
     algorithm = build_algorithm(run.algorithm)
@@ -165,7 +165,7 @@ def in_process(num_clients: int, rounds: int, scratch: Path) -> Measured:
 
 
 def plain_files(num_clients: int, rounds: int, scratch: Path) -> Measured:
-    """The floor: as many bytes to disk and back as a round needs, and nothing else."""
+    """The floor: the bytes of a round to disk and back, and nothing else."""
     clients, clock, before = Deltas(num_clients), RoundClock(), peak_memory_bytes()
     for r in range(1, rounds + 1):
         clock.tick()
@@ -187,7 +187,7 @@ def flower_simulation(num_clients: int, rounds: int, scratch: Path) -> Measured:
     """The same loop as a server app of Flower's simulation; the clients are echo_client.py.
 
     Seconds are those of the rounds, without the engine's start and the clients' reports. Processor
-    time and memory are the engine's and are not measured here.
+    time and memory are spent in the engine's processes and are not measured here.
     """
     from silotune.runtime.flower import engine as flower_engine
     from silotune.runtime.flower import submit as submission
@@ -224,7 +224,7 @@ def in_its_own_process(case: str, num_clients: int, rounds: int) -> Measured:
 
 
 def line(case: str, num_clients: int, m: Measured) -> str:
-    """A row of the table: the median round."""
+    """One row of the table: the median round."""
     wall, cpu = statistics.median(m.wall), statistics.median(m.cpu)
     return (
         f"{case:<17} {num_clients:>7} {wall:>9.3f} {min(m.wall):>8.3f} {cpu:>8.3f} "
@@ -234,7 +234,7 @@ def line(case: str, num_clients: int, m: Measured) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the table."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
     options.add_argument("--rounds", type=int, default=5)
@@ -246,7 +246,8 @@ def main() -> None:
             measured = CASES[args.one](args.clients[0], args.rounds, Path(scratch))
         print(json.dumps(asdict(measured)))
         return
-    print(f"{len(START)} tensors, {human_bytes(size_bytes(START))} a message, {args.rounds} rounds")
+    size = human_bytes(size_bytes(START))
+    print(f"{len(START)} tensors, {size} per message, {args.rounds} rounds")
     print("case              clients   s/round  fastest    cpu s  ms/message     before       peak")
     for case in args.cases:
         for num_clients in args.clients:

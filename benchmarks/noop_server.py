@@ -1,4 +1,4 @@
-"""A server app whose rounds do nothing, for deployment.py: it writes down how long each took."""
+"""A server app whose rounds do nothing, for deployment.py: it records how long each round took."""
 
 import json
 import time
@@ -9,12 +9,12 @@ from flwr.serverapp import Grid, ServerApp
 
 app = ServerApp()
 PAUSE_S = 0.02
-"""Between two looks for answers: as short as silotune's shortest."""
+"""Pause between checks for answers: as short as silotune's shortest."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Ask every node, wait for all of them, and again."""
+    """Ask every node and wait for all of them, round after round."""
     told = context.run_config
     while len(nodes := sorted(grid.get_node_ids())) < int(told["clients"]):
         time.sleep(PAUSE_S)

@@ -1,8 +1,8 @@
 """The floor: what the demo's training costs in a plain PyTorch and PEFT loop.
 
-Written without the package: no client, no round, no aggregation, no disk. It gets batches that are
-padded already, and takes the same loss (mean over the trained tokens of a batch, the vocabulary
-scored only where a token is predicted), the same optimizer and the same clipping.
+Written without the package: no client, no round, no aggregation, no disk. It receives batches that
+are already padded, and uses the same loss (mean over the trained tokens of a batch, with the
+vocabulary scored only where a token is predicted), the same optimizer and the same clipping.
 """
 
 import time
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """One batch of one optimizer step."""
+    """The batch of one optimizer step."""
 
     ids: Tensor  # (batch, length)
     positions: Tensor  # (num_trained,) into batch * length
@@ -26,7 +26,7 @@ class PaddedBatch:
 
 
 def build(folder: str, dtype: torch.dtype, *, rank: int, alpha: int, dropout: float, targets: list):
-    """Base and LoRA, as PEFT's own examples do it."""
+    """Build base and LoRA the way PEFT's own examples do."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     lora = LoraConfig(
         task_type="CAUSAL_LM",

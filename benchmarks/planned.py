@@ -1,7 +1,8 @@
 """Predicted against actual cost: `python benchmarks/planned.py [--case NAME]... [key=value]`.
 
-Every case runs with `plan.measure` in a fresh process, as a user's would, and prints actual over
-predicted bytes, memory and time. Cases whose rows or base are not here are skipped by name.
+Every case runs with `plan.measure` in a fresh process, as it would for a user, and prints the ratio
+of actual to predicted bytes, memory and time. A case whose rows are not available is skipped, and
+its name is printed.
 """
 
 import argparse
@@ -46,13 +47,13 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ],
     ),
 }
-"""A recipe and its keys: few rounds and steps of a real base on real rows."""
+"""A recipe and its keys: a few rounds and steps of a real base on real rows."""
 MOST = {"bytes": 0.01, "memory": 0.15, "seconds": 0.25}
-"""How far the actual cost may be from the predicted one, as a share of it."""
+"""How far the actual cost may be from the predicted cost, as a share of the latter."""
 
 
 def run(recipe: str, keys: list[str], *, out: Path) -> dict[str, Any]:
-    """A run in a process of its own; what its summary says of the prediction."""
+    """Run a recipe in a separate process; return what its summary says about the prediction."""
     quiet = ["plan.measure=true", "report.samples=0", "report.page=false"]
     command = [sys.executable, "-m", "silotune", "run", recipe, *keys, *quiet]
     command += ["--out", str(out), "--json"]
@@ -61,9 +62,9 @@ def run(recipe: str, keys: list[str], *, out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the cases, and print what was predicted, what it was, and their ratio."""
+    """Run the cases, and print predicted cost, actual cost and their ratio."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--case", action="append", choices=CASES, help="by default all")
+    options.add_argument("--case", action="append", choices=CASES, help="default: all")
     options.add_argument("overrides", nargs="*", metavar="key=value")
     args = options.parse_args()
     beyond: list[str] = []
@@ -71,7 +72,7 @@ def main() -> None:
         recipe, keys = CASES[name]
         missing = [k for k in keys if str(SHARED) in k and not Path(k.split("=")[1]).is_file()]
         if missing:
-            print(f"{name}: skipped, its rows are not beside this repository")
+            print(f"{name}: skipped, its rows are not next to this repository")
             continue
         with tempfile.TemporaryDirectory() as place:
             found = run(recipe, [*keys, *args.overrides], out=Path(place) / "run")
@@ -90,7 +91,7 @@ def main() -> None:
                 beyond.append(f"{name}: {cost}, {100 * pair['difference']:+.1f} %")
         for note in found["notes"]:
             print(f"{name:<12} {note}")
-    print("beyond what is promised: " + ("; ".join(beyond) or "nothing"))
+    print("outside the tolerance: " + ("; ".join(beyond) or "nothing"))
 
 
 if __name__ == "__main__":

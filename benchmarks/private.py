@@ -1,9 +1,9 @@
 """What privacy costs in accuracy: `python benchmarks/private.py [--resume] [--out DIR]`.
 
-Question types of MedQuAD (read from ../shared beside the repository when they are there) with
-MiniLM of 6 layers: 9 clients by source and 20 alike; epsilon 1, 3, 8 and no privacy; single rows
-and whole clients; FedAvg on both factors and FFA-LoRA; three seeds, the same for all. Two sweeps,
-which --resume goes on with; then the table, and a plot of it.
+Trains on the question types of MedQuAD (read from ../shared next to the repository if they are
+there) with MiniLM of 6 layers: 9 clients by source and 20 alike; epsilon 1, 3, 8 and no privacy;
+single rows and whole clients; FedAvg on both factors and FFA-LoRA; three seeds, the same for all.
+It runs two sweeps, which --resume continues, and then prints the table and draws a plot of it.
 """
 
 import argparse
@@ -41,7 +41,7 @@ RECIPE: dict[str, Any] = {
     "rounds": 4,
     "task": "classify",
     "model": {"name": "minilm-l6"},
-    # the values of the last layer: little to noise, and hardly a backward pass
+    # the values of the last layer: few numbers to noise, and hardly any backward pass
     "adapter": {
         "rank": 8,
         "alpha": 64,
@@ -56,8 +56,8 @@ RECIPE: dict[str, Any] = {
 }
 PRIVATE = "privacy.delta=1e-3 privacy.noise=seeded"
 UNITS = {
-    # SGD, for AdamW did not learn under noise, and a step a round, for with sixteen each client ran
-    # off with its own noise before a mean took most of it away (docs/experiments.md)
+    # SGD, because AdamW did not learn under noise. One step per round, because with sixteen each
+    # client drifted off with its own noise before a mean removed most of it (docs/experiments.md).
     "record": (
         "privacy.unit=record privacy.clip_norm=0.3 train.optimizer=sgd train.lr=5 "
         "rounds=64 train.local_steps=1 evaluate.every=64"
@@ -67,7 +67,7 @@ UNITS = {
 
 
 def main() -> None:
-    """Train what is missing, and print and draw what came out."""
+    """Train what is missing, then print and plot the results."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path, default=Path("runs/private"))
     options.add_argument("--resume", action="store_true")
@@ -75,7 +75,7 @@ def main() -> None:
     options.add_argument("overrides", nargs="*", metavar="key=value")
     args = options.parse_intermixed_args()
     if not DATA.is_dir():
-        sys.exit("skipped: medquad_types is not beside this repository")
+        sys.exit("skipped: medquad_types is not next to this repository")
     scores: dict[str, dict[tuple[str, str, str], list[float]]] = {}
     for n, (name, cut) in enumerate(PARTITIONS.items()):
         arms = all_arms()
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def all_arms() -> "list[tuple[tuple[str, str, str], str]]":
-    """Every run: (unit, algorithm, epsilon), and its keys."""
+    """Every run as (unit, algorithm, epsilon), with its keys."""
     found: list[tuple[tuple[str, str, str], str]] = []
     for seed in SEEDS:
         for algorithm in ALGORITHMS:
@@ -115,7 +115,7 @@ def all_arms() -> "list[tuple[tuple[str, str, str], str]]":
 def accuracies(
     done: silotune.Sweep, arms: "list[tuple[str, str, str]]"
 ) -> "dict[tuple[str, str, str], list[float]]":
-    """Accuracy over all held-out rows by arm, a value for each seed."""
+    """Accuracy over all held-out rows by arm, one value per seed."""
     found: dict[tuple[str, str, str], list[float]] = {}
     by_number = {own["number"]: own for own in done.result["runs"]}
     for number, arm in enumerate(arms, start=1):
@@ -126,8 +126,8 @@ def accuracies(
 
 
 def print_table(name: str, scores: "dict[tuple[str, str, str], list[float]]") -> None:
-    """Means and spreads over the seeds, and FFA-LoRA less FedAvg, paired by seed."""
-    print(f"\n{name}: accuracy, mean (least to most of {len(SEEDS)} seeds)")
+    """Print means and ranges over the seeds, and FFA-LoRA minus FedAvg, paired by seed."""
+    print(f"\n{name}: accuracy, mean (minimum to maximum of {len(SEEDS)} seeds)")
     for unit, epsilon in dict.fromkeys((unit, epsilon) for unit, _, epsilon in scores):
         cells = [f"{unit}, epsilon {epsilon}"]
         pair = [scores[unit, algorithm, epsilon] for algorithm in ALGORITHMS]
@@ -139,7 +139,7 @@ def print_table(name: str, scores: "dict[tuple[str, str, str], list[float]]") ->
 
 
 def draw(scores: "dict[str, dict[tuple[str, str, str], list[float]]]") -> str:
-    """Mean accuracy by epsilon, a line for each federation, unit and algorithm."""
+    """Plot mean accuracy by epsilon, one line per federation, unit and algorithm."""
 
     def lines(ax: "Axes") -> Legend:
         shown: Legend = {}
@@ -160,7 +160,7 @@ def draw(scores: "dict[str, dict[tuple[str, str, str], list[float]]]") -> str:
         return shown
 
     svg = chart("Accuracy by epsilon, unit and algorithm", 260, lines)
-    # a file of its own, where a page's chart takes name space and ground from its page
+    # a separate file needs the namespace and background that a chart in a page inherits
     return svg.replace("<svg ", f'<svg xmlns="{NAMESPACE}" style="background: white" ', 1)
 
 

@@ -1,8 +1,8 @@
 """What protecting rows costs: `python benchmarks/private_step.py [key=value]`.
 
-The demo's own steps (SmolLM2-135M-Instruct, its batches and adapter), plain and with every row's
-gradient clipped and noised, in turns in one process; and the peak memory of either in a process of
-its own. The rows of a lot are those of the plain batch, so that both do the same forward passes.
+Runs the demo's steps (SmolLM2-135M-Instruct, its batches and adapter), plain and with every row's
+gradient clipped and noised, alternating in one process, and measures the peak memory of each in a
+separate process. A lot has the rows of the plain batch, so that both do the same forward passes.
 """
 
 import statistics
@@ -14,6 +14,7 @@ from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.seeds import generator
 from silotune.core.wording import human_bytes
 from silotune.federation.client import Worker, prepare_client
+from silotune.federation.recipe_model import load_for
 from silotune.models.devices import peak_memory_bytes
 from silotune.models.loading import read_adapter, write_adapter
 from silotune.privacy.noise import secure_noise
@@ -22,7 +23,6 @@ from silotune.runtime.flower.strategy import algorithm_of
 from silotune.training.loop import build_batches, plan_steps, train
 from silotune.training.tasks import build_task
 from silotune.workflows.check import check
-from silotune.workflows.run import load_for
 
 STEPS, TURNS = 6, 5
 KINDS = ("plain", "guarded")
@@ -40,7 +40,7 @@ class Case:
         self.first = read_adapter(loaded)
 
     def seconds(self, kind: str) -> float:
-        """Train the same rows from the same adapter."""
+        """Seconds to train the same rows from the same adapter."""
         loaded, cfg = self.worker.loaded, self.run.train
         size = cfg.batch_size * cfg.accumulation
         lengths = [example.ids.numel() for example in self.data.examples]
@@ -74,7 +74,7 @@ def main() -> None:
         return
     case = Case(asked)
     for kind in KINDS:
-        case.seconds(kind)  # the first of each builds what later ones find
+        case.seconds(kind)  # the first run of each kind builds what later ones reuse
     taken = {kind: [0.0] * TURNS for kind in KINDS}
     for turn in range(TURNS):
         for kind in KINDS if turn % 2 else KINDS[::-1]:
@@ -82,8 +82,8 @@ def main() -> None:
     plain, guarded = (statistics.median(taken[kind]) / STEPS for kind in KINDS)
     ratios = [own / other for own, other in zip(taken["guarded"], taken["plain"], strict=True)]
     print(f"plain step:   {plain:.3f} s")
-    print(f"guarded step: {guarded:.3f} s, {statistics.median(ratios):.2f} times the plain one")
-    print(f"over the turns {min(ratios):.2f} to {max(ratios):.2f}")
+    print(f"guarded step: {guarded:.3f} s, {statistics.median(ratios):.2f} times the plain step")
+    print(f"ratio per turn: {min(ratios):.2f} to {max(ratios):.2f}")
     numbers = sum(tensor.numel() for tensor in case.first.values())
     expected = 4 * numbers * case.run.train.batch_size
     peaks = {kind: int(_alone(kind, asked)) for kind in KINDS}

@@ -1,7 +1,7 @@
 """The demo's work in the three runtimes: wall time as ratios to the plain loop, in one run.
 
-Each line is `silotune run` as a user types it, engine start and end included. A steady round is the
-second of two: everything is loaded by then.
+Each line is `silotune run` as a user types it, including the engine's start and end. The last round
+is the steady one: everything is loaded by then.
 
     python benchmarks/runtimes.py [--repeats 2] [key=value ...]
 """
@@ -19,7 +19,7 @@ RUNTIMES = ("in-process", "flower-simulation", "flower")
 
 
 def measure(runtime: str, overrides: list[str], out: Path) -> tuple[float, float, str]:
-    """Seconds of the whole command, of its last round, and the adapter's fingerprint."""
+    """Seconds of the whole command and of its last round, and the adapter's fingerprint."""
     command = [sys.executable, "-m", "silotune", "run", "hospitals", *overrides]
     began = time.perf_counter()
     done = subprocess.run(
@@ -36,7 +36,7 @@ def measure(runtime: str, overrides: list[str], out: Path) -> tuple[float, float
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the table."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--repeats", type=int, default=2)
     options.add_argument("overrides", nargs="*", metavar="key=value")

@@ -1,7 +1,7 @@
 """What a sweep saves: `python benchmarks/sweeps.py [key=value]`.
 
-The same four runs of the demo's recipe, shortened, on this machine: as four commands one after the
-other, as one sweep, and as one sweep with several runs at the same time. Nothing else should run.
+Times the same four shortened runs of the demo's recipe on this machine: as four commands one after
+the other, as one sweep, and as one sweep with several runs at once. Nothing else should run.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ def main() -> None:
             began = time.perf_counter()
             _silotune("sweep", *keys, *swept, f"--jobs={jobs}", f"--out={place / str(jobs)}")
             seconds = time.perf_counter() - began
-            print(f"one sweep, {jobs} run(s) at a time:   {seconds:6.1f} s  {seconds / alone:.2f}")
+            print(f"one sweep, {jobs} at a time:         {seconds:6.1f} s  {seconds / alone:.2f}")
 
 
 def _silotune(verb: str, *rest: str) -> None:

@@ -1,8 +1,8 @@
 """The workshop's comparison without a hub: `python benchmarks/workshop.py [--seeds N] [key=value]`.
 
-Reads the reference answers of the workshop from ../shared beside the repository, when they are
-there. The figures are comparable with the published ones in direction only, and always carry the
-words below: another model, fewer rows, other questions.
+Reads the workshop's reference answers from ../shared next to the repository, if they are there. The
+figures are comparable with the published ones only in direction, and always carry the note in
+WORDS: another model, fewer rows, other questions.
 """
 
 import argparse
@@ -21,15 +21,15 @@ OVERRIDES = [
     f"data.path={ROWS}",
     "data.split=train",
     "data.eval_split=none",
-    "data.eval_fraction=0.3",  # 21 of 70 or 71 questions a hospital: enough for a verdict
+    "data.eval_fraction=0.3",  # 21 of 70 or 71 questions per hospital: enough for a verdict
     "data.label=none",  # the file has no reasoning_category
     f"report.note={WORDS}",
-    "compare.max_new_tokens=64",  # answers here have 125 characters in the mean
+    "compare.max_new_tokens=64",  # answers here have 125 characters on average
 ]
 
 
 def main() -> None:
-    """Compare, and print the tables."""
+    """Run the comparison and print the tables."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--out", type=Path)
@@ -37,7 +37,7 @@ def main() -> None:
     options.add_argument("overrides", nargs="*", metavar="key=value")
     args = options.parse_args()
     if not ROWS.is_file():
-        sys.exit(f"skipped: {ROWS.name} is not beside this repository")
+        sys.exit(f"skipped: {ROWS.name} is not next to this repository")
     progress = PlainProgress()
     if args.resume:
         done = silotune.compare(resume=args.resume, progress=progress)

@@ -31,7 +31,7 @@ can be changed on the command line with its dotted name:
 silotune check hospitals rounds=3 train.lr=5e-4 'adapter.targets=["q_proj"]'
 ```
 
-A value is read as TOML, and as text where it is none; `key=none` takes a key out of the recipe.
+A value is read as TOML, or as text if it is not valid TOML; `key=none` removes a key from the recipe.
 Unknown keys, wrong types and contradictions are reported together, before a model is loaded.
 "absent" as a default means that the key is not set; TOML has no word for it. Paths are
 read from the folder in which the command runs.

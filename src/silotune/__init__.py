@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from silotune.workflows.compare.compare import Comparison, compare
     from silotune.workflows.evaluate.evaluate import Evaluation, Questions, evaluate
     from silotune.workflows.plan.plan import Plan, plan
+    from silotune.workflows.pretrain_teacher import pretrain_teacher
     from silotune.workflows.preview import preview
-    from silotune.workflows.run import base_folder, pretrain_teacher, run
+    from silotune.workflows.run import base_folder, run
     from silotune.workflows.sweep.sweep import Sweep, sweep
 
 # Resolved when first used: importing silotune costs no torch.
@@ -42,7 +43,7 @@ _HOMES = {
     "evaluate": "silotune.workflows.evaluate.evaluate",
     "load_recipe": "silotune.recipes.parse",
     "plan": "silotune.workflows.plan.plan",
-    "pretrain_teacher": "silotune.workflows.run",
+    "pretrain_teacher": "silotune.workflows.pretrain_teacher",
     "preview": "silotune.workflows.preview",
     "run": "silotune.workflows.run",
     "shipped_recipes": "silotune.recipes.parse",

@@ -1,4 +1,4 @@
-"""`python -m silotune` is `silotune`."""
+"""`python -m silotune` does the same as `silotune`."""
 
 from silotune.cli import app
 

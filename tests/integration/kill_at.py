@@ -56,7 +56,7 @@ POINTS = {
     "before a checkpoint is renamed": lambda: on_call(Path, "rename", 3),
     "before old spools are dropped": lambda: on_call(run_folder.RunFolder, "_prune", 2),
     "while the last adapter is scored": lambda: on_call(rounds, "score_rows", 1),
-    "before the summary": lambda: on_call(silotune.workflows.run, "summarise", 1),
+    "before the summary": lambda: on_call(silotune.workflows.write_results, "summarise", 1),
 }
 
 

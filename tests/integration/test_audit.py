@@ -62,14 +62,14 @@ class North:
     def names(self):
         return ["north"]
 
-    def train(self, cohort, broadcast):
-        for name in cohort:
+    def train(self, messages):
+        for name, broadcast in messages.items():
             gen = generator(1, name, broadcast.round)
             delta = {key: torch.randn(shape, generator=gen) for key, shape in SHAPES.items()}
             yield Update(name, broadcast.round, delta, 5, {})
 
-    def evaluate(self, cohort, broadcast):
-        assert list(cohort) in ([], ["north"])
+    def evaluate(self, messages):
+        assert list(messages) in ([], ["north"])
         return iter(())
 
 
@@ -99,7 +99,9 @@ def audit_of_the_guard(seed: int, *, noise: float = 1.0, rounds: int = 1) -> Gue
     )
     state = ServerState(0, first, guarded.init(first, len(clients.names())))
     for round_ in range(1, rounds + 1):
-        arrivals = list(clients.train(clients.names(), Broadcast(round_, state.adapter)))
+        arrivals = list(
+            clients.train(dict.fromkeys(clients.names(), Broadcast(round_, state.adapter)))
+        )
         state = guarded.step(state, guarded.combine(state, arrivals))
     return guess(clients.coins, clients.scores(first, state.adapter), num_guesses(COUNT))
 
@@ -156,8 +158,9 @@ def test_a_canary_is_in_with_its_own_direction_or_sends_zeros():
     cohort = clients.names()
     assert cohort == sorted(cohort)
     assert cohort[0] == "canary-00000"
-    again = list(clients.train(cohort, Broadcast(2, first)))
-    for one, other in zip(clients.train(cohort, Broadcast(1, first)), again, strict=True):
+    again = list(clients.train(dict.fromkeys(cohort, Broadcast(2, first))))
+    once = clients.train(dict.fromkeys(cohort, Broadcast(1, first)))
+    for one, other in zip(once, again, strict=True):
         if one.client == "north":
             continue
         is_in = clients.coins[clients.canaries.index(one.client)]
@@ -238,7 +241,7 @@ def test_canaries_that_no_step_has_met_are_told_and_nothing_is_found(recipe, tmp
     keys = [*SMALL, "train.lr=0.0001"]
     found = silotune.audit(recipe, keys, canaries=40, out=tmp_path / "a").result
     assert found["epsilon_lower_bound"] == 0
-    assert any("were met by no step" in text for text in found["notes"])
+    assert any("were not met by any step" in text for text in found["notes"])
 
 
 def rows_of(*names: str, labels: tuple[str, ...] = ()) -> dict[str, ClientRows]:
@@ -297,7 +300,7 @@ def test_a_run_that_knows_its_rows_by_heart_gives_them_away(hard):
     assert found.path.parent == hard.path / "audits"
     claimed, note = audit_lines(found.result)
     assert claimed == "claimed: nothing"
-    assert "bounds no epsilon" in note
+    assert "does not bound epsilon" in note
 
 
 def test_the_command_says_where_too_few_rows_are_held_out(hard):
@@ -339,9 +342,9 @@ def test_a_run_whose_rows_have_changed_is_refused(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "options", "message"),
     [
-        ([], {"canaries": 3}, "canaries = 3: so few could hardly show anything"),
-        (["runtime.name=flower"], {}, "runtime.name = 'flower': an audit puts canaries"),
-        (["train.max_length=20"], {}, "train.max_length = 20 cuts canary rows"),
+        ([], {"canaries": 3}, "canaries = 3: so few can hardly show anything"),
+        (["runtime.name=flower"], {}, "runtime.name = 'flower': an audit adds canaries"),
+        (["train.max_length=20"], {}, "train.max_length = 20 truncates canary rows"),
         (["train.lr=-1"], {}, "train.lr"),
     ],
 )

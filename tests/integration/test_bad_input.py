@@ -1,6 +1,6 @@
 """The command line as a new user meets it: mistakes, what is said about them, and the way out.
 
-Every mistake ends with code 2, says what, where and how to mend it, and leaves nothing behind.
+Every mistake ends with code 2, says what, where and how to fix it, and leaves nothing behind.
 """
 
 import json
@@ -37,12 +37,12 @@ def silotune(*words):
 
 
 def files(folder: Path) -> dict[Path, float]:
-    """Everything below a folder that is a file, and when it was written."""
+    """All files below a folder, with the time when each was last written."""
     return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def mistake(*words, kind="ConfigError") -> str:
-    """What a command says when it ends with code 2; it must have left every file as it was."""
+    """The message of a command that ends with code 2. Every file must be as it was before."""
     before = files(Path())
     result = silotune(*words)
     assert result.exit_code == 2, result.output
@@ -53,7 +53,7 @@ def mistake(*words, kind="ConfigError") -> str:
     said = result.stderr.splitlines()
     start = next(i for i, line in enumerate(said) if line.startswith(f"{kind}: "))
     message = said[start:]
-    assert len(message) > 1, f"nothing says how to mend it: {message}"
+    assert len(message) > 1, f"nothing says how to fix it: {message}"
     assert all(line.startswith("  ") for line in message[-1:]), message
     return "\n".join(message)
 
@@ -94,13 +94,13 @@ def test_all_mistakes_of_overrides_are_reported_together(recipe):
     head, *lines = mistake("run", recipe.name, *words).splitlines()
     assert head == "ConfigError: 6 mistakes in recipe 'my':"
     assert {line.strip() for line in lines} == FIVE | {
-        "override 'verbose': write key=value, for instance train.lr=5e-4"
+        "override 'verbose': write key=value, for example train.lr=5e-4"
     }
 
 
 def test_an_unknown_recipe_offers_the_nearest_shipped_name():
     assert mistake("run", "hospital") == (
-        "ConfigError: recipe 'hospital': no such file and no shipped recipe. Did you mean "
+        "ConfigError: recipe 'hospital': no such file or shipped recipe. Did you mean "
         "'hospitals'?\n  Give the path of a TOML file, or a shipped name: blueprint, flowertune, "
         "flowertune-code, flowertune-finance, flowertune-general, flowertune-medical, glue-cola, "
         "glue-sst2, hospitals, medical-dora, workshop."
@@ -115,7 +115,7 @@ def test_a_recipe_that_is_not_toml_is_named_with_its_line(here):
     (here / "my.toml").write_text("seed = 3\nrounds = three\n")
     text = mistake("run", "my.toml")
     assert text.startswith("ConfigError: my.toml: not valid TOML: Invalid value (at line 2, ")
-    assert "\n  Mend the line." in text
+    assert "\n  Fix the line." in text
 
 
 def test_an_unknown_algorithm_offers_the_nearest_and_lists_all(recipe):
@@ -126,7 +126,7 @@ def test_an_unknown_algorithm_offers_the_nearest_and_lists_all(recipe):
     assert "algorithm: is a section. Name the algorithm with algorithm.name." in text
 
 
-# --- own data
+# --- the user's own data
 
 
 def ten_rows(path: Path) -> Path:
@@ -135,7 +135,7 @@ def ten_rows(path: Path) -> Path:
     return path
 
 
-def test_own_columns_are_refused_with_the_setting_that_mends_them_and_then_run(here, recipe):
+def test_own_columns_are_refused_with_the_setting_that_fixes_them_and_then_run(here, recipe):
     ten_rows(here / "ten.csv")
     text = recipe.read_text()
     own = text.replace(text.partition('path = "')[2].partition('"')[0], "ten.csv")
@@ -150,11 +150,11 @@ def test_own_columns_are_refused_with_the_setting_that_mends_them_and_then_run(h
     near = near.replace('by = "source"', 'by = "site"')
     recipe.write_text(near)
     said = mistake("run", recipe.name, kind="DataError")
-    assert "ten.csv:2: data.completion asks for column 'repli', which is not there." in said
+    assert "ten.csv:2: data.completion uses column 'repli', which does not exist." in said
     assert "Did you mean 'reply'?" in said
 
     recipe.write_text(near.replace("{repli}", "{reply}"))
-    done = silotune("run", recipe.name, "--out", "mended", "--json")
+    done = silotune("run", recipe.name, "--out", "fixed", "--json")
     assert done.exit_code == 0, done.stderr
     clients = json.loads(done.stdout)["clients"]
     assert {name: (c["num_train"], c["num_eval"]) for name, c in clients.items()} == {
@@ -172,8 +172,8 @@ def test_a_missing_partition_column_offers_the_nearest(recipe):
 
 def test_more_clients_in_a_round_than_there_are_is_a_mistake(recipe):
     assert mistake("run", recipe.name, "sampling.num_clients=9") == (
-        "ConfigError: sampling.num_clients = 9, but the data gives 3 clients.\n"
-        "  Set sampling.num_clients to 3 or less, or cut the data into more clients."
+        "ConfigError: sampling.num_clients = 9, but the data has only 3 clients.\n"
+        "  Set sampling.num_clients to 3 or less, or split the data into more clients."
     )
 
 
@@ -184,8 +184,8 @@ def test_more_clients_than_rows_says_how_many_there_can_be(recipe, num_clients):
         "run", recipe.name, *cut, f"partition.num_clients={num_clients}", kind="DataError"
     )
     assert said == (
-        f"DataError: 27 rows cannot be cut into {num_clients} clients of at least 2 each.\n"
-        "  Set partition.num_clients to 13 or less, or bring more rows."
+        f"DataError: 27 rows cannot be split into {num_clients} clients with at least 2 rows "
+        "each.\n  Set partition.num_clients to 13 or less, or add rows."
     )
     assert silotune("check", recipe.name, *cut, "partition.num_clients=13").exit_code == 0
 
@@ -208,14 +208,14 @@ def test_a_client_whose_rows_are_all_too_long_is_named(here, recipe):
 def test_a_folder_that_is_no_model_is_refused(here, recipe):
     (here / "empty").mkdir()
     text = mistake("run", recipe.name, "model.name=empty", kind="ModelError")
-    assert "'empty' is a folder but not a model: config.json is missing there." in text
-    assert "\n  Name the folder that holds config.json and *.safetensors" in text
+    assert "'empty' is a folder without a model: config.json is missing." in text
+    assert "\n  Use the folder that contains config.json and *.safetensors" in text
 
 
 def test_a_model_folder_that_does_not_exist_is_refused_without_asking_the_hub(here, recipe):
     text = mistake("run", recipe.name, "model.name=./modles/tiny", kind="ModelError")
     assert "model.name: there is no folder './modles/tiny'." in text
-    assert "\n  Mend the path" in text
+    assert "\n  Fix the path" in text
 
 
 def test_a_near_miss_of_a_named_source_is_offered(recipe):
@@ -225,10 +225,10 @@ def test_a_near_miss_of_a_named_source_is_offered(recipe):
 
 def test_targets_that_match_nothing_offer_the_nearest_modules(recipe):
     text = mistake("run", recipe.name, 'adapter.targets=["q_porj"]', kind="ModelError")
-    assert text.startswith("ModelError: adapter.targets: 'q_porj' is no module of this model.")
+    assert text.startswith("ModelError: adapter.targets: this model has no module 'q_porj'.")
     assert "\n  Did you mean q_proj" in text
     text = mistake("run", recipe.name, "adapter.targets=q_proj")
-    assert 'adapter.targets: should be a list, for instance ["q_proj", "v_proj"].' in text
+    assert 'adapter.targets: should be a list, for example ["q_proj", "v_proj"].' in text
 
 
 # --- run folders
@@ -243,11 +243,11 @@ def unfinished(here, recipe) -> str:
 def test_an_existing_folder_is_not_overwritten(here, recipe, unfinished):
     assert mistake("run", recipe.name, "--out", unfinished, kind="RunFolderError") == (
         "RunFolderError: unfinished exists and is not overwritten.\n"
-        "  Give another --out, or go on with it: silotune run --resume unfinished"
+        "  Choose another --out, or resume it: silotune run --resume unfinished"
     )
     (here / "other").mkdir()
     text = mistake("run", recipe.name, "--out", "other", kind="RunFolderError")
-    assert text.endswith("other exists and is not overwritten.\n  Give another --out.")
+    assert text.endswith("other exists and is not overwritten.\n  Choose another --out.")
 
 
 @pytest.mark.parametrize("words", [["run", "--resume"], ["ask"]])
@@ -263,14 +263,14 @@ def test_a_folder_that_is_no_run_is_refused(here, words):
 
 def test_an_unfinished_run_cannot_be_asked_and_says_how_to_finish(unfinished):
     text = mistake("ask", unfinished, "What is flu?", kind="RunFolderError")
-    assert text.endswith("holds no result yet.\n  Go on with it: silotune run --resume unfinished")
+    assert text.endswith("holds no result yet.\n  Resume it: silotune run --resume unfinished")
 
 
 def test_a_resumed_run_keeps_its_recipe_and_names_the_keys_that_differ(recipe, unfinished):
     text = mistake("run", recipe.name, "train.lr=1.0", "seed=9", "--resume", unfinished)
     assert "the recipe differs from that of unfinished in: seed, train.lr." in text
     text = mistake("run", "train.lr=1.0", "--resume", unfinished)
-    assert "a resumed run keeps its recipe, so overrides have no place." in text
+    assert "a resumed run keeps its recipe, so overrides do not apply." in text
 
 
 def test_a_mistake_of_a_resumed_run_leaves_its_folder(here, recipe, unfinished):
@@ -286,11 +286,11 @@ def test_a_run_that_fails_without_a_mistake_keeps_its_folder_and_says_how_to_go_
     failed = silotune("run", recipe.name, "sampling.timeout_s=1e-9", "--out", "kept")
     assert failed.exit_code == 1
     assert "QuorumError: " in failed.stderr
-    assert "go on with: silotune run --resume kept" in failed.stderr
+    assert "to continue: silotune run --resume kept" in failed.stderr
     assert (here / "kept" / "recipe.toml").is_file()
 
 
-# --- as a process of its own
+# --- as a real process
 
 
 def run_process(*words, cwd):
@@ -316,7 +316,7 @@ def test_a_mistake_found_in_the_model_leaves_no_folder_of_a_real_process(here, r
     targets = 'adapter.targets=["q_porj"]'
     done = run_process("run", recipe.name, targets, "--out", "first", cwd=here)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "ModelError: adapter.targets: 'q_porj' is no module of this model." in done.stderr
+    assert "ModelError: adapter.targets: this model has no module 'q_porj'." in done.stderr
     assert "nothing was trained, so the run folder is removed" in done.stderr
     assert "--resume" not in done.stderr
     assert not (here / "first").exists()

@@ -153,8 +153,8 @@ def test_reset_and_quit_are_commands_and_what_is_none_is_said(done):
     first, second, *rest = result.stdout.split("\n\n")
     assert first == second
     assert rest == [""], "nothing after /quit, and no answer to /rest"
-    assert "forgotten" in result.stderr
-    assert "there is no /rest" in result.stderr
+    assert "new conversation" in result.stderr
+    assert "unknown command /rest: " in result.stderr
 
 
 def test_only_one_speaker_is_asked(done):
@@ -172,7 +172,7 @@ def test_an_end_without_a_message_or_line_break_is_no_error(done):
 def test_a_message_that_is_too_long_is_told_and_the_conversation_goes_on(done):
     result = converse(done, "x" * 600 + "\nWhat is a1?\n")
     assert result.exit_code == 0
-    assert "the model has places for 512" in result.stderr
+    assert "the model's context has 512 tokens" in result.stderr
     assert result.stdout == converse(done, "What is a1?\n").stdout
 
 
@@ -403,7 +403,7 @@ def test_a_message_that_is_too_long_is_an_error_on_the_page_too(served, done):
     visitor = Visitor(served[0])
     event = visitor.call("answer", "x" * 600, None)
     assert not event["success"]
-    assert "the model has places for 512" in event["output"]["error"]
+    assert "the model's context has 512 tokens" in event["output"]["error"]
     chat = done.chat(max_new_tokens=NUM)
     assert visitor.say("Why?") == transcripts(("Why?", chat.say("Why?")))
 
@@ -453,7 +453,7 @@ def test_what_a_model_says_is_text_in_the_browser_and_nothing_is_fetched(served)
                 f"> Be hostile.\n{HOSTILE}", timeout=20_000
             )
         assert page.title() == "silotune chat"
-        page.get_by_role("button", name="Begin anew").click()
+        page.get_by_role("button", name="New conversation").click()
         for i in range(2):
             playwright.expect(shown.nth(i)).to_have_value("")
         browser.close()

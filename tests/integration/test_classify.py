@@ -249,7 +249,7 @@ def test_the_teachers_command_prints_how_to_use_it(place, tmp_path):
     assert "accuracy" in result.stdout
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 2
-    assert "is there already" in again.output
+    assert "already exists" in again.output
 
 
 @pytest.mark.engine
@@ -279,7 +279,7 @@ def test_a_deployment_gives_the_adapter_of_the_plain_loop(place, tmp_path):
 def test_an_unknown_label_is_an_error_with_its_place(place):
     with pytest.raises(DataError) as caught:
         silotune.check(recipe(place, data__labels=["good", "bad"]))
-    assert "rows.jsonl:3: column 'label' holds the unknown label 'odd'" in str(caught.value)
+    assert "rows.jsonl:3: column 'label' has the unknown label 'odd'" in str(caught.value)
     assert "and 15 more rows" in str(caught.value)
 
 
@@ -294,25 +294,28 @@ def test_labels_that_a_client_has_never_seen_and_lone_labels_are_named_warnings(
         )
     )
     assert list(checked.warnings) == [
-        "client 'bad' has no train row of: good, none",
-        "client 'good' has rows of one label only: 'good'",
-        "no client has a train row of: none",
+        "client 'bad' has no train rows labelled: good, none",
+        "all train rows of client 'good' have the same label: 'good'",
+        "no client has train rows labelled: none",
     ]
 
 
 def test_rows_of_one_label_alone_are_an_error(tmp_path, place):
     write_jsonl(tmp_path / "rows.jsonl", [row | {"label": "good"} for row in ROWS])
-    with pytest.raises(DataError, match="nothing to tell apart"):
+    with pytest.raises(DataError, match="so there is nothing to learn"):
         silotune.check(recipe(place, data__path=str(tmp_path / "rows.jsonl")))
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"task": "instruct", "adapter__head": "freeze"}, "adapter.head: has an effect with task"),
-        ({"data__system": "Be brief."}, 'data.system: has an effect with task = "instruct" only'),
+        (
+            {"task": "instruct", "adapter__head": "freeze"},
+            "adapter.head: only has an effect with task",
+        ),
+        ({"data__system": "Be brief."}, 'data.system: only has an effect with task = "instruct"'),
         ({"data__text_pair": "other"}, "text_pair goes with text"),
-        ({"data__labels": ["a", "a"]}, "labels names a label twice"),
+        ({"data__labels": ["a", "a"]}, "labels contains a label twice"),
         ({"data__labels": ["a"]}, "data.labels"),
     ],
     ids=str,

@@ -13,10 +13,10 @@ import silotune
 from silotune.cli import app
 from silotune.core.errors import ConfigError, RunFolderError
 from silotune.federation.progress import Progress
+from silotune.federation.recipe_model import load_for
 from silotune.models.loading import num_base_loads, read_adapter, renew_adapter
 from silotune.workflows import shared_base
 from silotune.workflows.compare import local_training
-from silotune.workflows.run import load_for
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 ARMS = ["base", "local", "only hospital-0", "federated", "federated: fedprox", "centralized"]

@@ -1,4 +1,4 @@
-"""`silotune data`: a person sees split, lengths, duplicates and a row; a machine only numbers."""
+"""`silotune data`: people see split, lengths, duplicates and a row; machines only numbers."""
 
 import json
 
@@ -26,7 +26,7 @@ def recipe(tmp_path, tiny_model):
 
 
 def data(*words, **env):
-    # a test must not depend on the terminal it is started in
+    # a test must not depend on the terminal that it is started in
     env = {"FORCE_COLOR": None, "NO_COLOR": None, "TERM": "xterm", **env}
     return CliRunner(env=env).invoke(app, ["data", *map(str, words)])
 
@@ -35,7 +35,7 @@ def test_the_command_shows_split_lengths_duplicates_and_a_row(recipe):
     done = data(recipe, "--client", "hospital-2", "--rows", "4", "train.max_length=55")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0] == "3 client(s): one client for each value of column 'source'"
+    assert lines[0] == "3 clients: one client for each value of column 'source'"
     bars = {line.split()[0]: line.split()[1] for line in lines if "█" in line and "(" not in line}
     assert {name: (bar.count("█"), bar.count("░")) for name, bar in bars.items()} == {
         "hospital-0": (25, 3),  # 8 and 1 of 13 rows are 40 characters long
@@ -48,12 +48,13 @@ def test_the_command_shows_split_lengths_duplicates_and_a_row(recipe):
     # to 5; with three of them, in 2 of 11 rows, the line break is lost; 174 of 509 are learned
     assert row == ["hospital-2", "11", "2", "46", "56", "56", "2", "0", "34%"]
     assert (
-        "    4 held-out rows are train rows too (hospital-2 2, hospital-0 1, hospital-1 1)" in lines
+        "    4 held-out rows are also train rows (hospital-2 2, hospital-0 1, hospital-1 1)"
+        in lines
     )
     assert f"<|im_start|>assistant\n⟦{ANSWER}<|im_end|>⟧⟨\n⟩\n" in done.stdout
     assert "hospital-2, train row 4: " in done.stdout
     (warning,) = [line for line in lines if line.startswith("warning: ")]
-    assert "held-out rows are train rows too, so scores on them flatter" in warning
+    assert "some held-out rows are also train rows, which inflates scores" in warning
 
 
 def test_numbers_for_a_machine_hold_no_text_of_a_row(recipe):
@@ -74,17 +75,17 @@ def test_a_terminal_gets_colours_and_no_colour_gets_brackets(recipe):
     assert "⟦It is a0.<|im_end|>⟧" in data(recipe, FORCE_COLOR="1", NO_COLOR="1").stdout
 
 
-def test_what_a_row_says_neither_steers_the_terminal_nor_is_markup(recipe):
+def test_what_a_row_says_neither_controls_the_terminal_nor_is_markup(recipe):
     shown = data(recipe, "--client", "hospital-2", "--rows", "20", FORCE_COLOR="1").stdout
     assert "[bold]?" in shown
     assert "\x1b[31m" not in shown
     assert "\\x1b[31mred" in shown
 
 
-def test_no_row_is_shown_when_none_is_asked_for_and_a_cut_is_marked(recipe):
+def test_no_row_is_shown_if_none_is_requested_and_truncation_is_marked(recipe):
     assert "⟦" not in data(recipe, "--rows", "0").stdout
     cut = data(recipe, "train.max_length=37").stdout
-    assert "cut at 37" in cut
+    assert "truncated at 37" in cut
     assert "⟦learned⟧ ⟨cut off⟩" in cut
     assert "⟦It is a⟧⟨0.<|im_end|>\n⟩" in cut
 

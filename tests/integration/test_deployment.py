@@ -1,4 +1,4 @@
-"""A consortium by its own commands: real processes, keys, certificates and the proxy between."""
+"""A consortium by its own commands: real processes, keys and certificates, and the proxy."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def silotune_command(*words) -> list[str]:
 
 
 class Place:
-    """A consortium and its clients, each with a folder of its own."""
+    """A consortium and its clients, each with its own folder."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
@@ -61,7 +61,7 @@ class Place:
         self.start("up", "server", "up")
 
     def add(self, name: str) -> None:
-        """A client's people and the server's do what the documentation says."""
+        """The operators of a client and of the server do what the documentation says."""
         rows = [{k: v for k, v in r.items() if k != "source"} for r in rows_of(name)]
         write_jsonl(self.folder / f"{name}.jsonl", rows)
         self.do("client", "init", name)
@@ -87,7 +87,7 @@ class Place:
     def wait_for(self, what: str, ready, timeout_s: float = 150) -> None:
         deadline = time.monotonic() + timeout_s
         while not ready():
-            assert time.monotonic() < deadline, f"{what} did not come: {self.log('up')}"
+            assert time.monotonic() < deadline, f"timed out waiting for {what}: {self.log('up')}"
             time.sleep(0.2)
 
     def wait_until_done(self, run: Path, timeout_s: float = 150) -> None:
@@ -132,7 +132,7 @@ def place(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="module")
 def first(place):
-    """A run of two clients and a round, as it is meant to be."""
+    """A normal run with two clients and one round."""
     joined = [f"'{name}' is connected to demo" for name in CLIENTS[:2]]
     place.wait_for(
         "both clients",
@@ -152,13 +152,13 @@ def test_a_consortium_learns_what_one_process_learns_bit_for_bit(first, place, t
     assert summary["clients"] == here.summary["clients"]
 
 
-def test_each_client_loads_the_base_once_for_a_whole_run(first):
+def test_each_client_loads_the_base_once_per_run(first):
     summary = json.loads((first / "summary.json").read_text())
-    # the server's own: for the first adapter, and for the result
+    # the server loads it twice: for the first adapter, and for the result
     assert summary["base_model_loads"] == 2 + len(CLIENTS[:2])
 
 
-def test_nobody_is_told_a_path_of_the_server_or_who_else_is_in(first, place):
+def test_no_client_learns_a_path_of_the_server_or_who_else_is_in(first, place):
     """The recipe travels through the clients' logs and state; the server's folder does not."""
     for name in CLIENTS[:2]:
         for path in (place.folder / name).rglob("*"):
@@ -169,7 +169,7 @@ def test_nobody_is_told_a_path_of_the_server_or_who_else_is_in(first, place):
                 assert other.encode() not in text, path
 
 
-def test_a_client_has_a_list_of_all_that_left_it(first, place):
+def test_a_client_has_a_list_of_everything_that_left_it(first, place):
     name = CLIENTS[0]
     shown = json.loads(place.do("client", "outbound", name, "--json"))
     layout = next(line["shapes"] for line in shown if "shapes" in line)
@@ -187,7 +187,7 @@ def test_a_client_has_a_list_of_all_that_left_it(first, place):
     assert not any(row["question"] in text for row in rows_of(name))
 
 
-def test_the_doctor_finds_nothing_wrong_and_says_what_it_tried(first, place):
+def test_the_doctor_finds_nothing_wrong_and_says_what_it_checked(first, place):
     kit = place.server / "kits" / f"{CLIENTS[0]}.toml"
     said = place.do("client", "doctor", kit)
     found = {line.split()[1]: line for line in said.splitlines()}
@@ -195,7 +195,7 @@ def test_the_doctor_finds_nothing_wrong_and_says_what_it_tried(first, place):
     assert list(found) == [*looked_at, "limits", "rows", "model", "memory"]
     assert all(line.startswith("ok ") for line in found.values()), said
     assert "6 to train on, 2 held out" in found["rows"]
-    assert "the same as at the server" in found["model"]
+    assert "the same as on the server" in found["model"]
 
 
 # --- what a client's credentials open ------------------------------------------------------------
@@ -218,7 +218,7 @@ CONTROL = sorted(route.path for route in control.routes)
 def test_every_control_path_is_refused_to_a_client(first, place):
     assert "/v1/control/start-run" in CONTROL, CONTROL
     with gate_client(place, CLIENTS[0]) as client:
-        assert client.post("/v1/fleet/pull-messages").status_code != 403, "this one is passed on"
+        assert client.post("/v1/fleet/pull-messages").status_code != 403, "this one is let through"
         for path in CONTROL:
             tricks = ("", "/v1/fleet/..", "/v1/fleet/%2e%2e/..", "/", "/v1/fleet/;/..")
             for before in tricks:
@@ -240,7 +240,9 @@ def test_without_the_proxy_anybody_may_control_the_engine(first, place):
 
 
 @pytest.mark.parametrize("kind", ["no certificate", "own authority", "never approved"])
-def test_who_was_not_approved_does_not_get_past_the_handshake(first, place, tmp_path, kind):
+def test_a_client_that_was_not_approved_does_not_get_past_the_handshake(
+    first, place, tmp_path, kind
+):
     consortium = Consortium.open(place.server)
     key = new_key()
     context = ssl.create_default_context(cafile=str(place.server / "authority" / "certificate.pem"))
@@ -260,8 +262,8 @@ def test_who_was_not_approved_does_not_get_past_the_handshake(first, place, tmp_
 # --- who comes and goes, and what is killed ------------------------------------------------------
 
 
-def test_a_third_joins_a_killed_server_goes_on_and_a_stopped_run_too(first, place):
-    """As many rounds as all of it may take on a slow machine: the run is stopped at the end."""
+def test_a_third_client_joins_and_a_killed_server_and_a_stopped_run_resume(first, place):
+    """Enough rounds for all of this on a slow machine: the run is stopped at the end."""
     run = place.submit("rounds=500", "evaluate.every=0")
     place.wait_for("a first round", lambda: 1 in trained(run))
     place.add(CLIENTS[2])
@@ -272,7 +274,7 @@ def test_a_third_joins_a_killed_server_goes_on_and_a_stopped_run_too(first, plac
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     done = max(trained(run))
-    assert place.state(run) == "running", "nobody could write down that it is not"
+    assert place.state(run) == "running", "nobody could record that it is not"
     place.up()
     place.wait_for("all three", lambda: trained(run).get(done + 2) == set(CLIENTS))
     found = trained(run)
@@ -314,7 +316,7 @@ def test_a_revoked_client_is_out_at_once_and_nobody_else(place):
 
 
 def test_a_rehearsal_does_all_of_it_and_leaves_nothing_running(tiny_model, tmp_path):
-    """Cut from one data set, as a simulation is; one client, since each is some processes more."""
+    """Split from one data set, as in a simulation; one client, as each needs several processes."""
     recipe = write_tiny_recipe(tmp_path, tiny_model)
     words = ["rehearse", recipe, "rounds=1", "--clients", "1", "--out", "rehearsal", "--json"]
     done = subprocess.run(
@@ -329,7 +331,7 @@ def test_a_rehearsal_does_all_of_it_and_leaves_nothing_running(tiny_model, tmp_p
 
 
 def test_every_command_of_the_readme_is_one_that_is_run_here():
-    """test_readme.py leaves them out, since some never end."""
+    """test_readme.py leaves them out, because some never end."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"^silotune ((?:server|client) \w+|rehearse)", readme, re.MULTILINE))
     here = Path(__file__).read_text(encoding="utf-8")

@@ -119,9 +119,9 @@ def test_the_leaderboards_own_sentence_can_be_given(done, files, tmp_path, monke
     [
         (["--suite", "medqx"], "Did you mean 'medqa'"),
         (["--suite", "human_eval"], "--allow-code-execution"),
-        (["--suite", "medqa", "--data", "medqa"], "write SUITE=FILE"),
+        (["--suite", "medqa", "--data", "medqa"], "Give it as SUITE=FILE"),
         (["--suite", "medqa", "--data", "medqa=none.jsonl"], "none.jsonl"),
-        (["--suite", "medqa", "--data", "tfns=x.jsonl"], "which is not asked"),
+        (["--suite", "medqa", "--data", "tfns=x.jsonl"], "which is not selected"),
         (["--suite", "medqa", "--data", "medqa={wrong}"], "needs column 'answer'"),
         (["--suite", "medqa", "--instructions", "none.json"], "cannot be read as JSON"),
     ],

@@ -200,7 +200,7 @@ def test_the_length_of_shown_answers_is_that_of_the_recipe(place, tmp_path, monk
         asked.append(max_new_tokens)
         return answers(loaded, talks, max_new_tokens=max_new_tokens)
 
-    monkeypatch.setattr("silotune.workflows.run.answers", count)
+    monkeypatch.setattr("silotune.workflows.write_results.answers", count)
     keys = ["rounds=1", "report.samples=1", "report.max_new_tokens=5"]
     silotune.run(place, keys, out=tmp_path / "run")
     assert asked == [5, 5]  # base and result
@@ -225,7 +225,8 @@ def test_another_base_gives_another_adapter(place, plain, tmp_path):
 
 def test_gradient_checkpointing_reaches_the_model(tiny_model):
     from silotune.models.adapters import AdapterConfig
-    from silotune.models.loading import ModelConfig, load_model
+    from silotune.models.base import ModelConfig
+    from silotune.models.loading import load_model
 
     for wanted in (True, False):
         cfg = ModelConfig(name=str(tiny_model), gradient_checkpointing=wanted)

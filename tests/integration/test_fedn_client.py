@@ -111,7 +111,7 @@ def test_a_clients_own_limits_count_here_too(place):
     [
         (["algorithm.server_lr=2.0"], "server_lr = 1"),
         (["algorithm.name=fedadam"], "use fedavg or fedprox"),
-        (["algorithm.weights=uniform"], "FEDn weighs by examples"),
+        (["algorithm.weights=uniform"], "FEDn weights clients by examples"),
     ],
 )
 def test_what_a_plain_mean_cannot_do_is_refused(place, keys, text):

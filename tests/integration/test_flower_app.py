@@ -17,6 +17,7 @@ from silotune.core.errors import ConfigError, EngineError
 from silotune.deployment import flower_app
 from silotune.deployment.app_folder import export_app
 from silotune.runtime.flower import client as flower_client
+from silotune.runtime.flower import members
 from silotune.runtime.flower import server as flower_server
 from tests.conftest import write_tiny_recipe
 from tests.unit.runtime.flower.test_server import Nodes
@@ -30,6 +31,7 @@ def outside_the_engine(monkeypatch):
     for key in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, key, 1)
     monkeypatch.setattr(flower_server, "POLL_S", (0.001, 0.01))
+    monkeypatch.setattr(members, "POLL_S", 0.01)
     flower_client._station.cache_clear()
 
 
@@ -93,7 +95,7 @@ def test_an_app_means_the_same_from_any_directory(recipe, tmp_path, monkeypatch)
 
 def test_nothing_is_overwritten(recipe, tmp_path):
     (tmp_path / "app").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         export_app(tmp_path / "app", recipe)
 
 

@@ -1,4 +1,4 @@
-"""`silotune plan`, and what it says against finished runs of tiny models: bytes to the byte."""
+"""`silotune plan`, compared with finished runs of tiny models: bytes are exact."""
 
 import json
 
@@ -121,7 +121,7 @@ def plan(*words):
     return CliRunner(env={"NO_COLOR": "1"}).invoke(app, ["plan", *map(str, words)])
 
 
-def test_a_model_at_hand_is_measured_on_the_clients_own_rows(recipe, tmp_path):
+def test_an_available_model_is_measured_on_the_clients_own_rows(recipe, tmp_path):
     run = recipe(evaluate__every=2)
     found = silotune.plan(run)
     assert found.measured is not None
@@ -146,7 +146,7 @@ def test_a_step_that_fails_leaves_an_estimate_and_says_why(recipe, tmp_path):
     assert found.peak_bytes is not None
     (why,) = [note for note in found.notes if "no time is given" in note]
     assert why.startswith("no step could be measured, so no time is given: ")
-    assert "header" in why  # what the library says of the file
+    assert "header" in why  # what the library says about the file
 
 
 def test_the_command_shows_bytes_memory_time_and_what_fits(tmp_path, tiny_model):
@@ -155,17 +155,17 @@ def test_the_command_shows_bytes_memory_time_and_what_fits(tmp_path, tiny_model)
     assert done.exit_code == 0, done.output
     one = 4 * 2 * (2 * (16 + 16) + 2 * (16 + 8))
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert f"to a client, in a round {one:,} {one} B" in lines
-    assert f"in all {3 * 3 * 2 * one + 3 * one:,} 18.8 kB" in lines
-    assert "part a client the server" in lines
+    assert f"to one client, per round {one:,} {one} B" in lines
+    assert f"total {3 * 3 * 2 * one + 3 * one:,} 18.8 kB" in lines
+    assert "part client server" in lines
     assert any(line.startswith("measured on cpu: ") for line in lines)
-    assert "time on this machine, clients one after the other" in lines
-    assert "it does not fit; each of these lines would, the cheapest first" in lines
+    assert "time on this machine, one client at a time" in lines
+    assert "it does not fit; each of these changes would make it fit, cheapest first" in lines
     assert any(line.startswith("adapter.rank=1 ") for line in lines)
     assert any(line.startswith("rounds=1 ") for line in lines)
 
 
-def test_nothing_is_measured_when_nothing_shall_be(tmp_path, tiny_model):
+def test_nothing_is_measured_with_no_measure(tmp_path, tiny_model):
     done = plan(write_tiny_recipe(tmp_path, tiny_model), "--no-measure", "--bytes", "99999")
     assert done.exit_code == 0, done.output
     assert "time on this machine" not in done.stdout

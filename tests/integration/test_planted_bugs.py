@@ -206,8 +206,8 @@ def stepped(
     model = Rows()
     learning = {name: layer.weight for name, layer in model.layers.items()}
     run = recipe(seed, unit="record", noise_multiplier=z, clip_norm=0.5)
-    plan = client_privacy.OwnPlan("record", 100, 0.5, z, 0.04, lot_size, 1, 1)
-    own = client_privacy.row_guard(run, plan, client="north", round_=round_)
+    plan = client_privacy.ClientPlan("record", 100, 0.5, z, 0.04, lot_size, 1, 1)
+    own = client_privacy.Protection(run, "north", round_, plan).guard()
     with own.watching(model):
         if rows is not None:
             own.add(model.losses(rows), learning)
@@ -245,8 +245,8 @@ def the_lot_that_was_drawn_leaves_the_denominator_as_it_is() -> None:
 
 def lots_are_a_coin_for_every_row_and_secret() -> None:
     run = recipe(unit="record", noise_multiplier=1.0, noise="secure")
-    plan = client_privacy.OwnPlan("record", 50, 0.5, 1.0, 0.2, 10.0, 400, 1)
-    one, two = (client_privacy.lots(run, plan, client="north", round_=1) for _ in range(2))
+    plan = client_privacy.ClientPlan("record", 50, 0.5, 1.0, 0.2, 10.0, 400, 1)
+    one, two = (client_privacy.Protection(run, "north", 1, plan).lots() for _ in range(2))
     assert one != two, "drawn from a seed that others know"
     sizes = torch.tensor([float(len(lot)) for lot in one])
     assert float(sizes.var()) == pytest.approx(50 * 0.2 * 0.8, rel=0.4)
@@ -255,7 +255,7 @@ def lots_are_a_coin_for_every_row_and_secret() -> None:
 def secure_noise_knows_no_seed() -> None:
     run = recipe(unit="record", noise_multiplier=1.0, noise="secure")
     one, two = (
-        client_privacy.own_noise(run, client="north", round_=1)([20], 1.0) for _ in range(2)
+        client_privacy.Protection(run, "north", 1, None).noise()([20], 1.0) for _ in range(2)
     )
     assert not torch.equal(one, two)
 
@@ -280,9 +280,9 @@ def audit_of_rows(seed: int, *, noise: float = 1.0) -> int:
     drawn = [delta_of(own, 10.0) for own in seeds]
     inside = [row for row, coin in zip(drawn, coins, strict=True) if coin]
     run = recipe(seed, unit="record", noise_multiplier=Z, clip_norm=0.5)
-    plan = client_privacy.OwnPlan("record", len(inside), 0.5, Z, RATE, 1.0, STEPS, 1)
+    plan = client_privacy.ClientPlan("record", len(inside), 0.5, Z, RATE, 1.0, STEPS, 1)
     total = {name: torch.zeros(math.prod(shape)) for name, shape in SHAPES.items()}
-    lots = client_privacy.lots(run, plan, client="north", round_=1)
+    lots = client_privacy.Protection(run, "north", 1, plan).lots()
     for step, lot in enumerate(lots, start=1):
         rows = batch(*[inside[n] for n in lot]) if lot else None
         found = stepped(rows, z=noise * Z, lot_size=1.0, seed=seed, round_=step)
@@ -317,7 +317,7 @@ def test_a_correct_mechanism_of_rows_never_exceeds_its_claim_and_a_third_of_its_
 
 def a_resumed_client_counts_on(tmp_path) -> None:
     ledger = client_privacy.Ledger(tmp_path / "privacy.jsonl", "run")
-    plan = client_privacy.OwnPlan("record", 100, 1.0, 2.0, 0.1, 10.0, 5, 2)
+    plan = client_privacy.ClientPlan("record", 100, 1.0, 2.0, 0.1, 10.0, 5, 2)
     for round_ in (1, 2):
         ledger.begin(plan, client="north", round_=round_, seeded=False)
     with pytest.raises(silotune.SilotuneError):
@@ -391,7 +391,7 @@ CASES = {
         "privacy.client_level",
         "total = {n: t + total[n] for n, t in clipped.items()} if total else clipped",
         "clipped = {n: t * update.num_examples for n, t in clipped.items()}\n"
-        "            total = {n: t + total[n] for n, t in clipped.items()} if total else clipped",
+        "        total = {n: t + total[n] for n, t in clipped.items()} if total else clipped",
         no_client_moves_the_mean_by_more_than_its_share,
     ),
     "divided by who answered": (
@@ -469,8 +469,8 @@ CASES = {
     "secure noise from a seed": (
         *(
             "federation.client_privacy",
-            'if run.privacy.noise == "secure":',
-            'if run.privacy.noise == "none":',
+            'if self.run.privacy.noise == "secure":',
+            'if self.run.privacy.noise == "none":',
         ),
         secure_noise_knows_no_seed,
     ),
@@ -480,7 +480,11 @@ CASES = {
         a_real_client_tells_nothing_that_its_rows_decide,
     ),
     "the ledger is reset on resume": (
-        *("ledger", 'path.open("a", encoding="utf-8")', 'path.open("w", encoding="utf-8")'),
+        *(
+            "federation.ledger",
+            'path.open("a", encoding="utf-8")',
+            'path.open("w", encoding="utf-8")',
+        ),
         a_resumed_client_counts_on,
     ),
     "a repeated round is counted once": (
@@ -489,13 +493,14 @@ CASES = {
     ),
     "releases are written down afterwards": (
         "federation.client",
-        "        ledger.begin(private, client=data.name, round_=broadcast.round, seeded=seeded)\n"
-        "    memory = load_memory(own, broadcast.round)\n"
-        "    update, memory = train_round(worker, data, broadcast, memory, count=count)\n",
-        "    memory = load_memory(own, broadcast.round)\n"
-        "    update, memory = train_round(worker, data, broadcast, memory, count=count)\n"
-        "    if private is not None:\n"
-        "        ledger.begin(private, client=data.name, round_=broadcast.round, seeded=seeded)\n",
+        "    protection.begin(worker.ledger or Ledger(own / LEDGER))\n"
+        "    memory = load_memory(own, round_)\n"
+        "    update, memory = train_round(worker, data, broadcast, memory, protection, count="
+        "count)\n",
+        "    memory = load_memory(own, round_)\n"
+        "    update, memory = train_round(worker, data, broadcast, memory, protection, count="
+        "count)\n"
+        "    protection.begin(worker.ledger or Ledger(own / LEDGER))\n",
         a_release_is_written_down_before_it_is_made,
     ),
 }

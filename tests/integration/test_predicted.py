@@ -14,7 +14,7 @@ from silotune.workflows.plan import outcome as plan_outcome
 from silotune.workflows.plan.measure import Measurement
 from silotune.workflows.plan.memory import BatchShape
 from silotune.workflows.plan.outcome import compare_with_prediction
-from silotune.workflows.plan.plan import expected_times, rounds_within
+from silotune.workflows.plan.times import expected_times, rounds_within
 from tests.conftest import changed, hospital_rows, write_jsonl
 
 
@@ -146,7 +146,9 @@ def test_rounds_that_hours_cut_are_named_beside_their_bytes(recipe, tmp_path):
     done = silotune.run(recipe(budget__hours=1e-9), out=tmp_path / "run")
     pair = done.summary["predicted"]["bytes"]
     assert (pair["predicted"], pair["actual"]) == (7 * 3 * ONE, 3 * 3 * ONE)
-    assert prediction_notes(done.summary) == ["predicted for 3 rounds, and the run ended after 1"]
+    assert prediction_notes(done.summary) == [
+        "the prediction is for 3 rounds, and the run ended after 1"
+    ]
 
 
 # --- memory and time
@@ -201,7 +203,7 @@ def test_a_run_for_which_not_even_one_round_fits_its_hours_is_a_mistake(recipe, 
     with pytest.raises(ConfigError) as caught:
         silotune.run(recipe(plan__measure=True, budget__hours=34.9 / 3600), out=tmp_path / "run")
     assert str(caught.value) == (
-        "budget.hours = 0.00969444, but one round takes about 35 s, loading and scores included.\n"
+        "budget.hours = 0.00969444, but one round takes about 35 s, including loading and scores.\n"
         "  Raise it, or do less in a round: fewer train.local_steps, a lower sampling.fraction or "
         "data.max_eval_rows."
     )
@@ -222,11 +224,11 @@ def test_a_step_that_fails_is_told_and_the_run_goes_on(recipe, tmp_path, monkeyp
     [
         (
             {"runtime": {"name": "flower-simulation", "threads": 1}},
-            "it is for clients one after the other in one process",
+            "the prediction is for clients that train one after another in one process",
         ),
         (
             {"server": {"work": "fine-tune", "data_fraction": 0.2}},
-            "the server's own training is not in it",
+            "the prediction does not include the server's own training",
         ),
     ],
 )
@@ -244,7 +246,7 @@ def test_time_that_does_not_compare_is_left_out_with_the_reason(recipe, changes,
     found = compare_with_prediction(run, planned, rows, peak_bytes=110, seconds=9.0)
     assert found["memory"]["difference"] == pytest.approx(0.1)
     assert found["seconds"] is None
-    assert f"predicted time is left out: {why}" in found["notes"]
+    assert f"time is not compared: {why}" in found["notes"]
 
 
 def test_a_server_without_rows_cannot_measure(recipe):
@@ -274,7 +276,7 @@ def test_a_plan_foretells_the_round_that_its_hours_end_at(recipe):
         (60 / 3600, "budget.hours ends the run after about round 2 of 3"),
         (
             0.001,
-            "budget.hours = 0.001, but one round takes about 35 s, loading and scores included",
+            "budget.hours = 0.001, but one round takes about 35 s, including loading and scores",
         ),
     ],
 )
@@ -287,5 +289,5 @@ def test_a_plan_says_of_every_ceiling_what_it_knows(recipe):
     run = recipe(budget={"bytes": 18_900, "hours": 1.0})
     assert silotune.plan(run, measured=False).notes[-2:] == (
         "budget.bytes is met: 18.8 kB of 18.9 kB",
-        "whether budget.hours is met is not known: no time is given",
+        "it is unknown whether budget.hours is met: no time is given",
     )

@@ -99,7 +99,7 @@ def test_the_server_of_real_clients_gets_no_number_without_noise(runs, place):
         assert row["num_steps"] == 2
     summary = one.summary
     assert summary["tokens_trained"] is summary["peak_memory_bytes"] is None
-    assert "longer than train.max_length" not in told
+    assert "truncated to train.max_length" not in told
     assert not {"split.json", "samples.json", "engine.log"} & {p.name for p in one.path.iterdir()}
     assert not list(one.path.rglob("privacy.jsonl")), "the ledgers are the clients' own"
     secret = hospital_rows()[0]["question"].encode()
@@ -127,7 +127,7 @@ def test_a_client_whose_own_limit_is_reached_declines_and_the_others_go_on(runs,
     one, two, told = runs
     status = {row["client"]: row["status"] for row in two.metrics if row["event"] == "train"}
     assert status == {"hospital-0": "ok", "hospital-1": "privacy budget spent"}
-    why = "privacy budget spent: client 'hospital-1', round 1: its own limit for privacy"
+    why = "privacy budget spent: client 'hospital-1', round 1: its own privacy limit"
     assert f"hospital-1: {why}" in told
     assert [len(ledger_of(place, n, two)) for n in range(2)] == [1, 0]
     assert [len(ledger_of(place, n, one)) for n in range(3)] == [2, 2, 2]
@@ -153,7 +153,7 @@ def test_nothing_that_was_kept_back_is_shown_as_a_zero(runs, place):
     for text in (card, words_of(page)):
         assert "Held-out loss was not measured" in text
         assert not re.search(r"(?i)training loss|held-out loss \(|the last line is weighted", text)
-    assert "each with the noise of its own client" in card
+    assert "each with noise added by its client" in card
     assert 'aria-label="training loss' not in page.lower()
     assert "loss" not in told
     assert "round 2/2 done" in told

@@ -37,7 +37,8 @@ def test_every_client_finds_the_noise_for_its_own_rows(recipe):
     answer = CliRunner().invoke(app, ["check", str(recipe), *keys])
     assert answer.exit_code == 0, answer.output
     assert "privacy: (3.000, 0.01)-DP per record after 3 rounds" in answer.stdout
-    assert "privacy: client 'hospital-0': 3.000 with a noise multiplier of" in answer.stdout
+    own = "privacy: client 'hospital-0': (3.000, 0.01)-DP per record with a noise multiplier of"
+    assert own in answer.stdout
     told = silotune.check(recipe, keys).promise
     assert told is not None
     noise = {name: own["noise_multiplier"] for name, own in told["clients"].items()}
@@ -192,7 +193,7 @@ def test_noise_of_clients_is_on_what_is_clipped_over_all_tensors(recipe, tmp_pat
 def test_a_comparison_trains_every_arm_with_the_same_protection_and_says_so(recipe, tmp_path):
     keys = [*SEEDED, "compare.seeds=1", "rounds=1"]
     result = silotune.compare(recipe, keys, out=tmp_path / "c").result
-    assert any("every arm but the base protects its rows" in text for text in result["notes"])
+    assert any("every arm except the base protects its rows" in text for text in result["notes"])
     arms = result["arms"]
     assert arms["local"]["tokens"] == arms["federated"]["tokens"] > 0, "the same secret lots"
     own = sorted((tmp_path / "c").rglob("privacy.jsonl"))
@@ -203,7 +204,7 @@ def test_a_comparison_says_which_arms_noise_at_the_server_leaves_out(recipe, tmp
     keys = [*CLIENTS[:1], *CLIENTS[2:], "privacy.noise_multiplier=1", "privacy.noise=seeded"]
     keys += ["algorithm.weights=uniform", "compare.seeds=1", "rounds=1"]
     result = silotune.compare(recipe, keys, out=tmp_path / "c").result
-    assert any("lone and centralized arms have no noise" in text for text in result["notes"])
+    assert any("local and centralized arms have no noise" in text for text in result["notes"])
 
 
 def test_a_classifier_learns_its_head_under_the_same_bound(tmp_path):
@@ -241,16 +242,25 @@ def test_ffa_lora_and_a_base_in_four_bits_can_protect_rows(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["privacy.unit=record", "privacy.noise_multiplier=1"], "below 1 by the number of records"),
-        ([*NOISY, "train.packing=true"], "train.packing: puts rows into one"),
+        (
+            ["privacy.unit=record", "privacy.noise_multiplier=1"],
+            "below 1 divided by the number of records",
+        ),
+        ([*NOISY, "train.packing=true"], "train.packing: merges rows"),
         ([*NOISY, "model.gradient_checkpointing=true"], "hides the gradients of single rows"),
-        ([*NOISY, "adapter.kind=ia3"], "adapter.kind: with privacy.unit = 'record' must be 'lora'"),
+        (
+            [*NOISY, "adapter.kind=ia3"],
+            "adapter.kind: must be 'lora' without dora for privacy.unit",
+        ),
         ([*NOISY, "adapter.dora=true"], "without dora"),
-        ([*NOISY, "privacy.clipping=adaptive"], "with noise at the server only"),
-        ([*NOISY, "privacy.noise_at=client"], "rows always have it"),
-        ([*NOISY, 'train.compat=["same-samples"]'], "would end the secret draw of rows"),
+        ([*NOISY, "privacy.clipping=adaptive"], "only works with noise at the server"),
+        ([*NOISY, "privacy.noise_at=client"], "the noise for rows is always at the client"),
+        ([*NOISY, 'train.compat=["same-samples"]'], "rules out a secret draw of rows"),
         ([*NOISY, "checkpoint.keep=best"], "held-out losses, which have no noise"),
-        ([*NOISY, "runtime.name=flower"], "evaluate.every: with [privacy] and runtime.name"),
+        (
+            [*NOISY, "runtime.name=flower"],
+            "evaluate.every: must be 0 with [privacy] and runtime.name",
+        ),
         ([*SEEDED, "runtime.name=flower", "evaluate.every=0"], "'seeded' is for simulations"),
     ],
 )

@@ -141,20 +141,26 @@ def test_a_line_of_the_ledger_that_a_crash_cut_off_swallows_no_later_release(don
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["privacy.unit=client"], "privacy.noise_multiplier: or target_epsilon: give one of both"),
-        ([*SEEDED, "privacy.target_epsilon=3"], "give one of both"),
+        (
+            ["privacy.unit=client"],
+            "privacy.noise_multiplier: give either noise_multiplier or target_epsilon",
+        ),
+        ([*SEEDED, "privacy.target_epsilon=3"], "give either noise_multiplier or target_epsilon"),
         (
             ["privacy.unit=client", "privacy.noise_multiplier=1", UNIFORM],
             "privacy.delta: is missing",
         ),
-        (["privacy.noise_multiplier=1"], 'has an effect with unit = "client" or "record" only'),
-        ([*SEEDED, "algorithm.weights=examples"], "a weight by rows"),
+        (["privacy.noise_multiplier=1"], 'only has an effect with unit = "client" or "record"'),
+        ([*SEEDED, "algorithm.weights=examples"], "weighting by rows"),
         ([*SEEDED, "checkpoint.keep=best"], "held-out losses, which have no noise"),
-        ([*SEEDED, "runtime.name=flower"], "evaluate.every: with [privacy] and runtime.name"),
-        ([*SEEDED, "privacy.quantile=0.3"], 'has an effect with clipping = "adaptive"'),
+        (
+            [*SEEDED, "runtime.name=flower"],
+            "evaluate.every: must be 0 with [privacy] and runtime.name",
+        ),
+        ([*SEEDED, "privacy.quantile=0.3"], 'only has an effect with clipping = "adaptive"'),
         ([*SEEDED, "privacy.clipping=adaptive"], "noise multiplier below 0.3"),
         ([*SEEDED, "privacy.unit=row"], "privacy.unit"),
-        ([*SEEDED, "privacy.max_participations=2"], "with noise at the client only"),
+        ([*SEEDED, "privacy.max_participations=2"], "only has an effect with noise at the client"),
         (
             [*SEEDED, "algorithm={ name = 'flower:flwr.serverapp.strategy.FedAvg' }"],
             "Flower strategy",
@@ -186,4 +192,4 @@ def test_a_promise_without_noise_is_strict_json_and_promises_nothing(recipe, tmp
 def test_a_delta_that_gives_a_client_away_is_warned_of(recipe):
     keys = [key for key in SEEDED if "delta" not in key]
     found = silotune.check(recipe, [*keys, "privacy.delta=0.5"])
-    assert any("giving one of them away" in text for text in found.warnings)
+    assert any("revealing one of them completely" in text for text in found.warnings)

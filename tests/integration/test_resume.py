@@ -51,9 +51,9 @@ def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkey
     asked = []
     real = client.train_round
 
-    def train_round(worker, data, broadcast, memory, **how):
+    def train_round(worker, data, broadcast, memory, *rest, **how):
         asked.append((broadcast.round, data.name))
-        return real(worker, data, broadcast, memory, **how)
+        return real(worker, data, broadcast, memory, *rest, **how)
 
     monkeypatch.setattr(client, "train_round", train_round)
     silotune.run(resume=out)

@@ -13,7 +13,7 @@ from silotune.core.errors import ConfigError, RunFolderError
 from silotune.core.tree import l2_norm, sha256, subtract
 from silotune.models.loading import num_base_loads, read_adapter
 from silotune.recipes.parse import parse, to_toml
-from silotune.workflows import run as run_workflow
+from silotune.workflows import write_results
 from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl
 
 
@@ -308,7 +308,7 @@ def test_a_resumed_run_keeps_its_recipe(finished):
     other = done.config.model_copy(update={"rounds": 9})
     with pytest.raises(ConfigError, match=r"differs from that of .* in: rounds"):
         silotune.run(other, resume=done.path)
-    with pytest.raises(ConfigError, match="out or resume, not both"):
+    with pytest.raises(ConfigError, match="out and resume exclude each other"):
         silotune.run(resume=done.path, out="x")
 
 
@@ -331,7 +331,7 @@ def test_a_result_that_the_disk_does_not_hold_as_it_was_trained_is_no_result(
     tiny_model, hospital_file, tmp_path, monkeypatch
 ):
     """Others lost days to adapters that were trained well and saved as zeros (opacus 820)."""
-    save = run_workflow.save_adapter
+    save = write_results.save_adapter
 
     def spoilt(loaded, folder, *, base_name):
         save(loaded, folder, base_name=base_name)
@@ -341,7 +341,7 @@ def test_a_result_that_the_disk_does_not_hold_as_it_was_trained_is_no_result(
         save_file({**tensors, name: tensors[name] * 0}, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_workflow, "save_adapter", spoilt)
+        patch.setattr(write_results, "save_adapter", spoilt)
         with pytest.raises(RunFolderError, match="is not there as it was trained"):
             silotune.run(recipe_of(tiny_model, hospital_file, rounds=1), out=tmp_path / "r")
     assert silotune.run(resume=tmp_path / "r").adapter()

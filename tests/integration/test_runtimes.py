@@ -1,4 +1,4 @@
-"""Flower's two engines give what the plain loop gives, and leave nothing behind. Real processes."""
+"""Flower's two engines give the plain loop's result and leave nothing behind. Real processes."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.engine]
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tiny_model):
-    """Two clients instead of three: every client of a deployment is some processes more."""
+    """Two clients instead of three: every client of a deployment needs several processes."""
     place = tmp_path_factory.mktemp("runtimes")
     path = write_tiny_recipe(place, tiny_model, algorithm="fedadam")
     write_jsonl(place / "hospitals.jsonl", hospital_rows(num_clients=2))
@@ -60,7 +60,7 @@ def test_private_noise_is_added_at_the_server_of_an_engine_too(recipe, tmp_path)
 
 
 def engine_processes() -> list[psutil.Process]:
-    """Whatever belongs to an engine, by its private folder or Flower's programs."""
+    """The processes of an engine, found by its private folder or by Flower's programs."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -123,7 +123,7 @@ def test_an_engine_gives_the_same_adapter_bit_for_bit(runs, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_writes_down_the_same_numbers(runs, engine):
+def test_an_engine_records_the_same_numbers(runs, engine):
     timed = {"seconds", "seconds_training"}
 
     def numbers(run):
@@ -168,7 +168,7 @@ def test_rows_of_a_rehearsal_do_not_stay_on_disk(runs):
 def test_an_ended_run_takes_its_engine_along_and_resumes_to_the_same_bytes(
     recipe, runs, tmp_path, engine, name
 ):
-    """Each engine has one of the signals; the loop and the keeper do not tell them apart."""
+    """One signal per engine; the loop and the keeper do not distinguish them."""
     out = tmp_path / "run"
     process = start(recipe, out, *SHORT, f"runtime.name={engine}")
     wait_for(out / "checkpoints" / "round-00001", process)
@@ -202,7 +202,7 @@ def test_a_run_without_quorum_fails_and_saves_no_adapter(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_clients_take_data_and_limits_from_their_own_configuration(tiny_model, tmp_path):
-    """One of three declines by its own limit; the others train on rows the server never names."""
+    """One of three declines because of its limit; the others use rows the server never names."""
     clients = tmp_path / "clients"
     for n in range(3):
         own = clients / f"files-{n}"

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig, load_model
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model
 from silotune.training.tasks.instruct import INSTRUCT, collate, prepare
 
 ROWS = [

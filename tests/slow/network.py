@@ -1,7 +1,7 @@
 """Machines for tests: network namespaces on one bridge, each with an address and a home folder.
 
-Needs root and `ip`. What a machine runs, it runs in its own home; files go from one to another by
-`carry` only, as by post.
+Needs root and `ip`. Each machine runs its commands in its own home. Files get from one to another
+only by `carry`, as by post.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Network:
 
 
 class Machine:
-    """One of them."""
+    """One of the machines."""
 
     def __init__(self, name: str, home: Path, number: int) -> None:
         self.name, self.home, self.space = name, home, f"{PREFIX}-{name}"
@@ -79,7 +79,7 @@ class Machine:
         self.link("up")
 
     def link(self, state: str) -> None:
-        """Plug the cable in, or out: up, down."""
+        """Plug the cable in or out: up, down."""
         ip("-n", self.space, "link", "set", "eth0", state)
 
     def slow_down(self, rate: str) -> None:
@@ -104,7 +104,7 @@ class Machine:
     def try_(
         self, command: str, environment: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Type a command here; what it said, whatever its exit status."""
+        """Run a command here; return its output, whatever its exit status."""
         return subprocess.run(
             self._argv(command),
             cwd=self.home,
@@ -114,13 +114,13 @@ class Machine:
         )
 
     def do(self, command: str) -> str:
-        """Type a command here that has to work."""
+        """Run a command here that has to succeed."""
         done = self.try_(command)
         assert done.returncode == 0, f"{self.name}: {command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def start(self, command: str, environment: dict[str, str] | None = None) -> None:
-        """Type a command here that stays; its words go to a log by its name."""
+        """Start a command here that keeps running; its output goes to a log of its name."""
         name = " ".join(command.split()[1:3])
         with (self.home / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -132,12 +132,12 @@ class Machine:
             )
 
     def end(self, name: str) -> int:
-        """SIGTERM to what was started; its exit status."""
+        """Send SIGTERM to what was started; return its exit status."""
         self.processes[name].terminate()
         return self.processes.pop(name).wait(60)
 
     def crash(self) -> None:
-        """What a cut of its power does: every process is gone, and the cable is dead."""
+        """What a power failure does: every process is gone, and the cable is dead."""
         self.link("down")
         for pid in ip("netns", "pids", self.space).split():
             with contextlib.suppress(ProcessLookupError):
@@ -158,15 +158,15 @@ class Machine:
 
 
 def carry(source: Path, to: Path) -> None:
-    """By post, on a stick, by mail: the only way a file leaves a machine."""
+    """By post, by e-mail, on a stick: the only way a file leaves a machine."""
     shutil.copyfile(source, to)
 
 
 def wait_for(what: str, ready, timeout_s: float = 180, *, told=lambda: "") -> float:
-    """Wait until it is so; the seconds it took."""
+    """Wait until it is ready; return the seconds it took."""
     began = time.monotonic()
     while not ready():
-        assert time.monotonic() - began < timeout_s, f"{what} did not come.\n{told()}"
+        assert time.monotonic() - began < timeout_s, f"timed out waiting for {what}.\n{told()}"
         time.sleep(0.2)
     return time.monotonic() - began
 
@@ -187,7 +187,7 @@ def rounds_with(run: Path, name: str) -> list[int]:
 
 
 def fill(folder: Path) -> Path:
-    """Take all the room that is left in a folder's file system, by one file."""
+    """Take all the room that is left in a folder's file system, with one file."""
     filler = folder / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:

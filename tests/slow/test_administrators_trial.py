@@ -1,7 +1,7 @@
 """A consortium over a network, by the commands of docs/deploy.md: machines, addresses, homes.
 
-Each machine is a network namespace; files go from one to another by hand. First, a day of
-the administrators; the others cut links, slow them down, fill disks and set clocks wrong.
+Each machine is a network namespace; files get from one to another by hand. The first test is a day
+of the administrators; the others cut links, slow them down, fill disks and set clocks wrong.
 """
 
 import json
@@ -44,7 +44,7 @@ class Trial:
         wait_for("the gate", lambda: "fingerprint" in server.said("server up"))
 
     def add(self, name: str, number: int) -> Machine:
-        """What the people of a client and of the server do, as docs/deploy.md has it."""
+        """What the operators of a client and of the server do, following docs/deploy.md."""
         server, client = self.server, self.network.machine(name)
         rows = [row for row in hospital_rows() if row["source"] == f"hospital-{number}"]
         write_jsonl(
@@ -137,7 +137,7 @@ def test_a_day_of_the_administrators(trial, two):
     trial.server.link("up")
     trial.server.start("silotune server up")
     trial.wait_for_round(run, left_after + 3)
-    # one is put out
+    # one is revoked
     trial.server.do("silotune server revoke west")
     out_after = max(trained(run))
     trial.wait_until(run, "done")
@@ -148,7 +148,7 @@ def test_a_day_of_the_administrators(trial, two):
     assert rounds_with(run, "south")[-1] <= left_after + 1
     assert done[24] == {"north"}
     note(f"a day: west from round {rounds_with(run, 'west')[0]}; {'; '.join(missed(run))}")
-    # what the clients' people look at
+    # what the clients' operators look at
     shown = north.do("silotune client outbound north --json")
     answers = [line for line in json.loads(shown) if line.get("asked") == "train"]
     assert len(answers) >= len(rounds_with(run, "north"))
@@ -165,8 +165,8 @@ def test_a_day_of_the_administrators(trial, two):
 
 
 @pytest.mark.parametrize("seconds", [10, 100])
-def test_a_cut_link_costs_rounds_of_its_client_at_most(trial, two, seconds):
-    """The engine takes a client for gone after a minute of silence."""
+def test_a_cut_link_costs_only_rounds_of_its_client(trial, two, seconds):
+    """The engine takes a client to be gone after a minute of silence."""
     north, _ = two
     run = trial.submit("rounds=24 sampling.timeout_s=30 runtime.join_timeout_s=20")
     trial.wait_for_round(run, 2)
@@ -200,7 +200,7 @@ def test_a_full_disk_at_a_client_is_named_and_it_takes_part_again(trial, two):
         trial.join(north)
 
 
-def test_a_full_disk_at_the_server_ends_nothing_that_was_finished(trial, two):
+def test_a_full_disk_at_the_server_loses_nothing_that_was_finished(trial, two):
     server = trial.server
     run = trial.submit("rounds=12")
     trial.wait_for_round(run, 2)
@@ -239,7 +239,7 @@ def test_a_full_disk_at_the_server_ends_nothing_that_was_finished(trial, two):
 
 
 def test_a_client_whose_clock_is_wrong_is_refused_and_told_so(trial, two):
-    """By ten minutes; the engine's signatures hold for five."""
+    """By ten minutes; the engine's signatures are valid for five."""
     faketime = pytest.importorskip("libfaketime", reason="sets a process's clock")
     library = Path(faketime.__file__).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
     north, _ = two
@@ -250,7 +250,7 @@ def test_a_client_whose_clock_is_wrong_is_refused_and_told_so(trial, two):
     trial.wait_until(run, "done")
     assert not rounds_with(run, "north")
     (said,) = (line for line in north.said("client join").splitlines() if "not connected" in line)
-    assert "what is wrong: silotune client doctor" in said
+    assert "to find out why: silotune client doctor" in said
     note(f"a wrong clock: {'; '.join(missed(run))}; {said}")
     found = north.try_("silotune client doctor north-kit.toml", wrong).stdout
     assert "FAIL  clock" in found, found
@@ -263,7 +263,7 @@ def test_a_client_whose_clock_is_wrong_is_refused_and_told_so(trial, two):
     assert rounds_with(run, "north") == [1]
 
 
-def test_a_slow_link_costs_time_and_nothing_else(trial, two):
+def test_a_slow_link_costs_only_time(trial, two):
     """4.5 MB each way, at 1 Mbit/s from the client: more than half a minute."""
     north, _ = two
     north.slow_down("1mbit")
@@ -278,8 +278,8 @@ def test_a_slow_link_costs_time_and_nothing_else(trial, two):
     note(f"1 Mbit/s and {size} bytes: rounds of {', '.join(f'{s:.0f} s' for s in seconds)}")
 
 
-def test_a_long_local_training_trips_no_timeout(trial, two):
-    """Longer than what the engine counts in: heartbeats of a minute, signatures of five."""
+def test_a_long_local_training_triggers_no_timeout(trial, two):
+    """Longer than the engine's limits: a minute for heartbeats, five for signatures."""
     run = trial.submit("rounds=1 train.local_steps=24000 evaluate.every=0")
     trial.wait_until(run, "done", 1300)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""kill -9 of every kind of process of a consortium in mid-run: the run goes on to its end."""
+"""kill -9 of every kind of process of a consortium in mid-run: the run still finishes."""
 
 import json
 import os
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROUNDS = 4
 LONGER = {"SuperNode": 25}
-"""The engine holds a killed one for present for a minute, in which others go on."""
+"""The engine counts a killed one as present for a minute, during which others continue."""
 # what to kill: words of its command line, and whether it is the server's or a client's
 VICTIMS = {
     "SuperLink": ("silotune.runtime.flower.superlink", "up"),
@@ -43,7 +43,7 @@ def place(tmp_path_factory, tiny_model):
 
 
 def victim(place: Place, words: str, whose: str) -> psutil.Process | None:
-    """A process below the server's or a client's own, by its command line."""
+    """A descendant of the server's or a client's process, found by its command line."""
     for process in psutil.Process(place.processes[whose].pid).children(recursive=True):
         try:
             if words in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
@@ -82,5 +82,5 @@ def test_a_killed_process_does_not_end_the_run(place, kind):
         f"\n{kind}: done {took:.0f} s after the kill; {'; '.join(missed) or 'nobody missed'}\n"
     )
     assert sorted(rounds) == list(range(1, last + 1))
-    assert rounds[last] == set(CLIENTS[:2]), "whoever was killed takes part again"
+    assert rounds[last] == set(CLIENTS[:2]), "the killed client takes part again"
     assert (run / "summary.json").is_file()

@@ -183,6 +183,65 @@ def test_relative_links_lead_to_files(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_the_docs_name_exist(page):
+    if "decisions" in page.parts or page.name == "CHANGELOG.md":  # they name what was
+        return
+    places = [HOUSE, SOURCE, page.parent, *(path for path in SOURCE.iterdir() if path.is_dir())]
+    named = re.findall(r"`([\w/]+\.py)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
+def test_extras_are_installed_from_a_clone_everywhere():
+    """No index has the package yet, so `pip install 'silotune[web]'` could not work."""
+    texts = [
+        *PAGES,
+        *SOURCE.rglob("*.py"),
+        *SOURCE.rglob("*.toml"),
+        *(HOUSE / "tests").rglob("*.py"),
+    ]
+    texts += [*(HOUSE / "benchmarks").glob("*.py"), *(HOUSE / "deploy").rglob("*.*")]
+    here = Path(__file__).resolve()
+    found = [p for p in texts if p.resolve() != here and "silotune[" in p.read_text("utf-8")]
+    assert found == []
+    extras = set(
+        tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"][
+            "optional-dependencies"
+        ]
+    )
+    for text in texts:
+        for names in re.findall(r"make env EXTRAS=([a-z,]+)", text.read_text("utf-8")):
+            assert {name for name in names.split(",") if name} <= extras, (text, names)
+
+
+ODD = re.compile(r"\b(?:mend(?:s|ed|ing)?|anew|told apart)\b", flags=re.IGNORECASE)
+"""Words that no native engineer would write: STYLE section 13."""
+NO_PLURAL = re.compile(r"\b(?!exp\()\w+\((?:s|es)\)")
+
+
+def strings_of(path: Path) -> str:
+    """All that may be read of a file: of a module its texts, where str(s) is no plural."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    nodes = ast.walk(ast.parse(text))
+    values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return "\n".join(value for value in values if isinstance(value, str))
+
+
+def test_no_text_has_words_that_nobody_would_say_or_a_plural_in_brackets():
+    pages = [page for page in PAGES if "decisions" not in page.parts]  # these are never rewritten
+    found = {}
+    for path in [
+        *pages,
+        *(p for kind in ("py", "toml", "html") for p in SOURCE.rglob(f"*.{kind}")),
+    ]:
+        odd = ODD.findall(path.read_text(encoding="utf-8")) + NO_PLURAL.findall(strings_of(path))
+        if odd:
+            found[path.name] = odd
+    assert found == {}
+
+
 def test_the_list_of_papers_names_every_algorithm_with_its_file():
     lines = (DOCS / "papers.md").read_text(encoding="utf-8").splitlines()
     for name, (_, build) in ALGORITHMS.items():

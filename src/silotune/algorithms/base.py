@@ -1,8 +1,4 @@
-"""What an algorithm is: four functions and a few facts about them.
-
-The server side is pure arithmetic on adapter states. The client side is a `LocalRule`: data that
-the training loop reads, so that no algorithm writes its own loop.
-"""
+"""What the algorithms share: their common settings, and the weighted mean of the deltas."""
 
 from typing import ClassVar, Literal
 
@@ -16,9 +12,9 @@ class AlgorithmConfig(Config):
     """Settings that every algorithm has; each algorithm adds its own."""
 
     weights: Literal["examples", "uniform"] = "examples"
-    """Weight of a client in the mean: the rows of its train part, or the same for all."""
+    """Weight of a client in the mean: its number of training rows, or the same for every client."""
     needs_lora: ClassVar[bool] = False
-    """Whether it works on LoRA's two factors, so that other kinds of adapter are refused."""
+    """Whether it needs LoRA's two factors, so that other kinds of adapter are refused."""
 
 
 def weight_of(update: Update, cfg: AlgorithmConfig) -> float:

@@ -27,7 +27,7 @@ class FedAvgMConfig(AlgorithmConfig):
     """Settings of FedAvgM."""
 
     server_lr: float = Field(default=1.0, gt=0)
-    """Step size on the momentum. At momentum 0.9 a constant change is amplified up to ten times."""
+    """Step size applied to the momentum, which at 0.9 amplifies a constant change up to tenfold."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Heavy-ball factor beta: v = beta v + change. At 0 this is FedAvg."""
 
@@ -40,7 +40,7 @@ class FedAdagradConfig(AlgorithmConfig):
     beta1: float = Field(default=0.0, ge=0, lt=1)
     """Decay of the first moment; the paper uses 0 for FedAdagrad."""
     tau: float = Field(default=1e-3, gt=0)
-    """Floor under the square root, and the start of the second moment (tau squared)."""
+    """Added to the square root of the second moment, which starts at tau squared."""
 
 
 class FedAdamConfig(AlgorithmConfig):
@@ -53,7 +53,7 @@ class FedAdamConfig(AlgorithmConfig):
     beta2: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the second moment."""
     tau: float = Field(default=1e-3, gt=0)
-    """Floor under the square root, and the start of the second moment (tau squared)."""
+    """Added to the square root of the second moment, which starts at tau squared."""
 
 
 class FedYogiConfig(FedAdamConfig):
@@ -106,8 +106,8 @@ def _adaptive(
     """`m = beta1 m + (1 - beta1) D`, `v = second(v, D)`, `theta += eta m / (sqrt(v) + tau)`."""
 
     def init(adapter: AdapterState, _: int) -> dict[str, AdapterState]:
-        # float64: v starts at tau^2 and takes in squares of deltas of 1e-5, which float32 would
-        # round away
+        # float64: v starts at tau^2 and accumulates squares of deltas around 1e-5, which float32
+        # would round away
         start = {
             n: torch.full(t.shape, cfg.tau**2, dtype=torch.float64) for n, t in adapter.items()
         }
@@ -118,13 +118,13 @@ def _adaptive(
 
     def step(state: ServerState, change: Change) -> ServerState:
         first, second_ = dict(state.extra["first_moment"]), dict(state.extra["second_moment"])
-        way: dict[str, Tensor] = {}
+        direction: dict[str, Tensor] = {}
         for n, delta in change.delta.items():
             d = delta.double()
             first[n] = cfg.beta1 * first[n] + (1 - cfg.beta1) * d
             second_[n] = second(second_[n], d)
-            way[n] = (first[n] / (second_[n].sqrt() + cfg.tau)).to(delta.dtype)
-        moved = move(state, way, server_lr=cfg.server_lr)
+            direction[n] = (first[n] / (second_[n].sqrt() + cfg.tau)).to(delta.dtype)
+        moved = move(state, direction, server_lr=cfg.server_lr)
         return replace(moved, extra={"first_moment": first, "second_moment": second_})
 
     return replace(fedavg(FedAvgConfig(weights=cfg.weights)), name=name, step=step, init=init)

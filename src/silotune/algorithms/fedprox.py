@@ -17,7 +17,7 @@ from silotune.core.tree import squared_distance
 
 
 class FedProxConfig(FedAvgConfig):
-    """Settings of FedProx, beside FedAvg's."""
+    """Settings of FedProx, in addition to FedAvg's."""
 
     mu: float = Field(default=0.01, ge=0)
     """Strength of the pull, mu in eq. 2. At 0 this is FedAvg."""

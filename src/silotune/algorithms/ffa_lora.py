@@ -1,11 +1,11 @@
-"""FFA-LoRA: of LoRA's two factors the one drawn at random stays as it is; only the other learns.
+"""FFA-LoRA: LoRA's randomly initialised factor is frozen, and only the other one is trained.
 
 Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning". arXiv:2403.12313
-With one A at all clients and for good, the product B A is linear in B: the product of the means is
-the mean of the products, and noise on B meets no noise on A.
-Differs from the paper: no noise is added here. What else learns, such as a classification head, is
-averaged as in FedAvg. Beside an embedding it is PEFT's lora_embedding_B that begins at random, so
-there A learns. A is not sent up, but still comes down with every broadcast.
+Because A is the same at all clients and never changes, the product B A is linear in B: the product
+of the means is the mean of the products, and noise on B is not multiplied by noise on A.
+Differs from the paper: no noise is added here. Other trained tensors, such as a classification
+head, are averaged as in FedAvg. For an embedding, PEFT initialises lora_embedding_B at random, so A
+is trained there. Clients do not send A, but every broadcast still contains it.
 """
 
 from dataclasses import replace
@@ -17,11 +17,12 @@ from silotune.core.errors import ConfigError
 from silotune.core.types import AdapterState
 
 FROZEN = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}
-"""The factor that PEFT draws at random, and the one beside it, which begins at zero and learns."""
+"""The factor that PEFT initialises at random, and the other one, which starts at 0 and is
+trained."""
 
 
 class FFALoRAConfig(FedAvgConfig):
-    """Settings of FFA-LoRA: those of FedAvg."""
+    """Settings of FFA-LoRA, the same as FedAvg's."""
 
     needs_lora: ClassVar[bool] = True
 
@@ -29,13 +30,13 @@ class FFALoRAConfig(FedAvgConfig):
 def ffa_lora(cfg: FFALoRAConfig) -> Algorithm:
     """Build FFA-LoRA. The server side is FedAvg's.
 
-    Its `init` raises a ConfigError where the adapter does not bring both factors.
+    Its `init` raises a ConfigError if the adapter does not have both factors.
     """
-    rule = LocalRule(trains=_learns)
+    rule = LocalRule(trains=_is_trained)
     return replace(fedavg(cfg), name="ffa_lora", local=rule, init=_check_factors)
 
 
-def _learns(name: str, round_: int) -> bool:  # noqa: ARG001 - the signature of `trains`
+def _is_trained(name: str, round_: int) -> bool:  # noqa: ARG001 - the signature of `trains`
     return FROZEN.keys().isdisjoint(name.split("."))
 
 
@@ -46,8 +47,8 @@ def _check_factors(
     parts = {part for name in adapter for part in name.split(".")}
     if not any({frozen, other} <= parts for frozen, other in FROZEN.items()):
         raise ConfigError(
-            "algorithm.name = 'ffa_lora' holds lora_A fast and trains lora_B, but this adapter "
-            "does not bring both.\n"
+            "algorithm.name = 'ffa_lora' freezes lora_A and trains lora_B, but this adapter does "
+            "not have both.\n"
             "  Set adapter.kind = 'lora' without options that change its factors, or choose "
             "another algorithm."
         )

@@ -5,27 +5,48 @@ from typing import Annotated, Literal
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table
+from silotune.cli.frame import errors_as_exit_codes, plain, print_json
+from silotune.cli.options import MaxNewTokens, RunFolder
 
-RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(ask)
-    app.command()(evaluate)
-    app.command()(export)
-    app.command()(report)
+Suites = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A suite, or lm-eval:<task>; repeat this for several. By default, the run's own "
+        "held-out questions."
+    ),
+]
+SuiteFiles = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SUITE=FILE", help="Read a suite from a local file, not from the hub."),
+]
+Leaderboard = Annotated[
+    bool, typer.Option("--leaderboard", help="Also use the protocols of FlowerTune's leaderboards.")
+]
+Instructions = Annotated[
+    Path | None,
+    typer.Option(help="JSON file that maps suites to the leaderboard's own instruction sentences."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts in one forward pass.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Maximum number of questions per suite, drawn at random.")
+]
+AskBase = Annotated[bool, typer.Option(help="Also ask the untouched base.")]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution", help="Run programs that the model wrote, on this machine."
+    ),
+]
 
 
 def ask(
-    run: RunFolderArgument,
+    run: RunFolder,
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    base: Annotated[bool, typer.Option("--base", help="Let the untouched base answer.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
+    base: Annotated[bool, typer.Option("--base", help="Ask the untouched base.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Answer a question with the trained adapter, or with the base."""
+    """Ask the trained model, or its base, a question."""
     with errors_as_exit_codes():
         import silotune
 
@@ -37,49 +58,23 @@ def ask(
 
 
 def evaluate(
-    run: RunFolderArgument,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A suite, several times for several; lm-eval:<task> for a task of lm-eval. "
-            "Without one, the run's own held-out questions."
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SUITE=FILE", help="Read a suite from a local file, not the hub."),
-    ] = None,
-    leaderboard: Annotated[
-        bool,
-        typer.Option("--leaderboard", help="Also by the protocols of FlowerTune's leaderboards."),
-    ] = False,
-    instructions: Annotated[
-        Path | None,
-        typer.Option(help="JSON: suite -> the leaderboard's own instruction sentence."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one forward pass.")] = 16,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many questions a suite, drawn.")
-    ] = None,
-    base: Annotated[bool, typer.Option(help="Ask the untouched base too.")] = True,
-    allow_code_execution: Annotated[
-        bool,
-        typer.Option("--allow-code-execution", help="Let programs that the model wrote run here."),
-    ] = False,
+    run: RunFolder,
+    suite: Suites = None,
+    data: SuiteFiles = None,
+    leaderboard: Leaderboard = False,
+    instructions: Instructions = None,
+    max_new_tokens: MaxNewTokens = 128,
+    batch_size: BatchSize = 16,
+    limit: Limit = None,
+    base: AskBase = True,
+    allow_code_execution: AllowCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print scores.json.")] = False,
 ) -> None:
-    """Put questions with known answers to a run and to its base."""
+    """Ask a run and its base questions with known answers."""
     with errors_as_exit_codes():
         import silotune
+        from silotune.cli import results
         from silotune.federation.progress import pick_progress
-        from silotune.results.run import Run
-        from silotune.workflows.evaluate.evaluate import (
-            label_table,
-            lm_eval_lines,
-            quality_table,
-            suite_table,
-        )
 
         questions = silotune.Questions(
             suites=tuple(suite or ()),
@@ -93,19 +88,10 @@ def evaluate(
             allow_code_execution=allow_code_execution,
         )
         done = silotune.evaluate(run, questions, progress=pick_progress())
-        scores = done.scores
         if json:
-            print_json(scores)
-            return
-        if suite:
-            print_table(suite_table(scores))
-            for line in lm_eval_lines(scores):
-                typer.echo(line)
-        elif Run(run).config.task == "classify":
-            print_table(label_table(scores))
+            print_json(done.scores)
         else:
-            print_table(quality_table(scores))
-        typer.echo(f"all answers: {done.path}")
+            results.print_scores(done, silotune.Run(run).config.task)
 
 
 def _files(pairs: list[str] | tuple[str, ...]) -> dict[str, Path]:
@@ -115,7 +101,10 @@ def _files(pairs: list[str] | tuple[str, ...]) -> dict[str, Path]:
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not equals or not path:
-            raise ConfigError(f"--data '{pair}': write SUITE=FILE, as in medqa=questions.jsonl.")
+            raise ConfigError(
+                f"--data '{pair}': names no suite or no file.\n"
+                "  Give it as SUITE=FILE, for example medqa=questions.jsonl."
+            )
         found[name] = Path(path)
     return found
 
@@ -127,17 +116,20 @@ def _instructions(path: Path | None) -> dict[str, str]:
 
     if path is None:
         return {}
+    example = '\n  Write suites with their sentences: {"medqa": "Answer with a letter."}'
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--instructions {path}: cannot be read as JSON ({error}).") from error
+        raise ConfigError(
+            f"--instructions {path}: cannot be read as JSON ({error}).{example}"
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise ConfigError(f'--instructions {path}: write {{"medqa": "Answer with a letter."}}.')
+        raise ConfigError(f"--instructions {path}: is not an object of strings.{example}")
     return found
 
 
 def export(
-    run: RunFolderArgument,
+    run: RunFolder,
     to: Annotated[
         Path | None, typer.Option(help="Folder to create; by default RUN/export/<kind>.")
     ] = None,
@@ -145,8 +137,8 @@ def export(
         Literal["peft", "merged", "gguf"],
         typer.Option(
             "--as",
-            help="The adapter for PEFT; a plain model with the adapter merged into it; one file "
-            "for llama.cpp (Llama family).",
+            help="peft: the adapter, for PEFT. merged: a plain model with the adapter merged into "
+            "it. gguf: one file for llama.cpp (Llama family).",
         ),
     ] = "peft",
     gguf_type: Annotated[
@@ -155,13 +147,16 @@ def export(
     ] = None,
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload it to the hub too, for you alone."),
+        typer.Option(metavar="OWNER/NAME", help="Also upload it to a private repository."),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="With --push: everyone may read it.")
+        bool, typer.Option("--public", help="With --push: make the repository public.")
     ] = False,
 ) -> None:
-    """Write a run's result for others to load: PEFT, a merged model, or GGUF; or push it."""
+    """Export a run's model: PEFT, merged, or GGUF.
+
+    --push uploads it to the hub as well.
+    """
     with errors_as_exit_codes():
         import silotune
         from silotune.federation.progress import pick_progress
@@ -175,10 +170,14 @@ def export(
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or comparison folder.")],
 ) -> None:
-    """Write report.html: a run or a comparison on one page that needs no network."""
+    """Write report.html, a run or comparison on one page.
+
+    The page needs no network.
+    """
     with errors_as_exit_codes():
-        from silotune.results.run import Run
-        from silotune.workflows.compare.compare import Comparison, ComparisonFolder
+        import silotune
+        from silotune.workflows.compare.folder import ComparisonFolder
 
         is_comparison = (run / ComparisonFolder.RECIPE).is_file()
-        typer.echo(Comparison(run).report() if is_comparison else Run(run).report())
+        done = silotune.Comparison(run) if is_comparison else silotune.Run(run)
+        typer.echo(done.report())

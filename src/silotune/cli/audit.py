@@ -1,17 +1,12 @@
-"""The command audit: an attack on one's own run, beside what the run claims."""
+"""The command audit: attack one of your own runs, and compare the result with what it claims."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, print_json, print_table
-from silotune.cli.run import Overrides
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command of this file."""
-    app.command()(audit)
+from silotune.cli.frame import errors_as_exit_codes, print_json
+from silotune.cli.options import Overrides
 
 
 def audit(
@@ -20,7 +15,7 @@ def audit(
     ],
     overrides: Overrides = None,
     canaries: Annotated[
-        int | None, typer.Option(metavar="N", help="Canaries in a recipe; 100 unless told.")
+        int | None, typer.Option(metavar="N", help="Canaries in a recipe; by default 100.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -31,12 +26,15 @@ def audit(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print audit.json.")] = False,
 ) -> None:
-    """Attack a run by its rows, or a recipe by canaries. Exit code 1: its claim is refuted."""
+    """Test a privacy claim by attacking a run or a recipe.
+
+    A finished run is attacked through its rows, a recipe through canaries. Exit code 1: the claim
+    is refuted.
+    """
     with errors_as_exit_codes():
         import silotune
+        from silotune.cli import results
         from silotune.federation.progress import pick_progress
-        from silotune.workflows.audit.membership import membership_table
-        from silotune.workflows.audit.result import audit_lines
 
         found = silotune.audit(
             target, overrides or (), canaries=canaries, out=out, progress=pick_progress()
@@ -44,9 +42,5 @@ def audit(
         if json:
             print_json(found.result)
         else:
-            if "clients" in found.result:
-                print_table(membership_table(found.result))
-            for line in audit_lines(found.result):
-                typer.echo(line)
-            typer.echo(f"all numbers: {found.path}")
+            results.print_audit(found)
         raise typer.Exit(1 if found.is_refuted else 0)

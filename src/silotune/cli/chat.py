@@ -1,4 +1,4 @@
-"""The command chat: a conversation with a finished run, in the terminal or in the browser."""
+"""The command chat: talk with a finished run, in the terminal or in the browser."""
 
 import contextlib
 import io
@@ -6,62 +6,61 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from silotune.cli.frame import Stopped, errors_as_exit_codes, plain
+from silotune.cli.options import MaxNewTokens, RunFolder
 
 if TYPE_CHECKING:
     from silotune.results.chat import Chat
 
-COMMANDS = "/reset begins anew, /quit ends"
+HINT = "/reset starts a new conversation, /quit ends the chat"
 COLUMNS_FROM = 80
-"""Width of a terminal in characters from which two answers stand side by side."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command of this file."""
-    app.command()(chat)
+"""Minimum width of a terminal, in characters, for two answers side by side."""
 
 
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunFolder,
     only: Annotated[
-        Literal["base", "federated"] | None, typer.Option(help="Leave the other one out.")
+        Literal["base", "federated"] | None, typer.Option(help="Talk with one of them only.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
-    web: Annotated[bool, typer.Option("--web", help="A page in the browser instead.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    web: Annotated[
+        bool, typer.Option("--web", help="Use a page in the browser instead of the terminal.")
+    ] = False,
     host: Annotated[
-        str, typer.Option(help="With --web: where it listens; this machine only.")
+        str, typer.Option(help="With --web: address of the page; only on this machine.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="With --web; 0 takes a free one.")
+        int,
+        typer.Option(min=0, max=65535, help="With --web: port of the page; 0 picks a free one."),
     ] = 7860,
 ) -> None:
-    """Talk with a run: its base and the federated model answer side by side."""
+    """Chat with a run and its base, side by side."""
     with errors_as_exit_codes(), contextlib.ExitStack() as stack:
+        import silotune
         from silotune.federation.progress import pick_progress
         from silotune.results.chat_page import address_of, build_page, serve, take_port
-        from silotune.results.run import Run
 
         taken = stack.enter_context(take_port(host, port)) if web else None
-        pick_progress().note(f"loading {Run(run).config.model.name}")
-        talk = Run(run).chat(only=only, max_new_tokens=max_new_tokens)
+        finished = silotune.Run(run)
+        pick_progress().note(f"loading {finished.config.model.name}")
+        talk = finished.chat(only=only, max_new_tokens=max_new_tokens)
         stack.enter_context(_ended_by_ctrl_c())
         if taken is None:
             _converse(talk)
         else:
             page = build_page(talk.speakers)
             typer.echo(address_of(taken))
-            typer.echo("Ctrl-C ends it", err=True)
+            typer.echo("press Ctrl-C to stop", err=True)
             serve(page, taken)
 
 
 @contextlib.contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C is a way to end a conversation, and no failure."""
+    """Ctrl-C is a normal way to end a conversation, not a failure."""
     try:
         yield
     except Stopped as stopped:
@@ -71,28 +70,28 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 
 
 def _converse(talk: "Chat") -> None:
-    """Read messages from stdin and print answers, until it ends or is told to."""
+    """Read messages from stdin and print the answers, until stdin ends or /quit."""
     from silotune.core.errors import ConfigError
     from silotune.results.chat import NO_HEAD
 
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a stray byte ends no conversation
+        sys.stdin.reconfigure(errors="replace")  # a stray byte does not end the conversation
     if talk.speakers.run.task == "classify":
-        typer.echo(f"each text is judged by itself; {NO_HEAD}", err=True)
-    typer.echo(COMMANDS, err=True)
+        typer.echo(f"each text is classified separately; {NO_HEAD}", err=True)
+    typer.echo(HINT, err=True)
     while (line := _read()) is not None:
         text = plain(line).strip()
         if text == "/quit":
             return
         if text == "/reset":
             talk.reset()
-            typer.echo("forgotten", err=True)
+            typer.echo("new conversation", err=True)
         elif re.fullmatch(r"/\w+", text):
-            typer.echo(f"there is no {text}: {COMMANDS}", err=True)
+            typer.echo(f"unknown command {text}: {HINT}", err=True)
         elif text:
             try:
                 answers = talk.say(text)
-            except ConfigError as error:  # too long; the conversation goes on
+            except ConfigError as error:  # too long; the conversation continues
                 typer.echo(str(error), err=True)
                 continue
             _show({name: plain(said) for name, said in answers.items()})
@@ -101,7 +100,7 @@ def _converse(talk: "Chat") -> None:
 
 
 def _read() -> str | None:
-    """The next line of stdin, with a prompt for people; None at its end."""
+    """Read the next line of stdin, with a prompt if a person types it; None at the end."""
     if not sys.stdin.isatty():
         return sys.stdin.readline() or None
     try:
@@ -117,7 +116,7 @@ def _read() -> str | None:
 
 
 def _show(answers: dict[str, str]) -> None:
-    """Side by side in a terminal that is wide enough, else one below the other."""
+    """Print answers side by side if the terminal is wide enough, otherwise one below the other."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""Commands of a consortium's server, the rehearsal of one, and a run as an app of Flower's."""
+"""Commands of a consortium's server, rehearse, and export-app."""
 
 import time
 from pathlib import Path
@@ -6,48 +6,40 @@ from typing import Annotated
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_table, say
-from silotune.cli.run import AsJson, Overrides, Recipe
+from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_line, say
+from silotune.cli.options import AsSummary, Overrides, Recipe
 
 Folder = Annotated[Path, typer.Option(help="The consortium's folder.")]
 HERE = Path("consortium")
 AnyRun = Annotated[
-    str | None, typer.Argument(metavar="RUN", help="A run's name or a part of it; the latest.")
+    str | None,
+    typer.Argument(metavar="RUN", help="A run's name or a part of it; by default the latest."),
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the group of this file, and its two commands."""
-    app.command()(rehearse)
-    app.command()(export_app)
-    group = typer.Typer(help="A consortium's server.", no_args_is_help=True, rich_markup_mode=None)
-    for command in (init, up, approve, revoke, status, submit, log, stop):
-        group.command()(command)
-    app.add_typer(group, name="server")
-
-
 def init(
-    name: Annotated[str, typer.Argument(help="What the consortium is called.")],
-    address: Annotated[
-        str, typer.Option(help="How clients reach this server: host, or host:port.")
-    ],
+    name: Annotated[str, typer.Argument(help="The consortium's name.")],
+    address: Annotated[str, typer.Option(help="How clients reach this server: HOST or HOST:PORT.")],
     folder: Folder = HERE,
     listen: Annotated[
-        str | None, typer.Option(help="Where to listen; by default every interface.")
+        str | None, typer.Option(help="Address to listen on; by default every interface.")
     ] = None,
 ) -> None:
-    """Make a consortium: its folder, its own certificate authority, the server's certificate."""
+    """Create a consortium: its folder, its certificates.
+
+    It gets its own certificate authority.
+    """
     with errors_as_exit_codes():
         from silotune.deployment.consortium.folder import Consortium
 
         Consortium.create(folder, name=name, address=address, listen=listen)
-        typer.echo(f"made {folder}")
-        typer.echo(f"fingerprint: {Consortium.open(folder).fingerprint()}")
-        typer.echo(f"next: silotune server up --folder {folder}")
+        print_line(f"created {folder}")
+        print_line(f"fingerprint: {Consortium.open(folder).fingerprint()}")
+        print_line(f"next: silotune server up --folder {folder}")
 
 
 def up(folder: Folder = HERE) -> None:
-    """Start everything the server needs, and keep it running until a signal."""
+    """Start the server, and keep it running until a signal arrives."""
     with errors_as_exit_codes():
         from silotune.deployment.serve import serve
 
@@ -55,27 +47,49 @@ def up(folder: Folder = HERE) -> None:
 
 
 def approve(
-    request: Annotated[Path, typer.Argument(help="The file a client's people sent.")],
+    request: Annotated[Path, typer.Argument(help="The request that a client's operators sent.")],
     folder: Folder = HERE,
 ) -> None:
-    """Let a client in, and write the kit to send back. Nobody else is touched."""
+    """Let a client in, and write the kit to send back.
+
+    Other clients are not affected.
+    """
     with errors_as_exit_codes():
         from silotune.deployment.consortium.folder import Consortium
 
         kit, fingerprint = Consortium.open(folder).approve(request)
-        typer.echo(f"fingerprint, to be compared by telephone: {fingerprint}")
-        typer.echo(f"send back: {kit}")
+        print_line(f"fingerprint, to compare by telephone: {fingerprint}")
+        print_line(f"send back: {kit}")
 
 
 def revoke(
     client: Annotated[str, typer.Argument(help="The client's name.")], folder: Folder = HERE
 ) -> None:
-    """Put a client out, at once. Nobody else is touched."""
+    """Shut a client out immediately.
+
+    Other clients are not affected.
+    """
     with errors_as_exit_codes():
         from silotune.deployment.consortium.folder import Consortium
 
         Consortium.open(folder).revoke(client)
-        typer.echo(f"{client} is out")
+        print_line(f"{client} is revoked")
+
+
+def status(
+    folder: Folder = HERE,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show clients and runs, and who each run is waiting for."""
+    with errors_as_exit_codes():
+        from silotune.cli.results import print_status
+        from silotune.deployment.status import status as status_of
+
+        now = status_of(folder)
+        if json:
+            print_json(now)
+        else:
+            print_status(now)
 
 
 def submit(
@@ -83,7 +97,7 @@ def submit(
     overrides: Overrides = None,
     folder: Folder = HERE,
     again: Annotated[
-        bool, typer.Option("--again", help="RECIPE is a run that was stopped or failed: go on.")
+        bool, typer.Option("--again", help="RECIPE is a run that was stopped or failed: resume it.")
     ] = False,
 ) -> None:
     """Queue a recipe for the consortium's clients."""
@@ -91,35 +105,17 @@ def submit(
         from silotune.deployment.queue import resubmit, submit
 
         made = resubmit(folder, recipe) if again else submit(folder, recipe, overrides or ())
-        typer.echo(f"run folder: {made}")
-
-
-def status(
-    folder: Folder = HERE,
-    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
-) -> None:
-    """Show clients, runs, rounds, bytes, and who is waited for."""
-    with errors_as_exit_codes():
-        from silotune.deployment.status import status as found
-        from silotune.deployment.status import status_tables
-
-        now = found(folder)
-        if json:
-            print_json(now)
-            return
-        typer.echo(f"{now['name']}: {'up' if now['up'] else 'not up'}")
-        for table in status_tables(now):
-            print_table(table)
+        print_line(f"run folder: {made}")
 
 
 def log(
     run: AnyRun = None,
     folder: Folder = HERE,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")
+        bool, typer.Option("--follow", "-f", help="Keep printing until the run has ended.")
     ] = False,
 ) -> None:
-    """Print what a run has said."""
+    """Print the output of a run."""
     with errors_as_exit_codes():
         from silotune.deployment.queue import LOG, RUNNING, WAITING, find_run, state_of
 
@@ -137,25 +133,31 @@ def log(
 
 
 def stop(run: AnyRun = None, folder: Folder = HERE) -> None:
-    """Stop a run; what it finished is kept, and `submit --again` goes on."""
+    """Stop a run, and keep what it has finished.
+
+    `submit --again` resumes it.
+    """
     with errors_as_exit_codes():
         from silotune.deployment.queue import find_run, stop
 
-        path = stop(folder, find_run(folder, run).name)
-        typer.echo(f"{path.name} stops; go on with: silotune server submit --again {path.name}")
+        name = stop(folder, find_run(folder, run).name).name
+        print_line(f"stopping {name}; resume it with: silotune server submit --again {name}")
 
 
 def rehearse(
     recipe: Recipe,
     overrides: Overrides = None,
-    clients: Annotated[int, typer.Option(min=1, help="So many of its clients take part.")] = 3,
+    clients: Annotated[int, typer.Option(min=1, help="Number of clients that take part.")] = 3,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to create; by default runs/<time>-<recipe>-rehearsal."),
     ] = None,
-    json: AsJson = False,
+    json: AsSummary = False,
 ) -> None:
-    """Start a whole consortium on this machine, with processes, keys and certificates, and run."""
+    """Run a whole consortium on this machine, as a test.
+
+    It has the processes, keys and certificates of a real one.
+    """
     with errors_as_exit_codes():
         from silotune.deployment.rehearse import rehearse
 
@@ -163,7 +165,7 @@ def rehearse(
         if json:
             print_json(done.summary)
         else:
-            typer.echo(f"adapter: {done.path / 'adapter'}")
+            print_line(f"adapter: {done.path / 'adapter'}")
 
 
 def export_app(
@@ -171,9 +173,16 @@ def export_app(
     recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
-    """Write a run as a Flower app, for `flwr run` in Flower's simulation."""
+    """Write a run as a Flower app, for `flwr run`.
+
+    The app runs in Flower's simulation.
+    """
     with errors_as_exit_codes():
         from silotune.deployment.app_folder import export_app
 
         command = export_app(folder, recipe, overrides or ())
-        typer.echo(f"run it: {command}")
+        print_line(f"run it: {command}")
+
+
+COMMANDS = (init, up, approve, revoke, status, submit, log, stop)
+"""The commands of `silotune server`."""

@@ -1,72 +1,72 @@
 """The command that trains one recipe many times: sweep."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, print_json, print_table
+from silotune.cli.frame import errors_as_exit_codes, print_json
+from silotune.cli.options import OptionalRecipe, recipe_and_overrides
 
-if TYPE_CHECKING:
-    from silotune.workflows.sweep.sweep import Sweep
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command of this file."""
-    app.command()(sweep)
+Values = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Keys with their values, such as train.lr=1e-4,1e-3; a key with one value applies to "
+        "all runs.",
+        metavar="[KEY=VALUE,VALUE]...",
+    ),
+]
+Listed = Annotated[
+    Path | None,
+    typer.Option(
+        "--list",
+        metavar="FILE",
+        help="Instead of all combinations: a file with one run per line, given by its keys.",
+    ),
+]
+NumSearched = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Train N runs with values that Optuna chooses; keys may then have ranges, such as "
+        "train.lr=1e-5..1e-3,log.",
+    ),
+]
+NumJobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Concurrent runs; by default as many as fit this machine."),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder to create; by default runs/<time>-<recipe>-sweep.")
+]
+Resume = Annotated[Path | None, typer.Option(help="Sweep to resume, with its own recipe and keys.")]
 
 
 def sweep(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Keys with their values, for instance train.lr=1e-4,1e-3; a key with one value "
-            "holds for all runs.",
-            metavar="[KEY=VALUE,VALUE]...",
-        ),
-    ] = None,
-    listed: Annotated[
-        Path | None,
-        typer.Option(
-            "--list",
-            metavar="FILE",
-            help="Not all combinations: the file's lines, a run's keys each.",
-        ),
-    ] = None,
-    search: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Train N runs whose values Optuna chooses; keys may have ranges then, as in "
-            "train.lr=1e-5..1e-3,log.",
-        ),
-    ] = 0,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at the same time; by default what fits this machine."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to create; by default runs/<time>-<recipe>-sweep.")
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Sweep to go on with; its own recipe and keys count.")
-    ] = None,
+    recipe: OptionalRecipe = None,
+    overrides: Values = None,
+    listed: Listed = None,
+    search: NumSearched = 0,
+    jobs: NumJobs = None,
+    out: Out = None,
+    resume: Resume = None,
     json: Annotated[bool, typer.Option("--json", help="Print sweep.json.")] = False,
 ) -> None:
-    """Train a recipe with every combination of some keys' values, and rank what comes out."""
+    """Train a recipe many times with different values.
+
+    By default, every combination of the values is trained. The runs are ranked by held-out loss.
+    Exit code 1: a run failed.
+    """
     with errors_as_exit_codes():
         import silotune
+        from silotune.cli import results
         from silotune.federation.progress import pick_progress
 
-        if recipe is not None and "=" in recipe and not Path(recipe).is_file():
-            recipe, overrides = None, [recipe, *(overrides or ())]
+        recipe, changed = recipe_and_overrides(recipe, overrides, resume)
         done = silotune.sweep(
             recipe,
-            overrides or (),
+            changed,
             runs=_lines(listed),
             search=search,
             jobs=jobs,
@@ -77,7 +77,7 @@ def sweep(
         if json:
             print_json(done.result)
         else:
-            _print_sweep(done)
+            results.print_sweep(done)
         if any(run["failed"] is not None for run in done.result["runs"]):
             raise typer.Exit(1)
 
@@ -87,31 +87,12 @@ def _lines(listed: Path | None) -> list[str]:
 
     if listed is None:
         return []
+    example = "\n  Write one run per line, with its keys: train.lr=1e-3 adapter.rank=8"
     try:
         lines = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--list {listed}: cannot be read ({error}).") from error
+        raise ConfigError(f"--list {listed}: cannot be read ({error}).{example}") from error
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
-        raise ConfigError(
-            f"--list {listed}: holds no run.\n"
-            "  Write a run a line, with its keys: train.lr=1e-3 adapter.rank=8"
-        )
+        raise ConfigError(f"--list {listed}: contains no runs.{example}")
     return found
-
-
-def _print_sweep(done: "Sweep") -> None:
-    from silotune.workflows.sweep.ranking import sweep_table, verdict
-
-    result = done.result
-    typer.echo()
-    print_table(sweep_table(result))
-    typer.echo(f"\n{verdict(result)}")
-    for run in result["runs"]:
-        if run["failed"] is not None:
-            typer.echo(f"run {run['number']:03d} failed: {run['failed']}")
-    for note in result["notes"]:
-        typer.echo(f"note: {note}")
-    typer.echo(f"runs: {done.path / 'runs'}")
-    if (done.path / "report.html").is_file():
-        typer.echo(f"report: {done.path / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Values that travel, what an algorithm is, tree arithmetic, seeds, statistics, errors, files.
+"""Shared values, the algorithm interface, tree arithmetic, seeds, statistics, errors, file writing.
 
-Knows no model library, and nothing about models, rows or rounds.
+Does not know any model library, and nothing about models, rows or rounds.
 """

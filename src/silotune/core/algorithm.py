@@ -4,61 +4,69 @@ The server side is pure arithmetic on adapter states. The client side is a `Loca
 the training loop reads, so that no algorithm writes its own loop.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from silotune.core.tree import layout_of
-from silotune.core.types import AdapterState, Change, Layout, ServerState, Settings, Updates
+from silotune.core.types import (
+    AdapterState,
+    Broadcast,
+    Change,
+    Layout,
+    ServerState,
+    Settings,
+    Updates,
+)
 
 
 @dataclass(frozen=True)
 class LocalContext:
-    """What a local rule may look at during one client's training."""
+    """What a local rule can see while one client trains."""
 
     received: AdapterState
-    """The adapter as it arrived, with the client's own personal tensors in their place."""
+    """The adapter as received, with the client's personal tensors filled in."""
     extra: Mapping[str, AdapterState]
-    """The server's extra broadcast, for instance a global control variate."""
+    """The server's extra broadcast, for example a global control variate."""
     memory: Mapping[str, AdapterState]
-    """What this client kept from its own earlier rounds; empty at first. The purpose "personal" is
-    taken: it holds the personal tensors."""
+    """What this client kept from its earlier rounds; empty at first. The purpose "personal" is
+    reserved for the personal tensors."""
 
 
 @dataclass(frozen=True)
 class LocalOutcome:
-    """What a local rule leaves behind after training."""
+    """What a local rule returns after training."""
 
     extra: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
-    """Sent to the server beside the delta."""
+    """Sent to the server with the delta."""
     memory: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
     """Kept at the client until its next round; never sent."""
 
 
 def all_tensors(name: str, round_: int) -> bool:  # noqa: ARG001 - the signature of `trains`
-    """The default of `trains`: every tensor of the adapter learns in every round."""
+    """The default of `trains`: every tensor of the adapter is trained in every round."""
     return True
 
 
 @dataclass(frozen=True)
 class LocalRule:
-    """What changes in local training. The defaults change nothing: plain local steps."""
+    """How an algorithm changes local training. The defaults change nothing: plain local steps."""
 
     penalty: Callable[[Mapping[str, Tensor], LocalContext], Tensor] | None = None
-    """Added to the loss once per optimizer step, given the tensors that learn."""
+    """Added to the loss once per optimizer step; takes the tensors that are trained."""
     correct: Callable[[str, Tensor, LocalContext], Tensor] | None = None
     """(name, gradient, context) -> the gradient that clipping and the optimizer see instead."""
     trains: Callable[[str, int], bool] = all_tensors
-    """(name, round): whether a tensor learns and is sent this round; others stay as received."""
+    """(name, round): whether a tensor is trained and sent this round; others stay as received."""
     personal: Callable[[str], bool] = lambda name: False
-    """(name): whether a tensor learns but stays at the client, in its memory, and is never sent."""
+    """(name): whether a tensor is trained but stays in the client's memory and is never sent."""
     finish: Callable[[AdapterState, float, LocalContext], LocalOutcome] | None = None
     """(delta, sum of the step sizes, context) -> what else is sent and what is remembered."""
     settings: Settings = field(default_factory=dict[str, float])
     """The rule's constants.
 
-    A client echoes those it used; the server refuses an update that used others.
+    A client echoes the ones it used; the server refuses an update that used different ones.
     """
 
 
@@ -72,7 +80,7 @@ def no_extra(
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One federated algorithm: `init`, `local`, `combine`, `step`, and facts that others need."""
+    """One federated algorithm: `init`, `local`, `combine`, `step`, and facts about them."""
 
     name: str
     combine: Callable[[ServerState, Updates], Change]
@@ -80,24 +88,28 @@ class Algorithm:
     step: Callable[[ServerState, Change], ServerState]
     """(state, change) -> the state after the round; adds one to `round`."""
     init: Callable[[AdapterState, int], Mapping[str, AdapterState]] = no_extra
-    """(first adapter, number of all clients) -> the algorithm's own memory."""
+    """(first adapter, total number of clients) -> the algorithm's memory."""
     local: LocalRule = field(default_factory=LocalRule)
-    layout: Callable[[ServerState], Layout] | None = None
-    """What an update must look like in the round that follows `state`.
+    layout: Callable[[ServerState, str | None], Layout] | None = None
+    """(state, client): the layout of a client's update in the round after `state`.
 
-    By default the tensors that train and are not personal.
+    With mixed ranks it differs by client; None stands for the largest update of any client. By
+    default the tensors that are trained and not personal, the same for all clients.
     """
-    extra_layout: Callable[[ServerState], Mapping[str, Layout]] | None = None
-    """What an update must bring beside the delta in the round that follows `state`; by default
-    nothing."""
+    extra_layout: Callable[[ServerState, str | None], Mapping[str, Layout]] | None = None
+    """(state, client): what an update must contain besides the delta in the round after `state`; by
+    default nothing. None as in `layout`."""
+    tailor: Callable[[Broadcast, str], Broadcast] | None = None
+    """(the common broadcast, client): what this client receives instead, never larger: for example
+    an adapter truncated to a lower rank. By default all clients receive the same."""
     broadcasts: tuple[str, ...] = ()
-    """Names of the extra memory that clients receive with the adapter."""
+    """Names of the parts of the memory that clients receive with the adapter."""
     linear: bool = True
     """Whether the change is a weighted sum of deltas, as secure sums and noise on clients need."""
 
 
 def keep_local(algorithm: Algorithm, names: Collection[str]) -> Algorithm:
-    """The same algorithm, but these tensors are each client's own: learned, and never sent."""
+    """The same algorithm, but each client keeps these tensors: they are trained and never sent."""
     if not names:
         return algorithm
     local, own = algorithm.local, frozenset(names)
@@ -108,10 +120,10 @@ def keep_local(algorithm: Algorithm, names: Collection[str]) -> Algorithm:
     return replace(algorithm, local=replace(local, personal=personal))
 
 
-def expected_layout(algorithm: Algorithm, state: ServerState) -> Layout:
-    """What an update must look like in the round after `state`."""
+def expected_layout(algorithm: Algorithm, state: ServerState, client: str | None = None) -> Layout:
+    """The layout of a client's update in the round after `state`; None: of the largest update."""
     if algorithm.layout is not None:
-        return algorithm.layout(state)
+        return algorithm.layout(state, client)
     local, round_ = algorithm.local, state.round + 1
     return {
         name: spec
@@ -120,11 +132,28 @@ def expected_layout(algorithm: Algorithm, state: ServerState) -> Layout:
     }
 
 
-def expected_extra(algorithm: Algorithm, state: ServerState) -> Mapping[str, Layout]:
-    """What an update must bring beside the delta in the round after `state`."""
-    return {} if algorithm.extra_layout is None else algorithm.extra_layout(state)
+def expected_extra(
+    algorithm: Algorithm, state: ServerState, client: str | None = None
+) -> Mapping[str, Layout]:
+    """What an update must contain besides the delta in the round after `state`."""
+    return {} if algorithm.extra_layout is None else algorithm.extra_layout(state, client)
 
 
 def broadcast_extra(state: ServerState, algorithm: Algorithm) -> dict[str, AdapterState]:
-    """What clients receive beside the adapter in the round after `state`."""
+    """What clients receive besides the adapter in the round after `state`."""
     return {name: state.extra[name] for name in algorithm.broadcasts}
+
+
+def messages_for(
+    clients: Iterable[str], algorithm: Algorithm, state: ServerState, *, score: bool
+) -> dict[str, Broadcast]:
+    """What each client receives in the round after `state`, in the order given.
+
+    Unless the algorithm tailors it, all clients share one object, so that a runtime can encode it
+    once.
+    """
+    extra = broadcast_extra(state, algorithm)
+    common = Broadcast(state.round + 1, state.adapter, extra, score=score)
+    if algorithm.tailor is None:
+        return dict.fromkeys(clients, common)
+    return {name: algorithm.tailor(common, name) for name in clients}

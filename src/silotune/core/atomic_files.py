@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Atomic files: written to a temporary file next to their place, then renamed into it."""
 
-# safetensors ships no type stubs, so strict checking would report its every value
+# safetensors ships no type stubs, so strict checking would report every value from it
 # pyright: standard
 
 import contextlib
@@ -23,14 +23,14 @@ from silotune.core.errors import DiskError, RunFolderError
 
 @contextlib.contextmanager
 def writing(path: Path, part: Path | None = None) -> Iterator[None]:
-    """Say in one error that something cannot be written, and leave no part of it.
+    """Turn a failed write into one error, and remove what was partly written.
 
     Args:
-        path: Its name in the error.
-        part: What is removed then: a file or a folder.
+        path: Named in the error.
+        part: The file or folder to remove on failure.
 
     Raises:
-        DiskError: Instead of whatever the system or a library said.
+        DiskError: In place of whatever the system or a library raised.
     """
     try:
         yield
@@ -42,13 +42,13 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
         why = (isinstance(error, OSError) and error.strerror) or str(error)
         raise DiskError(
             f"{path} cannot be written: {why}.\n"
-            "  Make room, or mend its folder, and try again: what was finished before is whole."
+            "  Free up space or fix its folder, then try again. What was finished before is intact."
         ) from error
 
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to be filled, which then takes its place, or goes."""
+    """A temporary file next to `path` that replaces it, or is removed on failure."""
     part = path.with_name(path.name + ".part")
     with writing(path, part):
         yield part
@@ -56,10 +56,10 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or none: beside its place first, then renamed into it.
+    """Write a complete file or none: to a temporary file first, then renamed.
 
     Raises:
-        DiskError: It cannot be written; this and all that follow in this file.
+        DiskError: It cannot be written. The same holds for all functions below.
     """
     with _whole(path) as part, part.open("wb") as file:
         file.write(data)
@@ -68,31 +68,31 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def free_place(first: Path) -> Path:
-    """`first`, or where something is there, as after two runs in a second, with a number behind."""
+    """`first`, or with a number appended if it exists, as after two runs within a second."""
     others = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
     return next(place for place in itertools.chain([first], others) if not place.exists())
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSONL file whole or not at all."""
+    """Write a JSONL file completely or not at all."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(path, lines.encode())
 
 
 def written_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that `write_rows` wrote; none where there is no such file."""
+    """The rows that `write_rows` wrote; empty if there is no such file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that people can read too."""
+    """Write a JSON file that people can read, too."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file completely or not at all."""
     with _whole(path) as part:
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata=dict(about))
         with part.open("rb+") as file:
@@ -100,7 +100,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[st
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and what was written about it.
+    """Read a safetensors file and its metadata.
 
     Raises:
         RunFolderError: The file is damaged.
@@ -112,25 +112,25 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise RunFolderError(
             f"{path} is damaged: {error}\n"
-            "  Remove its folder and resume; the run goes on from what is left."
+            "  Remove its folder and resume; the run continues from what is left."
         ) from error
 
 
-# --- many tensors as a few rows of numbers ----------------------------------------------------
+# --- many tensors as a few flat arrays --------------------------------------------------------
 
 
 def save_rows(path: Path, tensors: Mapping[str, Tensor], *, about: str, sync: bool) -> None:
-    """Write tensors whole or not at all, as one row of numbers per dtype in a safetensors file.
+    """Write tensors completely or not at all, as one flat array per dtype in a safetensors file.
 
-    For files that come by the thousand: an adapter has hundreds of small tensors, and in a file
-    each of them costs as much as a row.
+    For files written by the thousand: an adapter has hundreds of small tensors, and each of them
+    costs as much in a file as one flat array.
 
     Args:
-        path: Its place.
-        tensors: What it holds, by name.
-        about: A text that belongs to them.
-        sync: Wait until the disk has it. Without, the file outlives this process however that
-            ends, but not a loss of power; see `boot_id`.
+        path: Where to write it.
+        tensors: Its contents, by name.
+        about: A text that is stored with them.
+        sync: Wait until it is on disk. Otherwise the file survives the end of this process, however
+            it ends, but not a power failure; see `boot_id`.
     """
     layout: dict[str, list[tuple[str, list[int]]]] = {}
     parts: dict[str, list[Tensor]] = {}
@@ -170,9 +170,9 @@ def load_rows(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def boot_id() -> str:
-    """A word that is another one after every start of this machine; empty where there is none.
+    """A word that changes every time this machine boots; empty if the system has none.
 
-    A file that was not waited for is whole as long as the machine has not been started anew since.
+    A file that was written without `sync` is intact if the machine has not rebooted since.
     """
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -180,7 +180,7 @@ def boot_id() -> str:
 
 
 def build_folder(final: Path, build: Callable[[Path], None]) -> Path:
-    """Let `build(folder)` fill a folder, and put it into its place whole, over what was there."""
+    """Let `build(folder)` fill a folder, then move it into place, replacing what was there."""
     part = final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with writing(final, part):

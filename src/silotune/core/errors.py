@@ -1,32 +1,32 @@
-"""What can go wrong that a user can mend. Everything else is a bug and stays one.
+"""Errors that a user can fix. Everything else is a bug, and surfaces as one.
 
 SilotuneError
 ├── ConfigError      a mistake in a recipe, an override or an argument        (exit 2)
 ├── DataError        a file, a column or a row that cannot be used            (exit 2)
-│   └── EmptyRowError  a row without a text that is needed
+│   └── EmptyRowError  a row without a required text
 ├── ModelError       a base model or an adapter that cannot be used           (exit 2)
-├── RunFolderError   a run folder that is missing, foreign, taken or damaged  (exit 2)
-├── DiskError        a file cannot be written: no room, or no right to        (exit 1)
-├── UpdateError      what a client sent cannot be combined; the client is named
+├── RunFolderError   a run folder that is missing, not ours, in use or damaged (exit 2)
+├── DiskError        a file cannot be written: no space, or no permission      (exit 1)
+├── UpdateError      what a client sent cannot be combined; it names the client
 ├── Declined         a client's own limits do not allow what a recipe asks for
-├── BudgetSpent      a client's privacy budget allows no further round
-├── EngineError      a process that a runtime started did not do its part      (exit 1)
+├── BudgetSpent      a client's privacy budget allows no more rounds
+├── EngineError      a process that a runtime started failed or hung           (exit 1)
 ├── QuorumError      too few usable updates in a round; the run stops         (exit 1)
-└── ClientTimeout    a client did not answer in time; it is named
+└── ClientTimeout    a client did not answer in time; it names the client
 
-A message says what happened, where (client, round, tensor, file:key) and how to mend it. It holds
-names and shapes, never values of rows or updates.
+A message says what happened, where (client, round, tensor, file:key) and how to fix it. It
+contains names and shapes, never values of rows or updates.
 """
 
 
 class SilotuneError(Exception):
-    """Base of all errors that a user can mend. `exit_code` is what the command line returns."""
+    """Base of all errors that a user can fix. `exit_code` is what the command line returns."""
 
     exit_code = 1
 
 
 class ConfigError(SilotuneError):
-    """Mistakes in a recipe or in arguments, all of them together, one per line."""
+    """All mistakes in a recipe or in arguments together, one per line."""
 
     exit_code = 2
 
@@ -38,7 +38,7 @@ class DataError(SilotuneError):
 
 
 class EmptyRowError(DataError):
-    """A row that lacks a text; a recipe may leave such rows out."""
+    """A row that lacks a required text; a recipe can skip such rows."""
 
 
 class ModelError(SilotuneError):
@@ -54,7 +54,7 @@ class RunFolderError(SilotuneError):
 
 
 class DiskError(SilotuneError):
-    """A file cannot be written: no room, or no right to. Nothing half-written stays."""
+    """A file cannot be written: no space, or no permission. No partial file is left behind."""
 
 
 class UpdateError(SilotuneError):
@@ -66,11 +66,11 @@ class Declined(SilotuneError):
 
 
 class BudgetSpent(SilotuneError):
-    """A client's privacy budget allows no further round. The text names epsilons, never rows."""
+    """A client's privacy budget allows no more rounds. The text names epsilons, never rows."""
 
 
 class EngineError(SilotuneError):
-    """A process of the engine ended, or did not answer; the log is named."""
+    """An engine process ended or did not answer; the error names its log."""
 
 
 class QuorumError(SilotuneError):
@@ -82,5 +82,5 @@ class ClientTimeout(SilotuneError):
 
 
 def first_line(text: str) -> str:
-    """What happened, without how to mend it."""
+    """What happened, without how to fix it."""
     return text.split("\n", 1)[0]

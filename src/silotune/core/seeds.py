@@ -15,5 +15,5 @@ def derive(seed: int, *labels: str | int) -> int:
 
 
 def generator(seed: int, *labels: str | int) -> torch.Generator:
-    """A CPU generator for one purpose, for instance `generator(17, "sampling", 3)`."""
+    """A CPU generator for one purpose, for example `generator(17, "sampling", 3)`."""
     return torch.Generator().manual_seed(derive(seed, *labels))

@@ -1,6 +1,6 @@
-"""How sure a number is: intervals of shares and of paired differences. Knows no model or client."""
+"""Intervals: how certain a share or a paired difference is. Knows nothing of models or clients."""
 
-# scipy ships no type stubs, so strict checking would report its every value
+# scipy ships no type stubs, so strict checking would report every value from it
 # pyright: standard
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ class Interval:
 
     @property
     def is_clear(self) -> bool:
-        """Whether 0 lies outside."""
+        """Whether it excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def wilson(successes: int, total: int) -> Interval:
-    """A share and its 95 % score interval.
+    """A share with its 95 % score interval.
 
     Args:
         successes: 0 to `total`.
@@ -52,8 +52,9 @@ def wilson(successes: int, total: int) -> Interval:
 def label_scores(counts: Sequence[Sequence[float]]) -> dict[str, float]:
     """Accuracy, macro F1 and Matthews correlation, from counts that add up over clients.
 
-    Macro F1 is the mean over the labels that some row has or was given, as in scikit-learn. Where
-    all rows have one label, or all were given one, the correlation is not defined and 0 is given.
+    Macro F1 is the mean over the labels that some row has or was given, as in scikit-learn. If all
+    rows have the same label, or were all given the same one, the correlation is undefined and set
+    to 0.
 
     Args:
         counts: For each label: right, given, true, as in `types.LabelCounts`. At least one row.
@@ -71,10 +72,10 @@ def label_scores(counts: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def _label_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """The same of many tables at once: (..., labels, 3) -> (...)."""
+    """The same for many tables at once: (..., labels, 3) -> (...)."""
     right, given, true = np.moveaxis(counts, -1, 0)  # each (..., labels)
     total = true.sum(-1)
-    seen = given + true  # right is 0 where this is
+    seen = given + true  # where this is 0, right is too
     f1 = 2 * right / np.maximum(seen, 1)
     spread = (total**2 - (given**2).sum(-1)) * (total**2 - (true**2).sum(-1))
     together = right.sum(-1) * total - (given * true).sum(-1)
@@ -91,7 +92,7 @@ class Scored:
 
     client: str
     sums: np.ndarray
-    """(seeds, rows): a row's loss summed over its tokens, or its ROUGE, or a difference of such."""
+    """(seeds, rows): a row's loss summed over its tokens, its ROUGE, or a difference of these."""
     weights: np.ndarray
     """(rows,): a row's tokens, or 1. The client's mean is sum(sums) / sum(weights)."""
 
@@ -99,16 +100,16 @@ class Scored:
 def client_means(scored: Scored, *, seed: int, replicates: int = REPLICATES) -> np.ndarray:
     """Bootstrap replicates of one client's mean, (replicates,).
 
-    Seeds are drawn with replacement and rows are drawn with replacement. Every seed scores the same
-    rows, so one draw of rows counts for all drawn seeds: rows drawn anew inside each seed would
-    treat the same question, asked three times, as three questions, and the interval would be too
-    narrow by up to the root of the number of seeds (docs/decisions/0013).
+    Both seeds and rows are drawn with replacement. Every seed scores the same rows, so one draw of
+    rows serves all drawn seeds: redrawing the rows for each seed would treat the same question,
+    asked three times, as three questions, and the interval would be too narrow by up to the square
+    root of the number of seeds (docs/decisions/0013).
 
     Args:
         scored: The client's rows.
-        seed: Together with the client's name it fixes the draws, so that two arms are compared on
-            the same ones.
-        replicates: How many.
+        seed: Fixes the draws, together with the client's name, so that two arms are compared on the
+            same draws.
+        replicates: Number of replicates.
 
     Reference:
         Owen 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2). arXiv:0712.1111
@@ -125,7 +126,7 @@ def _draws(
     num_seeds, num_rows = shape[:2]
     rng = np.random.default_rng(derive(seed, "bootstrap", client))
     rows = rng.multinomial(num_rows, _even(num_rows), size=replicates)
-    # the same seeds for every client, as a seed's first adapter is
+    # the same seeds for every client, because clients share a seed's first adapter
     rng = np.random.default_rng(derive(seed, "bootstrap", "seeds"))
     return rows, rng.multinomial(num_seeds, _even(num_seeds), size=replicates)
 
@@ -151,13 +152,13 @@ class Labelled:
 
     client: str
     given: np.ndarray
-    """(seeds, rows): numbers of labels, int."""
+    """(seeds, rows): label indices, int."""
     true: np.ndarray
-    """(rows,): the right ones."""
+    """(rows,): the correct label indices."""
     num_labels: int
 
     def counts(self) -> np.ndarray:
-        """Each row's part in `types.LabelCounts`, (seeds, rows, labels, 3)."""
+        """Each row's contribution to `types.LabelCounts`, (seeds, rows, labels, 3)."""
         one_of = np.eye(self.num_labels)
         given = one_of[self.given]
         true = np.broadcast_to(one_of[self.true], given.shape)
@@ -172,17 +173,17 @@ def label_interval(
     seed: int,
     replicates: int = REPLICATES,
 ) -> Interval:
-    """A score of labels, the mean over clients and seeds, with its bootstrap percentile interval.
+    """A label score, averaged over clients and seeds, with its bootstrap percentile interval.
 
-    Not a mean over rows, so that whole clients are scored anew in every replicate; the draws are
-    those of `mean_interval`.
+    It is not a mean over rows, so every replicate rescores entire clients; the draws are those of
+    `mean_interval`.
 
     Args:
         clients: Scored rows.
         metric: A key of `label_scores`.
-        minus: The same clients under another arm, whose score is taken off: a paired difference.
-        seed: Of the draws.
-        replicates: How many.
+        minus: The same clients under another arm, whose score is subtracted: a paired difference.
+        seed: Seed of the draws.
+        replicates: Number of replicates.
     """
     estimate, drawn = _label_replicates(clients, metric, seed, replicates)
     if minus is not None:

@@ -1,7 +1,7 @@
-"""A TOML file of people's own as one of our models, with all its mistakes in one message.
+"""Read a user's TOML file into one of our models, with all its mistakes in one message.
 
-For files beside recipes: a client's configuration, a consortium, kits. Recipes have more to say
-about their mistakes (config.py).
+For files other than recipes: a client's configuration, a consortium, kits. Recipes explain their
+mistakes in more detail (recipes/mistakes.py).
 """
 
 import tomllib
@@ -25,33 +25,33 @@ def read_table(
     unless_said: Mapping[str, Any] | None = None,
     most_bytes: int = 1_000_000,
 ) -> M:
-    """Read a file, and check it.
+    """Read and check a file.
 
     Args:
         path: The file.
-        kind: What it must be.
-        what: What people call such a file, where another may be mistaken for it.
+        kind: The model that it must match.
+        what: What users call such a file, if it could be confused with another.
         unless_said: Values of keys that it does not have.
         most_bytes: A larger file is not read.
 
     Raises:
-        ConfigError: It cannot be read; or its mistakes, all together, each with its key.
+        ConfigError: It cannot be read, or has mistakes: all together, each with its key.
     """
     try:
         if path.stat().st_size > most_bytes:
-            raise ConfigError(f"{path} is too large for a {what or 'file of settings'}.")
+            raise ConfigError(f"{path} is too large for a {what or 'settings file'}.")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.\n  Mend the file.") from error
+        raise ConfigError(f"{path} cannot be read: {error}.\n  Fix the file.") from error
     try:
         return kind.model_validate({**(unless_said or {}), **table})
     except ValidationError as error:
-        lines = [_told(kind, item["type"], item["loc"], item["msg"]) for item in error.errors()]
-        head = f"{path} is no {what}:" if what else f"mistakes in {path}:"
+        lines = [_explain(kind, item["type"], item["loc"], item["msg"]) for item in error.errors()]
+        head = f"{path} is not a {what}:" if what else f"mistakes in {path}:"
         raise ConfigError("\n  ".join([head, *lines])) from None
 
 
-def _told(kind: type[BaseModel], type_: str, where: tuple[int | str, ...], text: str) -> str:
+def _explain(kind: type[BaseModel], type_: str, where: tuple[int | str, ...], text: str) -> str:
     key = ".".join(map(str, where))
     if type_ == "extra_forbidden":
         return f"{key}: unknown key.{did_you_mean(str(where[-1]), _keys(kind, where[:-1]))}"
@@ -59,7 +59,7 @@ def _told(kind: type[BaseModel], type_: str, where: tuple[int | str, ...], text:
 
 
 def _keys(kind: type[BaseModel], section: tuple[int | str, ...]) -> list[str]:
-    """The keys that a section may have."""
+    """The keys that a section can have."""
     for part in section:
         inner = kind.model_fields[str(part)].annotation
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from silotune.core.errors import UpdateError
 from silotune.core.types import AdapterState, Layout, TensorSpec
+from silotune.core.wording import counted
 
 
 def layout_of(state: AdapterState) -> Layout:
@@ -24,8 +25,8 @@ def check_same_layout(state: AdapterState, expected: Layout, *, who: str) -> Non
 
     Args:
         state: The tensors to check.
-        expected: What they must be. A dimension of None accepts any size.
-        who: Named at the head of the message, for instance "client 'north', round 3".
+        expected: The layout they must have. A dimension of None accepts any size.
+        who: Named at the start of the message, for example "client 'north', round 3".
 
     Raises:
         UpdateError: Names the first missing, unknown or wrong tensor.
@@ -36,12 +37,14 @@ def check_same_layout(state: AdapterState, expected: Layout, *, who: str) -> Non
     )
     if missing:
         raise UpdateError(
-            f"{who}: tensor '{missing[0]}' is missing ({len(missing)} of {len(expected)} are).\n"
+            f"{who}: tensor '{missing[0]}' is missing "
+            f"({len(missing)} of {counted(len(expected), 'tensor')}).\n"
             "  Use the same model, adapter and algorithm at this client as at the server."
         )
     if unknown:
         raise UpdateError(
-            f"{who}: tensor '{unknown[0]}' is unknown to the server ({len(unknown)} are).\n"
+            f"{who}: tensor '{unknown[0]}' is unknown to the server "
+            f"({counted(len(unknown), 'unknown tensor')}).\n"
             "  Use the same model, adapter and algorithm at this client as at the server."
         )
     for name in sorted(expected):
@@ -69,15 +72,15 @@ def _check_tensor(tensor: Tensor, spec: TensorSpec, what: str) -> None:
 
 
 def check_finite(state: AdapterState, *, who: str) -> None:
-    """Refuse a state that holds NaN or infinity; the message names the tensor."""
+    """Refuse a state that contains NaN or infinity; the message names the tensor."""
     for name in sorted(state):
         # A sum is NaN or infinite as soon as one value is: one pass instead of three. It may also
-        # leave its dtype by itself; only then is each value looked at.
+        # overflow when all values are finite, so each value is checked only then.
         if math.isfinite(state[name].sum().item()):
             continue
         if not bool(torch.isfinite(state[name]).all()):
             raise UpdateError(
-                f"{who}: '{name}' holds NaN or infinity.\n"
+                f"{who}: '{name}' contains NaN or infinity.\n"
                 "  Lower train.lr or set train.clip_norm at this client; its update was not used."
             )
 
@@ -85,7 +88,7 @@ def check_finite(state: AdapterState, *, who: str) -> None:
 def add(a: AdapterState, b: AdapterState, *, scale: float = 1.0) -> dict[str, Tensor]:
     """`a + scale * b`, name by name, in float64, returned in the dtypes of `a`.
 
-    Both need one layout.
+    Both must have the same layout.
     """
     check_same_layout(b, layout_of(a), who="sum of two states")
     return {name: (t.double() + scale * b[name].double()).to(t.dtype) for name, t in a.items()}
@@ -111,30 +114,31 @@ def weighted_mean(pairs: Iterable[tuple[float, AdapterState]]) -> dict[str, Tens
     """`sum(w * s) / sum(w)` over the pairs, folded one at a time in the order given.
 
     Sums run in float64, so that small deltas of many clients are not lost; memory is one
-    accumulator and one state. For a result that cannot depend on arrival order, give the pairs in
+    accumulator and one state. For a result that does not depend on arrival order, pass the pairs in
     client-name order.
 
     Args:
-        pairs: Weights, finite and >= 0 with a sum > 0, and states of one layout.
+        pairs: Weights, finite and >= 0 with a sum > 0, and states with the same layout.
 
     Returns:
         The mean, in the states' own dtypes.
 
     Raises:
-        UpdateError: Layouts differ, a weight is no weight, or there is nothing to average.
+        UpdateError: Layouts differ, a weight is invalid, or there is nothing to average.
     """
     total, sums, layout = 0.0, dict[str, Tensor](), None
     for weight, state in pairs:
         if not (math.isfinite(weight) and weight >= 0.0):
             raise UpdateError(
-                f"weighted mean: {weight} is no weight.\n  Weights are finite and not negative."
+                f"weighted mean: {weight} is not a valid weight.\n"
+                "  Weights must be finite and not negative."
             )
         if layout is None:
             layout = layout_of(state)
             sums = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in state.items()}
         check_same_layout(state, layout, who="weighted mean")
-        # A whole weight below 2^29 times a float32 is exact in float64, so one fused pass adds the
-        # same bits as two; a product that is rounded would be rounded only when added.
+        # An integer weight below 2^29 times a float32 is exact in float64, so one fused pass gives
+        # the same bits as two. An inexact product would be rounded only after the addition.
         fused = float(weight).is_integer() and weight < 2**29
         for name, t in state.items():
             if fused and t.dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -156,10 +160,10 @@ def l2_norm(state: AdapterState) -> float:
 
 
 def squared_distance(a: Mapping[str, Tensor], b: AdapterState) -> Tensor:
-    """`sum (a - b)^2` over the tensors of `a`, differentiable in `a`. `b` may hold more names.
+    """`sum (a - b)^2` over the tensors of `a`, differentiable in `a`. `b` may have more tensors.
 
     Raises:
-        UpdateError: `b` lacks a tensor of `a`, or holds it in another shape.
+        UpdateError: `b` lacks a tensor of `a`, or has it in another shape.
     """
     same = {name: b[name] for name in a if name in b}
     layout = {name: TensorSpec(tuple(t.shape), same.get(name, t).dtype) for name, t in a.items()}
@@ -174,7 +178,7 @@ def size_bytes(state: AdapterState) -> int:
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Bytes of the values of a state laid out so; an open dimension counts as 1."""
+    """Bytes of the values of a state with this layout; an open dimension counts as 1."""
     return sum(
         math.prod(size or 1 for size in spec.shape) * spec.dtype.itemsize
         for spec in layout.values()

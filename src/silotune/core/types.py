@@ -19,7 +19,7 @@ Settings = Mapping[str, float]
 LabelCounts = tuple[tuple[int, int, int], ...]
 """For each label: rows that have it and were given it, rows that were given it, rows that have it.
 
-All that accuracy, F1 and Matthews correlation need, and it adds up over clients exactly.
+Accuracy, F1 and Matthews correlation need nothing else, and it adds up exactly over clients.
 """
 
 
@@ -42,16 +42,16 @@ Layout = Mapping[str, TensorSpec]
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that the server must remember between rounds.
+    """Everything the server must remember between rounds.
 
-    Saved whole, so that a run can stop anywhere.
+    Saved completely, so that a run can stop at any point.
     """
 
     round: int
-    """Rounds that lie behind; 0 before the first."""
+    """Completed rounds; 0 before the first."""
     adapter: AdapterState
     extra: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
-    """An algorithm's own memory by purpose: optimizer moments, control variates, base patches."""
+    """An algorithm's memory by purpose: optimizer moments, control variates, base patches."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Broadcast:
     """What every client of a cohort receives."""
 
     round: int
-    """The round that begins, counted from 1.
+    """The round that starts, counted from 1.
 
-    In an evaluate message: rounds behind the adapter, plus 1.
+    In an evaluate message: the adapter's completed rounds, plus 1.
     """
     adapter: AdapterState
     extra: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
@@ -78,16 +78,16 @@ class Score:
 
     client: str
     loss_sum: float
-    """Negative log-likelihood in nats, summed over what is predicted."""
+    """Negative log-likelihood in nats, summed over the predictions."""
     num_tokens: int
-    """What is predicted: the answers' tokens, or with the task classify one label a row."""
+    """Number of predictions: the answers' tokens, or with the task classify one label per row."""
     num_correct: int
-    """Of these, how many were predicted as most likely."""
+    """How many of these the model ranked as most likely."""
     num_examples: int
     size_bytes: int = 0
     """Bytes sent down for this score alone; 0 when it came with a training message."""
     label_counts: LabelCounts = ()
-    """With the task classify, for each label; else empty."""
+    """With the task classify: one entry per label; otherwise empty."""
 
 
 @dataclass(frozen=True)
@@ -103,42 +103,42 @@ class Update:
     metrics: Mapping[str, float]
     """train_loss, num_tokens, num_padded_tokens, num_steps, seconds, lr, ..."""
     settings: Settings = field(default_factory=dict[str, float])
-    """Constants of the local rule that the client really used, for instance {"mu": 0.01}."""
+    """Constants of the local rule that the client actually used, for example {"mu": 0.01}."""
     extra: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
-    """What an algorithm sends beside the delta, for instance changes of control variates."""
+    """What an algorithm sends besides the delta, for example changes of control variates."""
     score: Score | None = None
-    """The received adapter on the client's held-out rows, before training."""
+    """The score of the received adapter on the client's held-out rows, before training."""
     bytes_down: int = 0
     bytes_up: int = 0
 
 
 @dataclass(frozen=True)
 class Change:
-    """What many updates became: what the server applies."""
+    """Many updates combined into one: what the server applies."""
 
     delta: AdapterState
-    """Moves the adapter, or is stacked beside it. Guards and noise act on this."""
+    """Added to the adapter, or stacked next to it. Guards and noise act on this."""
     extra: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
-    """What the algorithm's own memory needs, for instance the sum of control variates. It comes
-    from the clients too, so a guard has to cover it or refuse the algorithm."""
+    """What the algorithm's memory needs, for example the sum of control variates. It comes from
+    the clients too, so a guard has to cover it or refuse the algorithm."""
 
 
 @dataclass(frozen=True)
 class Failure:
     """A client that delivered nothing usable.
 
-    A code and a place; never exception text, it may hold data.
+    A code and a place; never exception text, which may contain data.
     """
 
     client: str
     round: int
     code: str
     place: str
-    mend: str = ""
+    fix: str = ""
 
 
 BUDGET_SPENT = "privacy budget spent"
-"""The code of a failure of a client that has no privacy left to give."""
+"""The failure code of a client whose privacy budget is spent."""
 
 Arrival = Update | Failure
 
@@ -146,7 +146,7 @@ Arrival = Update | Failure
 class Updates(Protocol):
     """The accepted updates of a round, in client-name order.
 
-    May be walked several times; holds one at a time.
+    Can be iterated several times; keeps one update in memory at a time.
     """
 
     def __iter__(self) -> Iterator[Update]: ...
@@ -154,16 +154,20 @@ class Updates(Protocol):
 
 
 class Clients(Protocol):
-    """What a runtime fulfils: the data holders, wherever they are."""
+    """What a runtime implements: the data holders, wherever they are."""
 
     def names(self) -> Sequence[str]:
         """All clients that can be asked, sorted."""
         ...
 
-    def train(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterable[Arrival]:
-        """Ask each client of the cohort to train; yield answers as they arrive, in any order."""
+    def train(self, messages: Mapping[str, Broadcast]) -> Iterable[Arrival]:
+        """Ask clients to train, each with its own message; yield answers as they arrive.
+
+        The order is free. A runtime is handed all clients of a round at once, so it may train
+        several of them together.
+        """
         ...
 
-    def evaluate(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterable[Score | Failure]:
+    def evaluate(self, messages: Mapping[str, Broadcast]) -> Iterable[Score | Failure]:
         """Ask clients only to score the adapter on their held-out rows."""
         ...

@@ -24,7 +24,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean 'x'?' with the known name nearest to `name`; empty when none is near."""
+    """' Did you mean 'x'?' with the known name closest to `name`; empty if none is close."""
     by_folded = {other.casefold(): other for other in known}
     near = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f" Did you mean '{by_folded[near[0]]}'?" if near else ""

@@ -1,7 +1,7 @@
-"""How a conversation becomes text: the templates by name, and how a tokenizer is given one.
+"""How a conversation becomes text: the templates by name, and how to set one on a tokenizer.
 
-One template serves training, scoring and answers, and is saved with the adapter. All are Jinja, run
-in the sandbox that transformers puts around chat templates.
+The same template is used for training, scoring and answers, and is saved with the adapter. All are
+Jinja, and run in the sandbox in which transformers renders chat templates.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from silotune.core.wording import did_you_mean
 from silotune.data.conversations import Conversation
 
 END = "{{ eos_token }}"
-"""What an own template of this file writes behind each answer."""
+"""What the templates in this file write after each answer."""
 
 PLAIN = (
     "{% for message in messages %}"
@@ -21,7 +21,7 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
-"""For base models, whose tokenizers bring no chat template."""
+"""For base models, whose tokenizers have no chat template."""
 
 THREE_BLOCK = (
     "{% for message in messages %}"
@@ -32,7 +32,7 @@ THREE_BLOCK = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
 )
-"""Instruction (the system text), input (the question) and response, a blank line between them."""
+"""Instruction (the system text), input (the question) and response, separated by blank lines."""
 
 _SYSTEM = (
     "{% set first = messages[0] if messages else {} %}"
@@ -55,7 +55,7 @@ ALPACA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
-"""Alpaca's words (Taori et al. 2023), with the answer on a line of its own as alpaca-lora has it; a
+"""Alpaca's wording (Taori et al. 2023), with the answer on a separate line as in alpaca-lora. A
 system text replaces the preamble."""
 
 VICUNA = (
@@ -73,7 +73,7 @@ VICUNA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
-"""As FastChat's vicuna_v1.1."""
+"""The same as FastChat's vicuna_v1.1."""
 
 FLOWERTUNE = (
     _SYSTEM + "{% for message in messages %}"
@@ -87,7 +87,8 @@ FLOWERTUNE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response: ' }}{% endif %}"
 )
-"""FlowerTune's strings: Alpaca's words without its blank lines, the answer on the header's line."""
+"""FlowerTune's text: Alpaca's wording without blank lines, the answer on the same line as its
+header."""
 
 TEMPLATES: dict[str, str | None] = {
     "auto": None,
@@ -97,7 +98,7 @@ TEMPLATES: dict[str, str | None] = {
     "vicuna": VICUNA,
     "flowertune": FLOWERTUNE,
 }
-"""By the name that data.template uses; auto is the model's own, or plain where it has none."""
+"""By the name that data.template uses. auto is the model's own, or plain if it has none."""
 
 PROBE: Conversation = (
     {"role": "user", "content": "a question"},
@@ -106,11 +107,11 @@ PROBE: Conversation = (
 
 
 def resolve_template(given: str) -> str:
-    """A recipe's data.template as a name or as Jinja text; a file is read.
+    """A recipe's data.template as a name or as Jinja text; a file is read here.
 
     Raises:
-        ConfigError: There is neither such a name nor such a file, the text is no Jinja, or it does
-            not write the answer.
+        ConfigError: No template or file has this name, the text is not Jinja, or it does not write
+            the answer.
     """
     if given in TEMPLATES:
         return given
@@ -119,68 +120,68 @@ def resolve_template(given: str) -> str:
         path = Path(given).expanduser()
         try:
             found = path.is_file()
-        except OSError:  # a name that is too long for one
+        except OSError:  # the name is too long for a file
             found = False
         if not found:
             raise ConfigError(
-                f"data.template = '{given}': no template of this name, and no such file."
+                f"data.template = '{given}': no template has this name, and there is no such file."
                 f"{did_you_mean(given, TEMPLATES)}\n"
-                f"  There are: {', '.join(TEMPLATES)}. Or give a file with a Jinja chat template."
+                f"  Use one of {', '.join(TEMPLATES)}, or a file with a Jinja chat template."
             )
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"data.template = '{given}' cannot be read: {error}.\n  Give a text file in UTF-8."
+                f"data.template = '{given}' cannot be read: {error}.\n  Use a text file in UTF-8."
             ) from error
     _check_text(text)
     return text
 
 
 def _check_text(text: str) -> None:
-    """Try a template without a tokenizer: no model has to be fetched for a slip in it."""
+    """Try a template without a tokenizer, so that no model is fetched just to find a typo."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # stand-ins for what a tokenizer gives its template
+    # placeholders for what a tokenizer passes to its template
     special: Any = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
     try:
         (asked,), _ = render_jinja_template(
             [list(PROBE[:1])], chat_template=text, add_generation_prompt=True, **special
         )
-        (whole,), _ = render_jinja_template(
+        (full,), _ = render_jinja_template(
             [list(PROBE)], chat_template=text, add_generation_prompt=False, **special
         )
-    except Exception as error:  # a template is a program, and may fail as one
+    except Exception as error:  # a template is a program and can fail in any way
         raise ConfigError(
             f"data.template: not a Jinja chat template: {error}\n"
-            "  It is given `messages`, `add_generation_prompt` and `eos_token`."
+            "  It can use `messages`, `add_generation_prompt` and `eos_token`."
         ) from error
-    _check_answer(asked, whole)
+    _check_answer(asked, full)
 
 
-def _check_answer(asked: str, whole: str) -> None:
-    asked = asked.rstrip(" ")
-    if not whole.startswith(asked) or PROBE[1]["content"] not in whole[len(asked) :]:
+def _check_answer(asked: str, full: str) -> None:
+    asked = asked.rstrip(" ")  # as in `render`
+    if not full.startswith(asked) or PROBE[1]["content"] not in full[len(asked) :]:
         raise ConfigError(
-            "data.template: the text of a conversation does not hold the answer behind what stands "
-            "there with add_generation_prompt, so nothing would be learned.\n"
-            "  Write message['content'] of the role assistant behind the same words that "
-            "add_generation_prompt writes;\n  a line break behind }} belongs to the text, one "
-            "behind -}} does not."
+            "data.template: in a rendered conversation, the answer does not follow the text that "
+            "add_generation_prompt writes, so nothing would be learned.\n"
+            "  Write message['content'] of the role assistant after the same text that "
+            "add_generation_prompt writes.\n  A line break after }} is part of the text, one "
+            "after -}} is not."
         )
 
 
 def set_template(tokenizer: Any, template: str = "auto", *, end_token: bool = True) -> bool:
-    """Give a tokenizer the template of a recipe; with "auto" the plain one if it has none.
+    """Set a recipe's template on a tokenizer; "auto" sets the plain one if it has none.
 
     Args:
         tokenizer: Changed in place.
         template: A name, or Jinja text.
-        end_token: False takes the end token out of a template of this file: published systems
-            trained without, and their models never learn to stop.
+        end_token: False removes the end token from a template in this file: some published systems
+            trained without it, so their models never learn to stop.
 
     Returns:
-        Whether the plain one had to stand in.
+        Whether the plain template was set because the tokenizer has none.
 
     Raises:
         ModelError: The tokenizer has no end token.
@@ -194,24 +195,24 @@ def set_template(tokenizer: Any, template: str = "auto", *, end_token: bool = Tr
     text = TEMPLATES.get(template, template)
     if not end_token and TEMPLATES.get(template) is None:
         raise ConfigError(
-            "train.compat = 'no-end-token' takes the end token out of silotune's own templates, "
-            "and data.template is another here.\n  Use one of them."
+            "train.compat = 'no-end-token' removes the end token from silotune's own templates, "
+            "but data.template is not one of them.\n  Use one of silotune's templates."
         )
-    lacking = text is None and not tokenizer.chat_template
-    if lacking:
+    has_none = text is None and not tokenizer.chat_template
+    if has_none:
         text = PLAIN
     if text is None:
         _check_answer(render(tokenizer, PROBE[:1], ask=True), render(tokenizer, PROBE, ask=False))
     else:
         tokenizer.chat_template = text if end_token else text.replace(END, "")
-    return lacking
+    return has_none
 
 
 def render(tokenizer: Any, messages: Conversation, *, ask: bool) -> str:
     """The text of a conversation; with `ask` it ends where the assistant begins to speak.
 
-    That is before the blank that some templates write in front of the answer: most tokenizers join
-    it to the answer's first word, and a model that is asked has to begin as it has learned to.
+    It ends before the space that some templates write in front of the answer: most tokenizers join
+    the space to the answer's first word, so the model must generate it as it did in training.
     """
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
     assert isinstance(text, str)

@@ -1,7 +1,8 @@
 """One row of any known format becomes a conversation.
 
-Knows the formats that instruction data comes in, and texts with {column} holes for all others. Does
-not know files, clients or tokens. Messages name the place and the column, never a value.
+Knows the usual formats of instruction data, and templates with {column} placeholders for all
+others. Does not know files, clients or tokens. Error messages name the place and the column, never
+a value.
 """
 
 import string
@@ -12,15 +13,15 @@ from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.wording import did_you_mean
 
 Message = dict[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": ...}. Where a row has both, its
-instruction and its input also stand apart, under these names."""
+"""One turn: {"role": "system" | "user" | "assistant", "content": ...}. If a row has both an
+instruction and an input, its turn also contains them separately, under these names."""
 
 Conversation = tuple[Message, ...]
 """What a row teaches: at least one assistant turn; every assistant turn is an answer to learn."""
 
 Row = Mapping[str, Any]
 
-MEND_EMPTY = "  Fill it, remove the row, or leave out all such rows: data.skip_empty = true."
+FIX_EMPTY = "  Fill it in, remove the row, or skip all such rows: data.skip_empty = true."
 
 ROLES = ("system", "user", "assistant")
 
@@ -35,22 +36,22 @@ def conversation(
 ) -> Conversation:
     """Turn one row into a conversation.
 
-    Without `prompt` and `completion` the row's columns tell its format, the first that fits:
+    Without `prompt` and `completion`, the row has the first of these formats that fits its columns:
     `messages`; `prompt` and `completion` (texts, or lists of messages); `instruction`, `input`
     (optional) and `output`; `question` and `answer`.
 
     Args:
         row: Column names and values. Columns that no format uses are ignored.
-        where: Place of the row for messages, for instance "data.csv:7".
-        prompt: Text with {column} holes that becomes the user's turn. Goes with `completion`.
-        completion: Text with {column} holes that becomes the answer. Goes with `prompt`.
+        where: Place of the row for messages, for example "data.csv:7".
+        prompt: Template with {column} placeholders for the user's turn. Goes with `completion`.
+        completion: Template with {column} placeholders for the answer. Goes with `prompt`.
         system: Text of a system turn for a conversation that has none.
 
     Returns:
         The turns in order.
 
     Raises:
-        DataError: No format fits, or a text is missing, empty or not a text.
+        DataError: No format fits, or a text is missing, empty or not a string.
         ConfigError: Only one of `prompt` and `completion` is given.
 
     Example:
@@ -66,7 +67,8 @@ def conversation(
         turns = _by_format(row, where)
     else:
         raise ConfigError(
-            "data.prompt and data.completion belong together, one of them is missing.\n  Set both."
+            "data.prompt and data.completion belong together, but one of them is missing.\n"
+            "  Set both."
         )
     if system is not None and all(turn["role"] != "system" for turn in turns):
         turns = [_turn("system", system), *turns]
@@ -74,13 +76,13 @@ def conversation(
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Cut a text with {column} holes into pairs of literal text and the column after it, or None.
+    """Split a template into pairs: literal text, and the {column} after it or None.
 
-    `{{` and `}}` stand for braces. A hole is a plain column name: anything more could reach beyond
-    the row.
+    `{{` and `}}` are literal braces. A placeholder is a plain column name: anything more could
+    reach beyond the row.
 
     Raises:
-        ValueError: A brace is left open, or a hole is more than a column name.
+        ValueError: A brace is not closed, or a placeholder is more than a column name.
 
     Example:
         >>> parse_template("Q: {question}")
@@ -89,14 +91,14 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError:
-        raise ValueError("has a single brace; write {{ or }} for a brace of the text") from None
+        raise ValueError("has a single brace; write {{ or }} for a literal brace") from None
     for _, column, spec, conversion in pieces:
         if column is None:
             continue
         if not column.strip() or spec or conversion or any(sign in column for sign in ".[]"):
             raise ValueError(
-                "has a hole that is not a plain column name; write {column}, "
-                "without '.', '[', '!' and ':', and rename columns that hold them"
+                "has a placeholder that is not a plain column name; write {column} "
+                "without '.', '[', '!' or ':', and rename columns that contain them"
             )
     return [(literal, column) for literal, column, _, _ in pieces]
 
@@ -104,8 +106,8 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 def list_columns(columns: Iterable[str]) -> str:
     """Column names for a message: at most twenty.
 
-    A name of more than 40 characters is only counted: in a file without a header line it is a row's
-    own text.
+    Of a name with more than 40 characters, only the length is shown: in a file without a header
+    line, the name is the text of a row.
     """
     names = [f"'{c}'" if len(c) <= 40 else f"(a name of {len(c)} characters)" for c in columns]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -125,7 +127,7 @@ def _by_format(row: Row, where: str) -> list[Message]:
         turn, extra = _turn("user", asked), row.get("input")
         if not is_missing(extra):
             extra = _text(extra, where=where, what="column 'input'", may_be_empty=True)
-            if extra.strip():  # apart too, for templates that give the input a place of its own
+            if extra.strip():  # also separately, for templates that have a place for the input
                 joined = _turn("user", f"{asked}\n\n{extra}")
                 turn = {**joined, "instruction": asked, "input": extra}
         answer = _text(row["output"], where=where, what="column 'output'")
@@ -156,7 +158,7 @@ def _text_or_turns(value: object, *, where: str, column: str, role: str) -> list
 def _turns(value: object, *, where: str, column: str, needs_answer: bool) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where}: column '{column}' is not a list of messages, or an empty one.\n"
+            f"{where}: column '{column}' is not a list of messages, or is empty.\n"
             '  Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}] '
             "in a .jsonl, .json or .parquet file."
         )
@@ -167,7 +169,7 @@ def _turns(value: object, *, where: str, column: str, needs_answer: bool) -> lis
     if needs_answer and all(turn["role"] != "assistant" for turn in turns):
         raise DataError(
             f"{where}: column '{column}' has no assistant turn, so there is nothing to learn.\n"
-            "  Add the answer as a message of role assistant, or remove the row."
+            "  Add the answer as a message with the role assistant, or remove the row."
         )
     return turns
 
@@ -180,12 +182,14 @@ def _message(item: object, *, where: str, what: str) -> Message:
         )
     if item["role"] not in ROLES:
         raise DataError(f"{where}: {what} has an unknown role.\n  Use one of: {', '.join(ROLES)}.")
-    # An empty system turn is a known way to switch off a model's own system text.
+    # An empty system turn is a common way to switch off a model's own system text.
     may_be_empty = item["role"] == "system"
     content = _text(item["content"], where=where, what=what, may_be_empty=may_be_empty)
-    # rows that were converted before keep their instruction and input apart
-    apart = {key: item[key] for key in ("instruction", "input") if isinstance(item.get(key), str)}
-    return {**_turn(item["role"], content), **(apart if len(apart) == 2 else {})}
+    # rows that were converted before keep their separate instruction and input
+    separate = {
+        key: item[key] for key in ("instruction", "input") if isinstance(item.get(key), str)
+    }
+    return {**_turn(item["role"], content), **(separate if len(separate) == 2 else {})}
 
 
 def _fill(template: str, row: Row, *, where: str, setting: str) -> str:
@@ -197,16 +201,16 @@ def _fill(template: str, row: Row, *, where: str, setting: str) -> str:
             continue
         if column not in row:
             raise DataError(
-                f"{where}: {setting} asks for column '{column}', which is not there."
+                f"{where}: {setting} uses column '{column}', which does not exist."
                 f"{did_you_mean(column, row)}\n  The columns are {list_columns(row)}."
             )
         text = _text(row[column], where=where, what=f"column '{column}'", may_be_empty=True)
         filled, from_row = filled + text, from_row + text
-    # The fixed part of "Answer: {answer}" must not hide that the row itself says nothing.
+    # The fixed part of "Answer: {answer}" must not hide that the row itself is empty.
     if not filled.strip() or (any(c for _, c in pieces) and not from_row.strip()):
         columns = list_columns(dict.fromkeys(c for _, c in pieces if c is not None))
         raise EmptyRowError(
-            f"{where}: {setting} is empty in this row (from {columns}).\n{MEND_EMPTY}"
+            f"{where}: {setting} is empty in this row (from {columns}).\n{FIX_EMPTY}"
         )
     return filled
 
@@ -218,31 +222,31 @@ def is_missing(value: object) -> bool:
 
 def _text(value: object, *, where: str, what: str, may_be_empty: bool = False) -> str:
     if is_missing(value):
-        raise EmptyRowError(f"{where}: {what} is missing.\n{MEND_EMPTY}")
+        raise EmptyRowError(f"{where}: {what} is missing.\n{FIX_EMPTY}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: {what} is of type {type(value).__name__}, text is needed.\n"
-            "  Write the text itself there, or build it from columns with data.prompt and "
+            f"{where}: {what} has the type {type(value).__name__}, but must be text.\n"
+            "  Put the text there, or build it from columns with data.prompt and "
             "data.completion."
         )
     if not may_be_empty and not value.strip():
-        raise EmptyRowError(f"{where}: {what} is empty.\n{MEND_EMPTY}")
-    check_whole(value, where=where, what=what)
+        raise EmptyRowError(f"{where}: {what} is empty.\n{FIX_EMPTY}")
+    check_characters(value, where=where, what=what)
     return value
 
 
-def check_whole(text: str, *, where: str, what: str) -> None:
-    """Refuse half of a character: JSON lets it through, tokenizers do not.
+def check_characters(text: str, *, where: str, what: str) -> None:
+    """Refuse half a character: JSON accepts it, tokenizers do not.
 
     Raises:
-        DataError: Names the place.
+        DataError: The text contains one; the message names the place.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"{where}: {what} holds half of a character (a lone surrogate).\n"
-            "  Write the file again as UTF-8, or remove the row."
+            f"{where}: {what} contains half a character (a lone surrogate).\n"
+            "  Save the file again as UTF-8, or remove the row."
         ) from None

@@ -1,6 +1,6 @@
 """Rows that occur more than once: within a client, between clients, in train and held-out parts.
 
-Compares texts by their digests, so it finds equal texts only, not the same matter in other words.
+Compares digests of texts, so it finds identical texts only, not the same content in other words.
 """
 
 import hashlib
@@ -14,33 +14,33 @@ from silotune.data.labelled_texts import LabelledText
 from silotune.data.reading import TaskRow
 
 SERVER = ""
-"""Who trains on the server's rows; no client has an empty name."""
+"""Name under which the server trains on its rows; no client has an empty name."""
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Rows of one client that stand elsewhere too. Rows are equal when all their texts are.
+    """Rows of one client that occur more than once. Rows are equal if all their texts are.
 
-    Whoever trains: all clients, and the server where it has rows.
+    Everyone who trains counts: all clients, and the server if it has rows.
     """
 
     num_repeated: int
-    """Train rows that an earlier train row of the same client equals."""
+    """Train rows that equal an earlier train row of the same client."""
     num_elsewhere: int
-    """Train rows that someone else trains on too."""
+    """Train rows that someone else also trains on."""
     num_leaked_own: int
     """Held-out rows that the same client trains on."""
     num_leaked: int
     """Held-out rows that anyone trains on."""
     num_other_answer: int
-    """Train rows whose question has another answer, or label, in a train row of anyone."""
+    """Train rows whose question has a different answer, or label, in anyone's train rows."""
     num_eval_other_answer: int
-    """Held-out rows whose question has another answer, or label, in a train row of anyone."""
+    """Held-out rows whose question has a different answer, or label, in anyone's train rows."""
 
 
 @dataclass(frozen=True)
 class _Key:
-    """A row as digests: the texts of all rows a second time would be too much memory."""
+    """A row as digests, because a second copy of all texts would take too much memory."""
 
     question: bytes
     row: bytes
@@ -56,7 +56,7 @@ def find_duplicates(
     """Count equal rows within each client, between clients, and across train and held-out parts.
 
     Args:
-        rows: Of all clients, as far as this machine may read them.
+        rows: Rows of all clients whose rows this machine may read.
         server: The server's own train rows.
     """
     train = {name: [_key(row) for row in own.train] for name, own in rows.items()}
@@ -86,7 +86,7 @@ def _count(
 
 def _count_other_answers(keys: Sequence[_Key], taught: _Taught) -> int:
     answers = ((key.row, taught.get(key.question, {})) for key in keys)
-    # by number, for one question may have as many answers as there are rows
+    # by counting: one question may have as many answers as there are rows
     return sum(len(known) > (row in known) for row, known in answers)
 
 

@@ -1,7 +1,8 @@
 """One row of a classification data set becomes a labelled text.
 
-Knows the columns that such data comes in. Does not know files, clients or tokens. Messages name the
-place and the column, and of values only labels: these are the classes, not what a row says.
+Knows the usual columns of such data. Does not know files, clients or tokens. Error messages name
+the place and the column. The only values they show are labels, because these are classes, not what
+a row says.
 """
 
 import re
@@ -10,10 +11,10 @@ from typing import Any
 
 from silotune.core.errors import DataError, EmptyRowError
 from silotune.core.wording import did_you_mean
-from silotune.data.conversations import MEND_EMPTY, check_whole, is_missing, list_columns
+from silotune.data.conversations import FIX_EMPTY, check_characters, is_missing, list_columns
 
 LabelledText = dict[str, str]
-"""{"text": ..., "label": ...}, and for a pair of texts "text_pair" too."""
+"""{"text": ..., "label": ...}, and for a pair of texts also "text_pair"."""
 
 FORMATS = (
     ("text",),
@@ -24,13 +25,13 @@ FORMATS = (
     ("question1", "question2"),
     ("question", "sentence"),
 )
-"""Columns of text, and of the second text of a pair, as public data sets name them."""
+"""Names of the text column, and of the second one for pairs, in public data sets."""
 
 LONGEST = 40
-"""Characters of an unknown label that a message shows: a longer one is a text, not a label."""
+"""Longest unknown label that a message shows, in characters. Anything longer is a text."""
 
 HIDDEN = "-1"
-"""What public test sets have in the place of labels that they keep to themselves."""
+"""Label of the rows of public test sets whose real labels are not published."""
 
 
 def labelled_text(
@@ -46,14 +47,14 @@ def labelled_text(
 
     Args:
         row: Column names and values.
-        where: Place of the row for messages, for instance "data.csv:7".
-        text: Column of the text; when absent the longest of `FORMATS` that fits the columns.
+        where: Place of the row for messages, for example "data.csv:7".
+        text: Column of the text; if absent, the longest of `FORMATS` that fits the columns.
         text_pair: Column of the second text of a pair; goes with `text`.
-        label: Column of the label; "label" when absent. Numbers are read as text.
-        labels: The labels that there are; any when absent.
+        label: Column of the label; "label" if absent. Numbers are read as text.
+        labels: The valid labels; any label is valid if absent.
 
     Raises:
-        DataError: A column is missing, a text is empty, or the label is none of `labels`.
+        DataError: A column is missing, a text is empty, or the label is not one of `labels`.
 
     Example:
         >>> labelled_text({"sentence": "Fine.", "label": 1}, where="data.csv:2")
@@ -72,22 +73,22 @@ def check_all_pairs(rows: Sequence[LabelledText], places: Sequence[str]) -> None
     """Refuse a data set in which some rows are pairs and others are not.
 
     Raises:
-        DataError: Names the first row that is not as the first of all.
+        DataError: Names the first row that differs from the first row of all.
     """
     for row, where in zip(rows, places, strict=True):
         if ("text_pair" in row) != ("text_pair" in rows[0]):
             kinds = ("one text", "a pair") if "text_pair" in rows[0] else ("a pair", "one text")
             raise DataError(
-                f"{where}: the row has {kinds[0]}, the rows before it have {kinds[1]}.\n"
+                f"{where}: the row has {kinds[0]}, but the rows before it have {kinds[1]}.\n"
                 "  Give every row the same columns, or name them: data.text, data.text_pair."
             )
 
 
 def sorted_labels(rows: Sequence[LabelledText]) -> tuple[str, ...]:
-    """All labels of the rows, each once: numbers by size, else by name."""
+    """All labels of the rows, each once: sorted by size if all are numbers, otherwise by name."""
     found = {row["label"] for row in rows}
     by_size = all(label.removeprefix("-").isdecimal() for label in found)
-    # every label has one place, in every process: "1" before "01"
+    # the order is the same in every process: "1" before "01"
     return tuple(sorted(found, key=lambda n: (int(n), len(n), n) if by_size else (0, 0, n)))
 
 
@@ -97,8 +98,8 @@ def _columns(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         known = "; ".join(" and ".join(names) for names in FORMATS)
         raise DataError(
             f"{where}: no known format fits the columns {list_columns(row)}.\n"
-            f"  Accepted, beside a label: {known}.\n"
-            '  For other columns set data.text = "a column", and for pairs data.text_pair too.'
+            f"  Accepted, in addition to a label: {known}.\n"
+            '  For other columns set data.text = "a column", and for pairs also data.text_pair.'
         )
     return max(fitting, key=len)
 
@@ -106,50 +107,51 @@ def _columns(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 def _text(row: Mapping[str, Any], column: str, *, where: str, setting: str) -> str:
     if column not in row:
         raise DataError(
-            f"{where}: {setting} asks for column '{column}', which is not there."
+            f"{where}: {setting} = '{column}': there is no such column."
             f"{did_you_mean(column, row)}\n  The columns are {list_columns(row)}."
         )
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         if is_missing(value) or isinstance(value, str):
-            raise EmptyRowError(f"{where}: column '{column}' is empty.\n{MEND_EMPTY}")
+            raise EmptyRowError(f"{where}: column '{column}' is empty.\n{FIX_EMPTY}")
         raise DataError(
-            f"{where}: column '{column}' holds no text.\n  Write the text there, or remove the row."
+            f"{where}: column '{column}' does not hold text.\n"
+            "  Put the text there, or remove the row."
         )
-    check_whole(value, where=where, what=f"column '{column}'")
+    check_characters(value, where=where, what=f"column '{column}'")
     return value
 
 
 def _label(row: Mapping[str, Any], column: str, *, where: str, labels: Sequence[str] | None) -> str:
     value = row.get(column)
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # as pandas writes a column of integers that has a gap
+        value = int(value)  # how pandas writes a column of integers with a gap
     if not isinstance(value, str | int | bool) or not str(value).strip():
-        there = f"is not there.{did_you_mean(column, row)}"
+        why = f"does not exist.{did_you_mean(column, row)}"
         if column in row:
             empty = is_missing(value) or isinstance(value, str)
-            there = (
-                "has no value." if empty else "holds something else than a text or whole number."
+            why = (
+                "has no value." if empty else "has a value that is neither text nor a whole number."
             )
         raise DataError(
-            f"{where}: the label column '{column}' {there}\n"
-            "  Every row needs one label, a text or a whole number; set data.label to the column "
-            "that holds it, or remove the row."
+            f"{where}: the label column '{column}' {why}\n"
+            "  Every row needs one label, which is text or a whole number. Set data.label to the "
+            "column that holds it, or remove the row."
         )
-    check_whole(str(value), where=where, what=f"column '{column}'")
+    check_characters(str(value), where=where, what=f"column '{column}'")
     label = re.sub(r"^(-?\d+)\.0$", r"\1", str(value).strip())
     if labels is not None and label not in labels:
         shown = f"'{label}'" if len(label) <= LONGEST else f"(a text of {len(label)} characters)"
         known = ", ".join(f"'{name}'" for name in labels[:20])
         hint = " It marks rows without a public label: use another split." * (label == HIDDEN)
         raise DataError(
-            f"{where}: column '{column}' holds the unknown label {shown}.{hint}\n"
-            f"  data.labels knows {known}. Add the label there, or remove the row."
+            f"{where}: column '{column}' has the unknown label {shown}.{hint}\n"
+            f"  data.labels contains {known}. Add the label there, or remove the row."
         )
     if labels is None and label == HIDDEN:
         raise DataError(
             f"{where}: the label '{HIDDEN}' marks rows without a public label.\n"
-            '  Use another split, as in data.eval_split = "validation"; where it is a label like '
-            'the others, name all of them: data.labels = ["-1", "1"].'
+            '  Use another split, for example data.eval_split = "validation". If it is a '
+            'label like the others, list all labels: data.labels = ["-1", "1"].'
         )
     return label

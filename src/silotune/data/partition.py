@@ -1,11 +1,10 @@
-"""Cut one data set into clients. For simulation only: real clients bring their own rows.
+"""Partition one data set into clients. For simulation only: real clients have their own rows.
 
-Works on values and row numbers; knows neither files nor what a row is, and looks into texts only to
-find topics. Chance comes from the generator that is given.
+Works on values and row numbers; knows neither files nor what a row is. All randomness comes from
+the generators that callers pass in.
 """
 
 import math
-import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from itertools import groupby, pairwise
@@ -16,37 +15,36 @@ from pydantic import Field, field_validator, model_validator
 
 from silotune.core.errors import DataError
 from silotune.core.types import Config
+from silotune.core.wording import counted
 
 Shares = dict[str, list[int]]
 """Client name -> row numbers from 0, ascending. Names are sorted, no client is empty."""
 
-MAX_DIRECTIONS = 100
-"""Numbers that a text becomes when topics are sought; as many as scikit-learn advises."""
-
 
 class PartitionConfig(Config):
-    """How one data set becomes clients: by a column, at random, by length, topic or a library."""
+    """How to split one data set into clients: by column, at random, by length, topic or library."""
 
     by: str | None = Field(default=None, min_length=1)
-    """Column whose values name the clients, for instance "source"."""
+    """Column whose values name the clients, for example "source"."""
     kind: Literal["iid", "dirichlet", "length", "cluster", "flwr-datasets"] | None = None
-    """Cut otherwise: "iid" at random into equal parts, "dirichlet" so that labels are skewed,
-    "length" from short rows to long ones, "cluster" by topic, "flwr-datasets" with a class of that
-    library."""
+    """How to partition without a column: "iid" into equal parts at random, "dirichlet" with skewed
+    labels, "length" from short rows to long ones, "cluster" by topic, "flwr-datasets" with a class
+    of that library."""
     num_clients: int | None = Field(default=None, ge=1)
-    """Number of clients that `kind` makes; "flwr-datasets" needs it where the class does."""
+    """Number of clients that `kind` makes; with "flwr-datasets", only if the class requires it."""
     alpha: float | None = Field(default=None, ge=1e-6, allow_inf_nan=False)
-    """Evenness of "dirichlet": 0.1 gives each label to few clients, 100 is close to "iid"."""
+    """Evenness of "dirichlet": 0.1 concentrates each label on a few clients, 100 is close to
+    "iid"."""
     label: str | None = Field(default=None, min_length=1)
-    """Column that "dirichlet" shares out unevenly."""
+    """Column whose values "dirichlet" distributes unevenly."""
     only: tuple[str, ...] | None = None
-    """Of the clients that `by` makes, only these; the others' rows are not used."""
+    """Use only these clients out of those that `by` makes; the rows of the others are not used."""
     partitioner: str | None = Field(default=None, min_length=1)
-    """flwr-datasets: a class of flwr_datasets.partitioner, as in "ShardPartitioner". Needs
-    the extra partitioners."""
+    """flwr-datasets: a class of flwr_datasets.partitioner, for example "ShardPartitioner". Needs
+    the extra `partitioners`."""
     options: dict[str, bool | int | float | str | list[int | float]] = Field(default={})
-    """flwr-datasets: arguments of the class by their own names, as in options.shard_size = 20.
-    partition_by names a column, or "num_characters", the length of a row."""
+    """flwr-datasets: arguments of the class by name, for example options.shard_size = 20.
+    partition_by names a column, or is "num_characters", the length of a row."""
 
     @field_validator("options", mode="before")
     @classmethod
@@ -56,7 +54,7 @@ class PartitionConfig(Config):
             kinds = (int, float) if isinstance(value, list) else (int, float, str)
             if not all(isinstance(item, kinds) for item in items):
                 raise ValueError(
-                    f"'{key}' should be a number, a text, true, false or a list of numbers"
+                    f"'{key}' should be a number, a string, true, false or a list of numbers"
                 )
             if any(isinstance(item, float) and not math.isfinite(item) for item in items):
                 raise ValueError(f"'{key}' should be finite")
@@ -67,8 +65,8 @@ class PartitionConfig(Config):
         mistakes: list[str] = []
         if self.by is not None and self.kind is not None:
             mistakes.append("give by or kind, not both")
-        foreign = self.kind == "flwr-datasets"
-        if self.kind is not None and not foreign and self.num_clients is None:
+        by_library = self.kind == "flwr-datasets"
+        if self.kind is not None and not by_library and self.num_clients is None:
             mistakes.append(f'kind = "{self.kind}" needs num_clients')
         if self.kind is None and self.num_clients is not None:
             mistakes.append(
@@ -78,16 +76,16 @@ class PartitionConfig(Config):
             mistakes.append('kind = "dirichlet" needs alpha and label')
         if self.kind != "dirichlet" and (self.alpha is not None or self.label is not None):
             mistakes.append('alpha and label belong to kind = "dirichlet"')
-        if foreign and self.partitioner is None:
+        if by_library and self.partitioner is None:
             mistakes.append('kind = "flwr-datasets" needs partitioner, the name of a class')
-        if not foreign and (self.partitioner is not None or self.options):
+        if not by_library and (self.partitioner is not None or self.options):
             mistakes.append('partitioner and options belong to kind = "flwr-datasets"')
         if self.num_clients is not None and "num_partitions" in self.options:
             mistakes.append("num_clients and options.num_partitions are the same; give one")
         if self.only is not None and self.by is None:
-            mistakes.append("only chooses among the clients that by makes; set by")
+            mistakes.append("only selects from the clients that by makes; set by")
         if self.only is not None and len(set(self.only)) < max(1, len(self.only)):
-            mistakes.append("only names no client, or one twice")
+            mistakes.append("only is empty or names a client twice")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
@@ -97,9 +95,9 @@ def by_column(values: Sequence[object], column: str, places: Sequence[str] | Non
     """One client for each value of a column.
 
     Args:
-        values: The column, one value a row.
+        values: The column, one value per row.
         column: Its name, for messages.
-        places: Where each row stands, for messages; "row 1", "row 2", ... without.
+        places: Where each row is, for messages; "row 1", "row 2", ... if absent.
 
     Raises:
         DataError: A value is missing, empty or a list; the message names the places.
@@ -112,12 +110,12 @@ def by_column(values: Sequence[object], column: str, places: Sequence[str] | Non
 
 
 def iid(num_rows: int, num_clients: int, gen: torch.Generator, *, at_least: int = 1) -> Shares:
-    """Shuffle, then cut into parts whose sizes differ by at most one. Every row is used once.
+    """Shuffle, then split into parts whose sizes differ by at most one. Every row is used once.
 
     Raises:
         DataError: There are fewer rows than `num_clients * at_least`.
     """
-    _check_enough(num_rows, num_clients, at_least=at_least)
+    check_enough_rows(num_rows, num_clients, at_least=at_least)
     order = torch.randperm(num_rows, generator=gen).tolist()
     return name_parts([order[a:b] for a, b in pairwise(_even_ends(num_rows, num_clients))])
 
@@ -131,32 +129,32 @@ def dirichlet(
     known: Collection[str] = (),
     at_least: int = 1,
 ) -> Shares:
-    """Share out each label's rows in proportions from Dirichlet(alpha). Every row is used once.
+    """Distribute each label's rows in proportions from Dirichlet(alpha). Every row is used once.
 
     A client with fewer than `at_least` rows then receives the last row of the largest client (the
-    first by name of equals), until it has enough.
+    first by name if several are equally large) until it has enough.
 
     Args:
         labels: Label of each row.
         num_clients: Number of clients.
         alpha: Concentration, > 0; the smaller, the more skewed.
         gen: Draws the proportions of all labels first, then the order of rows.
-        known: Labels that occur elsewhere. Two parts of one data set that are cut with generators
-            of equal seed and with each other's labels known give each client the same proportions
-            in both.
-        at_least: Rows that every client needs.
+        known: Labels that occur elsewhere. If two parts of a data set are partitioned with
+            generators of the same seed, and each with the other's labels as `known`, every client
+            gets the same proportions in both.
+        at_least: Minimum number of rows per client.
 
     Raises:
         DataError: There are fewer rows than `num_clients * at_least`.
 
     Reference:
         Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated
-        Visual Classification". arXiv:1909.06335. Differs from the paper: it draws a mix of labels
-        for each client, of equal sizes; here each label is shared out over the clients, so that
+        Visual Classification". arXiv:1909.06335. Differs from the paper, which draws a label mix
+        for each client, all of equal size: here each label is distributed over the clients, so
         sizes differ too and no row is left over, as in Yurochkin et al. 2019, section 4.
         arXiv:1905.12022
     """
-    _check_enough(len(labels), num_clients, at_least=at_least)
+    check_enough_rows(len(labels), num_clients, at_least=at_least)
     rows_of = _group(labels)
     proportions = {
         label: _draw_dirichlet(num_clients, alpha, gen) for label in sorted({*rows_of, *known})
@@ -182,22 +180,22 @@ def by_length(
     held: Sequence[int] | None = None,
     at_least: int = 1,
 ) -> tuple[Shares, Shares | None]:
-    """Sort rows by length and cut into parts whose sizes differ by at most one.
+    """Sort rows by length and split them into parts whose sizes differ by at most one.
 
-    Rows of equal length are in an order drawn by chance: files are often sorted, and clients should
-    differ by length alone. A held-out row goes to the client whose train rows are as long. Where
-    several clients have rows of that length, held-out rows of it are shared out as the train rows
-    are; a length that no train row has counts as the next longer one.
+    Rows of equal length are in random order: files are often sorted, and clients should differ by
+    length alone. A held-out row goes to the client whose train rows are as long. If several clients
+    have rows of that length, held-out rows of that length are distributed over them like the train
+    rows. A length that no train row has counts as the next longer one.
 
     Args:
-        lengths: Of each row, in characters.
+        lengths: Length of each row, in characters.
         num_clients: Number of clients; the first has the shortest rows.
         gen: Draws the order of rows of equal length.
-        held: Lengths of the held-out rows, where they have a place of their own.
-        at_least: Rows that every client needs.
+        held: Lengths of the held-out rows, if these are stored separately.
+        at_least: Minimum number of rows per client.
 
     Returns:
-        The train rows, and the held-out rows if there are any. Each of them once.
+        The train rows, and the held-out rows if `held` is given. Each row appears once.
 
     Raises:
         DataError: There are fewer rows than `num_clients * at_least`, or a client gets no held-out
@@ -208,7 +206,7 @@ def by_length(
         >>> by_length([90, 10, 80, 20], 2, gen, held=[15, 300])
         ({'client-00': [1, 3], 'client-01': [0, 2]}, {'client-00': [0], 'client-01': [1]})
     """
-    _check_enough(len(lengths), num_clients, at_least=at_least)
+    check_enough_rows(len(lengths), num_clients, at_least=at_least)
     order, ends = _by_size(lengths, gen), _even_ends(len(lengths), num_clients)
     shares = name_parts([order[a:b] for a, b in pairwise(ends)])
     if held is None:
@@ -218,108 +216,10 @@ def by_length(
     for length, equal in groupby(_by_size(held, gen), key=held.__getitem__):
         rows = list(equal)
         first, end = bisect_left(ascending, length), bisect_right(ascending, length)
-        for n, row in enumerate(rows):  # evenly over the places of the train rows as long
+        for n, row in enumerate(rows):  # evenly over the positions of the train rows of this length
             place = first + (2 * n + 1) * (end - first) // (2 * len(rows))
             parts[bisect_right(ends, min(place, len(order) - 1)) - 1].append(row)
-    return shares, _named_held(parts, "length")
-
-
-def by_topic(
-    texts: Sequence[str],
-    num_clients: int,
-    gen: torch.Generator,
-    *,
-    held: Sequence[str] | None = None,
-    at_least: int = 1,
-) -> tuple[Shares, Shares | None]:
-    """Cluster texts by the words that they use; each cluster is a client.
-
-    TF-IDF of words, its `MAX_DIRECTIONS` largest directions at unit length, k-means. Sizes differ
-    as topics do. A client with fewer than `at_least` rows then receives the rows nearest to it, one
-    by one, from clients that can spare them. Clients are numbered by their first row. The number of
-    threads has no influence.
-
-    Args:
-        texts: Of each row.
-        num_clients: Number of clients.
-        gen: Seeds the decomposition and the ten starts of k-means.
-        held: Texts of the held-out rows, where they have a place of their own: each goes to the
-            nearest cluster. They have no say in words and clusters.
-        at_least: Rows that every client needs.
-
-    Returns:
-        The train rows, and the held-out rows if there are any. Each of them once.
-
-    Raises:
-        DataError: There are too few rows, no words, or fewer topics than clients; or a client gets
-            no held-out row.
-
-    Reference:
-        Deerwester et al. 1990, "Indexing by Latent Semantic Analysis"; Arthur and Vassilvitskii
-        2007, "k-means++: The Advantages of Careful Seeding". Both as in scikit-learn.
-    """
-    import numpy as np
-    from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
-
-    _check_enough(len(texts), num_clients, at_least=at_least)
-    state = int(torch.randint(2**31, (1,), generator=gen))
-    # One thread: sums in another order would move rows between clients, and Flower's actors, which
-    # cut anew, may have another number of threads.
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of too few topics, which are refused below
-        points, held_points = _topic_points(texts, held, state)
-        means = KMeans(num_clients, n_init=cast(Any, 10), random_state=state).fit(points)
-        distances = means.transform(points)  # (rows, clients)
-        nearest = None if held_points is None else means.predict(held_points)
-    owner = np.array(means.labels_)
-    sizes = np.bincount(owner, minlength=num_clients)
-    num_topics = int(np.count_nonzero(sizes))
-    if num_topics < num_clients:
-        raise DataError(
-            f"the rows have {num_topics} different topics, fewer than {num_clients} clients.\n"
-            f"  Set partition.num_clients to {num_topics} or less, or bring more rows."
-        )
-    while sizes.min() < at_least:
-        small = int(sizes.argmin())
-        row = int(np.where(sizes[owner] > at_least, distances[:, small], np.inf).argmin())
-        sizes[owner[row]] -= 1
-        sizes[small] += 1
-        owner[row] = small
-    names = list(dict.fromkeys(owner.tolist()))  # in the order of first rows
-    shares = name_parts([np.flatnonzero(owner == name).tolist() for name in names])
-    if nearest is None:
-        return shares, None
-    return shares, _named_held(
-        [np.flatnonzero(nearest == name).tolist() for name in names], "topic"
-    )
-
-
-def _topic_points(texts: Sequence[str], held: Sequence[str] | None, state: int) -> tuple[Any, Any]:
-    """Texts as points of unit length; words and directions are those of `texts`.
-
-    Returns:
-        (rows, at most MAX_DIRECTIONS), and (held-out rows, the same) if there are any.
-    """
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.preprocessing import normalize
-
-    words: Any = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    try:
-        counts = words.fit_transform(texts)
-    except ValueError:  # an empty vocabulary
-        raise DataError(
-            "the rows' texts hold no words, so they have no topics.\n"
-            '  Cut them otherwise, for instance by partition.kind = "length".'
-        ) from None
-    if counts.shape[1] <= MAX_DIRECTIONS:  # also for a single word, which cannot be decomposed
-        return counts.toarray(), None if held is None else words.transform(held).toarray()
-    directions = TruncatedSVD(MAX_DIRECTIONS, random_state=state)
-    points = normalize(directions.fit_transform(counts))
-    if held is None:
-        return points, None
-    return points, normalize(directions.transform(words.transform(held)))
+    return shares, name_held_parts(parts, "length")
 
 
 def client_names(num_clients: int) -> list[str]:
@@ -336,30 +236,64 @@ def name_parts(parts: Sequence[Sequence[int]]) -> Shares:
 def names_in_column(
     values: Sequence[object], column: str, places: Sequence[str] | None = None
 ) -> list[str]:
-    """The values as stripped texts, one a row. Arguments and errors as in `by_column`."""
+    """The values as stripped strings, one per row. Arguments and errors as in `by_column`."""
     bad = [n for n, value in enumerate(values) if not _is_name(value)]
     if bad:
         shown = ", ".join(places[n] if places else f"row {n + 1}" for n in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise DataError(
             f"column '{column}' is empty, or not a single value, at {shown}{more}.\n"
-            "  Every row needs a value there: fill it, remove the row, or choose another column."
+            "  Every row needs a value there: fill it in, remove the row, or choose another column."
         )
     return [str(value).strip() for value in values]
 
 
-def _named_held(parts: Sequence[Sequence[int]], quality: str) -> Shares:
-    """Held-out rows by client; each client needs one of the quality of its train rows."""
+def name_held_parts(parts: Sequence[Sequence[int]], quality: str) -> Shares:
+    """Held-out rows by client.
+
+    Args:
+        parts: Row numbers of each client.
+        quality: What the train and held-out rows of a client have in common, for the message.
+
+    Raises:
+        DataError: A client has no held-out rows; the message names it.
+    """
     shares = name_parts(parts)
     lacks = [name for name, rows in shares.items() if not rows]
     if lacks:
         more = f" ({len(lacks)} clients lack them)" if len(lacks) > 1 else ""
         raise DataError(
-            f"client '{lacks[0]}' has train rows, but no held-out rows of their {quality}{more}.\n"
-            "  Cut into fewer clients, bring more held-out rows, or leave them out so that each "
-            "client holds out its own."
+            f"client '{lacks[0]}' has train rows, but no held-out rows of the same {quality}{more}."
+            "\n  Use fewer clients, add held-out rows, or remove the held-out part so that each "
+            "client holds out some of its own rows."
         )
     return shares
+
+
+def draw_rows(rows: list[int], size: int, gen: torch.Generator) -> tuple[list[int], list[int]]:
+    """Draw `size` rows, or all if there are fewer.
+
+    Returns:
+        The rows drawn and the rest, both in their original order.
+    """
+    order = torch.randperm(len(rows), generator=gen).tolist()
+    chosen = set(order[:size])
+    drawn = [row for n, row in enumerate(rows) if n in chosen]
+    return drawn, [row for n, row in enumerate(rows) if n not in chosen]
+
+
+def check_enough_rows(num_rows: int, num_clients: int, *, at_least: int) -> None:
+    """Refuse more clients than the rows can fill.
+
+    Raises:
+        DataError: There are fewer rows than `num_clients * at_least`.
+    """
+    if num_clients * at_least > num_rows:
+        raise DataError(
+            f"{counted(num_rows, 'row')} cannot be split into {counted(num_clients, 'client')} "
+            f"with at least {counted(at_least, 'row')} each.\n"
+            f"  Set partition.num_clients to {max(1, num_rows // at_least)} or less, or add rows."
+        )
 
 
 def _even_ends(num_rows: int, num_clients: int) -> list[int]:
@@ -367,7 +301,7 @@ def _even_ends(num_rows: int, num_clients: int) -> list[int]:
 
 
 def _by_size(sizes: Sequence[int], gen: torch.Generator) -> list[int]:
-    """Row numbers from small to large; those of equal size in an order drawn by chance."""
+    """Row numbers from the smallest row to the largest; rows of equal size in random order."""
     order = torch.randperm(len(sizes), generator=gen).tolist()
     return sorted(order, key=sizes.__getitem__)
 
@@ -389,17 +323,8 @@ def _group(names: Sequence[str]) -> Shares:
     return shares
 
 
-def _check_enough(num_rows: int, num_clients: int, *, at_least: int) -> None:
-    if num_clients * at_least > num_rows:
-        raise DataError(
-            f"{num_rows} rows cannot be cut into {num_clients} clients of at least {at_least} "
-            f"each.\n  Set partition.num_clients to {max(1, num_rows // at_least)} or less, or "
-            "bring more rows."
-        )
-
-
 def _draw_dirichlet(size: int, alpha: float, gen: torch.Generator) -> torch.Tensor:
-    # In logarithms, by Gamma(a) = Gamma(a + 1) * U^(1/a): with a small alpha
+    # In log space, using Gamma(a) = Gamma(a + 1) * U^(1/a): with a small alpha
     # torch._sample_dirichlet underflows and quietly returns equal proportions. torch.distributions
     # takes no generator, hence the private name.
     shape = torch.full((size,), alpha + 1.0, dtype=torch.float64)

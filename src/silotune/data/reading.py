@@ -1,6 +1,6 @@
-"""[data]: which rows there are, and what each becomes for its task.
+"""[data]: where the rows come from, and what each becomes for its task.
 
-Reads files and the hub, and converts row by row. Knows neither clients nor what is held out.
+Reads files and the hub, and converts row by row. Knows neither clients nor what they hold out.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,26 +11,28 @@ from pydantic import Field, model_validator
 
 from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.types import Config
+from silotune.core.wording import counted
 from silotune.data.conversations import Conversation, conversation, parse_template
 from silotune.data.files import Part, PlacedRow, locate, no_such_file, read_hub, read_place
 from silotune.data.labelled_texts import LabelledText, check_all_pairs, labelled_text
 
 HUB_ONLY = ("name", "split", "eval_split", "revision")
-"""Settings that only a data set on the hub understands."""
+"""Settings that only apply to a data set on the hub."""
 
 
 class DataConfig(Config):
-    """Which rows are learned, and how they become conversations."""
+    """Which rows to train on, and how they become conversations."""
 
     path: str = Field(min_length=1)
     """A named example (medquad_mini), a file, a folder, or a data set on the Hugging Face hub."""
     eval_path: str | None = Field(default=None, min_length=1)
-    """A file or folder with the held-out rows, laid out like `path`, instead of `eval_fraction`."""
+    """A file or folder with the held-out rows, in the same layout as `path`; replaces
+    `eval_fraction`."""
     eval_split: str | None = Field(default=None, min_length=1)
-    """Split of a hub data set with the held-out rows, for instance "test", instead of
+    """Split of a hub data set with the held-out rows, for example "test"; replaces
     `eval_fraction`."""
     eval_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of its rows that each client holds out for scoring, at least one row."""
+    """Fraction of its rows that each client holds out for scoring; at least one row."""
     name: str | None = Field(default=None, min_length=1)
     """Configuration of a hub data set."""
     split: str = Field(default="train", min_length=1)
@@ -38,43 +40,45 @@ class DataConfig(Config):
     revision: str | None = Field(default=None, min_length=1)
     """Commit or tag of a hub data set; a full commit makes a run repeatable."""
     prompt: str | None = Field(default=None, min_length=1)
-    """Text with {column} holes that makes the user's turn, for rows in no known format."""
+    """Template with {column} placeholders for the user's turn, for rows in an unknown format."""
     completion: str | None = Field(default=None, min_length=1)
-    """Text with {column} holes that makes the answer; goes with `prompt`."""
+    """Template with {column} placeholders for the answer; goes with `prompt`."""
     system: str | None = Field(default=None, min_length=1)
-    """System text in front of every conversation that has none."""
+    """System text for every conversation that has none."""
     template: str = Field(default="auto", min_length=1)
-    """How a conversation becomes text, in training, scoring and answers alike. auto: the model's
-    own chat template, or plain where it has none. three-block: "### Instruction:" with the system
-    text, "### Input:" with the question, "### Response:". alpaca, vicuna and flowertune as these
-    write it. Or a file with a Jinja chat template of your own, which the run keeps."""
+    """How a conversation becomes text, for training, scoring and answers alike. auto: the model's
+    own chat template, or plain if it has none. three-block: "### Instruction:" with the system
+    text, "### Input:" with the question, "### Response:". alpaca, vicuna and flowertune: the
+    templates of these projects. Or a file with your own Jinja chat template, which is saved with
+    the run."""
     max_rows: int | None = Field(default=None, ge=1)
-    """At most so many training rows per client, drawn with the seed."""
+    """Maximum number of training rows per client, drawn with the seed."""
     max_eval_rows: int | None = Field(default=None, ge=1)
-    """At most so many held-out rows per client, drawn with the seed."""
+    """Maximum number of held-out rows per client, drawn with the seed."""
     label: str | None = Field(default=None, min_length=1)
-    """A column whose mix at each client the report shows, for instance the kind of question. With
-    task = "classify" the column of the classes; "label" when absent."""
+    """A column whose distribution at each client is shown in the report, for example the kind of
+    question. With task = "classify", the column of the classes; "label" if absent."""
     labels: tuple[str, ...] | None = Field(default=None, min_length=2)
-    """classify: all classes, in the order of the model's outputs. Absent: those of all rows,
-    sorted; real clients, whose rows no one else can read, need them here."""
+    """classify: all classes, in the order of the model's outputs. If absent, the classes of all
+    rows, sorted. Required with real clients, because no one else can read their rows."""
     text: str | None = Field(default=None, min_length=1)
-    """classify: the column of the text; absent: found by the usual names (text, sentence, ...)."""
+    """classify: the column of the text; if absent, found by the usual names (text, sentence,
+    ...)."""
     text_pair: str | None = Field(default=None, min_length=1)
     """classify: the column of the second text, for pairs; goes with `text`."""
     skip_empty: bool = False
-    """Leave out rows that lack a question, an answer or a text, and say how many, instead of
+    """Skip rows that lack a question, an answer or a text, and report how many, instead of
     stopping."""
     split_seed: int | None = Field(default=None, ge=0)
-    """Seed of the cut into clients and of the held-out rows; the run's seed when absent. Runs with
-    other seeds on the same held-out rows need it."""
+    """Seed for the partition into clients and the held-out rows; the run's seed if absent. Set it
+    to run several seeds on the same held-out rows."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "DataConfig":
         mistakes: list[str] = []
-        # Compared with the default: a resolved recipe names every field and must stay readable.
+        # Compared with the default: a resolved recipe sets every field and must remain valid.
         given = [key for key in ("eval_path", "eval_split") if getattr(self, key) is not None]
-        given += ["eval_fraction"] * _is_moved(self, "eval_fraction")
+        given += ["eval_fraction"] * _is_changed(self, "eval_fraction")
         if len(given) > 1:
             count = "both" if len(given) == 2 else "all"
             mistakes.append(f"give {' or '.join(given)}, not {count}")
@@ -86,17 +90,17 @@ class DataConfig(Config):
             )
         if (self.prompt is None) != (self.completion is None):
             mistakes.append("prompt and completion belong together; set both")
-        holes: dict[str, bool] = {}
+        has_placeholder: dict[str, bool] = {}
         for key, template in (("prompt", self.prompt), ("completion", self.completion)):
             try:
-                holes[key] = any(column for _, column in parse_template(template or ""))
+                has_placeholder[key] = any(column for _, column in parse_template(template or ""))
             except ValueError as error:
                 mistakes.append(f"{key} {error}")
         if self.text_pair is not None and self.text is None:
             mistakes.append("text_pair goes with text; set both")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            mistakes.append("labels names a label twice")
-        if self.completion is not None and holes.get("completion") is False:
+            mistakes.append("labels contains a label twice")
+        if self.completion is not None and has_placeholder.get("completion") is False:
             mistakes.append("completion has no {column}, so every row would teach the same answer")
         if mistakes:
             raise ValueError("; ".join(mistakes))
@@ -104,12 +108,17 @@ class DataConfig(Config):
 
 
 TaskRow = Any
-"""A row as its task wants it, and only the task looks into it: a Conversation to answer, or a
-LabelledText to classify."""
+"""A row in the form that its task needs, and only the task looks inside: a Conversation to answer,
+or a LabelledText to classify."""
+
+
+def seed_of_split(cfg: DataConfig, seed: int) -> int:
+    """The seed for partitions and held-out rows: data.split_seed, or else the run's seed."""
+    return cfg.split_seed if cfg.split_seed is not None else seed
 
 
 def read_parts(cfg: DataConfig, task: str) -> tuple[Part, Part | None]:
-    """The train rows, and the held-out rows where these have a place of their own.
+    """The train rows, and the held-out rows if these are stored separately.
 
     Raises:
         DataError: Files or the hub cannot be read.
@@ -120,21 +129,26 @@ def read_parts(cfg: DataConfig, task: str) -> tuple[Part, Part | None]:
 
 
 def without_empty(part: Part, cfg: DataConfig, task: str) -> Part:
-    """With data.skip_empty: a part without the rows that lack a text.
+    """With data.skip_empty, a part without the rows that lack a text.
 
     Raises:
-        DataError: None is left.
+        DataError: No row is left.
     """
     if not cfg.skip_empty:
         return part
     kept = [n for n, row in enumerate(part.rows) if not _is_empty(row, cfg, task)]
     if not kept:
-        raise DataError(f"'{cfg.path}' has no row with all texts.\n  Fill some.")
-    at = {old: new for new, old in enumerate(kept)}
-    files = {name: [at[n] for n in rows if n in at] for name, rows in part.files.items()}
+        raise DataError(f"every row of '{cfg.path}' lacks a text.\n  Fill in the missing texts.")
+    renumbered = {old: new for new, old in enumerate(kept)}
+    files = {
+        name: [renumbered[n] for n in rows if n in renumbered] for name, rows in part.files.items()
+    }
     for name, rows in files.items():
         if not rows:
-            raise DataError(f"client '{name}' has no row with all texts.\n  Fill some of its file.")
+            raise DataError(
+                f"every row of client '{name}' lacks a text.\n"
+                "  Fill in the missing texts in its file."
+            )
     return Part([part.rows[n] for n in kept], files, len(part.rows) - len(kept))
 
 
@@ -144,7 +158,7 @@ def _is_empty(row: PlacedRow, cfg: DataConfig, task: str) -> bool:
     except EmptyRowError:
         return True
     except DataError:
-        return False  # another mistake, which has to be told
+        return False  # a different mistake, which has to be reported
     return False
 
 
@@ -152,14 +166,14 @@ def _read_both(cfg: DataConfig) -> tuple[Part, Part | None]:
     place = locate(cfg.path)
     if place is None:
         return _read_hub_parts(cfg)
-    foreign = [key for key in HUB_ONLY if _is_moved(cfg, key)]
-    if foreign:
+    hub_keys = [key for key in HUB_ONLY if _is_changed(cfg, key)]
+    if hub_keys:
         raise ConfigError(
-            f"data.{', data.'.join(foreign)}: only for data sets on the hub, but "
-            f"'{cfg.path}' is here.\n  Remove the setting, or name a hub data set."
+            f"data.{', data.'.join(hub_keys)}: only for data sets on the hub, but '{cfg.path}' is "
+            "local.\n  Remove the setting, or set data.path to a hub data set."
         )
     train, held = read_place(place)
-    if held is not None and (cfg.eval_path is not None or _is_moved(cfg, "eval_fraction")):
+    if held is not None and (cfg.eval_path is not None or _is_changed(cfg, "eval_fraction")):
         key = "eval_path" if cfg.eval_path is not None else "eval_fraction"
         raise ConfigError(
             f"data.{key}: '{cfg.path}' already holds its held-out rows in an eval file.\n"
@@ -174,7 +188,7 @@ def read_all(path: str) -> list[PlacedRow]:
     """All rows of a file or folder, train and held-out alike.
 
     Raises:
-        DataError: There is none, or it cannot be read.
+        DataError: It does not exist, or cannot be read.
     """
     place = Path(path).expanduser()
     if not place.exists():
@@ -195,23 +209,24 @@ def _read_hub_parts(cfg: DataConfig) -> tuple[Part, Part | None]:
     return train, None
 
 
-def _is_moved(cfg: DataConfig, key: str) -> bool:
+def _is_changed(cfg: DataConfig, key: str) -> bool:
     return getattr(cfg, key) != DataConfig.model_fields[key].default
 
 
 def _overlap(split: str, other: str) -> bool:
-    """Whether two splits of the hub surely share rows: the same one, or the whole and a slice."""
+    """Whether two hub splits certainly share rows: the same split, or a split and its slice."""
     return split == other or split.startswith(f"{other}[") or other.startswith(f"{split}[")
 
 
 def _read_held_out(place: Path, train: Part) -> Part:
     if not place.exists():
         raise no_such_file(place)
-    held, beside = read_place(place)
-    if beside is not None or bool(held.files) != bool(train.files):
+    held, second_part = read_place(place)
+    if second_part is not None or bool(held.files) != bool(train.files):
         layout = "a folder with one file per client" if train.files else "one file"
         raise ConfigError(
-            f"data.eval_path: '{place}' is not laid out like data.path.\n  Give {layout}."
+            f"data.eval_path: '{place}' does not have the same layout as data.path.\n"
+            f"  Use {layout}."
         )
     return held
 
@@ -222,21 +237,21 @@ def _read_held_out(place: Path, train: Part) -> Part:
 def convert_parts(
     train: Part, held: Part | None, cfg: DataConfig, task: str
 ) -> tuple[list[TaskRow], list[TaskRow] | None]:
-    """What both parts' rows become; the mistakes of both are told together.
+    """Convert the rows of both parts, and report the mistakes of both together.
 
     Raises:
         DataError: Names the first rows that cannot be used.
     """
     rows = [*train.rows, *(held.rows if held else [])]
-    talks = convert(rows, cfg, task)
-    return talks[: len(train.rows)], talks[len(train.rows) :] if held else None
+    converted = convert(rows, cfg, task)
+    return converted[: len(train.rows)], converted[len(train.rows) :] if held else None
 
 
 def convert(rows: Sequence[PlacedRow], cfg: DataConfig, task: str) -> list[TaskRow]:
-    """What rows become for a task.
+    """Convert rows for a task.
 
     Raises:
-        DataError: Names the first rows that cannot be used, and how to mend them.
+        DataError: Names the first rows that cannot be used, and how to fix them.
     """
     read = READERS[task]
     found: list[TaskRow] = []
@@ -278,13 +293,13 @@ READERS: dict[str, Callable[[PlacedRow, DataConfig], TaskRow]] = {
     "instruct": _as_conversation,
     "classify": _as_labelled,
 }
-"""What a row becomes, by task."""
+"""Task -> the function that converts a row for it."""
 
 
 def _join_problems(problems: Sequence[str], shown: int = 5) -> str:
-    """The first lines of the first problems, then each way to mend them once."""
+    """The first lines of the first problems, then each distinct fix once."""
     parts = [problem.partition("\n") for problem in problems[:shown]]
     heads = [head for head, _, _ in parts]
     if len(problems) > shown:
-        heads.append(f"and {len(problems) - shown} more rows")
-    return "\n".join([*heads, *dict.fromkeys(mend for _, _, mend in parts)])
+        heads.append(f"and {counted(len(problems) - shown, 'more row')}")
+    return "\n".join([*heads, *dict.fromkeys(fix for _, _, fix in parts)])

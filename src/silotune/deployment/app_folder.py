@@ -17,22 +17,22 @@ from silotune.data.files import locate
 from silotune.federation.client_config import is_client_folder
 from silotune.federation.roster import is_consortium
 from silotune.recipes.parse import load_recipe
-from silotune.runtime.flower.submit import app_of, with_whole_paths
+from silotune.runtime.flower.submit import app_of, with_absolute_paths
 from silotune.workflows.check import check
 
 SERVER = "silotune.deployment.flower_app:app"
 README = """\
-# A run of silotune as a Flower app
+# A silotune run as a Flower app
 
 ```sh
 {command}
 ```
 
-silotune has to be installed where Flower's processes run. Each run leaves a folder, named by
-Flower's number of the run, in {runs}: `silotune report`, `silotune export` and the
-rest work on it, and `silotune run --resume` goes on with one that was interrupted.
+silotune must be installed wherever Flower's processes run. Each run leaves a run folder, named
+after Flower's number of the run, in {runs}. `silotune report`, `silotune export`
+and the other commands work on it, and `silotune run --resume` resumes an interrupted run.
 
-The recipe is in pyproject.toml as one line of JSON. For another, export again.
+The recipe is in pyproject.toml as one line of JSON. To run another recipe, export again.
 """
 
 
@@ -40,27 +40,27 @@ def export_app(folder: Path, recipe: str | Path, overrides: Sequence[str] = ()) 
     """Write a run as a Flower app.
 
     Args:
-        folder: To create; nothing may be there.
-        recipe: A shipped name or a TOML file, with rows to cut into clients.
+        folder: Folder to create; it must not exist.
+        recipe: A shipped name or a TOML file, with rows to split into clients.
         overrides: Dotted `key=value` texts on top of it.
 
     Returns:
         The command that runs it.
 
     Raises:
-        SilotuneError: A mistake in the recipe, or one of real clients.
+        SilotuneError: The recipe has a mistake, or is for real clients.
     """
     if folder.exists():
-        raise ConfigError(f"{folder} exists already.\n  Name a folder that does not.")
+        raise ConfigError(f"{folder} already exists.\n  Choose another folder.")
     place = locate(load_recipe(recipe, overrides).data.path)
     if place is not None and (is_client_folder(place) or is_consortium(place)):
         raise ConfigError(
-            "these clients have rows of their own, and an app of Flower's is run in simulation.\n"
-            "  They join a consortium: silotune server init; to try it: silotune rehearse."
+            "this recipe is for real clients, but an exported Flower app runs in simulation.\n"
+            "  Real clients join a consortium: silotune server init. To try it: silotune rehearse."
         )
     checked = check(recipe, [*overrides, "runtime.name=flower-simulation"])
-    run, names = with_whole_paths(checked.run), sorted(checked.rows)
-    # beside the app: all that is in its folder travels with it
+    run, names = with_absolute_paths(checked.run), sorted(checked.rows)
+    # next to the app: everything in its folder is sent along with it
     runs = folder.absolute().with_name(f"{folder.name}-runs")
     told = {
         "recipe": run.model_dump_json(serialize_as_any=True),

@@ -1,7 +1,8 @@
-"""`silotune client doctor`: would this client be able to take part? A line each, with a mend.
+"""`silotune client doctor`: checks whether this client can take part, one line per check.
 
-Looks at everything that has failed somebody before: keys, reachability, clocks, disks, rows, what
-the loss is taken on, the base model's content, and memory, by one real training step.
+A check that fails has a fix. It looks at everything that has gone wrong before: keys, reachability,
+clocks, disks, rows, what the loss covers, the base model's content, and memory, by one real
+training step.
 """
 
 import datetime
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from silotune.core.errors import SilotuneError
-from silotune.core.wording import human_bytes
+from silotune.core.wording import counted, human_bytes
 from silotune.data.partition import PartitionConfig
 from silotune.deployment.consortium.gate import find_caddy
 from silotune.deployment.consortium.kit import certificate_of
@@ -25,7 +26,7 @@ from silotune.deployment.join import KEY, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
 from silotune.federation.client_config import check_base, check_steps, own_recipe, own_rows
 from silotune.federation.recipe_model import give_template
-from silotune.models.loading import folder_of_base, load_tokenizer
+from silotune.models.base import folder_of_base, load_tokenizer
 from silotune.models.sources import content_hash
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks import build_task
@@ -33,29 +34,29 @@ from silotune.workflows.plan.measure import Measurement, is_at_hand, measure
 from silotune.workflows.preview import describe_rows
 
 CLOCK_S = (60.0, 300.0)
-"""Differences that are odd, and that the engine refuses: its signatures are good for so long."""
+"""Seconds of difference that are suspicious, and at which the engine's signatures have expired."""
 FREE_BYTES = 2_000_000_000
-"""What a client's folder should have room for: logs, memory between rounds, temporary files."""
+"""Room for what a client keeps: logs, memory between rounds, temporary files."""
 SOON_DAYS = 30
 Verdict = Literal["ok", "look", "FAIL"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the doctor's."""
+    """The result of one check."""
 
     what: str
     verdict: Verdict
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(joined: Joined, recipe: RunConfig | None = None) -> Iterator[Finding]:
-    """Look at a client's machine, as far as it goes; each finding comes when it is made.
+    """Check a client's machine as far as possible; yields each finding as soon as it is made.
 
     Args:
         joined: The client's folder, kit and own configuration.
-        recipe: What is to be trained; the server's own word when absent.
+        recipe: What will be trained; by default, what the server announces.
     """
     yield _certificate(joined)
     yield _programs()
@@ -73,8 +74,8 @@ def examine(joined: Joined, recipe: RunConfig | None = None) -> Iterator[Finding
             recipe, expected = notice.recipe, notice.base_sha256
     yield _disk(joined)
     if recipe is None:
-        text = "nothing is submitted, so rows, model and memory were not tried"
-        yield Finding("recipe", "look", text, "Try one that may come: --recipe RECIPE.")
+        text = "no run is submitted, so rows, model and memory were not checked"
+        yield Finding("recipe", "look", text, "Check a recipe that you expect: --recipe RECIPE.")
         return
     run = yield from _agree(joined, recipe)
     if run is None:
@@ -88,10 +89,10 @@ def examine(joined: Joined, recipe: RunConfig | None = None) -> Iterator[Finding
     yield from _guarded("memory", lambda: _memory(run))
 
 
-def _guarded(what: str, look: Callable[[], Finding]) -> Iterator[Finding]:
-    """A look, or what went wrong in it."""
+def _guarded(what: str, check: Callable[[], Finding]) -> Iterator[Finding]:
+    """The finding of a check, or what went wrong in it."""
     try:
-        yield look()
+        yield check()
     except SilotuneError as error:
         first, _, rest = str(error).partition("\n")
         yield Finding(what, "FAIL", first, rest.strip())
@@ -100,8 +101,8 @@ def _guarded(what: str, look: Callable[[], Finding]) -> Iterator[Finding]:
 def _certificate(joined: Joined) -> Finding:
     ends = certificate_of(joined.kit).not_valid_after_utc
     left = (ends - datetime.datetime.now(datetime.UTC)).days
-    text = f"fits this client's key; good until {ends:%Y-%m-%d}"
-    again = "Ask the server's people to approve request.toml again; it renews the kit."
+    text = f"matches this client's key; valid until {ends:%Y-%m-%d}"
+    again = "Ask the server's operators to approve request.toml again; that renews the kit."
     if left < 0:
         return Finding("kit", "FAIL", text, again)
     return Finding("kit", "look", text, again) if left < SOON_DAYS else Finding("kit", "ok", text)
@@ -122,8 +123,8 @@ def _server(joined: Joined) -> tuple[Notice, float] | Finding:
     kit, where = joined.kit, f"{joined.kit.host}, port {joined.kit.port}"
     began = time.monotonic()
 
-    def fail(text: str, mend: str) -> Finding:
-        return Finding("server", "FAIL", f"{where}: {text}", mend)
+    def fail(text: str, fix: str) -> Finding:
+        return Finding("server", "FAIL", f"{where}: {text}", fix)
 
     try:
         context = ssl.create_default_context(cadata=kit.authority)
@@ -133,34 +134,38 @@ def _server(joined: Joined) -> tuple[Notice, float] | Finding:
         context.load_cert_chain(certificate, joined.folder / KEY)
         return read_notice(kit, context), time.monotonic() - began
     except urllib.error.HTTPError as error:
-        return fail(f"answers {error.code}", "Is this the consortium's server, and is it up?")
+        return fail(
+            f"answered with HTTP {error.code}", "Is this the consortium's server, and is it up?"
+        )
     except (ValueError, KeyError) as error:
-        return fail(f"says what we do not understand: {error}", "Compare the versions.")
+        return fail(f"its answer cannot be read: {error}", "Compare the versions of silotune.")
     except OSError as error:
         why = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(why, ssl.SSLCertVerificationError):
-            mend = "Something between here and the server shows a certificate of its own, or it is"
-            return fail("is not the server of this kit", f"{mend} another server: ask its people.")
+            fix = "Something between here and the server shows its own certificate, or this is"
+            return fail(
+                "is not the server of this kit", f"{fix} another server: ask its operators."
+            )
         if isinstance(why, ssl.SSLError) or "reset" in str(why).lower():
-            mend = "Its people have not approved this client, or have revoked it: ask them."
-            return fail("does not let this client in", mend)
-        mend = "Ask this machine's network people for outgoing TCP to that port, without a proxy."
-        return fail(f"not reached ({why})", mend)
+            fix = "Its operators have not approved this client, or have revoked it: ask them."
+            return fail("does not let this client in", fix)
+        fix = "Ask your network administrators to allow outgoing TCP to that port, without a proxy."
+        return fail(f"cannot be reached ({why})", fix)
 
 
 def _clock(notice: Notice) -> Finding:
-    apart = time.time() - notice.server_time
-    text = f"{abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} the server's"
-    if abs(apart) < CLOCK_S[0]:
+    difference = time.time() - notice.server_time
+    text = f"{abs(difference):.0f} s {'ahead of' if difference > 0 else 'behind'} the server's"
+    if abs(difference) < CLOCK_S[0]:
         return Finding("clock", "ok", text)
-    worse = abs(apart) >= CLOCK_S[1]
+    worse = abs(difference) >= CLOCK_S[1]
     return Finding("clock", "FAIL" if worse else "look", text, "Set it: timedatectl set-ntp true.")
 
 
 def _versions(notice: Notice) -> Finding:
     if notice.version == VERSION:
-        return Finding("version", "ok", f"the server's too: {notice.version}")
-    text = f"here {VERSION}, at the server {notice.version}"
+        return Finding("version", "ok", f"{notice.version}, the same as on the server")
+    text = f"{VERSION} here, {notice.version} on the server"
     return Finding("version", "FAIL", text, f"pip install silotune=={notice.version}")
 
 
@@ -175,14 +180,15 @@ def _disk(joined: Joined) -> Finding:
 
 
 def _agree(joined: Joined, recipe: RunConfig) -> Generator[Finding, None, RunConfig | None]:
-    """What this client's own limits say of the recipe; gives the recipe as it is run here."""
+    """Check the recipe against this client's limits; returns the recipe as it runs here."""
     try:
         run = own_recipe(recipe, joined.own)
     except SilotuneError as error:
         _, _, why = str(error).partition("\n")
         yield Finding("limits", "FAIL", why.strip(), "Change [limits] in client.toml, or decline.")
         return None
-    about = f"{run.rounds} rounds of {getattr(run.algorithm, 'name', '')} on {recipe.model.name}"
+    algorithm = getattr(run.algorithm, "name", "")
+    about = f"{counted(run.rounds, 'round')} of {algorithm} on {recipe.model.name}"
     yield Finding("limits", "ok", f"this client agrees to {about}")
     return run
 
@@ -194,15 +200,15 @@ def _rows(joined: Joined, run: RunConfig) -> Finding:
     give_template(tokenizer, run)
     task, name = build_task(run.task, run.data.labels), joined.own.name
     told = describe_rows({name: rows}, tokenizer, task, run.train.max_length)[name]
-    middle, most = told.train.tokens["p50"], told.train.tokens["max"]
-    text = f"{told.num_train} to train on, {told.num_eval} held out, {middle:.0f} tokens in the "
-    text += f"middle, {most:.0f} at most"
+    median, most = told.train.tokens["p50"], told.train.tokens["max"]
+    text = f"{told.num_train} to train on, {told.num_eval} held out; median {median:.0f} tokens, "
+    text += f"at most {most:.0f}"
     if told.train.trained_share is not None:
-        text += f"; the loss is taken on {100 * told.train.trained_share:.0f} % of them"
+        text += f"; the loss covers {100 * told.train.trained_share:.0f} % of the tokens"
     if told.train.num_cut or told.train.num_dropped:
-        text += f"; {told.train.num_cut} cut, {told.train.num_dropped} left out"
-        mend = f"They are longer than train.max_length = {run.train.max_length}."
-        return Finding("rows", "look", text, mend)
+        text += f"; {told.train.num_cut} truncated, {told.train.num_dropped} left out"
+        fix = f"They are longer than train.max_length = {run.train.max_length}."
+        return Finding("rows", "look", text, fix)
     return Finding("rows", "ok", text)
 
 
@@ -211,26 +217,28 @@ def _model(joined: Joined, run: RunConfig, expected: str | None) -> Finding:
     check_base(joined.own, sha256)
     text = f"{run.model.name}, sha256 {sha256[:12]}..."
     if expected is None:
-        mend = "The server has not said its own yet; it does when a run has begun."
-        return Finding("model", "look", text, mend)
+        fix = "The server announces its base model as soon as a run has started."
+        return Finding("model", "look", text, fix)
     if sha256 == expected:
-        return Finding("model", "ok", f"{text}, the same as at the server")
-    mend = "Get the same files: a client with another base is not asked to train."
-    return Finding("model", "FAIL", f"{text}; the server has {expected[:12]}...", mend)
+        return Finding("model", "ok", f"{text}, the same as on the server")
+    fix = "Get the same files: a client with another base is not asked to train."
+    return Finding("model", "FAIL", f"{text}; the server has {expected[:12]}...", fix)
 
 
 def _memory(run: RunConfig) -> Finding:
     import psutil
 
-    # all of these rows are this one client's
+    # all of these rows belong to this one client
     found = measure(
         run.model_copy(update={"partition": PartitionConfig(kind="iid", num_clients=1)})
     )
     if not isinstance(found, Measurement):
-        mend = "Lower train.batch_size with the server's people, or free memory."
-        return Finding("memory", "FAIL", f"one real step failed: {found}", mend)
+        fix = "Agree on a lower train.batch_size with the server's operators, or free memory."
+        return Finding("memory", "FAIL", f"one real step failed: {found}", fix)
     free = psutil.virtual_memory().available
-    text = f"one real step of {found.batch.num_rows} rows: {human_bytes(found.peak_bytes)}"
+    text = (
+        f"one real step of {counted(found.batch.num_rows, 'row')}: {human_bytes(found.peak_bytes)}"
+    )
     if found.device == "cuda":
         return Finding("memory", "ok", f"{text} on the GPU")
     text += f" of {human_bytes(free)} free"

@@ -1,9 +1,10 @@
 """Experimental: the same client behind the two callbacks of a FEDn client.
 
 FEDn (Scaleout) brings its own transport and server. Its models are lists of arrays without names,
-in an npz file, and what its clients send back is a model, not a change. So the adapter's tensors
-are numbered in the order of their names, and the change is added to what was received. FEDn's mean
-of models by their numbers of examples is then FedAvg of changes, as long as the server's step is 1.
+in an npz file, and its clients send back a model, not a change. So the adapter's tensors are
+numbered in the order of their names, and the change is added to what was received. FEDn's mean of
+models, weighted by the numbers of examples, is then FedAvg of changes, as long as the server's step
+is 1.
 
     from fedn.network.clients.fedn_client import FednClient
     from silotune.deployment.fedn_client import Callbacks
@@ -11,8 +12,8 @@ of models by their numbers of examples is then FedAvg of changes, as long as the
     own = Callbacks("client.toml", "hospitals")
     client = FednClient(train_callback=own.train, validate_callback=own.validate)
 
-The client's own configuration and limits count as everywhere. Tested against callbacks alone:
-FEDn's server needs databases that are not at hand here. There is no extra for it: FEDn 0.33 wants
+The client's own configuration and limits apply as everywhere. Only the callbacks are tested: FEDn's
+server needs databases that are not available here. There is no extra for it: FEDn 0.33 requires
 click 8.1.8 and silotune a later one, so pip installs both only with --no-deps for one of them.
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from silotune.core.errors import ConfigError, UpdateError
 from silotune.core.types import Failure, Score, Update
+from silotune.core.wording import counted
 from silotune.federation.client_config import load_client_config
 from silotune.recipes.parse import load_recipe
 from silotune.recipes.schema import RunConfig
@@ -38,10 +40,10 @@ from silotune.workflows.plan.shapes import build_shapes
 
 
 class Callbacks:
-    """What FEDn calls. One object stays for the life of the client: the base is loaded once."""
+    """The callbacks for FEDn. Keep one object for the client's lifetime: it loads the base once."""
 
     def __init__(self, config: Path | str, recipe: Path | str, overrides: Sequence[str] = ()):
-        """Nothing is loaded but shapes.
+        """Only shapes are loaded.
 
         Args:
             config: The client's own configuration.
@@ -49,7 +51,7 @@ class Callbacks:
             overrides: Dotted `key=value` texts on top of it.
 
         Raises:
-            ConfigError: The recipe needs more of a server than FEDn's mean.
+            ConfigError: The recipe needs more from the server than FEDn's mean.
         """
         run = load_recipe(recipe, overrides)
         _check_plain(run)
@@ -70,14 +72,14 @@ class Callbacks:
 
         Args:
             model: The global model, npz.
-            settings: FEDn's own for this session; the recipe says all that is needed.
+            settings: FEDn's own for this session. Not used: the recipe has all that is needed.
 
         Returns:
-            The client's model, and what FEDn's server wants to know of its training.
+            The client's model, and what FEDn's server wants to know about its training.
 
         Raises:
-            UpdateError: The model is not this recipe's, or this client could not train; the reason
-                is in its log.
+            UpdateError: The model does not fit this recipe, or this client could not train; the
+                reason is in its log.
         """
         del settings
         self._round += 1
@@ -95,7 +97,7 @@ class Callbacks:
         """Score a model that FEDn sent on this client's held-out rows.
 
         Raises:
-            UpdateError: As `train`.
+            UpdateError: As in `train`.
         """
         score = self._ask("evaluate", self._read(model))
         assert isinstance(score, Score)
@@ -109,7 +111,7 @@ class Callbacks:
         reply = self._client.answer(Parcel(asked, values))
         answer = wire.decode_answer(reply, self._client.name, bytes_down=values.nbytes)
         if isinstance(answer, Failure):
-            raise UpdateError(f"{answer.code}: {answer.place}\n  {answer.mend}")
+            raise UpdateError(f"{answer.code}: {answer.place}\n  {answer.fix}")
         return answer
 
     def _read(self, model: io.BytesIO) -> list[np.ndarray]:
@@ -118,15 +120,15 @@ class Callbacks:
         expected = list(self._shapes.values())
         if [list(array.shape) for array in found] != expected:
             raise UpdateError(
-                f"the model has {len(found)} arrays, and this recipe's adapter is of "
+                f"the model has {counted(len(found), 'array')} and this recipe's adapter "
                 f"{len(expected)}, or their shapes differ.\n"
-                "  Give FEDn a first model of this recipe: see `first_model`."
+                "  Give FEDn a first model made from this recipe: see `first_model`."
             )
         return found
 
 
 def first_model(recipe: Path | str, overrides: Sequence[str] = ()) -> io.BytesIO:
-    """The model that FEDn's server begins with: the recipe's first adapter.
+    """The model that FEDn's server starts with: the recipe's first adapter.
 
     Raises:
         SilotuneError: The recipe has a mistake, or the base cannot be loaded.
@@ -139,7 +141,7 @@ def first_model(recipe: Path | str, overrides: Sequence[str] = ()) -> io.BytesIO
 
 
 def write_model(arrays: Sequence[np.ndarray]) -> io.BytesIO:
-    """A model as FEDn's numpyhelper reads it: arrays by their numbers."""
+    """A model as FEDn's numpyhelper reads it: arrays named by number."""
     file = io.BytesIO()
     named: dict[str, Any] = {str(n): array for n, array in enumerate(arrays)}
     np.savez(file, **named)
@@ -152,10 +154,14 @@ def _check_plain(run: RunConfig) -> None:
     algorithm = algorithm_of(run.algorithm)
     wrong: list[str] = []
     if algorithm.broadcasts or getattr(run.algorithm, "server_lr", 1.0) != 1.0:
-        wrong.append("[algorithm] needs a server of its own: use fedavg or fedprox, server_lr = 1")
+        wrong.append(
+            "[algorithm] needs silotune's server: use fedavg or fedprox, with server_lr = 1"
+        )
     if getattr(run.algorithm, "weights", "examples") != "examples":
-        wrong.append("algorithm.weights: FEDn weighs by examples")
+        wrong.append("algorithm.weights: FEDn weights clients by examples; set it to 'examples'")
     if run.privacy.unit != "none" and not run.privacy.is_at_client:
-        wrong.append("privacy.unit = 'client': FEDn's server adds no noise; noise_at = 'client'")
+        wrong.append(
+            "privacy.unit = 'client': FEDn's server adds no noise; set noise_at = 'client'"
+        )
     if wrong:
         raise ConfigError("\n  ".join(["FEDn's server takes a plain mean:", *wrong]))

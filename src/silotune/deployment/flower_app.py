@@ -1,7 +1,7 @@
 """The server app of an exported run: `flwr run` starts it, and it does what `silotune run` does.
 
-The one file outside runtime/ that imports Flower: here Flower calls us, and a whole run, which
-stands above every runtime, is what it calls.
+This is the only file outside runtime/ that imports Flower: here Flower calls us, and it calls an
+entire run, which is above every runtime.
 """
 
 import time
@@ -24,7 +24,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the recipe of the app's config in a folder of its own, by Flower's number of the run."""
+    """Run the recipe in the app's config, in a folder named after Flower's number of the run."""
     began = time.perf_counter()
     checked = check(RunConfig.model_validate_json(str(context.run_config["recipe"])))
     torch.set_num_threads(checked.run.runtime.threads)

@@ -1,10 +1,10 @@
-"""A client's own side: its key, its request, its configuration, and `silotune client join`.
+"""The client's side: its key, its request, its configuration, and `silotune client join`.
 
 north/
   key.pem        made here, and never sent
-  request.toml   to be sent to the server's people
+  request.toml   to be sent to the server's operators
   kit.toml       what they sent back
-  client.toml    where the rows are, and what this client agrees to: it wins over every recipe
+  client.toml    where the rows are, and what this client agrees to; it overrides every recipe
   state/         what this client keeps: its memory, its privacy ledger, logs
 """
 
@@ -46,43 +46,43 @@ from silotune.runtime.flower.submit import engine_environment
 
 KEY, REQUEST, KIT, OWN = "key.pem", "request.toml", "kit.toml", "client.toml"
 REST_S = 15.0
-"""Before a SuperNode is started again: so long the engine holds the old one for present."""
+"""Seconds before a SuperNode is restarted: until then the engine counts the old one as present."""
 TELL_S = 30.0
-"""After so long without a connection it is said where to look."""
+"""Seconds without a connection after which a note says how to find out why."""
 TICK_S = 0.5
 CONNECTED = "SuperNode ID"
 """What a SuperNode writes when the server has let it in."""
 TEMPLATE = """\
-# This client's own word. It wins over every recipe: the server can ask, and cannot go beyond it.
+# What this client agrees to. It overrides every recipe: the server can ask, but not exceed it.
 name = {name}
 state = "state"               # what this client keeps: memory, privacy ledger, logs
 {model}
 [data]
 path = {data}
-# What the rows look like, where the recipe has it differently: prompt, completion, text, label, ...
+# What the rows look like, if the recipe says otherwise: prompt, completion, text, label, ...
 
 [limits]                      # a recipe that asks for more is refused, with the key as the reason
 # max_rounds = 20             # in one run
 # max_steps = 200             # optimizer steps in one round
 # max_epochs = 3              # passes over the rows in one round
 # max_hours = 10              # of training in one run
-# max_bytes = 500_000_000     # that leave in one run; state/outbound.jsonl lists all that left
+# max_bytes = 500_000_000     # sent in one run; state/outbound.jsonl lists all that was sent
 # algorithms = ["fedavg", "fedprox"]
 # models = ["smollm2-135m-instruct"]
-# model_sha256 = ["..."]      # the same by content
-# epsilon = 3.0               # what all runs together may cost in privacy; needs delta
+# model_sha256 = ["..."]      # the same, by content hash
+# epsilon = 3.0               # privacy budget of all runs together; needs delta
 # delta = 1e-5
 
 [runtime]
 # device = "cpu"              # auto, cpu, cuda or mps
 # threads = 4
-# idle_s = 900                # the base model leaves the memory after so many seconds of silence
+# idle_s = 900                # seconds without a message until the base model is unloaded
 """
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A client's folder whose kit fits its key."""
+    """A client's folder, whose kit matches its key."""
 
     folder: Path
     kit: Kit
@@ -90,17 +90,17 @@ class Joined:
 
 
 def init(name: str, folder: Path) -> tuple[Path, str]:
-    """Make a client's key and its request.
+    """Create a client's key and its request.
 
     Args:
-        name: How the client is called in rounds and reports.
-        folder: Created when it is not there.
+        name: The client's name in rounds and reports.
+        folder: Created if it does not exist.
 
     Returns:
-        The request to send to the server's people, and the fingerprint of the key.
+        The request to send to the server's operators, and the fingerprint of the key.
 
     Raises:
-        ConfigError: There is a key already, or the name cannot be one.
+        ConfigError: A key already exists, or the name is invalid.
     """
     check_name(name)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -114,48 +114,48 @@ def init(name: str, folder: Path) -> tuple[Path, str]:
 def take_kit(
     kit: Path, folder: Path, *, data: Path | None = None, model: Path | None = None
 ) -> Joined:
-    """Put a kit into a client's folder, and see that everything fits.
+    """Put a kit into a client's folder, and check that everything fits.
 
     Args:
-        kit: What the server's people sent.
-        folder: With the key that the request was made of.
+        kit: What the server's operators sent.
+        folder: Holds the key that the request was made with.
         data: The rows; needed the first time, when client.toml is written.
-        model: The client's own copy of the base model, where it has one.
+        model: The client's own copy of the base model, if it has one.
 
     Raises:
-        ConfigError: Something does not fit, or a key of client.toml is wrong.
+        ConfigError: Something does not fit, or client.toml has a mistake.
     """
     found = read_kit(kit)
     if not (folder / KEY).is_file():
         raise ConfigError(
-            f"{folder} holds no key, and the kit is of no use without it.\n"
-            "  Give the folder that `silotune client init` made: --folder DIR"
+            f"{folder} holds no key, and the kit is useless without it.\n"
+            "  Give the folder that `silotune client init` created: --folder DIR"
         )
     key = read_key(folder / KEY)
     own, theirs = fingerprint(key.public_key()), fingerprint(public_key(certificate_of(found)))
     if own != theirs:
         raise ConfigError(
-            f"the kit is for another key ({theirs}) than that of {folder} ({own}).\n"
-            "  Send request.toml of this folder again, or take the folder of the kit's client."
+            f"the kit is for another key ({theirs}) than the one in {folder} ({own}).\n"
+            "  Send request.toml from this folder again, or use the folder of the kit's client."
         )
     config = folder / OWN
     if not config.is_file():
         if data is None:
             raise ConfigError(
-                "where are the rows? Say so the first time: --data FILE.\n"
-                f"  It is written to {config}."
+                "the kit does not say where the rows are.\n"
+                f"  Name them the first time: --data FILE. The path is then kept in {config}."
             )
         _write_own(config, found.client, data, model)
     loaded = load_client_config(config)
     if loaded.name != found.client:
         raise ConfigError(
-            f"{config} calls this client '{loaded.name}', the kit '{found.client}'.\n"
+            f"{config} calls this client '{loaded.name}', but the kit calls it '{found.client}'.\n"
             f'  Set name = "{found.client}".'
         )
     if data is not None and Path(loaded.data.path).absolute() != data.absolute():
         raise ConfigError(
-            f"{config} has other rows: {loaded.data.path}.\n  Change data.path there, and leave "
-            "--data out."
+            f"{config} names other rows: {loaded.data.path}.\n"
+            "  Change data.path there, and omit --data."
         )
     write_file(folder / KIT, found)
     return Joined(folder.absolute(), found, loaded)
@@ -163,7 +163,7 @@ def take_kit(
 
 def _write_own(path: Path, name: str, data: Path, model: Path | None) -> None:
     if not data.exists():
-        raise ConfigError(f"{data} is not there.\n  Give the file or folder of the rows: --data.")
+        raise ConfigError(f"{data} does not exist.\n  Give the file or folder of the rows: --data.")
     line = f"model = {json.dumps(str(model.absolute()))}\n" if model is not None else ""
     text = TEMPLATE.format(name=json.dumps(name), data=json.dumps(str(data.absolute())), model=line)
     write_atomically(path, text.encode())
@@ -175,18 +175,18 @@ def server_fingerprint(kit: Kit) -> str:
 
 
 def stay_joined(joined: Joined, note: Note) -> None:
-    """Be a client of the consortium until a signal: connect, train when asked, connect again.
+    """Stay a client of the consortium until a signal: connect, train when asked, reconnect.
 
     Args:
         joined: See `take_kit`.
         note: Told what happens.
 
     Raises:
-        ConfigError: This client runs already, or the proxy is not installed.
+        ConfigError: This client is already running, or the proxy is not installed.
     """
     state = Path(joined.own.state)
     (state / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
-    busy = f"client '{joined.own.name}' has joined"
+    busy = f"client '{joined.own.name}' has already joined"
     with only_one(state / "join.lock", what=busy), private_folder() as private:
         home = private / "flwr"
         home.mkdir()
@@ -207,10 +207,11 @@ def stay_joined(joined: Joined, note: Note) -> None:
                 if silent_until is not None and time.monotonic() > silent_until:
                     silent_until = None
                     kit = joined.folder / KIT
-                    note(f"not connected yet; what is wrong: silotune client doctor {kit}")
+                    note(f"not connected yet; to find out why: silotune client doctor {kit}")
                 time.sleep(TICK_S)
         finally:
-            supervisor.tell("supernode", signal.SIGTERM)  # it says goodbye while the gate is there
+            # first, so that it signs off while the gate is still there
+            supervisor.tell("supernode", signal.SIGTERM)
             time.sleep(TICK_S)
             supervisor.close()
 

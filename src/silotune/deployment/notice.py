@@ -1,7 +1,7 @@
-"""What the server tells the clients that are in, before they are asked to train: notice.json.
+"""What the server tells approved clients before they are asked to train: notice.json.
 
-The gate serves it, to approved clients only. It holds what a run tells them anyway: the recipe of
-the run that is queued or was last, as it travels, and the hash of the server's base model.
+The gate serves it to those clients only. It holds what a run tells them anyway: the recipe of the
+run that is queued or ran last, as it is sent to clients, and the hash of the server's base model.
 """
 
 import importlib.metadata
@@ -28,10 +28,10 @@ MOST_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class Notice:
-    """What a client has read."""
+    """The notice, as a client has read it."""
 
     version: str
-    """Of the server's silotune."""
+    """Version of silotune on the server."""
     recipe: RunConfig | None
     base_sha256: str | None
     server_time: float
@@ -39,11 +39,11 @@ class Notice:
 
 
 def write_notice(place: Path, folder: Path) -> None:
-    """Say what is to be trained next, or was last.
+    """Write down what will be trained next, or was trained last.
 
     Args:
         place: The folder that the gate serves.
-        folder: The consortium's.
+        folder: The consortium's folder.
     """
     runs = list(runs_of(folder).values())
     open_ = [path for path in runs if state_of(path)["state"] != DONE]
@@ -65,11 +65,11 @@ def read_notice(kit: Kit, context: ssl.SSLContext) -> Notice:
 
     Args:
         kit: Where the server is.
-        context: With the kit's authority, certificate and the client's key.
+        context: Holds the kit's authority and certificate, and the client's key.
 
     Raises:
-        OSError: The server was not reached, is another, or refuses this client.
-        ValueError: What it said is no notice.
+        OSError: The server cannot be reached, is another one, or refuses this client.
+        ValueError: Its answer is not a notice.
     """
     direct = urllib.request.build_opener(
         urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)

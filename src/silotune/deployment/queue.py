@@ -1,7 +1,7 @@
-"""A consortium's runs: submitted, taken one after the other, stopped, and told about.
+"""A consortium's queue of runs: submit, run one at a time, stop, and report.
 
-Each is a run folder like any other. Beside its own files it has server.json (what the server is to
-do with it) and job.log (what the run said). A run that fails is tried again from what it finished.
+Each is a run folder like any other, with two more files: server.json (what the server should do
+with it) and job.log (the run's output). A run that fails is retried from what it has finished.
 """
 
 import json
@@ -27,31 +27,31 @@ ORDERS, LOG = "server.json", "job.log"
 WAITING, RUNNING, STOPPED, FAILED, DONE = "waiting", "running", "stopped", "failed", "done"
 STOPPING = "stopping"
 TRIES = 5
-"""How often a run is tried again without having finished another round."""
+"""How often a run is retried without finishing another round."""
 REST_S = 10.0
-"""Before the second try; doubled before each further one."""
+"""Seconds before the second try; doubled before each further one."""
 KEPT = ("threads", "join_timeout_s")
-"""What counts of a recipe's [runtime]; where and how it would run otherwise does not."""
+"""Keys of a recipe's [runtime] that apply here; those about where and how it runs do not."""
 
 
 def submit(folder: Path, recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path:
-    """Queue a recipe; the server takes it as soon as the ones before are done.
+    """Queue a recipe; the server runs it as soon as the runs before it are done.
 
     Args:
-        folder: The consortium's.
-        recipe: A shipped name, a TOML file or a config. What it says about where rows are, and how
-            they are cut, is of no use here: every client's rows are its own.
+        folder: The consortium's folder.
+        recipe: A shipped name, a TOML file or a config. Where its rows are, and how it partitions
+            them, is ignored: every client has its own rows.
         overrides: Dotted `key=value` texts on top of it.
 
     Returns:
         The new run folder.
 
     Raises:
-        SilotuneError: The recipe has a mistake; all are told.
+        SilotuneError: The recipe has mistakes; all are listed.
     """
     Consortium.open(folder)
     elsewhere = [f"runtime.{key}=none" for key in RuntimeConfig.model_fields if key not in KEPT]
-    # keys of [runtime] that count here would contradict a recipe for another runtime
+    # [runtime] keys for another runtime would contradict this one
     here = [*overrides, *elsewhere, "runtime.name=flower"]
     given = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, here)
     checked = check(for_real_clients(given, folder))
@@ -63,7 +63,7 @@ def submit(folder: Path, recipe: str | Path | RunConfig, overrides: Sequence[str
 
 
 def for_real_clients(run: RunConfig, folder: Path) -> RunConfig:
-    """The recipe with a consortium's members for clients."""
+    """The recipe with a consortium's members as clients."""
     table = tomllib.loads(to_toml(run))
     data = {k: v for k, v in table.get("data", {}).items() if k not in LOCATIONS}
     table["data"] = {**data, "path": str(folder.absolute())}
@@ -74,23 +74,23 @@ def for_real_clients(run: RunConfig, folder: Path) -> RunConfig:
 
 
 def resubmit(folder: Path, name: str) -> Path:
-    """Let a run that was stopped, or failed, go on.
+    """Queue a run that was stopped or failed, so that it resumes.
 
     Raises:
         ConfigError: There is no such run, or it is done.
     """
     path = find_run(folder, name)
     if _read(path)["state"] == DONE:
-        raise ConfigError(f"{path} is done: nothing is left to do.")
+        raise ConfigError(f"{path} is done: there is nothing left to do.")
     _write(path, WAITING)
     return path
 
 
 def stop(folder: Path, name: str) -> Path:
-    """Stop a run; what it finished is kept, and it can go on later.
+    """Stop a run; what it finished is kept, and it can be resumed later.
 
     Raises:
-        ConfigError: There is no such run.
+        ConfigError: There is no such run, or it is not running.
     """
     path = find_run(folder, name)
     state = _read(path)["state"]
@@ -101,7 +101,7 @@ def stop(folder: Path, name: str) -> Path:
 
 
 def runs_of(folder: Path) -> Mapping[str, Path]:
-    """All runs of a consortium by name, the oldest first."""
+    """All runs of a consortium by name, oldest first."""
     return {p.name: p for p in sorted((folder / "runs").iterdir()) if (p / ORDERS).is_file()}
 
 
@@ -114,19 +114,19 @@ def find_run(folder: Path, name: str | None) -> Path:
     found = runs_of(folder)
     if name is None and found:
         return list(found.values())[-1]
-    if (
-        name is not None and name in found
-    ):  # a second run of the same second has the first one's name and more
+    # an exact match wins: of two runs made in the same second, one name contains the other
+    if name is not None and name in found:
         return found[name]
     fit = [path for own, path in found.items() if name is not None and name in own]
     if len(fit) != 1:
         known = ", ".join(found) or "none"
-        raise ConfigError(f"{len(fit)} runs are called '{name or ''}'.\n  Runs: {known}.")
+        how_many = f"{len(fit)} runs match" if fit else "no run matches"
+        raise ConfigError(f"{how_many} '{name or ''}'.\n  Runs: {known}.")
     return fit[0]
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """What the server does with a run: state, why, tries."""
+    """What the server is doing with a run: state, why, tries."""
     return _read(path)
 
 
@@ -134,7 +134,7 @@ class Queue:
     """The server's side: one job at a time."""
 
     def __init__(self, folder: Path, note: Note) -> None:
-        """A run that was under way when the last server ended waits again."""
+        """A run that was under way when the server last ended is queued again."""
         self._folder, self._note = folder, note
         self._now: Path | None = None
         self._due: dict[str, float] = {}
@@ -144,7 +144,7 @@ class Queue:
                 _write(path, WAITING if state == RUNNING else STOPPED)
 
     def tend(self, supervisor: Supervisor) -> None:
-        """Start the next job, or stop the one that is to stop."""
+        """Start the next job, or stop the one that should stop."""
         if self._now is not None:
             if _read(self._now)["state"] == STOPPING:
                 supervisor.tell("job")
@@ -156,26 +156,26 @@ class Queue:
                 _write(path, RUNNING, tries=_read(path)["tries"], round_=_round(path))
                 command = [sys.executable, "-m", "silotune", "run", "--resume", str(path)]
                 supervisor.start_once("job", command, log=path / LOG)
-                self._note(f"{path.name} runs")
+                self._note(f"{path.name} is running")
                 return
 
     def job_ended(self, code: int) -> None:
-        """Decide what becomes of the run whose job has ended."""
+        """Decide what happens to the run whose job has ended."""
         assert self._now is not None
         path, self._now = self._now, None
         before = _read(path)
         tries = 0 if _round(path) > before["round"] else before["tries"] + 1
-        why = f"its job ended with exit status {code}; {path / LOG} says why"
+        why = f"its job ended with exit status {code}; see {path / LOG}"
         if code == 0:
             _write(path, DONE)
         elif before["state"] == STOPPING:
-            _write(path, STOPPED, why="as asked")
+            _write(path, STOPPED, why="as requested")
         elif code == ConfigError.exit_code or tries >= TRIES:
             _write(path, FAILED, why=why, tries=tries)
         else:
             rest = REST_S * 2 ** max(0, tries - 1)
             self._due[path.name] = time.monotonic() + rest
-            _write(path, WAITING, why=f"{why}; tried again in {rest:g} s", tries=tries)
+            _write(path, WAITING, why=f"{why}; next try in {rest:g} s", tries=tries)
         after = _read(path)
         self._note(f"{path.name}: {after['state']}{': ' if after['why'] else ''}{after['why']}")
 

@@ -1,7 +1,7 @@
-"""`silotune rehearse`: a whole consortium on one machine, by the commands that real ones use.
+"""`silotune rehearse`: a complete consortium on one machine, with the commands that real ones use.
 
-A server, and clients with folders, keys, certificates, gates and rows of their own, each in its own
-processes. Only what people do by hand (sending files, comparing fingerprints) is left out.
+A server, and clients that each have their own folder, key, certificate, gate, rows and processes.
+Only what people do by hand (sending files, comparing fingerprints) is left out.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from silotune.core.errors import ConfigError, EngineError
+from silotune.core.wording import counted
 from silotune.data.clients import ClientRows
 from silotune.data.reading import DataConfig
 from silotune.deployment.consortium.folder import Consortium
@@ -29,13 +30,13 @@ from silotune.runtime.flower.engine import free_port, private_folder
 from silotune.runtime.flower.kept_processes import Kept
 from silotune.runtime.flower.submit import engine_environment
 from silotune.workflows.check import check
-from silotune.workflows.run import place_for
+from silotune.workflows.folders import place_for
 
 START_S = 180.0
-"""Seconds in which the clients have to be connected."""
+"""Seconds the clients have to connect."""
 TICK_S = 0.3
 SERVER = "server up"
-"""No client is called so."""
+"""No client can have this name."""
 
 
 def rehearse(
@@ -46,21 +47,21 @@ def rehearse(
     out: Path | None = None,
     note: Note = print,
 ) -> Run:
-    """Run a recipe as a consortium of this machine would.
+    """Run a recipe as a consortium on this machine.
 
     Args:
-        recipe: A shipped name or a TOML file, with rows to cut as in a simulation.
+        recipe: A shipped name or a TOML file, with rows to split as in a simulation.
         overrides: Dotted `key=value` texts on top of it.
-        num_clients: So many of its clients take part.
+        num_clients: How many of its clients take part.
         out: Folder to create; by default runs/<time>-<recipe>-rehearsal.
         note: Told what happens.
 
     Returns:
-        The finished run. It lies in the rehearsal's folder, with all that the consortium and its
-        clients left: keys, kits, logs.
+        The finished run. It is in the rehearsal's folder, with everything that the consortium and
+        its clients left: keys, kits, logs.
 
     Raises:
-        SilotuneError: A mistake in the recipe, or something did not start; nothing runs any more.
+        SilotuneError: The recipe has a mistake, or something did not start; all is stopped then.
     """
     run, rows = clients_of(recipe, overrides, num_clients)
     place = place_for(recipe, out, "-rehearsal").absolute()
@@ -74,20 +75,20 @@ def rehearse(
 def consortium_of(
     run: RunConfig, rows: Mapping[str, ClientRows], place: Path, note: Note
 ) -> Iterator[tuple[Path, Kept]]:
-    """A server and clients of this machine, all connected; they end with the block.
+    """Run a server and clients on this machine, all connected; they end with the block.
 
     Args:
         run: Says what the clients' rows look like, which base they have, and their threads.
-        rows: Of each client, by a name that a certificate can have.
-        place: Folder to create, for all that they leave.
+        rows: Each client's rows, by a name that a certificate can have.
+        place: Folder to create, for everything that they leave.
         note: Told what happens.
 
     Yields:
-        The consortium's folder, and what keeps the processes.
+        The consortium's folder, and the keeper of the processes.
     """
     find_caddy()
     if place.exists():
-        raise ConfigError(f"{place} exists already.\n  Choose another --out.")
+        raise ConfigError(f"{place} already exists.\n  Choose another --out.")
     place.mkdir(parents=True)
     note(f"rehearsal: {place}")
     folder = place / "consortium"
@@ -126,7 +127,7 @@ def consortium_of(
 def clients_of(
     recipe: str | Path, overrides: Sequence[str], num_clients: int
 ) -> tuple[RunConfig, Mapping[str, ClientRows]]:
-    """The recipe, and so many clients' rows under names that a certificate can have."""
+    """The recipe, and that many clients' rows, by names that a certificate can have."""
     keys = list(overrides)
     cut = load_recipe(recipe, keys).partition
     if cut is not None and cut.num_clients is not None:
@@ -134,14 +135,14 @@ def clients_of(
     checked = check(recipe, [*keys, "runtime.name=in-process"])
     if len(checked.rows) < num_clients:
         raise ConfigError(
-            f"the recipe's rows make {len(checked.rows)} clients, {num_clients} are asked for.\n"
-            f"  Give --clients {len(checked.rows)}, or more rows."
+            f"the recipe's rows make {counted(len(checked.rows), 'client')}, but {num_clients} "
+            f"were requested.\n  Use --clients {len(checked.rows)}, or provide more rows."
         )
     rows: dict[str, ClientRows] = {}
     for n, (name, own) in enumerate(sorted(checked.rows.items())[:num_clients], start=1):
         rows[name if re.fullmatch(NAME, name) else f"client-{n}"] = own
     data = checked.run.data
-    # the clients' files hold rows that are converted and split already
+    # the clients' files hold rows that are already converted and split
     kept = DataConfig(
         path=data.path, system=data.system, template=data.template, labels=data.labels
     )
@@ -154,19 +155,19 @@ def _wait_for_clients(place: Path, configs: Mapping[str, Path], kept: Kept, note
     while missing:
         _check_alive(place, kept)
         for name in sorted(missing):
-            if "is connected to" in _said(place, name):
+            if "is connected to" in _output_of(place, name):
                 note(f"{name} is connected")
                 missing.discard(name)
         if missing and time.monotonic() > deadline:
             raise EngineError(
                 f"{', '.join(sorted(missing))}: not connected within {START_S:g} s.\n"
-                f"  What they wrote: {place}"
+                f"  See their logs in {place}"
             )
         time.sleep(TICK_S)
 
 
 def follow(made: Path, kept: Kept, note: Note) -> None:
-    """Pass on what a run says, until it is over.
+    """Pass on a run's output until it is over.
 
     Raises:
         EngineError: It failed or was stopped, or a process of the consortium has ended.
@@ -193,10 +194,10 @@ def _check_alive(place: Path, kept: Kept) -> None:
     for name, code in kept.ended():
         raise EngineError(
             f"the rehearsal's {name} ended with exit status {code}.\n"
-            f"  {_said(place, name)[-1000:].strip()}"
+            f"  {_output_of(place, name)[-1000:].strip()}"
         )
 
 
-def _said(place: Path, name: str) -> str:
+def _output_of(place: Path, name: str) -> str:
     log = place / f"{name}.log"
     return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""

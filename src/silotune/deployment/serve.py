@@ -1,8 +1,8 @@
-"""`silotune server up`: SuperLink, its executor, the gate, and one run after the other.
+"""`silotune server up`: SuperLink, its executor, the gate, and one run at a time.
 
-All that must survive lies in the consortium's folder: who is in, the engine's state, and the run
-folders. So this process may be killed and started again at any time; clients wait, and the run that
-was under way goes on from what it had finished.
+Everything that must survive is in the consortium's folder: who is in, the engine's state, and the
+run folders. So this process may be killed and restarted at any time: clients wait, and the run that
+was under way resumes from what it had finished.
 """
 
 import json
@@ -34,13 +34,13 @@ from silotune.runtime.flower.engine import START_S, free_port, private_folder, w
 from silotune.runtime.flower.submit import CONNECTION, engine_environment, flwr
 
 TICK_S = 0.5
-"""How often it is looked who has come, gone, or ended."""
+"""Seconds between two looks at who has come, gone, or ended."""
 NOTICE_S = 5.0
-"""How often it is looked whether clients are to be told something else."""
+"""Seconds between two looks at whether the notice to clients has to change."""
 AGAIN_S = 10.0
-"""Before a client that the engine did not take is offered to it again."""
+"""Seconds before a client that the engine did not accept is registered again."""
 NODES = "nodes.json"
-"""The engine's number for each client's key; goes with the engine's own state."""
+"""The engine's number for each client's key; belongs to the engine's own state."""
 STATE = "state.db"
 GATE, JOB = "gate", "job"
 
@@ -49,16 +49,19 @@ def serve(folder: Path, note: Note) -> None:
     """Keep a consortium's server up, until a signal.
 
     Args:
-        folder: The consortium's.
+        folder: The consortium's folder.
         note: Told what happens.
 
     Raises:
-        ConfigError: It is up already, or something is not installed.
+        ConfigError: It is already up, or something is not installed.
         EngineError: The engine does not start.
     """
     consortium = Consortium.open(folder)
     engine = (folder / MEMBERS).parent.absolute()
-    with only_one(engine / "up.lock", what="this server is up"), private_folder() as private:
+    with (
+        only_one(engine / "up.lock", what="this server is already up"),
+        private_folder() as private,
+    ):
         server = _Server(consortium, engine, private, note)
         try:
             server.start()
@@ -70,7 +73,7 @@ def serve(folder: Path, note: Note) -> None:
 
 
 class _Server:
-    """What `serve` keeps."""
+    """The programs that `serve` keeps running."""
 
     def __init__(self, consortium: Consortium, engine: Path, private: Path, note: Note) -> None:
         self.consortium, self.engine, self.private, self.note = consortium, engine, private, note
@@ -83,7 +86,7 @@ class _Server:
         for place in ("flwr", "runs", "logs"):
             (engine / place).mkdir(mode=0o700, exist_ok=True)
         if not (engine / STATE).exists():
-            (engine / NODES).unlink(missing_ok=True)  # their numbers were of another state
+            (engine / NODES).unlink(missing_ok=True)  # its numbers belong to another state
         self.supervisor = Supervisor(
             private, logs=engine / "logs", environment=self.environment, note=note
         )
@@ -117,7 +120,7 @@ class _Server:
     def _superlink(self, trusted: Path) -> None:
         argv = [
             *(sys.executable, "-m", "silotune.runtime.flower.superlink"),
-            # server apps are then processes of the executor's: they outlive a SuperLink
+            # server apps are then processes of the executor, so they outlive a SuperLink
             *("--isolation", "process"),
             *("--ssl-ca-certfile", str(trusted)),
             *("--ssl-certfile", str(self.private / "engine" / "certificate.pem")),
@@ -147,12 +150,12 @@ class _Server:
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"Flower's SuperLink did not answer within {START_S:g} s.\n"
-                    f"  What it wrote: {self.supervisor.log_of('superlink')}"
+                    f"  See its log: {self.supervisor.log_of('superlink')}"
                 )
             time.sleep(0.2)
 
     def tend(self) -> None:
-        """One look at everything."""
+        """Look at everything once, and act on it."""
         for name, code in self.supervisor.tend():
             assert name == JOB
             self.queue.job_ended(code)
@@ -165,7 +168,7 @@ class _Server:
     # --- who is in
 
     def _admit(self) -> None:
-        """Make engine and gate know exactly who is in."""
+        """Tell the engine and the gate exactly who is in."""
         members = self.consortium.members()
         if write_leaves(self.private / "leaves", members):
             self.supervisor.tell(GATE, signal.SIGUSR1)
@@ -183,7 +186,7 @@ class _Server:
                 known[name] = {"key": wanted[name], "node": node}
                 self.note(f"{name} is in: {wanted[name]}")
                 continue
-            # a server that was killed may have registered it and not written it down
+            # a server that was killed may have registered it without recording it
             self._forget_unknown(known)
             self._again[name] = time.monotonic() + AGAIN_S
         if gone or new:
@@ -192,7 +195,7 @@ class _Server:
             self._write_members(known)
 
     def _forget_unknown(self, known: Mapping[str, Mapping[str, Any]]) -> None:
-        """Have the engine forget nodes that we know nothing of."""
+        """Have the engine forget nodes that we have no record of."""
         answer = self._flwr("supernode", "list", CONNECTION, "--format", "json")
         ours = {int(own["node"]) for own in known.values()}
         for node in {int(own["node-id"]) for own in answer.get("nodes") or []} - ours:
@@ -217,6 +220,6 @@ class _Server:
         return flwr(words, environment=self.environment, log=log)
 
     def close(self) -> None:
-        """End everything; the run that is under way goes on next time."""
+        """End everything; a run that is under way resumes next time."""
         self.supervisor.tell(JOB)
         self.supervisor.close()

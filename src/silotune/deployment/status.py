@@ -1,4 +1,4 @@
-"""What `silotune server status` shows: clients, runs, rounds, bytes, and who is waited for."""
+"""What `silotune server status` shows: clients, runs and what a run is waiting for."""
 
 import fcntl
 import json
@@ -18,7 +18,7 @@ from silotune.runtime.flower.submit import CONNECTION, engine_environment, flwr
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Everything there is to tell about a consortium's server now.
+    """The present state of a consortium's server.
 
     Returns:
         name, up, fingerprint, clients (name, online), runs (name, state, why, round, rounds,
@@ -43,7 +43,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
-    """`status` for people."""
+    """`status` as tables for people."""
     clients = [(c["name"], "online" if c["online"] else "away") for c in now["clients"]]
     runs: list[tuple[str, ...]] = []
     for run in now["runs"]:
@@ -105,7 +105,7 @@ def _run(path: Path, engine: Path) -> dict[str, Any]:
 
 
 def _seconds_left(done: list[Row], left: int) -> float | None:
-    """By the median of the last rounds; None before the first."""
+    """Estimate, from the median of the last rounds; None before the first."""
     return left * statistics.median(row["seconds"] for row in done[-5:]) if done else None
 
 

@@ -1,7 +1,7 @@
-"""Programs that are kept running: whatever ends is started again, after a rest that grows.
+"""Keeps programs running: a program that ends is restarted, after a pause that grows.
 
-They end with this process, however it ends (`runtime/keeper.py`), so whoever keeps this one running
-(systemd, a container's restart policy, a person) keeps all of them.
+They end with this process, however it ends (`runtime/flower/process_keeper.py`). So whatever keeps
+this process running (systemd, a container's restart policy, a person) keeps all of them running.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from silotune.core.errors import ConfigError, EngineError
 from silotune.runtime.flower.kept_processes import KEEPER, Kept
 
 MOST_REST_S = 60.0
-"""The longest rest before a program is started again."""
+"""The longest pause before a program is restarted."""
 STEADY_S = 120.0
-"""A program that ran so long has earned the shortest rest again."""
+"""A program that ran this long gets the shortest pause again."""
 Note = Callable[[str], None]
 
 
@@ -29,11 +29,11 @@ class _Kept:
     began: float = 0.0
     failures: int = 0
     due: float = 0.0
-    """When it is started next; 0 while it runs."""
+    """When it will be restarted; 0 while it runs."""
 
 
 class Supervisor:
-    """Starts programs, and starts them again."""
+    """Starts programs, and restarts them."""
 
     def __init__(
         self, private: Path, *, logs: Path, environment: Mapping[str, str], note: Note
@@ -43,8 +43,8 @@ class Supervisor:
         Args:
             private: A folder for short-lived files, removed at the end.
             logs: A folder in which each program has its own log.
-            environment: Of all programs.
-            note: Told what ends and is started again.
+            environment: For all programs.
+            note: Told what ends and is restarted.
         """
         self._kept = Kept(private, log=logs / "keeper.log", environment=environment)
         self._logs, self._note = logs, note
@@ -55,15 +55,15 @@ class Supervisor:
         """Start a program and keep it running.
 
         Args:
-            name: How notes, `tell` and its log call it.
+            name: Its name in notes, in `tell` and for its log.
             argv: The program and its arguments.
-            rest_s: The shortest rest before it is started again; it doubles with each end.
+            rest_s: The shortest pause before it is restarted; it doubles each time.
         """
         self._programs[name] = _Kept(argv, rest_s)
         self._start(name)
 
     def start_once(self, name: str, argv: Sequence[str], *, log: Path) -> None:
-        """Start a program whose end `tend` reports, and which is not started again."""
+        """Start a program that is not restarted; `tend` reports its end."""
         self._once.add(name)
         self._kept.start(name, argv, log=log)
 
@@ -76,7 +76,7 @@ class Supervisor:
         return self._logs / f"{name}.log"
 
     def tend(self) -> Iterator[tuple[str, int]]:
-        """Start again what is due; yield name and exit status of what was to run once, and ended.
+        """Restart what is due; yield name and exit status of `start_once` programs that ended.
 
         Raises:
             EngineError: The keeper has ended, and with it all programs.
@@ -84,7 +84,9 @@ class Supervisor:
         now = time.monotonic()
         for name, code in self._kept.ended():
             if name == KEEPER:
-                raise EngineError("the keeper of all programs has ended.\n  Start this again.")
+                raise EngineError(
+                    "the keeper of all programs has ended.\n  Start this command again."
+                )
             if name in self._once:
                 self._once.discard(name)
                 yield name, code
@@ -93,8 +95,8 @@ class Supervisor:
             own.failures = 1 if now - own.began > STEADY_S else own.failures + 1
             rest = min(MOST_REST_S, own.rest_s * 2 ** (own.failures - 1))
             own.due = now + rest
-            why = f"{_meaning(code)}; {self.log_of(name)} says more"
-            self._note(f"{name} ended ({why}), and is started again in {rest:g} s")
+            why = f"{_meaning(code)}; see {self.log_of(name)}"
+            self._note(f"{name} ended ({why}) and is restarted in {rest:g} s")
         for name, own in self._programs.items():
             if 0 < own.due <= now:
                 self._start(name)
@@ -120,7 +122,7 @@ def _meaning(code: int) -> str:
 
 @contextlib.contextmanager
 def only_one(path: Path, *, what: str) -> Iterator[None]:
-    """Hold a lock file while something runs that may run once only.
+    """Hold a lock file while something runs that may run only once at a time.
 
     Raises:
         ConfigError: Another process holds it.
@@ -129,5 +131,5 @@ def only_one(path: Path, *, what: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{what} already, in another process.\n  Stop that one.") from None
+            raise ConfigError(f"{what}, in another process.\n  Stop that process first.") from None
         yield

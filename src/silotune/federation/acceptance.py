@@ -1,7 +1,7 @@
-"""What the server accepts of a round: each answer is checked before it can touch the sum."""
+"""What the server accepts in a round: each answer is checked before it can affect the sum."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from silotune.core.algorithm import Algorithm, expected_extra, expected_layout
@@ -29,24 +29,34 @@ class Expected:
 
     round: int
     clients: Sequence[str]
-    layout: Layout
-    extra: Mapping[str, Layout]
+    layouts: Mapping[str, Layout]
+    """The layout of each client's delta."""
+    extra: Mapping[str, Mapping[str, Layout]]
+    """What each client sends besides its delta, by purpose."""
     settings: Settings
     num_labels: int = 0
-    """Classes that a score has to count; 0 where nothing is classified."""
+    """Classes that a score has to count; 0 if nothing is classified."""
 
 
 def what_is_expected(
     algorithm: Algorithm, state: ServerState, clients: Sequence[str], num_labels: int = 0
 ) -> Expected:
     """What `clients` must answer in the round after `state`."""
-    layout, extra = expected_layout(algorithm, state), expected_extra(algorithm, state)
+    if algorithm.layout is None:  # computed once, not for each of a thousand clients
+        layouts = dict.fromkeys(clients, expected_layout(algorithm, state))
+    else:
+        layouts = {name: expected_layout(algorithm, state, name) for name in clients}
+    extra = {name: expected_extra(algorithm, state, name) for name in clients}
     settings = algorithm.local.settings
-    return Expected(state.round + 1, clients, layout, extra, settings, num_labels)
+    return Expected(state.round + 1, clients, layouts, extra, settings, num_labels)
+
+
+Accept = Callable[[Iterable[Arrival], Spool, Expected, Progress], list[Failure]]
+"""(arrivals, spool, what is expected, progress) -> the clients without a usable update."""
 
 
 def check_scores(scores: Iterable[Score | Failure], num_labels: int) -> Iterator[Score | Failure]:
-    """Put a failure in the place of a score that counts other labels than there are."""
+    """Replace a score with the wrong number of labels by a failure."""
     for score in scores:
         if isinstance(score, Failure) or len(score.label_counts) == num_labels:
             yield score
@@ -61,10 +71,10 @@ def _other_labels(score: Score, num_labels: int) -> str:
     )
 
 
-def accept(
+def accept_updates(
     arrivals: Iterable[Arrival], spool: Spool, expected: Expected, progress: Progress
 ) -> list[Failure]:
-    """Check each arrival and spool it, or refuse it by name. Nothing wrong reaches the sum.
+    """Check each arrival, then spool it or refuse it by name. Nothing wrong reaches the sum.
 
     Returns:
         The clients without a usable update: those that a runtime reported, those refused here,
@@ -122,17 +132,18 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
             f"{who}: answers round {update.round}, the server is in round {expected.round}.\n"
             "  Its update is not used."
         )
-    check_same_layout(update.delta, expected.layout, who=who)
+    check_same_layout(update.delta, expected.layouts[update.client], who=who)
     norm = l2_norm(update.delta)
-    if not math.isfinite(norm):  # nor is it where one value is not
+    if not math.isfinite(norm):  # as it is if any value is not finite
         check_finite(update.delta, who=who)
-    if update.extra.keys() != expected.extra.keys():
+    extra = expected.extra[update.client]
+    if update.extra.keys() != extra.keys():
         raise UpdateError(
-            f"{who}: brings {sorted(update.extra) or 'nothing'} beside its delta, the server's "
-            f"algorithm expects {sorted(expected.extra) or 'nothing'}.\n"
+            f"{who}: sends {sorted(update.extra) or 'nothing'} besides its delta, the server's "
+            f"algorithm expects {sorted(extra) or 'nothing'}.\n"
             "  Use the same recipe at this client."
         )
-    for key, layout in expected.extra.items():
+    for key, layout in extra.items():
         check_same_layout(update.extra[key], layout, who=f"{who}, {key}")
         check_finite(update.extra[key], who=f"{who}, {key}")
     if update.score is not None and len(update.score.label_counts) != expected.num_labels:
@@ -150,7 +161,7 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
 def check_quorum(
     run: RunConfig, round_: int, cohort: Sequence[str], spool: Spool, failures: Sequence[Failure]
 ) -> str | None:
-    """Stop the run when too few usable updates arrived.
+    """Stop the run if too few usable updates arrived.
 
     Returns:
         "privacy" where it ends well, with the adapter of the round before: so many clients have no
@@ -169,6 +180,6 @@ def check_quorum(
     raise QuorumError(
         f"round {round_}: {arrived} usable updates of {len(cohort)}, and sampling.quorum = "
         f"{run.sampling.quorum:g} needs {needed}.\n{reasons}\n"
-        "  Mend these clients and resume: finished clients are not trained again. If the recipe\n"
-        "  is at fault, start a new run with another."
+        "  Fix these clients and resume: finished clients are not trained again. If the recipe\n"
+        "  is at fault, start a new run with a different one."
     )

@@ -1,4 +1,4 @@
-"""What a run may spend: the bytes that it sends, and the hours that it takes."""
+"""What a run may spend in bytes and hours, and what it has spent."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ from silotune.recipes.schema import RunConfig
 
 @dataclass(frozen=True)
 class RoundCost:
-    """Bytes of the messages of one round, from what is known before it, if every client answers."""
+    """Bytes of one round's messages if every client answers, known before the round."""
 
     down: int
-    """Bytes to one client: the adapter, and what the algorithm sends beside it."""
+    """Bytes to one client: the adapter, and what the algorithm sends with it."""
     up: int
     """Bytes from one client."""
     num_asked: int
     """Clients that train."""
     num_scoring: int
-    """Other clients, which receive the adapter only to score it."""
+    """Other clients, which only score the adapter."""
     num_last: int
     """Clients that score the adapter after this round, if it is the last."""
 
@@ -43,17 +43,17 @@ class RoundCost:
 
     @property
     def last_bytes(self) -> int:
-        """Of the scoring after the last round."""
+        """Of the scoring after the final round."""
         return self.num_last * self.down
 
     @property
     def size_bytes(self) -> int:
-        """Of all messages, if this round is the last."""
+        """Of all messages if this round is the final one."""
         return self.bytes_down + self.bytes_up + self.last_bytes
 
 
 def is_within(limit: int | None, spent: int, cost: RoundCost, *, first: bool) -> bool:
-    """Whether a round, and the scoring of what comes of it, fit below a run's ceiling.
+    """Whether a round, and the scoring of its result, fit within a run's byte budget.
 
     Args:
         limit: `budget.bytes`.
@@ -75,7 +75,7 @@ def is_within(limit: int | None, spent: int, cost: RoundCost, *, first: bool) ->
 
 
 def has_time(hours: float | None, spent_s: float, *, round_s: float, last_s: float) -> bool:
-    """Whether one more round, and the scoring of what comes of it, fit below a run's ceiling.
+    """Whether one more round, and the scoring of its result, fit within a run's time budget.
 
     Args:
         hours: `budget.hours`.
@@ -87,7 +87,7 @@ def has_time(hours: float | None, spent_s: float, *, round_s: float, last_s: flo
 
 
 Clock = Callable[[], float]
-"""Seconds of which only differences count, the same in all processes of this machine."""
+"""A clock in seconds, shared by all processes of this machine; only differences matter."""
 
 FILE = "budget.json"
 """earlier: seconds of the parts before this one; began: when this one did, by the clock; seconds:
@@ -95,7 +95,7 @@ of all parts, when it was last written; ended_by: the ceiling that ends the run,
 
 
 def begin_part(folder: RunFolder, began: float) -> None:
-    """Note that a run begins, or goes on.
+    """Record that a run begins or resumes.
 
     Args:
         folder: The run's.
@@ -107,18 +107,18 @@ def begin_part(folder: RunFolder, began: float) -> None:
 
 
 def read_spent(folder: RunFolder) -> dict[str, Any] | None:
-    """What is written down, see `FILE`; None for a run without a budget."""
+    """The contents of `FILE`; None for a run without a budget."""
     return folder.read_json(FILE)
 
 
 def seconds_spent(folder: RunFolder, clock: Clock) -> float:
-    """Seconds of all parts of a run until now, the time between them left out."""
+    """Seconds of all parts of a run so far, without the time between them."""
     known = read_spent(folder)
     return 0.0 if known is None else known["earlier"] + clock() - known["began"]
 
 
 def write_spent(folder: RunFolder, clock: Clock, *, ended_by: str | None) -> None:
-    """Write down what is spent until now: a kill after this line loses none of it.
+    """Record what has been spent so far: a kill after this line loses none of it.
 
     Args:
         folder: The run's.
@@ -134,7 +134,7 @@ def write_spent(folder: RunFolder, clock: Clock, *, ended_by: str | None) -> Non
 
 
 def keep_spent(folder: RunFolder, clock: Clock) -> None:
-    """Bring the seconds up to date, where they are counted, and leave the rest as it is."""
+    """Update the seconds if they are counted, and leave the rest unchanged."""
     if (known := read_spent(folder)) is not None:
         write_spent(folder, clock, ended_by=known["ended_by"])
 
@@ -147,7 +147,7 @@ def _write(
 
 
 def expected_seconds(rows: Sequence[Row]) -> tuple[float, float]:
-    """What the next round, and the scoring after the last one, will take by what was seen so far.
+    """Estimate the next round, and the scoring after the final one, from the rounds so far.
 
     Args:
         rows: metrics.jsonl.
@@ -173,7 +173,7 @@ def expected_seconds(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def _scoring(scored: Mapping[str, int], beside: Mapping[str, float], *, round_s: float) -> float:
-    """Seconds in which all clients scored the adapter that a round began with.
+    """Seconds that all clients took to score the adapter a round began with.
 
     Args:
         scored: Held-out rows by client.
@@ -198,7 +198,7 @@ def next_ceiling(
     folder: RunFolder,
     clock: Clock,
 ) -> str | None:
-    """The ceiling that the next round, and the scoring of what comes of it, would go beyond.
+    """The limit that the next round, including the scoring of its result, would exceed.
 
     What was spent, and the answer, are written to the run folder.
 
@@ -231,7 +231,7 @@ def next_ceiling(
 def round_cost(
     run: RunConfig, state: ServerState, algorithm: Algorithm, num_clients: int
 ) -> RoundCost:
-    """What the round after `state` sends. Tensors are not looked at, only their sizes."""
+    """What the round after `state` sends. Only the sizes of tensors are read."""
     asked, scored = (
         cohort_size(run.sampling, num_clients),
         run.evaluate.due(state.round, run.rounds),

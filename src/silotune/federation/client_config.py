@@ -1,7 +1,7 @@
-"""A client's own configuration: where its rows lie, and what it agrees to. It wins over the recipe.
+"""A client's own configuration: where its rows are, and what it agrees to. It overrides the recipe.
 
-The server sends a recipe; this file decides what a real client makes of it. A recipe can name
-neither a path nor a device here, and cannot ask for more than the limits.
+The server sends a recipe; this file decides what a real client does with it. A recipe cannot name
+a path or a device on the client's machine, and cannot ask for more than the limits.
 """
 
 import json
@@ -30,70 +30,71 @@ from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import RuntimeConfig, usable_threads
 
 LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
-"""Keys of [data] that say where rows are: a client never takes them from a recipe."""
+"""Keys of [data] that say where the rows are. A client never takes them from a recipe."""
 CLIP_NORMS = (1e-9, 1e9)
-"""Least and largest that are taken: float32 rounds what is far smaller to nothing, and sums of what
-is far larger are infinite. A bound would then not be one."""
+"""Smallest and largest accepted value. float32 rounds much smaller values to zero, and sums of much
+larger values are infinite: the norm would then bound nothing."""
 
 
 class LimitsConfig(Config):
-    """What a client agrees to. A recipe that asks for more is refused by this client."""
+    """What a client agrees to. The client refuses a recipe that asks for more."""
 
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps in one round."""
+    """Maximum number of optimizer steps in one round."""
     max_rounds: int | None = Field(default=None, ge=1)
-    """Rounds in one run."""
+    """Maximum number of rounds in one run."""
     max_epochs: float | None = Field(default=None, gt=0)
-    """Passes over the train rows in one round."""
+    """Maximum number of passes over the training rows in one round."""
     max_hours: float | None = Field(default=None, gt=0)
-    """Hours of training in one run: no round begins when they are over."""
+    """Maximum hours of training in one run. Once they are used up, no new round begins."""
     max_bytes: int | None = Field(default=None, ge=1)
-    """Bytes that may leave in one run; an answer that would go beyond is not sent. All that leaves
-    is listed in outbound.jsonl in `state`."""
+    """Maximum number of bytes that this client sends in one run. An answer that would exceed it is
+    not sent. Everything that was sent is listed in outbound.jsonl in `state`."""
     models: tuple[str, ...] | None = None
-    """Base models that may be trained here, by the names that recipes use."""
+    """Base models that this client may train, by the names that recipes use."""
     model_sha256: tuple[str, ...] | None = None
-    """Base models that may be trained here, by the sha256 of their content."""
+    """Base models that this client may train, by the SHA-256 of their content."""
     algorithms: tuple[str, ...] | None = None
-    """Algorithms that may be used, by the names that recipes use."""
+    """Algorithms that this client accepts, by the names that recipes use."""
     epsilon: float | None = Field(default=None, gt=0)
-    """What all runs on this client's rows together may cost in privacy. Only recipes with noise at
-    the client are then allowed; one that aims at more gets more noise here, and no round begins
-    that would go beyond. The ledger is privacy.jsonl in `state`."""
+    """Maximum epsilon of all runs on this client's rows together. The client then accepts only
+    recipes with noise at the client. If a recipe's target is higher, this client adds more noise,
+    and no round begins that would exceed the limit. The ledger is privacy.jsonl in `state`."""
     delta: float | None = Field(default=None, gt=0, lt=1)
-    """The delta of that epsilon; well below 1 by the number of rows."""
+    """The delta of that epsilon. It should be well below 1 divided by the number of rows."""
 
     @model_validator(mode="after")
-    def _a_pair(self) -> "LimitsConfig":
+    def _check_pair(self) -> "LimitsConfig":
         if (self.epsilon is None) != (self.delta is None):
             raise ValueError("epsilon and delta belong together: give both")
         return self
 
 
 class OwnRuntimeConfig(Config):
-    """The client's own machine."""
+    """How this client uses its own machine."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto takes the first of cuda, mps and cpu that is there."""
+    """auto: the first of cuda, mps and cpu that is available."""
     threads: int = Field(default_factory=usable_threads, ge=1)
-    """Processor threads."""
+    """Number of CPU threads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Type of the base's numbers here; absent: the recipe's. What is sent stays float32."""
+    """Data type of the base model on this machine. Absent: the recipe's. Updates are always sent as
+    float32."""
     quantization: Quantization | None = None
-    """How the base is held here, "none" included; absent: the recipe's."""
+    """Quantization of the base model on this machine; "none" turns it off. Absent: the recipe's."""
     idle_s: float = Field(default=900, gt=0)
-    """Seconds without a message after which the resident worker ends and frees its memory."""
+    """Seconds without a message after which the resident worker stops and frees its memory."""
     turn: str | None = None
-    """A file; clients on one machine that name the same file train one at a time."""
+    """Path of a lock file. Clients on one machine that name the same file train one at a time."""
 
 
 class ClientConfig(Config):
-    """One client, as its own people describe it."""
+    """One client, as described by the people who run it."""
 
     name: str = Field(min_length=1)
-    """How this client is called in rounds and reports."""
+    """Name of this client in rounds and reports."""
     state: str = "state"
-    """Folder for what this client keeps: its memory between rounds, and the worker's log."""
+    """Folder in which this client keeps its memory between rounds and the worker's log."""
     model: str | None = None
     """Folder of this client's own copy of the base model."""
     data: DataConfig
@@ -102,17 +103,17 @@ class ClientConfig(Config):
 
 
 def load_client_config(path: Path) -> ClientConfig:
-    """Read a client's TOML file. Paths in it are read from its folder.
+    """Read a client's TOML file. Paths in it are relative to its folder.
 
     Raises:
-        ConfigError: All mistakes together.
+        ConfigError: Lists all mistakes together.
     """
     own = read_table(path, ClientConfig)
     from_here = {
         key: str(path.parent / value)
         for key in ("path", "eval_path", "template")
         if (value := getattr(own.data, key))
-        # a template may be a name, or its own text
+        # a template may be a name or the text itself
         and not (key == "template" and (value in TEMPLATES or "{" in value))
         and (path.parent / value).exists()
     }
@@ -129,32 +130,32 @@ def load_client_config(path: Path) -> ClientConfig:
 
 
 def is_client_folder(place: Path) -> bool:
-    """Whether a folder holds clients' configurations instead of rows."""
+    """Whether a folder holds client configurations rather than rows."""
     return place.is_dir() and not is_consortium(place) and any(place.glob("*.toml"))
 
 
 def load_client_configs(folder: Path) -> dict[str, Path]:
-    """The configurations in a folder, by the clients' names.
+    """Find the configurations in a folder, by client name.
 
     Raises:
-        ConfigError: A file is wrong, or two files give one name.
+        ConfigError: A file has mistakes, or two files give the same name.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.toml")):
         name = load_client_config(path).name
         if name in found:
             raise ConfigError(
-                f"{path} and {found[name]} both name their client '{name}'.\n  Rename one."
+                f"{path} and {found[name]} both name their client '{name}'.\n  Rename one of them."
             )
         found[name] = path.absolute()
     return dict(sorted(found.items()))
 
 
 def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
-    """The recipe as this client runs it: own rows, own machine, within its limits.
+    """The recipe as this client runs it: on its own rows and machine, within its limits.
 
     Raises:
-        Declined: The recipe asks for what this client does not allow; says which key.
+        Declined: The recipe asks for something that this client does not allow. Names the keys.
     """
     refused: list[str] = []
     limits = own.limits
@@ -170,22 +171,22 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
         refused.append(f"train.local_steps = {steps} is above limits.max_steps")
     refused += _against_privacy(run, own)
     if own.model is None and not _is_public(run.model.name):
-        refused.append("model.name is a path of the server; set model to this client's own copy")
+        refused.append("model.name is a path on the server; set model to this client's own copy")
     if run.adapter.kind == "full":
         if own.runtime.quantization not in (None, "none"):
             refused.append(
-                f"runtime.quantization = '{own.runtime.quantization}' freezes the weights, which "
+                f"runtime.quantization = '{own.runtime.quantization}' freezes the weights that "
                 "adapter.kind = 'full' trains"
             )
         if own.runtime.dtype in ("float16", "bfloat16"):
             refused.append(
-                f"runtime.dtype = '{own.runtime.dtype}' cannot hold the small steps of "
+                f"runtime.dtype = '{own.runtime.dtype}' cannot represent the small steps of "
                 "adapter.kind = 'full'"
             )
     if refused:
         why = "\n  ".join(refused)
         raise Declined(f"client '{own.name}' does not take part:\n  {why}")
-    # nothing of the recipe's: how its server waits for clients is no matter of this process
+    # nothing from the recipe: how the server waits for clients does not concern this process
     machine = RuntimeConfig(device=own.runtime.device, threads=own.runtime.threads)
     mine = {
         "name": own.model,
@@ -205,31 +206,32 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
 
 
 def _against_privacy(run: RunConfig, own: ClientConfig) -> Iterator[str]:
-    """What a recipe's privacy lacks for this client. Its server may not have checked it."""
+    """What is wrong with a recipe's privacy for this client. The server may not have checked it."""
     asked = run.privacy
     if asked.unit != "none":
         if asked.noise == "seeded":
-            yield (
-                "privacy.noise = 'seeded' protects nobody: whoever knows the recipe can take it off"
-            )
+            yield "privacy.noise = 'seeded' protects nobody: anyone with the recipe can subtract it"
         else:
             yield from (f"{key}: {why}" for key, why in contradictions(run))
         if not CLIP_NORMS[0] <= asked.clip_norm <= CLIP_NORMS[1]:
-            yield f"privacy.clip_norm = {asked.clip_norm:g} is beyond what float32 can clip and add"
+            yield (
+                f"privacy.clip_norm = {asked.clip_norm:g} is outside the range that float32 can "
+                "clip and add"
+            )
         if run.data.template not in TEMPLATES and "template" not in own.data.model_fields_set:
             yield (
-                "data.template is a program of the server's, which could turn what rows say into "
-                "their number; name a known one, or set it in this client's own [data]"
+                "data.template is a program from the server that could reveal what rows say "
+                "through their number; name a known template, or set one in this client's [data]"
             )
     if own.limits.epsilon is not None and not asked.is_at_client:
         yield (
-            "limits.epsilon asks for noise at this client: privacy.unit = 'record', or 'client' "
+            "limits.epsilon requires noise at this client: privacy.unit = 'record', or 'client' "
             "with noise_at = 'client'"
         )
 
 
 def _own_privacy(asked: PrivacyConfig, limits: LimitsConfig) -> PrivacyConfig:
-    """The recipe's privacy with no larger epsilon and delta than this client allows."""
+    """The recipe's privacy, with epsilon and delta lowered to what this client allows."""
     if limits.epsilon is None or limits.delta is None:
         return asked
     delta = limits.delta if asked.delta is None else min(asked.delta, limits.delta)
@@ -238,16 +240,18 @@ def _own_privacy(asked: PrivacyConfig, limits: LimitsConfig) -> PrivacyConfig:
 
 
 def _is_public(name: str) -> bool:
-    """Whether a model's name means the same everywhere: a named source, or what may be a hub id."""
+    """Whether a model's name means the same everywhere: a named source or a possible hub id."""
     hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None
     return name in SOURCES or (hub_id and is_hub_id(name))
 
 
 def check_steps(run: RunConfig, own: ClientConfig, num_train: int) -> None:
-    """Refuse more steps or passes over the rows than this client allows, where rows decide it.
+    """Refuse more steps or passes over the rows than this client allows.
+
+    Unlike `own_recipe`, this needs the number of rows.
 
     Raises:
-        Declined: Says how many it would be.
+        Declined: Says how many the recipe asks for.
     """
     per_step, given = run.train.batch_size * run.train.accumulation, run.train.local_steps
     steps = given or math.ceil(num_train * (run.train.local_epochs or 1) / per_step)
@@ -257,13 +261,16 @@ def check_steps(run: RunConfig, own: ClientConfig, num_train: int) -> None:
     passes = given * per_step / num_train if given else run.train.local_epochs or 1
     if limits.max_epochs is not None and passes > limits.max_epochs:
         asked = f"train.local_steps = {given}" if given else f"train.local_epochs = {passes:g}"
-        refused = f"{asked} is more than limits.max_epochs = {limits.max_epochs:g} over these rows"
+        refused = (
+            f"{asked} means more passes over these rows than "
+            f"limits.max_epochs = {limits.max_epochs:g}"
+        )
     if refused:
         raise Declined(f"client '{own.name}' does not take part:\n  {refused}")
 
 
 def check_base(own: ClientConfig, sha256: str) -> None:
-    """Refuse a base model that this client does not allow by its content.
+    """Refuse a base model whose content this client does not allow.
 
     Raises:
         Declined: Names the hash.
@@ -272,34 +279,34 @@ def check_base(own: ClientConfig, sha256: str) -> None:
     if allowed is not None and sha256 not in allowed:
         raise Declined(
             f"client '{own.name}' does not take part:\n"
-            f"  the base model's sha256, {sha256}, is not in limits.model_sha256"
+            f"  the base model's SHA-256, {sha256}, is not in limits.model_sha256"
         )
 
 
 def check_hours(own: ClientConfig, seconds: float) -> None:
-    """Refuse a round when the hours that this client gives to a run are over.
+    """Refuse a round once the hours that this client allows for a run are used up.
 
     Raises:
-        Declined: Says how many they are.
+        Declined: Says how many hours are allowed.
     """
     limit = own.limits.max_hours
     if limit is not None and seconds >= limit * 3600:
-        raise Declined(f"client '{own.name}': limits.max_hours = {limit:g} of this run are over")
+        raise Declined(f"client '{own.name}': limits.max_hours = {limit:g} is used up in this run")
 
 
 def own_data(run: RunConfig, own: ClientConfig) -> DataConfig:
-    """Where this client's rows are, by its own word, and what they look like, by either's."""
+    """This client's [data]: locations only from its own file, the format from it or the recipe."""
     format_ = {k: v for k, v in run.data.model_dump().items() if k not in LOCATIONS}
     if run.task != "classify":
-        format_.pop("label")  # only a simulation's report shows it
+        format_.pop("label")  # only the report of a simulation shows it
     mine = {k: getattr(own.data, k) for k in own.data.model_fields_set}
     if {"eval_path", "eval_split"} & mine.keys():
-        format_.pop("eval_fraction")  # its held-out rows are chosen already
+        format_.pop("eval_fraction")  # its held-out rows are already chosen
     return DataConfig.model_validate({**format_, **mine})
 
 
 def own_rows(run: RunConfig, own: ClientConfig) -> ClientRows:
-    """This client's rows, read and split by its own configuration."""
+    """Read this client's rows and split them as its own configuration says."""
     return load_client(own_data(run, own), own.name, seed=run.seed, task=run.task)
 
 
@@ -316,27 +323,27 @@ def write_client_configs(
     model: str | None,
     state: Callable[[str], Path],
 ) -> dict[str, Path]:
-    """Give every client of a simulation a folder with its rows and its configuration.
+    """Write a folder with rows and configuration for every client of a simulation.
 
     Args:
-        folder: Created; one folder per client inside.
+        folder: Created, with one folder per client inside.
         rows: All clients' rows.
         run: The recipe; device and threads are copied.
-        model: Each client's own copy of the base, where it has one.
-        state: Where a client keeps what it needs again, by its name.
+        model: The clients' copy of the base model, if they have one.
+        state: The folder in which a client keeps its state, by its name.
 
     Returns:
-        The paths of the configurations by client name.
+        The paths of the configurations, by client name.
     """
     paths: dict[str, Path] = {}
     data = {"path": "train.jsonl", "eval_path": "eval.jsonl"}
-    if run.data.template not in TEMPLATES:  # a text, which the clients agree to
+    if run.data.template not in TEMPLATES:  # template text, which the clients agree to
         data["template"] = run.data.template
     for name, own in sorted(rows.items()):
         place = folder / folder_name(name)
         place.mkdir(parents=True)
-        for part, talks in (("train", own.train), ("eval", own.evaluation)):
-            lines = [_line(talk) for talk in talks]
+        for part, part_rows in (("train", own.train), ("eval", own.evaluation)):
+            lines = [_line(row) for row in part_rows]
             (place / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         table: dict[str, Any] = {
             "name": name,

@@ -19,11 +19,11 @@ class ClientMemory:
     position: int = 0
     """Rows taken from the client's stream so far."""
     tensors: Mapping[str, AdapterState] = field(default_factory=dict)
-    """An algorithm's own memory by purpose: personal tensors, control variates."""
+    """The algorithm's memory, by purpose: personal tensors, control variates."""
 
 
 def folder_name(client: str) -> str:
-    """A file name for a client: its own where that is safe, else a part of it and a fingerprint."""
+    """A file name for a client: its name if that is safe, else a part of it with a fingerprint."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,60}", client):
         return client
     readable = re.sub(r"[^A-Za-z0-9]+", "-", client).strip("-")[:40]
@@ -31,9 +31,9 @@ def folder_name(client: str) -> str:
 
 
 def load_memory(folder: Path, round_: int) -> ClientMemory:
-    """What the client kept before round `round_`: its newest memory of an earlier round, or none.
+    """Load the client's newest memory from a round before `round_`; an empty one if there is none.
 
-    Memories are kept by round, so that a round that is asked again after a crash starts from the
+    Memories are kept per round, so that a round that is repeated after a crash starts from the
     same one.
     """
     earlier = [p for p in sorted(folder.glob("round-*.safetensors")) if _round_of(p) < round_]
@@ -48,13 +48,13 @@ def load_memory(folder: Path, round_: int) -> ClientMemory:
 
 
 def save_memory(folder: Path, round_: int, memory: ClientMemory, *, keep_from: int) -> None:
-    """Write a client's memory of a round; older ones that no resume can need are removed.
+    """Write a client's memory of a round, and remove older ones that no resume can need.
 
     Args:
-        folder: The client's own.
-        round_: The round it has just trained in.
-        memory: What it keeps.
-        keep_from: The newest memory before this round, and all later ones, stay.
+        folder: The client's own folder.
+        round_: The round that it has just trained in.
+        memory: What to keep.
+        keep_from: The newest memory before this round, and all later ones, are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flat = {f"{purpose}/{n}": t for purpose, s in memory.tensors.items() for n, t in s.items()}

@@ -1,7 +1,7 @@
-"""What a client does by itself to protect what it sends: its noise, its lots, its ledger.
+"""How a client protects what it sends: its noise, its lots and its ledger.
 
-A client plans by itself, from the recipe and the number of its rows, so that nobody else has to be
-trusted with it. It trains no model and knows no network.
+Every client makes its own plan, from the recipe and its number of rows, so that nobody else has to
+be trusted with it. This module trains no model and knows nothing about the network.
 """
 
 import functools
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from silotune.core.errors import BudgetSpent
 from silotune.core.seeds import generator
+from silotune.core.tree import subtract
 from silotune.core.types import AdapterState
+from silotune.core.wording import counted
 from silotune.federation.ledger import lines, write_down
 from silotune.privacy.accountant import Steps, noise_for, spent_in_all
 from silotune.privacy.client_level import noised
@@ -25,36 +27,38 @@ from silotune.recipes.schema import RunConfig
 
 
 @dataclass(frozen=True)
-class OwnPlan:
-    """One client's mechanism: the same in every round."""
+class ClientPlan:
+    """One client's mechanism, which is the same in every round."""
 
     unit: str
-    """record: a row of the client. client: all of them together."""
+    """record: each row of the client. client: all of its rows together."""
     num_examples: int
     clip_norm: float
     noise_multiplier: float
     sampling_rate: float
-    """Probability with which a step takes a row; 1 for the client as a whole."""
+    """Probability that a step takes a row; 1 if the unit is the client."""
     lot_size: float
-    """Rows that a step is expected to take; all for the client as a whole."""
+    """Expected number of rows in a step; all rows if the unit is the client."""
     num_lots: int
-    """Releases of a round: its steps, or the one change."""
+    """Releases per round: its steps, or one change if the unit is the client."""
     num_rounds: int
-    """Rounds in which the client may take part."""
+    """Maximum number of rounds in which the client may take part."""
 
     def steps(self, num_rounds: int | None = None) -> Steps:
-        """The releases of so many rounds; of all that are planned when absent."""
+        """The releases of `num_rounds` rounds; of all planned rounds if absent."""
         count = self.num_lots * (self.num_rounds if num_rounds is None else num_rounds)
         return Steps(self.noise_multiplier, count, self.sampling_rate)
 
 
-def own_plan(run: RunConfig, num_examples: int, *, count: int | None = None) -> OwnPlan | None:
-    """A client's plan; None where the recipe asks for no noise at the client.
+def plan_of_client(
+    run: RunConfig, num_examples: int, *, count: int | None = None
+) -> ClientPlan | None:
+    """Make a client's plan; None if the recipe asks for no noise at the client.
 
     Args:
         run: The recipe.
-        num_examples: Rows of the client's train part.
-        count: Rows to train on in a round, on average; the recipe's number when absent.
+        num_examples: Number of training rows of the client.
+        count: Average number of rows to train on in a round; the recipe's number if absent.
 
     Raises:
         ConfigError: dp-accounting is not installed.
@@ -62,7 +66,7 @@ def own_plan(run: RunConfig, num_examples: int, *, count: int | None = None) -> 
     cfg, train = run.privacy, run.train
     if not cfg.is_at_client:
         return None
-    assert cfg.delta is not None, "recipes/contradictions.py asks for it"
+    assert cfg.delta is not None, "recipes/contradictions.py requires it"
     whole = cfg.unit == "client"
     lot_size = num_examples if whole else min(train.batch_size * train.accumulation, num_examples)
     if whole:
@@ -77,7 +81,9 @@ def own_plan(run: RunConfig, num_examples: int, *, count: int | None = None) -> 
     if z is None:
         assert cfg.target_epsilon is not None
         z = _noise(cfg.target_epsilon, num_lots * num_rounds, cfg.delta, rate)
-    return OwnPlan(cfg.unit, num_examples, cfg.clip_norm, z, rate, lot_size, num_lots, num_rounds)
+    return ClientPlan(
+        cfg.unit, num_examples, cfg.clip_norm, z, rate, lot_size, num_lots, num_rounds
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -90,50 +96,116 @@ def _noise(target_epsilon: float, num_releases: int, delta: float, sampling_rate
     )
 
 
-def own_noise(run: RunConfig, *, client: str, round_: int) -> Noise:
-    """Where this client's noise of this round comes from."""
-    if run.privacy.noise == "secure":
-        return secure_noise
-    return seeded_noise(generator(run.seed, "privacy", client, round_))
+@dataclass(frozen=True)
+class Protection:
+    """What one client does in one round so that what it sends reveals less about its rows.
 
-
-def protected(
-    run: RunConfig, plan: OwnPlan, delta: AdapterState, *, client: str, round_: int
-) -> dict[str, Tensor]:
-    """What leaves a client that protects itself as a whole: its change, clipped and noised.
-
-    Raises:
-        UpdateError: A tensor holds NaN or infinity.
+    Built once per round. If the recipe asks for no noise at the client, every method does nothing.
     """
-    return noised(
-        delta,
-        clip_norm=plan.clip_norm,
-        noise_multiplier=plan.noise_multiplier,
-        noise=own_noise(run, client=client, round_=round_),
-        who=f"client '{client}'",
-    )
+
+    run: RunConfig
+    client: str
+    round: int
+    plan: ClientPlan | None
+    """The client's mechanism; None if the recipe asks for no noise at the client."""
+
+    @property
+    def protects_rows(self) -> bool:
+        """Whether the unit of protection is a single row of this client."""
+        return self.plan is not None and self.plan.unit == "record"
+
+    @property
+    def protects_client(self) -> bool:
+        """Whether the unit of protection is the client as a whole."""
+        return self.plan is not None and self.plan.unit == "client"
+
+    @classmethod
+    def of(
+        cls, run: RunConfig, *, client: str, round_: int, num_examples: int, count: int | None
+    ) -> "Protection":
+        """What the recipe asks of a client with this number of rows; see `plan_of_client`."""
+        return cls(run, client, round_, plan_of_client(run, num_examples, count=count))
+
+    def begin(self, ledger: "Ledger") -> None:
+        """Record the round's releases before they are made: a crash must not hide one.
+
+        Raises:
+            BudgetSpent: No budget is left for this round.
+        """
+        if self.plan is not None:
+            seeded = self.run.privacy.noise == "seeded"
+            ledger.begin(self.plan, client=self.client, round_=self.round, seeded=seeded)
+
+    def lots(self) -> list[list[int]] | None:
+        """The rows of every step, drawn in secret unless the noise is seeded.
+
+        None if single rows are not protected: the client then trains on its plain stream.
+        """
+        if self.plan is None or not self.protects_rows:
+            return None
+        seeded = self.run.privacy.noise == "seeded"
+        chance = generator(self.run.seed, "lots", self.client, self.round)
+        return draw_lots(
+            self.plan.num_examples,
+            sampling_rate=self.plan.sampling_rate,
+            num_lots=self.plan.num_lots,
+            uniform=seeded_uniform(chance) if seeded else secure_uniform,
+        )
+
+    def guard(self) -> RowGuard | None:
+        """What clips and noises every training step; None if single rows are not protected."""
+        if self.plan is None or not self.protects_rows:
+            return None
+        return RowGuard(
+            clip_norm=self.plan.clip_norm,
+            noise_multiplier=self.plan.noise_multiplier,
+            lot_size=self.plan.lot_size,
+            noise=self.noise(),
+        )
+
+    def hide_failure(self, after: AdapterState, before: AdapterState) -> AdapterState:
+        """The adapter after training, or the one before if training ended in NaN or infinity.
+
+        This applies only if the unit is the client: whether its training fails depends on its rows,
+        and an error would reveal that without any noise. Otherwise `after` is returned unchanged.
+        """
+        if self.protects_client and not all(
+            bool(t.isfinite().all()) for t in subtract(after, before).values()
+        ):
+            return before
+        return after
+
+    def protect(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Clip and noise the change of a client that is protected as a whole.
+
+        Raises:
+            UpdateError: A tensor holds NaN or infinity.
+        """
+        if self.plan is None or not self.protects_client:
+            return delta
+        return noised(
+            delta,
+            clip_norm=self.plan.clip_norm,
+            noise_multiplier=self.plan.noise_multiplier,
+            noise=self.noise(),
+            who=f"client '{self.client}'",
+        )
+
+    def mechanism(self) -> dict[str, float]:
+        """The round's releases, for adding up epsilons. Says nothing about the rows."""
+        if self.plan is None:
+            return {}
+        return {key: float(getattr(self.plan, key)) for key in MECHANISM}
+
+    def noise(self) -> Noise:
+        """The source of this client's noise in this round."""
+        if self.run.privacy.noise == "secure":
+            return secure_noise
+        return seeded_noise(generator(self.run.seed, "privacy", self.client, self.round))
 
 
-def row_guard(run: RunConfig, plan: OwnPlan, *, client: str, round_: int) -> RowGuard:
-    """What clips and noises every step of this client's training in this round."""
-    return RowGuard(
-        clip_norm=plan.clip_norm,
-        noise_multiplier=plan.noise_multiplier,
-        lot_size=plan.lot_size,
-        noise=own_noise(run, client=client, round_=round_),
-    )
-
-
-def lots(run: RunConfig, plan: OwnPlan, *, client: str, round_: int) -> list[list[int]]:
-    """The rows of every step of a round. Drawn in secret, but for seeded noise."""
-    seeded = run.privacy.noise == "seeded"
-    chance = generator(run.seed, "lots", client, round_)
-    return draw_lots(
-        plan.num_examples,
-        sampling_rate=plan.sampling_rate,
-        num_lots=plan.num_lots,
-        uniform=seeded_uniform(chance) if seeded else secure_uniform,
-    )
+MECHANISM = ("noise_multiplier", "sampling_rate", "num_lots")
+"""The part of its plan that a client reports with every update."""
 
 
 # --- the client's own ledger ------------------------------------------------------------------
@@ -141,56 +213,58 @@ def lots(run: RunConfig, plan: OwnPlan, *, client: str, round_: int) -> list[lis
 
 @dataclass(frozen=True)
 class Ledger:
-    """Where a client writes down what it releases, and how much it allows."""
+    """A client's record of what it releases, and the limit that it sets."""
 
     path: Path
-    """A file of the client's own. It may hold the lines of many runs on the same rows, and those of
-    other clients that keep their state in the same folder."""
+    """A file of the client. It may hold lines of many runs on the same rows, and lines of other
+    clients that keep their state in the same folder."""
     run_id: str = ""
-    """Tells this run's lines from others'."""
+    """Distinguishes this run's lines from those of other runs."""
     epsilon: float | None = None
-    """What all lines together may come to; None: the recipe's plan is the only limit."""
+    """Maximum epsilon of all lines together; None: the recipe's plan is the only limit."""
     delta: float = 0.0
     """The delta of that epsilon."""
 
-    def begin(self, plan: OwnPlan, *, client: str, round_: int, seeded: bool) -> None:
-        """Write a round's releases down, before they are made.
+    def begin(self, plan: ClientPlan, *, client: str, round_: int, seeded: bool) -> None:
+        """Record a round's releases before they are made.
 
         Raises:
-            BudgetSpent: They would go beyond the plan, or beyond what the client allows. Nothing is
-                written or released.
+            BudgetSpent: They would exceed the plan or what the client allows. Nothing is written or
+                released.
         """
         before = [line for line in lines(self.path) if line.get("client", client) == client]
         now = {"run": self.run_id, "client": client, "round": round_, "seeded": seeded}
         now |= asdict(plan)
         if seeded and any(_same(line, now) for line in before):
-            return  # the same noise again tells nothing new
+            return  # the same noise again reveals nothing new
         mine = [line for line in before if line.get("run") == self.run_id]
         who = f"client '{client}', round {round_}"
         if len(mine) >= plan.num_rounds:
             raise BudgetSpent(
-                f"{who}: its privacy budget is for {plan.num_rounds} round(s), and all are spent."
-                "\n  Start a new run with more, at a larger epsilon or with more noise."
+                f"{who}: its privacy budget is for {counted(plan.num_rounds, 'round')}, and it is "
+                "spent.\n"
+                "  Start a new run for more rounds, with a larger epsilon or more noise."
             )
         if self.epsilon is not None:
             cost = spent_in_all(released(_per_row([*before, now])), delta=self.delta).pld
             if not cost <= self.epsilon:
-                # the numbers are for this client's own log: other runs are not the server's affair
+                # the numbers are only for this client's log: they are about other runs too
                 numbers = ValueError(
-                    f"epsilon would be {cost:.3f}, limits.epsilon {self.epsilon:g}"
+                    f"epsilon would be {cost:.3f}; limits.epsilon is {self.epsilon:g}"
                 )
                 raise BudgetSpent(
-                    f"{who}: its own limit for privacy allows no further round.\n"
-                    "  Only this client's own people can raise limits.epsilon."
+                    f"{who}: its own privacy limit allows no further round.\n"
+                    "  Only the people who run this client can raise limits.epsilon."
                 ) from numbers
         write_down(self.path, now)
 
 
 def _per_row(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A ledger of one unit as it is; one of both as what it tells about a single row.
+    """Convert a ledger with both units to what it reveals about a single row.
 
-    What a release of the whole client hides is that change or none. A row more turns one clipped
-    change into another, up to two norms away, so for a row the noise is half of what it is called.
+    A release of the whole client hides whether there was a change or none. An additional row turns
+    one clipped change into another, up to two clip norms away, so the noise multiplier for a row is
+    half of the one in the ledger. A ledger with a single unit is returned unchanged.
     """
     if len({line.get("unit") for line in ledger}) == 1:
         return ledger
@@ -207,9 +281,9 @@ def _same(line: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def released(ledger: Iterable[Mapping[str, Any]]) -> list[Steps]:
-    """A ledger's lines, or the rows of a run's metrics, as releases to be added up.
+    """Convert lines of a ledger, or rows of a run's metrics, to releases that can be added up.
 
-    A line without numbers is the worst that can be: a release without noise.
+    A line without numbers counts as the worst case: a release without noise.
     """
     return [
         Steps(

@@ -1,6 +1,6 @@
-"""A ledger of releases: a file of JSON lines that only grows.
+"""A ledger of releases: an append-only file of JSON lines.
 
-A line is written before its release is made, so that a crash cannot hide one.
+Each line is written before its release is made, so that a crash cannot hide a release.
 """
 
 import json
@@ -12,28 +12,29 @@ from typing import Any
 from silotune.core.atomic_files import writing
 
 FILE = "privacy.jsonl"
-"""Its name, in a run's folder or a client's own."""
+"""Its file name, in a run folder or in a client's own folder."""
 
 
 def write_down(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line, and wait until it is on the disk.
+    """Append a line, and wait until it is on disk.
 
     Raises:
-        DiskError: There is no room, or no right to.
+        DiskError: The disk is full, or writing is not permitted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), path.open("a", encoding="utf-8") as file:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            file.write("\n")  # a crash cut the last line off: it stays a line of its own
+            file.write("\n")  # a crash truncated the last line: keep it as a separate line
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Every release that was made, or begun, in order; [] where there is no ledger.
+    """Every release that was made or started, in order; [] if there is no ledger.
 
-    A line that a crash cut off counts too: as one more like the one before, of nobody by name.
+    A line that a crash truncated also counts: as a copy of the line before it, without a client's
+    name.
     """
     found: list[dict[str, Any]] = []
     if not path.exists():

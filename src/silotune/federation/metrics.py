@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl, and what they add up to.
+"""Rows of metrics.jsonl, and sums over them.
 
 One row per event: a client trained, a client's held-out rows were scored, a round ended.
 """
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
-    """Held-out loss over all clients, weighted by tokens, by rounds behind the adapter."""
+    """Overall held-out loss, weighted by tokens, by the round that produced the adapter."""
     sums: dict[int, list[float]] = {}
     for row in rows:
         if row["event"] == "evaluate" and row["status"] == "ok":
@@ -24,21 +24,21 @@ def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
 
 
 def trained(rows: Iterable[Row]) -> list[Row]:
-    """The rows of clients that trained; of one that failed there is only its reason."""
+    """The rows of clients that trained; the row of a client that failed only has a reason."""
     return [row for row in rows if row["event"] == "train" and "train_loss" in row]
 
 
 def train_loss(rows: Iterable[Row]) -> float:
-    """Training loss over all targets of these rows' clients; 0 where none trained."""
+    """Training loss over all targets of these rows' clients; 0 if none trained."""
     own = trained(rows)
-    # a run of an older silotune has no num_targets in its rows
+    # rows from older versions of silotune have no num_targets
     weights = [row.get("num_targets", row["num_tokens"]) for row in own]
     total = sum(row["train_loss"] * weight for row, weight in zip(own, weights, strict=True))
     return total / max(1, sum(weights))
 
 
 def overall_scores(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
-    """Accuracy, macro F1 and Matthews correlation over all clients, by rounds behind the adapter.
+    """Overall accuracy, macro F1 and Matthews correlation, by the round that produced the adapter.
 
     Empty for tasks other than classify.
     """

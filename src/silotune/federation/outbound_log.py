@@ -1,8 +1,8 @@
 """What has left a client's machine, and a limit on it: outbound.jsonl in the client's own folder.
 
-A file of JSON lines that only grows. A line is written before its answer is sent, so that nothing
-leaves unseen; what cannot be written down does not leave. Names and shapes of tensors are long and
-the same in every round, so they have a line of their own, which the others name by its hash.
+This is an append-only file of JSON lines. Each line is written before its answer is sent, so that
+nothing leaves without a record; what cannot be recorded is not sent. Names and shapes of tensors
+are long and the same in every round, so they are on a separate line, which others name by its hash.
 """
 
 import datetime
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from silotune.core.errors import Declined
+from silotune.core.wording import counted
 from silotune.federation.ledger import lines, write_down
 
 FILE = "outbound.jsonl"
@@ -23,43 +24,43 @@ FILE = "outbound.jsonl"
 
 @dataclass(frozen=True)
 class Outbound:
-    """One run's part of a client's list of what has left."""
+    """One run's part of a client's record of what has left."""
 
     path: Path
     run_id: str
     max_bytes: int | None = None
-    """Of the whole run; None: no limit."""
+    """Limit for the whole run; None: no limit."""
 
     def sent(self) -> list[dict[str, Any]]:
         """This run's answers so far."""
         return [line for line in lines(self.path) if line.get("run") == self.run_id]
 
     def seconds_training(self) -> float:
-        """What training for this run has taken here, failed rounds included."""
+        """Time spent on training for this run, including failed rounds."""
         return sum(line["seconds"] for line in self.sent() if line["asked"] == "train")
 
     def let_out(
         self, about: Mapping[str, Any], values: np.ndarray, *, asked: str, seconds: float
     ) -> None:
-        """Write an answer down, before it is sent.
+        """Record an answer before it is sent.
 
         Args:
-            about: All its texts and counts.
-            values: Its numbers, float32.
+            about: All texts and counts of the answer.
+            values: The numbers of the answer, float32.
             asked: query, train or evaluate.
-            seconds: What it took.
+            seconds: How long it took to produce the answer.
 
         Raises:
-            Declined: It would go beyond the limit; nothing is written, and nothing must be sent.
-            DiskError: It cannot be written down.
+            Declined: The answer would exceed the limit. It is not recorded and must not be sent.
+            DiskError: The answer cannot be recorded.
         """
         size = values.nbytes + len(json.dumps(about).encode())
         before = sum(line["bytes"] for line in self.sent())
-        # that it has failed may always be said
+        # a client may always report that it failed
         if self.max_bytes is not None and "failure" not in about and before + size > self.max_bytes:
             raise Declined(
-                f"limits.max_bytes = {self.max_bytes} of this client: {before} bytes have left in "
-                f"this run, and this answer is of {size}"
+                f"limits.max_bytes = {self.max_bytes} of this client: it has sent "
+                f"{counted(before, 'byte')} in this run, and this answer would add {size}"
             )
         said = {k: v for k, v in about.items() if k != "update"}
         update = about.get("update")
@@ -81,7 +82,7 @@ class Outbound:
         write_down(self.path, line)
 
     def _layout(self, tensors: Any) -> str:
-        """The hash by which a list of names and shapes is known; written down the first time."""
+        """The hash of a list of names and shapes, which is recorded the first time it is seen."""
         layout = {f"{group}/{name}": list(shape) for group, name, shape in tensors}
         key = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
         if not any(line.get("layout") == key for line in lines(self.path)):
@@ -90,7 +91,7 @@ class Outbound:
 
 
 def sent_by_run(path: Path) -> list[dict[str, Any]]:
-    """What has left by run, the first one first: run, first, last, answers, updates, bytes."""
+    """What has left, per run, oldest run first: run, first, last, answers, updates, bytes."""
     found: dict[str, dict[str, Any]] = {}
     for line in lines(path):
         if "run" not in line:

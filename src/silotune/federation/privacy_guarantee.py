@@ -1,7 +1,7 @@
-"""What a private run promises, what it has released, and the statement that anyone can check.
+"""What a private run guarantees, and the guard around its algorithm.
 
-The promise is made before the first round and written down as privacy.json. Every release is a line
-of a ledger, written before it is made: a resumed run counts on, and nothing resets it.
+The guarantee is given before the first round and saved as privacy.json. Every release is a line of
+a ledger, written before it is made: a resumed run continues the count, and nothing resets it.
 """
 
 import importlib.metadata
@@ -14,7 +14,8 @@ from silotune.core.algorithm import Algorithm
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import ConfigError
 from silotune.core.seeds import generator
-from silotune.federation.client_privacy import own_plan
+from silotune.core.wording import counted
+from silotune.federation.client_privacy import plan_of_client
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.ledger import write_down
 from silotune.federation.run_folder import RunFolder
@@ -31,22 +32,22 @@ Promise = dict[str, Any]
 
 
 def promise_of(run: RunConfig, num_examples: Mapping[str, int]) -> Promise | None:
-    """What a recipe promises, if all its rounds are done; None without [privacy].
+    """What a recipe guarantees if all its rounds are run; None without [privacy].
 
     Args:
         run: The recipe.
-        num_examples: Train rows of every client; 0 where they are not known.
+        num_examples: Number of training rows of every client; 0 if it is not known.
 
     Returns:
         unit, neighbours, sampling, released, mechanism, clip_norm, num_releases (rounds), delta,
-        epsilon (by both accountants), noise, and versions. With noise at the server also
-        noise_multiplier, clipping, num_clients, num_planned (clients a round) and epsilon_replace
+        epsilon (by both accountants), noise, and versions. With noise at the server, also
+        noise_multiplier, clipping, num_clients, num_planned (clients per round) and epsilon_replace
         (one client replaced by another: the sensitivity is twice as large). With noise at the
-        clients `clients`: each one's plan, with its own epsilon; the one above them is the largest,
-        and `epsilon_prv` its third opinion.
+        clients, also `clients` with each client's plan and epsilon; the top-level epsilon is then
+        the largest of these, and `epsilon_prv` is a third opinion on it.
 
     Raises:
-        ConfigError: dp-accounting is missing, or adaptive clipping cannot have so much noise.
+        ConfigError: dp-accounting is missing, or the noise is too large for adaptive clipping.
     """
     cfg = run.privacy
     if cfg.unit == "none":
@@ -63,7 +64,7 @@ def promise_of(run: RunConfig, num_examples: Mapping[str, int]) -> Promise | Non
 
 
 UNIT_CLIENT = "client: all rows of one client, in all rounds together"
-NEIGHBOURS_CLIENT = "one client's changes put to zero, or not (add or remove one)"
+NEIGHBOURS_CLIENT = "one client's changes set to zero, or not (add or remove one client)"
 LIBRARIES = {
     "client": ("silotune", "dp-accounting", "torch"),
     "record": ("silotune", "dp-accounting", "opacus", "torch"),
@@ -83,7 +84,7 @@ def _by_server(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
         except ValueError as error:
             raise ConfigError(
                 f"privacy.clipping: {error}.\n"
-                "  Set clipping = 'fixed', ask more clients in a round, or take less noise."
+                "  Set clipping = 'fixed', ask more clients in a round, or use less noise."
             ) from error
     cost = spent(noise_multiplier=z, num_releases=releases, delta=delta)
     return {
@@ -91,7 +92,8 @@ def _by_server(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
         "neighbours": NEIGHBOURS_CLIENT,
         "sampling": "none assumed: a client may be asked in every round",
         "released": "the adapter after every round, to everybody",
-        "mechanism": "Gaussian noise on the sum of clipped changes, divided by the planned clients",
+        "mechanism": "Gaussian noise on the sum of clipped changes, divided by the number of "
+        "planned clients",
         "noise_multiplier": z,
         "clipping": cfg.clipping,
         "num_clients": len(num_examples),
@@ -108,15 +110,15 @@ def _by_clients(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
     for name, count in sorted(num_examples.items()):
         if count == 0:
             continue
-        plan = own_plan(run, count)
-        assert plan is not None, "it is at the client"
+        plan = plan_of_client(run, count)
+        assert plan is not None, "the noise is at the client"
         cost = spent_in_all([plan.steps()], delta=delta)
         clients[name] = {**asdict(plan), "epsilon": as_json(cost)}
         if cost.pld >= worst.pld:
             worst, third = cost, third_opinion(plan.steps(), delta=delta)
     return {
         **(OF_RECORDS if run.privacy.unit == "record" else OF_CLIENTS),
-        "released": "what each client sends in every round, to everybody, the server included",
+        "released": "what each client sends in every round, to everybody, including the server",
         "num_releases": min(run.rounds, run.privacy.max_participations or run.rounds),
         "clients": clients,
         "epsilon": as_json(worst),
@@ -128,9 +130,9 @@ OF_RECORDS = {
     "unit": "record: one row of one client, in all rounds together",
     "neighbours": "one row of one client added or removed",
     "sampling": "Poisson: every step takes each row with the same probability, drawn at the client "
-    "and told to nobody",
-    "mechanism": "DP-SGD at each client: Gaussian noise on the sum of clipped row gradients of "
-    "every step, divided by the expected rows",
+    "and revealed to nobody",
+    "mechanism": "DP-SGD at each client: Gaussian noise on the sum of clipped row gradients in "
+    "every step, divided by the expected number of rows",
 }
 OF_CLIENTS = {
     "unit": UNIT_CLIENT,
@@ -141,7 +143,7 @@ OF_CLIENTS = {
 
 
 def _delta(run: RunConfig) -> float:
-    assert run.privacy.delta is not None, "recipes/contradictions.py asks for it"
+    assert run.privacy.delta is not None, "recipes/contradictions.py requires it"
     return run.privacy.delta
 
 
@@ -151,7 +153,7 @@ def cost_if_replaced(noise_multiplier: float, num_releases: int, delta: float) -
 
 
 def as_json(cost: Epsilon) -> dict[str, float | None]:
-    """As JSON: no bound is null."""
+    """As JSON. If there is no bound, the value is null."""
     return {"pld": _number(cost.pld), "rdp": _number(cost.rdp)}
 
 
@@ -160,36 +162,34 @@ def _number(value: float) -> float | None:
 
 
 def too_few_for(promise: Promise) -> str | None:
-    """The units of which one given away whole would keep the promise's delta; None if none are."""
+    """The units of which delta would allow one to be revealed completely; None if none are."""
     if "clients" not in promise:
-        return (
-            None
-            if promise["delta"] < 1 / promise["num_clients"]
-            else (f"{promise['num_clients']} clients")
-        )
+        count = promise["num_clients"]
+        return None if promise["delta"] < 1 / count else counted(count, "client")
     for name, own in promise["clients"].items():
         if own["unit"] == "record" and promise["delta"] >= 1 / own["num_examples"]:
-            return f"{own['num_examples']} rows of client '{name}'"
+            return f"{counted(own['num_examples'], 'row')} of client '{name}'"
     return None
 
 
 def with_privacy(
     algorithm: Algorithm, run: RunConfig, folder: RunFolder, num_examples: Mapping[str, int]
 ) -> Algorithm:
-    """The algorithm with the recipe's guard around it, and the promise written down.
+    """Wrap the recipe's guard around the algorithm, and save the guarantee.
 
-    The same algorithm where there is no guard at the server: each client protects its own rows.
+    If there is no guard at the server, the algorithm is returned unchanged: each client protects
+    its own rows.
 
     Args:
-        algorithm: The recipe's.
+        algorithm: The algorithm of the recipe.
         run: The recipe.
-        folder: Of the run.
+        folder: The run folder.
         num_examples: As in `promise_of`.
 
     Raises:
         ConfigError: See `promise_of`.
     """
-    # a client's own plan follows from what it has; what the server adds is promised once
+    # each client plans from its own rows; what the server adds is guaranteed once
     promise = None if run.privacy.is_at_client else folder.read_json(FILE)
     if promise is None:
         promise = promise_of(run, num_examples)

@@ -1,9 +1,10 @@
-"""What a private run has spent, in words and numbers that anyone can recompute."""
+"""What a private run has spent, in words, and in numbers that anyone can recompute."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.types import BUDGET_SPENT
+from silotune.core.wording import counted
 from silotune.federation.client_privacy import released
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.ledger import lines
@@ -14,11 +15,12 @@ from silotune.recipes.schema import RunConfig
 
 
 def releases(folder: RunFolder) -> list[dict[str, Any]]:
-    """Every release that was made, or begun, in order.
+    """Every release that was made or started, in order.
 
-    Of noise at the server the run's ledger. Of noise at the clients each one's own, where it is at
-    hand, else what the server took down of the rounds; `client` names whose it is. There a message
-    without a usable answer counts as its client's plan: it may have been a release all the same.
+    With noise at the server, this is the run's ledger. With noise at the clients, it is each
+    client's own ledger if any is available, otherwise what the server recorded about the rounds;
+    `client` names the client. In the server's records, a message without a usable answer counts as
+    what the client had planned, because it may have been a release all the same.
     """
     if not folder.run.privacy.is_at_client:
         return lines(folder.path / LEDGER)
@@ -35,14 +37,14 @@ def releases(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 NOT_TRAINED = ("declined", BUDGET_SPENT, "not connected", "not reachable", "late")
-"""Failures before a client trains. What came late has failed before, by its deadline."""
+"""Statuses that do not count as a release. A late answer was already counted at its deadline."""
 
 
 def num_released(folder: RunFolder) -> int:
-    """Releases of the server that count.
+    """Number of the server's releases that count.
 
-    A round that was done again after a crash counts twice: its first noise may have been seen.
-    Seeded noise is the same both times.
+    A round that was repeated after a crash counts twice, because its first noise may have been
+    seen. Seeded noise is the same both times, so it counts once.
     """
     rows = releases(folder)
     return (
@@ -51,12 +53,12 @@ def num_released(folder: RunFolder) -> int:
 
 
 def statement(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:
-    """What a run has spent, beside its promise; None for a run without [privacy].
+    """What a run has spent, along with its guarantee; None for a run without [privacy].
 
     Returns:
-        promise, num_released (of the client that released most), epsilon (by both accountants;
-        null is no bound), with noise at the server epsilon_replace, at the clients each one's own
-        epsilon, and not_protected, as sentences.
+        promise, num_released (of the client with the most releases), epsilon (by both accountants;
+        null if there is no bound), and not_protected, as sentences. With noise at the server, also
+        epsilon_replace; with noise at the clients, each client's own epsilon.
     """
     promise: Promise | None = folder.read_json(FILE)
     if promise is None:
@@ -102,46 +104,48 @@ def _spent_by_clients(folder: RunFolder, promise: Promise) -> dict[str, Any]:
 def _not_protected(run: RunConfig, promise: Mapping[str, Any]) -> list[str]:
     record, at_client = run.privacy.unit == "record", run.privacy.is_at_client
     found = [
-        "numbers of rows that can be used, sizes and times of messages, who took part, and whether "
+        "numbers of usable rows, sizes and times of messages, who took part, and whether "
         "a client's rows made it fail",
-        "the SHA-256 of all rows in this folder's provenance.json: whoever knows the others can "
-        "try out a row by it. Do not publish it",
+        "the SHA-256 of all rows in this folder's provenance.json: anyone who knows all other rows "
+        "can use it to check a guess at the remaining one. Do not publish it",
     ]
     if run.runtime.name != "flower":
         found.append(
-            "losses, norms and other numbers about clients, of training and of held-out rows: they "
+            "losses, norms and other numbers about clients, from training and held-out rows: they "
             "have no noise, and are in this folder's metrics, report and card. Do not publish them"
         )
     elif not at_client:
         found.append("norms of clients' changes: they are in this folder's metrics, without noise")
     if record:
         found.insert(
-            0, "a client as a whole: what many of its rows have in common is learned, and shows"
+            0, "a client as a whole: what many of its rows have in common is learned and visible"
         )
-        found.append("a person with several rows: each row more adds its own epsilon")
+        found.append("a person with several rows: every additional row adds its own epsilon")
     elif not at_client:
-        found.insert(0, "from whoever runs the server: it sees each client's own change")
+        found.insert(
+            0, "a client, from whoever runs the server: the server sees each client's own change"
+        )
     if promise["noise"] == "seeded":
         found.insert(
-            0, "ANYTHING: the noise is seeded, so whoever knows the recipe can take it off"
+            0, "ANYTHING: the noise is seeded, so anyone who knows the recipe can subtract it"
         )
     if promise["epsilon"]["pld"] is None:
         found.insert(0, "ANYTHING: the noise multiplier is 0")
     if run.adapter.head == "local" and not record:
-        found.append("each client's own head, which stays with it and has no noise")
+        found.append("each client's own head, which stays at the client and has no noise")
     return found
 
 
 def privacy_lines(found: Mapping[str, Any]) -> list[str]:
-    """A statement in words, for terminal, report and card.
+    """The statement in words, for the terminal, the report and the card.
 
     Args:
         found: From `statement`.
     """
     promise = found["promise"]
     return [
-        f"{guarantee(found['epsilon'], promise)} after {found['num_released']} release(s)"
-        f"; promised for {promise['num_releases']}: {guarantee(promise['epsilon'], promise)}",
+        f"{guarantee(found['epsilon'], promise)} after {counted(found['num_released'], 'release')}"
+        f"; guaranteed for {promise['num_releases']}: {guarantee(promise['epsilon'], promise)}",
         *(_lines_by_clients(found) if "clients" in promise else _lines_by_server(found)),
         f"unit: {promise['unit']}",
         f"neighbours: {promise['neighbours']}",
@@ -154,8 +158,8 @@ def privacy_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _lines_by_server(found: Mapping[str, Any]) -> list[str]:
     return [
-        f"by the RDP accountant {_epsilon(found['epsilon']['rdp'])}; where one client is replaced "
-        f"by another {_epsilon(found['epsilon_replace'])}"
+        f"epsilon by the RDP accountant: {_epsilon(found['epsilon']['rdp'])}; if one client is "
+        f"replaced by another: {_epsilon(found['epsilon_replace'])}"
     ]
 
 
@@ -163,26 +167,27 @@ def _lines_by_clients(found: Mapping[str, Any]) -> list[str]:
     own = found["clients"].items()
     each = ", ".join(f"{name} {_epsilon(cost['epsilon']['pld'])}" for name, cost in own)
     return [
-        f"by the RDP accountant {_epsilon(found['epsilon']['rdp'])}, all promised rounds by the "
-        f"PRV accountant {_epsilon(found['promise']['epsilon_prv'])}; one replaced by another "
-        "counts as two",
-        f"spent by each client: {each}",
+        f"epsilon by the RDP accountant: {_epsilon(found['epsilon']['rdp'])}; of all guaranteed "
+        f"rounds by the PRV accountant: {_epsilon(found['promise']['epsilon_prv'])}; replacing one "
+        "unit by another counts as two (one removed, one added)",
+        f"epsilon spent by each client: {each}",
     ]
 
 
 def check_lines(promise: Promise) -> Sequence[str]:
-    """What `silotune check` says before anything runs."""
+    """The lines that `silotune check` prints before anything runs."""
     first = (
         f"privacy: {guarantee(promise['epsilon'], promise)} after "
-        f"{promise['num_releases']} rounds; {_mechanism(promise)}"
+        f"{counted(promise['num_releases'], 'round')}; {_mechanism(promise)}"
     )
     if "clients" in promise:
         return [
             first,
             *(
-                f"privacy: client '{name}': {_epsilon(own['epsilon']['pld'])} with a noise "
-                f"multiplier of {own['noise_multiplier']:g} at {own['num_lots']} release(s) a "
-                f"round, each of {own['lot_size']:g} out of {own['num_examples']} rows"
+                f"privacy: client '{name}': {guarantee(own['epsilon'], promise)} with a noise "
+                f"multiplier of {own['noise_multiplier']:g} and "
+                f"{counted(own['num_lots'], 'release')} per round, each of {own['lot_size']:g} "
+                f"out of {counted(own['num_examples'], 'row')}"
                 for name, own in promise["clients"].items()
             ),
         ]
@@ -198,7 +203,7 @@ def _mechanism(promise: Promise) -> str:
     if "clients" not in promise:
         return (
             f"noise multiplier {promise['noise_multiplier']:g}, {promise['clipping']} clip norm "
-            f"{promise['clip_norm']:g}, {promise['num_planned']} planned clients"
+            f"{promise['clip_norm']:g}, {counted(promise['num_planned'], 'planned client')}"
         )
     own = promise["clients"].values()
     noise = _range([plan["noise_multiplier"] for plan in own])
@@ -212,7 +217,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def guarantee(epsilon: Mapping[str, float | None], promise: Promise) -> str:
-    """As papers write it, with the unit."""
+    """The guarantee as papers write it, with its unit."""
     unit = promise["unit"].split(":", 1)[0]
     return f"({_epsilon(epsilon['pld'])}, {promise['delta']:g})-DP per {unit}"
 

@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a live table in a terminal, else plain lines; on stderr.
+"""What a person sees during a run, on stderr: a live table in a terminal, plain lines otherwise.
 
-Progress is told what happens and decides nothing; the base class keeps silent.
+A `Progress` is told what happens and decides nothing. The base class prints nothing.
 """
 
 import time
@@ -13,89 +13,89 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.core.types import Failure, Update
-from silotune.core.wording import human_bytes, human_seconds
+from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
 
 
 class Progress:
-    """Silent. Subclasses show."""
+    """Prints nothing; subclasses do."""
 
     def begin(self, rounds: int, first: int) -> None:
-        """A run begins, or goes on, with round `first` of `rounds`."""
+        """A run starts or resumes at round `first` of `rounds`."""
 
     def note(self, text: str) -> None:
-        """A step outside the rounds, for instance loading the base model."""
+        """A step outside the rounds, for example loading the base model."""
 
     def begin_round(self, round_: int, cohort: Sequence[str]) -> None:
         """A round begins."""
 
     def client_begins(self, client: str) -> None:
-        """A client begins to train. Only a runtime that sees it says so."""
+        """A client starts training. Only some runtimes can see this and report it."""
 
     def client_done(self, update: Update) -> None:
         """A client's update was accepted."""
 
     def client_failed(self, failure: Failure) -> None:
-        """A client delivered nothing usable."""
+        """A client did not deliver a usable update."""
 
     def end_round(self, round_: int, rows: Sequence[Row]) -> None:
-        """A round is written down."""
+        """A round was recorded."""
 
     def begin_scoring(self, clients: Sequence[str]) -> None:
-        """All clients score the last adapter."""
+        """All clients score the final adapter."""
 
     def end(self) -> None:
-        """Nothing more will come; also after an error."""
+        """No more events follow. Also called after an error."""
 
 
 class Both(Progress):
-    """Tells two progresses the same."""
+    """Passes each event on to two `Progress` objects."""
 
     def __init__(self, one: Progress, other: Progress) -> None:
         self.both = (one, other)
 
     def begin(self, rounds: int, first: int) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.begin(rounds, first)
 
     def note(self, text: str) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.note(text)
 
     def begin_round(self, round_: int, cohort: Sequence[str]) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.begin_round(round_, cohort)
 
     def client_begins(self, client: str) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.client_begins(client)
 
     def client_done(self, update: Update) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.client_done(update)
 
     def client_failed(self, failure: Failure) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.client_failed(failure)
 
     def end_round(self, round_: int, rows: Sequence[Row]) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.end_round(round_, rows)
 
     def begin_scoring(self, clients: Sequence[str]) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.begin_scoring(clients)
 
     def end(self) -> None:
-        """Tell both."""
+        """Pass it on to both."""
         for each in self.both:
             each.end()
 
@@ -119,7 +119,7 @@ class PlainProgress(Progress):
         self._say(text)
 
     def begin_round(self, round_: int, cohort: Sequence[str]) -> None:
-        """Print who takes part."""
+        """Print which clients take part."""
         self._clock.round = round_
         self._say(f"round {round_}/{self._clock.rounds}: {', '.join(cohort)}")
 
@@ -128,7 +128,7 @@ class PlainProgress(Progress):
         self._say(f"  {update.client}: {_facts(update)}")
 
     def client_failed(self, failure: Failure) -> None:
-        """Print which client and why."""
+        """Print which client failed and why."""
         self._say(f"  {failure.client}: {failure.code}: {failure.place}")
 
     def end_round(self, round_: int, rows: Sequence[Row]) -> None:
@@ -136,12 +136,12 @@ class PlainProgress(Progress):
         self._say(self._clock.end_round(round_, rows))
 
     def begin_scoring(self, clients: Sequence[str]) -> None:
-        """Say so."""
-        self._say(f"scoring the last adapter at {len(clients)} clients")
+        """Print how many clients score."""
+        self._say(_scoring(clients))
 
 
 class LiveProgress(PlainProgress):
-    """A table of the running round, redrawn in place; finished rounds stay as lines above it."""
+    """A table of the current round, redrawn in place. Finished rounds stay as lines above it."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console or Console(stderr=True, highlight=False))
@@ -160,7 +160,7 @@ class LiveProgress(PlainProgress):
         self._draw()
 
     def client_begins(self, client: str) -> None:
-        """Mark the client."""
+        """Show that the client is training."""
         self._clients[client] = "training"
         self._draw()
 
@@ -170,14 +170,14 @@ class LiveProgress(PlainProgress):
         self._draw()
 
     def client_failed(self, failure: Failure) -> None:
-        """Show which client and why, and keep it on the screen."""
+        """Show which client failed and why, and keep that line on the screen."""
         self._clients[failure.client] = failure.code
         super().client_failed(failure)
         self._draw()
 
     def begin_scoring(self, clients: Sequence[str]) -> None:
-        """Say so in the table's place."""
-        self._clients = {f"scoring the last adapter at {len(clients)} clients": ""}
+        """Replace the table with how many clients score."""
+        self._clients = {_scoring(clients): ""}
         self._draw()
 
     def end(self) -> None:
@@ -194,17 +194,20 @@ class LiveProgress(PlainProgress):
         return Group(Text(self._clock.headline(), style="bold"), table)
 
 
+def _scoring(clients: Sequence[str]) -> str:
+    return f"scoring the final adapter at {counted(len(clients), 'client')}"
+
+
 def _facts(update: Update) -> str:
     m = update.metrics
-    # a real client under [privacy] keeps its loss
-    told = (
-        f"loss {m['train_loss']:.3f}, {int(m['num_tokens'])} tokens " if "train_loss" in m else ""
-    )
-    return f"{told}in {human_seconds(m['seconds'])}, {human_bytes(update.bytes_up)} up"
+    learned = ""
+    if "train_loss" in m:  # a real client does not send its loss under [privacy]
+        learned = f"loss {m['train_loss']:.3f}, {counted(int(m['num_tokens']), 'token')} "
+    return f"{learned}in {human_seconds(m['seconds'])}, {human_bytes(update.bytes_up)} uploaded"
 
 
 class _Clock:
-    """Which round it is and how long the rest will take, from the rounds of this process."""
+    """The current round, and the time left as estimated from the rounds of this process."""
 
     def __init__(self) -> None:
         self.rounds = self.first = self.round = 0
@@ -231,9 +234,9 @@ class _Clock:
         loss = f": train loss {train_loss(rows):.3f}" if trained(rows) else ""
         parts: list[Any] = [f"round {round_}/{self.rounds} done{loss}"]
         labels = overall_scores(rows)
-        for behind, held_out in held_out_losses(rows).items():
-            right = f", accuracy {labels[behind]['accuracy']:.3f}" if behind in labels else ""
-            parts.append(f"held-out loss after round {behind}: {held_out:.3f}{right}")
+        for scored, held_out in held_out_losses(rows).items():
+            accuracy = f", accuracy {labels[scored]['accuracy']:.3f}" if scored in labels else ""
+            parts.append(f"held-out loss after round {scored}: {held_out:.3f}{accuracy}")
         parts.append(f"{human_bytes(self.bytes)} sent so far")
         left = self._left(round_ - self.first + 1)
         if round_ < self.rounds:
@@ -245,5 +248,5 @@ class _Clock:
 
 
 def pick_progress() -> Progress:
-    """A live table when stderr is a terminal, plain lines otherwise."""
+    """Show a live table if stderr is a terminal, plain lines otherwise."""
     return LiveProgress() if Console(stderr=True).is_terminal else PlainProgress()

@@ -11,7 +11,7 @@ from silotune.training.tasks.instruct import check_packing
 
 
 def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
-    """A recipe's base with its first adapter, and a chat template."""
+    """Load a recipe's base with its first adapter, and set the chat template."""
     loaded = load_model(
         run.model,
         run.adapter,
@@ -25,12 +25,12 @@ def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
     if run.train.packing:
         check_packing(loaded, run.train.max_length)
     if give_template(loaded.tokenizer, run) and progress is not None:
-        progress.note(f"{run.model.name} brings no chat template: the plain one is used")
+        progress.note(f"{run.model.name} has no chat template: the plain one is used")
     return loaded
 
 
 def give_template(tokenizer: Any, run: RunConfig) -> bool:
-    """A recipe's template for its tokenizer; see `set_template`."""
+    """Set a recipe's template on its tokenizer; see `set_template`."""
     template = resolve_template(run.data.template)
     return set_template(tokenizer, template, end_token="no-end-token" not in run.train.compat)
 

@@ -1,7 +1,8 @@
-"""Who is in a consortium, for a run that goes on: names, and the node that each one's key makes.
+"""The members of a consortium, for a run in progress: names, and the node that each key belongs to.
 
-Needs no library: whoever reads recipes asks whether a folder is a consortium's. The server writes
-the file each time somebody comes or goes; a run's server app reads it before each round.
+This module needs no library, because reading a recipe includes asking whether a folder belongs to a
+consortium. The server writes the file whenever a member joins or leaves; a run's server app reads
+it before each round.
 """
 
 import json
@@ -14,36 +15,36 @@ from silotune.core.atomic_files import write_json
 ABOUT = "consortium.toml"
 MEMBERS = Path("engine") / "members.json"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
-"""How clients and consortiums may be called: a name becomes a file's and a certificate's."""
+"""Allowed names of clients and consortiums: a name is also used in files and certificates."""
 
 
 def is_consortium(place: Path) -> bool:
-    """Whether a folder is a consortium's."""
+    """Whether a folder belongs to a consortium."""
     return (place / ABOUT).is_file()
 
 
 def names_in(place: Path) -> Sequence[str]:
-    """The clients that are in, sorted, by the folders that approval makes."""
+    """The clients that are members, sorted, according to the folders that approval creates."""
     folders = sorted((place / "clients").glob("*/certificate.pem"))
     return [path.parent.name for path in folders if re.fullmatch(NAME, path.parent.name)]
 
 
 def write_members(path: Path, nodes: Mapping[str, int]) -> None:
-    """Say which node belongs to which client."""
+    """Record which node belongs to which client."""
     write_json(path, dict(sorted(nodes.items())))
 
 
 class Roster:
-    """Reads `write_members` anew each time it is asked."""
+    """Reads the file of `write_members` again on every call."""
 
     def __init__(self, path: Path) -> None:
-        """Of a consortium's `MEMBERS` file."""
+        """Take the path of a consortium's `MEMBERS` file."""
         self._path = path
 
     def nodes(self) -> Mapping[str, int]:
-        """The node of each client that is in now, sorted by name."""
+        """The node of each client that is currently a member, sorted by name."""
         return json.loads(self._path.read_text(encoding="utf-8"))
 
     def name_of(self, node: int) -> str | None:
-        """Whose key a node has; None when its client is not in any more."""
+        """The client whose key a node has; None if that client is no longer a member."""
         return next((name for name, own in self.nodes().items() if own == node), None)

@@ -1,4 +1,4 @@
-"""What is written down about a round: rows of metrics.jsonl."""
+"""What is recorded about a round: rows of metrics.jsonl."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,7 +17,7 @@ def round_rows(
     *,
     seconds: float,
 ) -> list[Row]:
-    """A row per client that was asked, per score of the received adapter, and for the round."""
+    """One row per client asked, one per score of the received adapter, and one for the round."""
     rows: list[Row] = []
     received: list[Score | Failure] = list(scores)
     for update in spool.reports():
@@ -26,7 +26,7 @@ def round_rows(
                 "event": "train",
                 "round": round_,
                 "client": update.client,
-                "status": "ok" if update.metrics["delta_norm"] > 0 else "did not move",
+                "status": "did not move" if update.metrics.get("delta_norm") == 0 else "ok",
                 "num_examples": update.num_examples,
                 "bytes_down": update.bytes_down,
                 "bytes_up": update.bytes_up,
@@ -45,7 +45,7 @@ def round_rows(
 
 
 def score_rows(num_rounds: int, scores: Iterable[Score | Failure]) -> list[Row]:
-    """Rows of held-out scores, in client-name order. `num_rounds` lie behind the scored adapter."""
+    """Rows of held-out scores, in client-name order, of the adapter after `num_rounds` rounds."""
     rows: list[Row] = []
     for score in sorted(scores, key=lambda s: s.client):
         row: Row = {"event": "evaluate", "round": num_rounds, "client": score.client}

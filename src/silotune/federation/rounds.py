@@ -3,10 +3,16 @@
 import time
 from collections.abc import Callable
 
-from silotune.core.algorithm import Algorithm, broadcast_extra
+from silotune.core.algorithm import Algorithm, messages_for
 from silotune.core.seeds import generator
-from silotune.core.types import Broadcast, Clients, Failure, Score, ServerState
-from silotune.federation.acceptance import accept, check_quorum, check_scores, what_is_expected
+from silotune.core.types import Clients, Failure, Score, ServerState
+from silotune.federation.acceptance import (
+    Accept,
+    accept_updates,
+    check_quorum,
+    check_scores,
+    what_is_expected,
+)
 from silotune.federation.budget import Clock, next_ceiling
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
@@ -28,6 +34,7 @@ def run_rounds(
     folder: RunFolder,
     progress: Progress,
     improve: Improve | None = None,
+    accept: Accept = accept_updates,
     clock: Clock = time.perf_counter,
 ) -> ServerState:
     """Run the rounds that are left, and score the last adapter.
@@ -39,7 +46,9 @@ def run_rounds(
         clients: The data holders. The only argument that may cross a network.
         folder: Where updates, checkpoints and metrics go.
         progress: Told what happens; decides nothing.
-        improve: What the server does on rows of its own after each aggregation, see teaching.py.
+        improve: What the server learns on its own rows after each aggregation, see server_work.py.
+        accept: How answers are checked before they are spooled. Updates that nobody may read, as in
+            secure sums, need other rules.
         clock: Seconds of which only differences count, the same in all processes of this machine.
 
     Returns:
@@ -56,13 +65,12 @@ def run_rounds(
         cohort = sample(clients.names(), run.sampling, generator(run.seed, "sampling", r))
         progress.begin_round(r, cohort)
         scoring = run.evaluate.due(r - 1, run.rounds)
-        broadcast = _broadcast(state, r, algorithm, score=scoring)
         # 2. Let them train: the only line that may cross a network. Updates come as they arrive;
         #    those that a crash left on disk are not asked for again.
         spool = folder.spool(r)
         done = set(spool.names())
         waiting = [name for name in cohort if name not in done]
-        arrivals = clients.train(waiting, broadcast)
+        arrivals = clients.train(messages_for(waiting, algorithm, state, score=scoring))
         # 3. Check one at a time, then spool: what cannot be combined must not touch anything.
         expected = what_is_expected(algorithm, state, waiting, num_labels)
         failures = accept(arrivals, spool, expected, progress)
@@ -73,7 +81,8 @@ def run_rounds(
         absent = [name for name in clients.names() if name not in cohort] if scoring else []
         scores: list[Score | Failure] = []
         if absent:
-            scores += check_scores(clients.evaluate(absent, broadcast), num_labels)
+            asked = messages_for(absent, algorithm, state, score=True)
+            scores += check_scores(clients.evaluate(asked), num_labels)
         # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
         change = algorithm.combine(state, spool)
         state = algorithm.step(state, change)
@@ -88,16 +97,9 @@ def run_rounds(
     if ended_by is not None:
         progress.note(f"{ended_by} ends the run after round {state.round}")
     if run.evaluate.due(state.round, state.round):
-        final = _broadcast(state, state.round + 1, algorithm, score=True)
+        final = messages_for(clients.names(), algorithm, state, score=True)
         progress.begin_scoring(clients.names())
         folder.rewind(state.round)  # a resumed run may have scored it before
-        found = check_scores(clients.evaluate(clients.names(), final), num_labels)
+        found = check_scores(clients.evaluate(final), num_labels)
         folder.append_metrics(score_rows(state.round, found))
     return state
-
-
-def _broadcast(state: ServerState, round_: int, algorithm: Algorithm, *, score: bool) -> Broadcast:
-    return Broadcast(round_, state.adapter, broadcast_extra(state, algorithm), score=score)
-
-
-# --- what is written down about a round -------------------------------------------------------

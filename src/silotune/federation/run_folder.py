@@ -1,7 +1,7 @@
 """The run folder: recipe, provenance, checkpoints, updates, metrics. Nothing is pickled.
 
-Every file appears whole or not at all: it is written beside its place, then renamed into it. So a
-kill at any moment leaves a folder that a later process can go on from. Drawn in docs/quickstart.md.
+Every file appears complete or not at all: it is written next to its final place and then renamed.
+A kill at any moment therefore leaves a folder that can be resumed. docs/quickstart.md has a map.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ from silotune.recipes.schema import RunConfig
 
 
 class Spool:
-    """The accepted updates of one round, a file each, read one at a time in name order.
+    """The accepted updates of one round, one file each, read one at a time in name order.
 
-    A file is there once `add` returns, so that no end of this process, kill -9 included, loses it.
-    It does not wait for the disk, which would cost more than all other work on an update. A loss of
-    power could leave such a file with zeros for values; so a spool from before the machine was
-    started is dropped, and its clients are asked again. The checkpoint that makes a spool
-    unnecessary does wait for the disk.
+    Once `add` returns, the file survives any end of this process, even kill -9. `add` does not wait
+    for the disk, because that would take longer than all other work on an update. A power failure
+    could therefore leave a file whose values are zeros, so a spool from before the last boot is
+    dropped and its clients are asked again. The checkpoint that replaces the spool does wait for
+    the disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,19 +52,19 @@ class Spool:
         self._reports: dict[str, Update] = {}
         if not folder.is_dir():
             return
-        # left by a process that ended in this round
+        # left by a process that ended during this round
         if not self._boot.is_file() or self._boot.read_text(encoding="ascii") != boot_id():
             self.remove()
         for path in folder.glob("*.safetensors"):
             try:
                 update = _read_update(path)
             except (RunFolderError, LookupError, TypeError, ValueError):
-                path.unlink()  # cannot be ours whole: its client is asked again
+                path.unlink()  # not a complete file of ours: its client is asked again
             else:
                 self._reports[update.client] = _without_tensors(update)
 
     def add(self, update: Update) -> None:
-        """Write an update down; from then on a crash does not lose it."""
+        """Write an update to the spool; from then on, a crash does not lose it."""
         here = boot_id()
         if not self._boot.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Spool:
         return sorted(self._reports)
 
     def reports(self) -> list[Update]:
-        """The updates without their tensors, in name order: nothing is read from the disk."""
+        """The updates without their tensors, in name order. Nothing is read from disk."""
         return [self._reports[client] for client in self.names()]
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Spool:
             yield _read_update(self._path(client))
 
     def remove(self) -> None:
-        """Drop the round's updates: a checkpoint holds what they made."""
+        """Remove the round's updates: a checkpoint holds their result."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -125,7 +125,7 @@ class RunFolder:
     """One run on disk."""
 
     RECIPE = "recipe.toml"
-    """The file that makes a folder a run's."""
+    """The file that marks a folder as a run folder."""
     KIND = "run"
     COMMAND = "silotune run"
 
@@ -133,21 +133,21 @@ class RunFolder:
         self.path = path
         self.run = run
         self.lock_fd: int | None = None
-        """While the folder is held. A process that inherits it holds the folder too."""
+        """Set while the folder is locked. A process that inherits it holds the lock too."""
 
     @classmethod
     def create(cls, path: Path, run: RunConfig) -> Self:
-        """Make a new run folder; it exists whole, with its recipe, or not at all.
+        """Create a run folder. It exists with its recipe, or not at all.
 
         Raises:
-            RunFolderError: Something is there already; nothing is overwritten.
+            RunFolderError: The path already exists; nothing is overwritten.
         """
         if path.exists():
-            resume = f", or go on with it: {cls.COMMAND} --resume {path}"
+            resume = f", or resume it: {cls.COMMAND} --resume {path}"
             is_run = (path / cls.RECIPE).is_file()
             raise RunFolderError(
                 f"{path} exists and is not overwritten.\n"
-                f"  Give another --out{resume if is_run else '.'}"
+                f"  Choose another --out{resume if is_run else '.'}"
             )
         part = path.with_name(f".{path.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -157,7 +157,7 @@ class RunFolder:
             part.rename(path)
         except OSError as error:
             raise RunFolderError(
-                f"{path} cannot be created: {error.strerror}.\n  Give another --out."
+                f"{path} cannot be created: {error.strerror}.\n  Choose another --out."
             ) from error
         return cls(path, run)
 
@@ -166,47 +166,46 @@ class RunFolder:
         """Open an existing run folder.
 
         Raises:
-            RunFolderError: It is not one.
+            RunFolderError: It is not a run folder.
         """
         recipe = path / cls.RECIPE
         if not recipe.is_file():
             why = f"it has no {cls.RECIPE}" if path.is_dir() else "there is no such folder"
             raise RunFolderError(
                 f"{path} is not a {cls.KIND} folder: {why}.\n"
-                f"  Give the folder that a {cls.KIND} printed, for instance "
+                f"  Give the folder that a {cls.KIND} printed, for example "
                 "runs/2026-01-31-120000-demo."
             )
         table = tomllib.loads(recipe.read_text(encoding="utf-8"))
         return cls(path, parse(table, name=str(recipe)))
 
     def has_begun(self) -> bool:
-        """Whether a round has left anything: an update, metrics or a checkpoint."""
+        """Whether any round has left an update, metrics or a checkpoint."""
         begun = any((self.path / n).exists() for n in ("spool", "metrics.jsonl"))
         return begun or any(round_ > 0 for round_ in self._checkpoints())
 
     def run_id(self) -> str:
-        """A word that names this run alone, the same after a resume."""
+        """A unique identifier of this run. A resume does not change it."""
         path = self.path / "run-id"
         if not path.exists():
             write_atomically(path, secrets.token_hex(16).encode())
         return path.read_text(encoding="utf-8")
 
     def remove(self) -> None:
-        """Drop the folder with all that is in it."""
+        """Delete the folder and everything in it."""
         shutil.rmtree(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; the lock goes with the process, also when it is killed.
+        """Lock the folder for this process. The lock ends with the process, even if it is killed.
 
         Raises:
-            RunFolderError: Another process works in it.
+            RunFolderError: Another process is using the folder.
         """
         try:
             import fcntl
-        except (
-            ImportError
-        ):  # Windows: no advisory locks; two processes on one folder are the user's care
+        except ImportError:
+            # Windows has no advisory locks: the user must not run two processes on one folder
             yield
             return
         with (self.path / "run.lock").open("w") as file:
@@ -214,7 +213,8 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunFolderError(
-                    f"{self.path} is in use by another process.\n  Wait for it, or end it first."
+                    f"{self.path} is in use by another process.\n"
+                    "  Wait for that process, or stop it first."
                 ) from None
             self.lock_fd = file.fileno()
             try:
@@ -222,14 +222,14 @@ class RunFolder:
             finally:
                 self.lock_fd = None
 
-    # --- the running round
+    # --- the current round
 
     def spool(self, round_: int) -> Spool:
         """The updates of a round."""
         return Spool(self.path / "spool" / f"round-{round_:05d}")
 
     def client_folder(self, client: str) -> Path:
-        """Where a simulated client keeps its own memory. A real client's is on its own machine."""
+        """Where a simulated client keeps its memory. A real client keeps it on its own machine."""
         return self.path / "clients" / folder_name(client)
 
     # --- checkpoints
@@ -242,7 +242,7 @@ class RunFolder:
         return dict(sorted(found.items()))
 
     def load_state(self, round_: int | None = None) -> ServerState | None:
-        """The state after a checkpointed round, by default the newest; None when there is none."""
+        """The state after a checkpointed round, by default the newest; None if there is none."""
         found = self._checkpoints()
         if not found:
             return None
@@ -256,11 +256,11 @@ class RunFolder:
         return ServerState(at, adapter, extra)
 
     def save(self, state: ServerState, *, last: bool) -> None:
-        """Write a checkpoint when it is due, or after the last round; drop what it replaces.
+        """Write a checkpoint if one is due or after the last round, and remove what it replaces.
 
-        The round's metrics are written before. A crash before the checkpoint's rename repeats the
-        round from its spooled updates; after it, nothing is repeated. Metrics of a repeated round
-        are cut off by `rewind`.
+        The round's metrics are written first. After a crash before the checkpoint's rename, the
+        round is repeated from its spooled updates; after the rename, nothing is repeated. `rewind`
+        removes the metrics of a repeated round.
         """
         if state.round % self.run.checkpoint.every and not last:
             return
@@ -289,7 +289,7 @@ class RunFolder:
                 shutil.rmtree(spool)
 
     def best_round(self) -> int | None:
-        """The checkpointed round whose adapter has the lowest held-out loss over all clients."""
+        """The checkpointed round whose adapter has the lowest overall held-out loss."""
         scored = held_out_losses(self.metrics())
         there = [r for r in self._checkpoints() if r in scored and r > 0]
         return min(there, key=lambda r: (scored[r], r), default=None)
@@ -301,17 +301,17 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def metrics(self) -> list[Row]:
-        """All rows written so far, without a half-written line: its round comes again."""
+        """All rows written so far. A half-written line is skipped: its round is repeated."""
         if not self._metrics_path.exists():
             return []
         rows: list[Row] = []
         for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill or a full disk
+            with contextlib.suppress(json.JSONDecodeError):  # truncated by a kill or a full disk
                 rows.append(json.loads(line))
         return rows
 
     def append_metrics(self, rows: Iterable[Row]) -> None:
-        """Add rows at the end of metrics.jsonl."""
+        """Append rows to metrics.jsonl."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         if not lines:
             return
@@ -322,7 +322,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def rewind(self, round_: int) -> None:
-        """Forget metrics of rounds after `round_`, and a half-written line: they come again."""
+        """Drop metrics of rounds after `round_` and half-written lines; they are written again."""
         if not self._metrics_path.exists():
             return
         # the adapter after round r is scored in round r + 1
@@ -332,10 +332,10 @@ class RunFolder:
     # --- results
 
     def read_json(self, name: str) -> Any:
-        """A JSON file of the folder, or None when it is not there yet."""
+        """The contents of a JSON file in the folder, or None if it does not exist yet."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def install(self, name: str, build: Callable[[Path], None]) -> Path:
-        """Fill a folder of the run's, see `disk.build_folder`."""
+        """Build a subfolder of the run folder; see `atomic_files.build_folder`."""
         return build_folder(self.path / name, build)

@@ -1,6 +1,6 @@
 """Which clients take part in a round.
 
-A function of the names and a generator, so a resumed run asks the same.
+Depends only on the names and a generator, so a resumed run asks the same clients.
 """
 
 import math
@@ -9,23 +9,25 @@ from collections.abc import Sequence
 import torch
 
 from silotune.core.errors import ConfigError
+from silotune.core.wording import counted
 from silotune.recipes.sections import SamplingConfig
 
 
 def cohort_size(cfg: SamplingConfig, num_clients: int) -> int:
-    """Clients per round out of `num_clients`.
+    """Number of clients to ask per round, out of `num_clients`.
 
     Raises:
-        ConfigError: The recipe asks for more clients than there are.
+        ConfigError: The recipe asks for more clients than exist.
     """
     if cfg.num_clients is None:
-        # 1e-9: 0.29 * 100 is 28.999999999999996 in binary; nobody means 28 by it
+        # 1e-9: 0.29 * 100 is 28.999999999999996 in binary, but the user means 29
         return max(1, math.floor((cfg.fraction or 1.0) * num_clients + 1e-9))
     if cfg.num_clients > num_clients:
         raise ConfigError(
-            f"sampling.num_clients = {cfg.num_clients}, but the data gives {num_clients} clients.\n"
+            f"sampling.num_clients = {cfg.num_clients}, but the data has only "
+            f"{counted(num_clients, 'client')}.\n"
             f"  Set sampling.num_clients to {num_clients} or less, "
-            "or cut the data into more clients."
+            "or split the data into more clients."
         )
     return cfg.num_clients
 
@@ -36,18 +38,18 @@ def sample(names: Sequence[str], cfg: SamplingConfig, gen: torch.Generator) -> l
     Args:
         names: All clients; their order does not matter.
         cfg: How many to draw.
-        gen: Named by (seed, "sampling", round).
+        gen: The generator for (seed, "sampling", round).
 
     Returns:
         The cohort, sorted by name.
     """
     if not names:
-        raise ConfigError("there is no client to ask.\n  Check the data and the partition.")
+        raise ConfigError("there are no clients to ask.\n  Check the data and the partition.")
     ordered = sorted(names)
     chosen = torch.randperm(len(ordered), generator=gen)[: cohort_size(cfg, len(ordered))]
     return sorted(ordered[i] for i in map(int, chosen))
 
 
 def num_needed(cfg: SamplingConfig, cohort_size: int) -> int:
-    """Usable updates without which a round is void: `ceil(quorum * cohort_size)`, at least one."""
+    """Minimum number of usable updates in a round: `ceil(quorum * cohort_size)`, at least 1."""
     return max(1, math.ceil(cfg.quorum * cohort_size - 1e-9))

@@ -1,7 +1,7 @@
-"""The server's half between two rounds: its rows, its teacher, and what they do to the adapter.
+"""The server's work between two rounds: its rows, its teacher, and what they do to the adapter.
 
-Built where the rounds run, from the server's own recipe. Clients see neither the rows nor the
-teacher; of both, only a change of the adapter leaves.
+It is built where the rounds run, from the server's own recipe. Clients see neither the rows nor the
+teacher, only the change that they make to the adapter.
 """
 
 from collections.abc import Sequence
@@ -15,35 +15,30 @@ from silotune.core.errors import DataError, ModelError, RunFolderError
 from silotune.core.seeds import derive
 from silotune.core.tree import add, check_finite, subtract
 from silotune.core.types import ServerState
-from silotune.core.wording import human_seconds
-from silotune.data.clients import load_server_rows
+from silotune.core.wording import counted, human_seconds
 from silotune.data.reading import TaskRow
+from silotune.data.server_rows import load_server_rows
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import (
-    LoadedModel,
-    ModelConfig,
-    load_model,
-    quiet_libraries,
-    read_adapter,
-    write_adapter,
-)
+from silotune.models.base import ModelConfig, quiet_libraries
+from silotune.models.loading import LoadedModel, load_model, read_adapter, write_adapter
 from silotune.recipes.schema import RunConfig
 from silotune.training.scoring import build_eval_batches, evaluate, metrics
 from silotune.training.server_training import Lesson, distill, fine_tune
 from silotune.training.tasks import build_task
 
 TEACHER = "teacher"
-"""Where a run keeps its teacher: the folder that it begins with, and `ServerState.extra` later."""
+"""Where a run keeps its teacher: the folder of the initial one, and the key in
+`ServerState.extra` later."""
 RECORD = "teacher.json"
-"""What tells a pre-trained teacher from any other model folder."""
+"""The file that distinguishes a pre-trained teacher from any other model folder."""
 
 
 def server_rows(run: RunConfig) -> tuple[TaskRow, ...]:
-    """The rows that the recipe gives the server; none where it gives none."""
+    """The rows that the recipe gives the server, if any."""
     cfg = run.server
     if cfg.data_path is None and cfg.data_fraction == 0:
         return ()
@@ -62,8 +57,9 @@ def build_lesson(run: RunConfig, rows: Sequence[TaskRow], tokenizer: Any) -> Les
     examples = task.prepare(rows, tokenizer, run.train.max_length).examples
     if not examples:
         raise DataError(
-            f"the server has no row with an answer within {run.train.max_length} tokens.\n"
-            "  Raise train.max_length, or give it other rows: server.data_path."
+            f"the server has no row with an answer within "
+            f"{counted(run.train.max_length, 'token')}.\n"
+            "  Raise train.max_length, or give the server other rows with server.data_path."
         )
     return Lesson(examples, task, run.train, run.seed)
 
@@ -72,17 +68,18 @@ def build_lesson(run: RunConfig, rows: Sequence[TaskRow], tokenizer: Any) -> Les
 
 
 def load_teacher(run: RunConfig, tokenizer: Any, rows: Sequence[TaskRow]) -> LoadedModel:
-    """The teacher with all of its weights to train, in float32.
+    """Load the teacher in float32, with all of its weights trainable.
 
     Args:
         run: The recipe; its `distill.teacher` is loaded.
-        tokenizer: The clients' model's.
-        rows: The server's: both tokenizers have to read them alike.
+        tokenizer: The tokenizer of the clients' model.
+        rows: The server's rows; both tokenizers must turn them into the same tokens.
 
     Raises:
-        ModelError: It cannot be loaded, or it has another tokenizer than the clients' model.
+        ModelError: The teacher cannot be loaded, or its tokenizer differs from that of the clients'
+            model.
     """
-    assert run.distill.teacher is not None, "the check of the recipe asks for it"
+    assert run.distill.teacher is not None, "the recipe check requires it"
     teacher = load_model(
         ModelConfig(name=run.distill.teacher, dtype="float32"),
         AdapterConfig(kind="full"),
@@ -90,7 +87,7 @@ def load_teacher(run: RunConfig, tokenizer: Any, rows: Sequence[TaskRow]) -> Loa
         device=run.runtime.device,
         labels=run.data.labels or (),
     )
-    teacher.tokenizer.chat_template = tokenizer.chat_template  # the template is the recipe's
+    teacher.tokenizer.chat_template = tokenizer.chat_template  # the recipe decides the template
     check_same_tokenizer(run, tokenizer, teacher.tokenizer, rows)
     return teacher
 
@@ -98,24 +95,24 @@ def load_teacher(run: RunConfig, tokenizer: Any, rows: Sequence[TaskRow]) -> Loa
 def check_same_tokenizer(
     run: RunConfig, mine: Any, its: Any, rows: Sequence[TaskRow], most: int = 100
 ) -> None:
-    """Refuse a teacher that reads texts as other tokens: its predictions would mean others.
+    """Refuse a teacher that tokenizes differently: its predictions would be about other tokens.
 
     Raises:
-        ModelError: The vocabularies differ, or some of the server's rows come out differently.
+        ModelError: The vocabularies differ, or some of the server's rows become different tokens.
     """
     why = ""
     if mine.get_vocab() != its.get_vocab():
-        why = f"their vocabularies have {len(mine)} and {len(its)} tokens, or name them differently"
+        why = f"their vocabularies differ ({len(mine)} and {len(its)} tokens)"
     else:
         task, limit = build_task(run.task, run.data.labels), run.train.max_length
         one, other = (task.prepare(rows[:most], t, limit).examples for t in (mine, its))
         if [e.ids.tolist() for e in one] != [e.ids.tolist() for e in other]:
-            why = "they cut the server's rows differently"
+            why = "they split the server's rows into different tokens"
     if why:
         raise ModelError(
-            f"distill.teacher = '{run.distill.teacher}' has another tokenizer than model.name = "
-            f"'{run.model.name}': {why}.\n"
-            "  Name a teacher of the same family: both have to read a text as the same tokens."
+            f"distill.teacher = '{run.distill.teacher}' has a different tokenizer than "
+            f"model.name = '{run.model.name}': {why}.\n"
+            "  Choose a teacher of the same family: both must split a text into the same tokens."
         )
 
 
@@ -133,31 +130,32 @@ def pretrain(
     tokenizer: Any,
     held_out: Sequence[TaskRow] = (),
 ) -> dict[str, Any]:
-    """Let the teacher learn the task on the server's rows, and save it as a plain model folder.
+    """Train the teacher on the server's rows, and save it as a plain model folder.
 
     Args:
-        run: The recipe, with its labels. `distill.pretrain_epochs` says how often the teacher sees
-            the rows, `distill.lr`, or else `server.lr`, how fast it learns.
-        folder: Created whole; refused when it is there.
+        run: The recipe, with its labels. `distill.pretrain_epochs` is the number of passes over the
+            rows; `distill.lr`, or `server.lr` if absent, is the learning rate.
+        folder: Created complete or not at all; must not exist.
         progress: Told what happens.
-        rows: The server's.
-        tokenizer: The clients' model's.
-        held_out: Rows to score the teacher on; not scored without.
+        rows: The server's rows.
+        tokenizer: The tokenizer of the clients' model.
+        held_out: Rows to score the teacher on; without them, it is not scored.
 
     Returns:
-        What the folder's teacher.json says: epochs, rows, seed, mean loss, seconds, scores.
+        The contents of the folder's teacher.json: epochs, rows, seed, mean loss, seconds, scores.
 
     Raises:
-        SilotuneError: The folder is there; the teacher or the rows cannot be used.
+        SilotuneError: The folder exists, or the teacher or the rows cannot be used.
     """
     if folder.exists():
-        raise RunFolderError(f"{folder} is there already.\n  Choose another folder.")
+        raise RunFolderError(f"{folder} already exists.\n  Choose another folder.")
     epochs = run.distill.pretrain_epochs
     teacher = load_teacher(run, tokenizer, rows)
     lesson = build_lesson(run, rows, teacher.tokenizer)
-    progress.note(f"the teacher learns from {len(lesson.examples)} rows of the server, {epochs} x")
+    count, passes = counted(len(lesson.examples), "row"), counted(epochs, "epoch")
+    progress.note(f"training the teacher on {count} of the server for {passes}")
     lr = run.distill.lr or run.server.lr
-    told = fine_tune(teacher, lesson, epochs=epochs, lr=lr, seed_name="pretrain")
+    learned = fine_tune(teacher, lesson, epochs=epochs, lr=lr, seed_name="pretrain")
     record = {
         "teacher": run.distill.teacher,
         "task": run.task,
@@ -165,13 +163,13 @@ def pretrain(
         "epochs": epochs,
         "num_rows": len(lesson.examples),
         "seed": run.seed,
-        **told,
+        **learned,
     }
     if held_out:
         examples = lesson.task.prepare(held_out, teacher.tokenizer, run.train.max_length).examples
         batches = build_eval_batches(examples, lesson.task, run.evaluate.batch_size)
-        count = len(examples)
-        found = evaluate(teacher, batches, lesson.task, client="held out", num_examples=count)
+        num = len(examples)
+        found = evaluate(teacher, batches, lesson.task, client="held out", num_examples=num)
         record["held_out"] = metrics([found])
     build_folder(folder, lambda part: _save(teacher, part, record))
     return record
@@ -198,10 +196,10 @@ class ServerWork:
     algorithm: Algorithm
 
     def improve(self, state: ServerState) -> tuple[ServerState, list[Row]]:
-        """What the state becomes, and a row for metrics.jsonl.
+        """Return the improved state, and a row for metrics.jsonl.
 
         Args:
-            state: After the algorithm's step of a round. Not modified.
+            state: The state after the algorithm's step of a round. Not modified.
 
         Raises:
             UpdateError: The server's own training ended in NaN or infinity.
@@ -210,23 +208,23 @@ class ServerWork:
         if cfg.weight == 0:
             return state, []
         write_adapter(self.student, state.adapter)
-        rule = self.algorithm.local  # what it holds fast at the clients stays fast here too
+        rule = self.algorithm.local  # what it freezes at the clients stays frozen here too
         for tensor, parameter in self.student.parameters.items():
             parameter.requires_grad_(rule.trains(tensor, state.round) and not rule.personal(tensor))
         if self.teacher is None:
-            told = fine_tune(
+            learned = fine_tune(
                 self.student, self.lesson, epochs=cfg.epochs, lr=cfg.lr, seed_name=name
             )
         else:
-            told, state = self._distil(self.teacher, state, name)
+            learned, state = self._distill(self.teacher, state, name)
         trained = read_adapter(self.student)
         moved = subtract(trained, state.adapter)
         check_finite(moved, who=f"the server, {name}")
         adapter = trained if cfg.weight == 1 else add(state.adapter, moved, scale=cfg.weight)
-        row: Row = {"event": "server", "round": state.round, "work": cfg.work, **told}
+        row: Row = {"event": "server", "round": state.round, "work": cfg.work, **learned}
         return replace(state, adapter=adapter), [row]
 
-    def _distil(
+    def _distill(
         self, teacher: LoadedModel, state: ServerState, name: str
     ) -> tuple[dict[str, float], ServerState]:
         cfg, how = self.run.server, self.run.distill
@@ -241,13 +239,13 @@ class ServerWork:
                 lr=how.lr or cfg.lr,
                 seed_name=f"{name}, teacher",
             )
-        told = distill(
+        learned = distill(
             self.student, teacher, self.lesson, how, epochs=cfg.epochs, lr=cfg.lr, seed_name=name
         )
         for key in ("seconds", "num_tokens"):
-            told[key] += alone[key]
+            learned[key] += alone[key]
         extra = {**state.extra, TEACHER: read_adapter(teacher)}
-        return told, replace(state, extra=extra)
+        return learned, replace(state, extra=extra)
 
 
 def open_server_work(
@@ -258,14 +256,14 @@ def open_server_work(
     progress: Progress,
     loaded: LoadedModel | None = None,
 ) -> ServerWork | None:
-    """What the recipe has the server do between rounds; None when it does nothing.
+    """Prepare the server's work between rounds; None if the recipe gives it none.
 
     Args:
         run: The server's own recipe.
-        folder: Of the run; keeps a teacher that is pre-trained here.
-        algorithm: The run's.
+        folder: The run folder; a teacher that is pre-trained here is saved in it.
+        algorithm: The algorithm of the run.
         progress: Told what happens.
-        loaded: The clients' model, where it is in memory already.
+        loaded: The clients' model, if it is already in memory.
 
     Raises:
         SilotuneError: The rows or the teacher cannot be used.
@@ -290,7 +288,7 @@ def _with_pretrained(
     rows: Sequence[TaskRow],
     tokenizer: Any,
 ) -> RunConfig:
-    """The recipe with the teacher that the run begins with, pre-trained here if that is asked."""
+    """The recipe with the run's initial teacher, pre-trained here if the recipe asks for it."""
     name = run.distill.teacher or ""
     if run.distill.pretrain_epochs == 0 or is_pretrained(name):
         return run

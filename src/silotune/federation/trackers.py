@@ -1,7 +1,7 @@
-"""Rounds as curves in an experiment tracker, through the tracker's own library. Off by default.
+"""Log rounds as curves to an experiment tracker, through its own library. Off by default.
 
-The names and calls of TensorBoard, Weights & Biases, MLflow and trackio differ; accelerate, which
-PEFT needs anyway, knows them all. What is logged are the numbers of metrics.jsonl, never rows.
+TensorBoard, Weights & Biases, MLflow and trackio have different names and calls; accelerate, which
+PEFT needs anyway, supports them all. Only the numbers of metrics.jsonl are logged, never rows.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ def check_tracker(name: str) -> None:
     """Refuse a tracker whose library is missing.
 
     Raises:
-        ConfigError: With the line that installs it.
+        ConfigError: The library is missing; the message has the command that installs it.
     """
     if name != "none" and importlib.util.find_spec(name) is None:
         raise ConfigError(
@@ -31,17 +31,17 @@ class Tracker(Progress):
     """Logs the numbers of every round."""
 
     def __init__(self, name: str, *, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Open a run of the tracker.
+        """Start a run in the tracker.
 
         Args:
-            name: Of the tracker.
-            folder: The run folder; its name becomes the run's.
-            settings: The recipe, flat.
+            name: The name of the tracker.
+            folder: The run folder; its name becomes the name of the run.
+            settings: The recipe, flattened.
         """
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        PartialState()  # without it, accelerate's trackers fail where they write to their own log
+        PartialState()  # without it, accelerate's trackers fail when they write to their own log
         options: dict[str, Any] = {
             "tensorboard": {"run_name": "tracker", "logging_dir": str(folder)},
             "wandb": {"run_name": "silotune", "name": folder.name, "dir": str(folder)},
@@ -56,20 +56,20 @@ class Tracker(Progress):
         )
 
     def end_round(self, round_: int, rows: Sequence[Row]) -> None:
-        """Log what the round's rows say."""
+        """Log the numbers of the round's rows."""
         self._tracker.log(_trained(rows), step=round_)
         self.log_scores(rows)
 
     def log_scores(self, rows: Sequence[Row]) -> None:
-        """Log held-out losses at the rounds that lie behind the scored adapter."""
+        """Log held-out losses under the round that produced the scored adapter."""
         scored = [row for row in rows if row["event"] == "evaluate" and row["status"] == "ok"]
-        for behind, loss in held_out_losses(scored).items():
-            own = {row["client"]: row["loss"] for row in scored if row["round"] == behind}
+        for round_, loss in held_out_losses(scored).items():
+            own = {row["client"]: row["loss"] for row in scored if row["round"] == round_}
             values = {f"held_out_loss/{client}": value for client, value in own.items()}
-            self._tracker.log({**values, "held_out_loss/all": loss}, step=behind)
+            self._tracker.log({**values, "held_out_loss/all": loss}, step=round_)
 
     def end(self) -> None:
-        """Close the tracker's run."""
+        """End the tracker's run."""
         self._tracker.finish()
 
 

@@ -1,6 +1,6 @@
-"""The adapter: what is trained beside a frozen base, built by PEFT and found by name.
+"""The adapter: what is trained next to a frozen base, built by PEFT and found by name.
 
-The only file that chooses PEFT's configuration. It knows modules, not clients or rounds.
+The only file that chooses PEFT's configuration. It knows modules, but not clients or rounds.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from silotune.core.errors import ConfigError, ModelError
 from silotune.core.seeds import derive
 from silotune.core.types import Config
-from silotune.core.wording import did_you_mean
+from silotune.core.wording import counted, did_you_mean
 from silotune.models.heads import Head
 from silotune.models.quantization import Quantization, tame_bitsandbytes
 
@@ -36,7 +36,7 @@ OWN_KEYS: Mapping[str, Mapping[str, str]] = {
     "peft": {"target_modules": "targets"},
     "full": {},
 }
-"""By kind: PEFT's options that have a key of their own here."""
+"""By kind: PEFT's options that have a key of their own in a recipe."""
 
 NOT_OURS = {
     **dict.fromkeys(
@@ -44,51 +44,52 @@ NOT_OURS = {
         "follows from other keys",
     ),
     **dict.fromkeys(
-        ("tokenizer_name_or_path", "tokenizer_kwargs"), "would let a recipe read files of clients"
+        ("tokenizer_name_or_path", "tokenizer_kwargs"), "would let a recipe read clients' files"
     ),
     "layer_replication": "would change the base, which all clients share",
 }
 """PEFT's options that a recipe may not set, and why."""
 
 NEEDS_ROWS = ("eva", "corda", "lora_ga")
-"""Ways to begin a LoRA adapter that look at rows first, which no server has."""
+"""Initialisations of LoRA that need rows first, which the server does not have."""
 
 TARGETS = {"distilbert": ("q_lin", "v_lin")}
-"""Modules for adapters of the families that PEFT has no choice for, by `model_type`."""
+"""Modules to adapt in model families that PEFT has no default for, by `model_type`."""
 
 PROMPT_KINDS = ("prompt", "prefix")
-"""Trained vectors in front of the text instead of weights beside the base's."""
+"""Kinds that train vectors in front of the text instead of weights next to the base's."""
 
 
 class AdapterConfig(Config):
     """What is trained and sent."""
 
     kind: Kind = "lora"
-    """lora trains small factors beside a frozen base (Hu et al. 2021, arXiv:2106.09685); ia3 scales
-    activations (Liu et al. 2022, arXiv:2205.05638); prompt and prefix train vectors in front of the
-    text (Lester et al. 2021, arXiv:2104.08691; Li and Liang 2021, arXiv:2101.00190); peft is any
-    other of PEFT's, named by peft.peft_type; full trains all weights."""
+    """lora trains small factors next to a frozen base (Hu et al. 2021, arXiv:2106.09685); ia3
+    scales activations (Liu et al. 2022, arXiv:2205.05638); prompt and prefix train vectors in front
+    of the text (Lester et al. 2021, arXiv:2104.08691; Li and Liang 2021, arXiv:2101.00190); peft is
+    any other PEFT method, named by peft.peft_type; full trains all weights."""
     rank: int = Field(default=8, ge=1)
     """lora: rank of the factors."""
     alpha: float = Field(default=16, gt=0)
-    """lora: scaling; the product is multiplied by alpha / rank."""
+    """lora: scaling. The product is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """lora: dropout in front of the factors during training."""
     targets: tuple[str, ...] | None = None
-    """Names of the modules that are adapted; absent: PEFT's choice for the model family.
-    ["all-linear"]: every linear layer but the output."""
+    """Names of the modules to adapt; if absent, PEFT's default for the model family.
+    ["all-linear"]: every linear layer except the output."""
     head: Literal["train", "freeze", "local"] = "train"
-    """classify: what becomes of the classification head, which begins at random. train: learned and
-    sent with the adapter. freeze: stays as it began. local: learned, and kept at each client."""
+    """classify: what happens to the classification head, which starts at random values. train:
+    trained and sent with the adapter. freeze: not trained. local: trained, but kept at each
+    client."""
     rslora: bool = False
     """lora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
     """lora: also train the magnitude of each weight's columns (Liu et al. 2024,
-    arXiv:2402.09353). Slower, much so on a quantised base."""
+    arXiv:2402.09353). Slower, and much slower on a quantised base."""
     virtual_tokens: int = Field(default=16, ge=1)
-    """prompt and prefix: trained vectors in front of the text."""
+    """prompt and prefix: number of trained vectors in front of the text."""
     peft: dict[str, Any] = Field(default={})
-    """Further options of PEFT's configuration for this kind, by PEFT's names, for instance
+    """Further options of PEFT's configuration for this kind, under PEFT's names, for example
     rank_pattern. An option that would change the base itself is refused."""
 
     @model_validator(mode="after")
@@ -99,17 +100,17 @@ class AdapterConfig(Config):
             moved = getattr(self, key) != type(self).model_fields[key].default
             if moved and key not in ours and self.kind != "full":
                 kinds = [f"'{kind}'" for kind, keys in OWN_KEYS.items() if key in keys.values()]
-                mistakes.append(f"{key} has an effect with kind = {' or '.join(kinds)} only")
+                mistakes.append(f"{key} only has an effect with kind = {' or '.join(kinds)}")
         if self.kind == "full" and self.peft:
             mistakes.append("peft has no effect with kind = 'full'")
         for option, key in OWN_KEYS[self.kind].items():
             if option in self.peft:
-                mistakes.append(f"peft.{option} is adapter.{key} here")
+                mistakes.append(f"peft.{option} is set with adapter.{key}")
         mistakes += [f"peft.{o} {why}" for o, why in NOT_OURS.items() if o in self.peft]
         if (begin := self.peft.get("init_lora_weights")) in NEEDS_ROWS:
             mistakes.append(f"peft.init_lora_weights = '{begin}' needs rows before the first round")
         if self.kind == "peft" and "peft_type" not in self.peft:
-            mistakes.append("peft.peft_type is missing: name the method, for instance 'LOHA'")
+            mistakes.append("peft.peft_type is missing: name the method, for example 'LOHA'")
         if self.kind != "peft" and "peft_type" in self.peft:
             mistakes.append("peft.peft_type needs kind = 'peft'")
         if mistakes:
@@ -118,15 +119,15 @@ class AdapterConfig(Config):
 
 
 def check_adapter(cfg: AdapterConfig, quantization: Quantization, device: torch.device) -> None:
-    """Find what cannot be, without loading a model.
+    """Find an adapter that cannot work, without loading a model.
 
     Raises:
-        ConfigError: PEFT has no method or option of that name, and the nearest is offered; or the
-            adapter cannot stand on such a base.
+        ConfigError: PEFT has no method or option with that name (the closest is suggested), or the
+            adapter does not work on such a base.
     """
     if cfg.dora and quantization == "int8" and device.type == "cpu":
-        raise ConfigError(  # PEFT 0.21 and bitsandbytes 0.50 lose the weights' scales between them
-            "adapter.dora cannot be used with model.quantization = 'int8' on a processor.\n"
+        raise ConfigError(  # PEFT 0.21 with bitsandbytes 0.50 loses the weights' scales
+            "adapter.dora cannot be used with model.quantization = 'int8' on a CPU.\n"
             "  Set model.quantization = 'nf4', or adapter.dora = false."
         )
     if cfg.peft:
@@ -161,7 +162,7 @@ def _peft_config(cfg: AdapterConfig, more: Mapping[str, Any]) -> Any:
     try:
         return kind(**own, **given, **more)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"adapter.peft: PEFT refuses these options: {error}") from error
+        raise ConfigError(f"adapter.peft: PEFT rejects these options: {error}") from error
 
 
 def _config_class(name: str) -> Any:
@@ -176,22 +177,22 @@ def _config_class(name: str) -> Any:
     if name.upper() not in found:
         raise ConfigError(
             f"adapter.peft.peft_type: PEFT has no method '{name}' that adapts weights."
-            f"{did_you_mean(name, found)}\n  There are: {', '.join(sorted(found))}."
+            f"{did_you_mean(name, found)}\n  Use one of: {', '.join(sorted(found))}."
         )
     return found[name.upper()]
 
 
 def put_adapter(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> Any:
-    """A fresh adapter on a plain model.
+    """Put a fresh adapter on a plain model.
 
     Args:
         base: The plain model; its weights stay as they are.
         cfg: Which adapter; not "full".
-        seed: First values are drawn from (seed, "adapter"), the same at every client.
-        head: Modules that are trained whole beside the adapter.
+        seed: Initial values are drawn from (seed, "adapter"), the same at every client.
+        head: Modules whose weights are all trained in addition to the adapter.
 
     Raises:
-        ModelError: No module of the targets' names, or PEFT cannot adapt this model.
+        ModelError: No module has the targets' names, or PEFT cannot adapt this model.
         ConfigError: See `check_adapter`.
     """
     tame_bitsandbytes()
@@ -212,19 +213,19 @@ def put_adapter(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> 
             model = get_peft_model(base, config)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             what = str(cfg.peft.get("peft_type", cfg.kind))
-            mend = (
-                f"Change or take out: adapter.peft.{', adapter.peft.'.join(cfg.peft)}."
+            fix = (
+                f"Change or remove adapter.peft.{', adapter.peft.'.join(cfg.peft)}."
                 if cfg.peft
-                else "Name the modules yourself, for instance the projections of queries and "
-                f"values: [adapter] targets. The model has: {', '.join(_leaf_names(base))}."
+                else "Name the modules in [adapter] targets, for example the query and value "
+                f"projections. The model has: {', '.join(_leaf_names(base))}."
             )
             raise ModelError(
-                f"adapter: PEFT cannot place '{what}' on this model: {error}\n  {mend}"
+                f"adapter: PEFT cannot put '{what}' on this model: {error}\n  {fix}"
             ) from error
     if cfg.peft and _base_changed(base, before):
         raise ConfigError(
             f"adapter.peft: {', '.join(sorted(cfg.peft))} would change weights of the base, which "
-            "all clients share and every comparison starts from.\n  Take the option out."
+            "all clients share and every comparison starts from.\n  Remove the option."
         )
     if cfg.kind == "peft":
         _try_out(model, str(cfg.peft["peft_type"]))
@@ -232,13 +233,14 @@ def put_adapter(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> 
 
 
 def _try_out(model: Any, method: str) -> None:
-    """A forward pass with and without: not every method of PEFT works on every quantised base.
+    """Run a forward pass with and without the adapter.
 
-    Some read packed weights as if they were numbers, without an error.
+    Not every PEFT method works on every quantised base: some read packed weights as if they were
+    plain numbers, without an error.
     """
     ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-    model.eval()  # some draw at random in training
-    why = "it changes what the base says before it has learned anything"
+    model.eval()  # some methods draw random numbers in training mode
+    why = "it changes the output of the base before any training"
     try:
         with torch.inference_mode():
             fresh = model(input_ids=ids).logits
@@ -251,18 +253,18 @@ def _try_out(model: Any, method: str) -> None:
     if not fits:
         raise ModelError(
             f"adapter.peft.peft_type = '{method}' does not work on this base: {why}\n"
-            "  Take another method, or a base that is not quantised."
+            "  Use another method, or a base that is not quantised."
         )
 
 
 def _base_changed(base: nn.Module, before: Mapping[int, float]) -> bool:
-    """Whether weights of the base learn now, or are others than `_marks` has seen."""
+    """Whether weights of the base are now trainable, or differ from what `_marks` recorded."""
     learning = {p.data_ptr() for p in base.parameters() if p.requires_grad}
     return bool(learning & before.keys()) or not _marks(base).items() >= before.items()
 
 
 def _marks(base: nn.Module) -> dict[int, float]:
-    """Each frozen tensor's place in memory and a sum over it: what a change would change."""
+    """Each tensor's address in memory and a sum over it, which show any change."""
     return {
         p.data_ptr(): float(p.detach().double().abs().sum())
         for p in base.parameters()
@@ -282,42 +284,43 @@ def _check_targets(base: Any, targets: tuple[str, ...] | None) -> None:
         if last not in names and targets != ("all-linear",):
             near = difflib.get_close_matches(last, names, n=3, cutoff=0.4)
             offer = f"Did you mean {', '.join(near)}?" if near else f"It has: {', '.join(names)}."
-            raise ModelError(f"adapter.targets: '{target}' is no module of this model.\n  {offer}")
+            raise ModelError(f"adapter.targets: this model has no module '{target}'.\n  {offer}")
 
 
 def trained_parameters(model: Any, kind: Kind) -> dict[str, nn.Parameter]:
     """Names as saved -> the live parameters.
 
-    They are matched by storage, since PEFT decides the names.
+    They are matched by storage, because PEFT decides the names.
 
     Raises:
-        ModelError: Something that learns would not be saved.
+        ModelError: A trainable tensor would not be saved.
     """
     learning = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
     if kind == "full":
         saved = dict(model.named_parameters())  # tied weights appear once
     elif kind in PROMPT_KINDS:
-        # PEFT saves a copy of the one table of vectors, under this name; there is more to learn
-        # where an option puts a network behind it
+        # PEFT saves a copy of the single table of vectors under this name; there are more trainable
+        # tensors if an option adds a network after it
         saved = {"prompt_embeddings": next(iter(learning.values()))}
     else:
         from peft import get_peft_model_state_dict
 
-        # False: "auto" asks the hub for the base's config, by whatever name the base has
+        # False: "auto" asks the hub for the base's config, whatever the base is called
         saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     found = {
         n: learning[t.data_ptr()] for n, t in sorted(saved.items()) if t.data_ptr() in learning
     }
     if len(found) != len(learning):
         raise ModelError(
-            f"adapter: {len(learning)} tensors would learn, but PEFT saves {len(found)} of them.\n"
+            f"adapter: {counted(len(learning), 'tensor')} would be trained, but PEFT saves "
+            f"{len(found)} of them.\n"
             "  This kind of adapter, or an option in adapter.peft, cannot be sent between clients."
         )
     return cast(dict[str, nn.Parameter], found)
 
 
 def without_frozen(model: Any, kind: Kind, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A saved adapter without the tensors that PEFT saves for some methods, and that never learn.
+    """A saved adapter without its frozen tensors, which PEFT also saves for some methods.
 
     They are drawn from the seed when the adapter is built.
     """

@@ -1,4 +1,4 @@
-"""Where a model runs, in which numbers, and how much memory that took."""
+"""Where a model runs, with which dtype, and how much memory that took."""
 
 import sys
 from pathlib import Path
@@ -10,10 +10,10 @@ from silotune.core.errors import ModelError
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device named, or with "auto" the first of CUDA, MPS and CPU that works here.
+    """The named device, or with "auto" the first of CUDA, MPS and CPU that works here.
 
     Raises:
-        ModelError: The named device is not there.
+        ModelError: The named device is not available.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -33,9 +33,8 @@ def pick_device(wanted: str) -> torch.device:
 def pick_dtype(wanted: str, device: torch.device, *, whole: bool) -> torch.dtype:
     """The dtype of the base weights.
 
-    With "auto" a frozen base is bfloat16 where the processor multiplies it natively: elsewhere
-    bfloat16 runs, but many times slower than float32. Weights that are trained themselves are
-    float32.
+    With "auto", a frozen base is bfloat16 if the hardware multiplies it natively, else float32:
+    bfloat16 would work, but many times slower. If all weights are trained, they are float32.
     """
     if wanted != "auto":
         return cast(torch.dtype, getattr(torch, wanted))
@@ -49,7 +48,7 @@ def pick_dtype(wanted: str, device: torch.device, *, whole: bool) -> torch.dtype
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size this process has had, and on a GPU the largest allocation there."""
+    """The peak resident size of this process, or the peak allocation on a GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -61,7 +60,7 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes(device: torch.device) -> int | None:
-    """What new processes could take without pushing others out; None where nothing tells."""
+    """Memory that new processes can use without displacing others; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

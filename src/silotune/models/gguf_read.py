@@ -1,13 +1,14 @@
 """A Llama in a GGUF file -> a Hugging Face folder.
 
 Knows the names and layouts that llama.cpp gives to a Llama's tensors. Does not know where the file
-came from, nor what the folder is for.
+came from or what the folder is for.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from silotune.core.errors import ModelError
+from silotune.core.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,15 +32,17 @@ _GGUF_NAMES = {
 def convert_llama(gguf_file: Path, folder: Path) -> None:
     """Write a GGUF file of the Llama architecture as bfloat16 safetensors, config and tokenizer.
 
-    Transformers' own GGUF loader gives the same weights bit for bit (a test compares them), but it
-    parses the file three times and its model refuses `save_pretrained`. The tokenizer is its work.
+    Transformers' own GGUF loader returns the same weights bit for bit (a test compares them), but
+    it parses the file three times, and its model refuses `save_pretrained`. The tokenizer comes
+    from that loader.
 
     Args:
-        gguf_file: In any format that `gguf` can dequantise; output layer tied to the embedding.
+        gguf_file: In any format that `gguf` can dequantise, with the output layer tied to the
+            embedding.
         folder: Exists and is empty.
 
     Raises:
-        ModelError: The converted tensors are not those of the architecture.
+        ModelError: The converted tensors do not match the architecture.
     """
     from safetensors.torch import save_file
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -48,11 +51,11 @@ def convert_llama(gguf_file: Path, folder: Path) -> None:
     config, weights = _llama_config(reader), _llama_weights(reader)
     _check_llama(weights, config)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors writes it for the owner alone, but a cache may serve several people.
+    # safetensors makes it readable for its owner only, but several people may share a cache.
     (folder / "model.safetensors").chmod(0o644)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    # Not AutoTokenizer: that parses the whole file once more, for a config it does not need.
+    # Not AutoTokenizer, which parses the entire file again for a config that it does not need.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     tokenizer.save_pretrained(folder)
 
@@ -62,8 +65,8 @@ def _open_gguf(file: Path) -> Any:
     from gguf import GGUFReader
 
     class PlainReader(GGUFReader):
-        # The reader takes some 250,000 slices to parse a vocabulary: 3.5 s of an np.memmap, 0.9 s
-        # of a plain view of the same memory.
+        # The reader slices about 250,000 times to parse a vocabulary: 3.5 s on an np.memmap, 0.9 s
+        # on a plain view of the same memory.
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
 
@@ -96,7 +99,7 @@ def _llama_config(reader: Any) -> "LlamaConfig":
 
 
 def _llama_weights(reader: Any) -> "dict[str, Tensor]":
-    """All tensors by transformers' names, in bfloat16."""
+    """All tensors under transformers' names, in bfloat16."""
     import numpy as np
     import torch
     from gguf.quants import dequantize
@@ -111,10 +114,10 @@ def _llama_weights(reader: Any) -> "dict[str, Tensor]":
         layer = f"layers.{block[1]}." if block else ""
         values = dequantize(tensor.data, tensor.tensor_type)  # float32, (d_out, d_in)
         if kind in heads:
-            # llama.cpp interleaves the two halves of each head, which rotary embedding pairs.
+            # llama.cpp interleaves the two halves of each head, which the rotary embedding pairs.
             split = values.reshape(heads[kind], -1, 2, values.shape[-1])
             values = split.swapaxes(1, 2).reshape(values.shape)
-        # An unquantised tensor is a view of the file and read-only; torch wants its own copy then.
+        # An unquantised tensor is a read-only view of the file, and torch needs a copy.
         values = np.require(values, requirements="W")
         ours = f"model.{layer}{_GGUF_NAMES.get(kind, kind)}.weight"
         weights[ours] = torch.from_numpy(values).bfloat16()
@@ -131,7 +134,8 @@ def _check_llama(weights: "dict[str, Tensor]", config: "LlamaConfig") -> None:
     wrong = expected.items() ^ {name: tensor.shape for name, tensor in weights.items()}.items()
     if wrong:
         raise ModelError(
-            "the GGUF file is no Llama with tied embeddings; tensors that do not fit:"
-            f" {len(wrong)}, the first is '{min(wrong)[0]}'.\n"
-            "  Convert it with transformers and give a folder or a hub id in model.name."
+            "the GGUF file is not a Llama with tied embeddings: "
+            f"{counted(len(wrong), 'tensor does', 'tensors do')} not fit, the first is "
+            f"'{min(wrong)[0]}'.\n"
+            "  Convert it with transformers, and set model.name to a folder or a hub id."
         )

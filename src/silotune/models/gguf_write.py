@@ -1,7 +1,7 @@
-"""A Llama in memory -> a GGUF file, for llama.cpp and what is built on it.
+"""A Llama in memory -> a GGUF file, for llama.cpp and programs built on it.
 
-The way back from `gguf_llama`. Knows the names, layouts and tokenizers that llama.cpp expects of a
-Llama. Does not know where the model came from, nor where the file goes.
+The reverse of `gguf_read`. Knows the names, layouts and tokenizers that llama.cpp expects of a
+Llama. Does not know where the model came from or where the file goes.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from silotune.core.errors import ModelError
 
 GgufType = Literal["f32", "f16", "q8_0"]
-"""How matrices are stored; vectors, which are norms, are always f32."""
+"""How matrices are stored. Vectors, which are norms, are always f32."""
 FILE_TYPES: Mapping[GgufType, str] = {
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
@@ -20,28 +20,28 @@ FILE_TYPES: Mapping[GgufType, str] = {
 }
 """llama.cpp's name for a file whose matrices are of this type."""
 F16_MAX = 65504.0
-"""The largest number of f16, in which q8_0 keeps its scales too."""
+"""The largest f16 number; q8_0 also stores its scales in f16."""
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
-_CANNOT = "  Export it with --as merged, and convert that folder with llama.cpp's own program."
+_CANNOT = "  Export it with --as merged, and convert that folder with llama.cpp's own converter."
 
 
 def check_llama(config: Any) -> None:
-    """Refuse a model that would not be the same one in a GGUF file, from its configuration alone.
+    """Refuse a model that a GGUF file cannot represent exactly, from its configuration alone.
 
     Raises:
-        ModelError: Another family, or an option that GGUF's Llama does not have.
+        ModelError: It is of another family, or has an option that GGUF's Llama does not have.
     """
     if config.model_type != "llama":
         raise ModelError(
-            f"GGUF files are written of the family 'llama'; this model's is '{config.model_type}'."
-            f"\n{_CANNOT}"
+            f"only models of the family 'llama' can be written to GGUF; this one is of the family "
+            f"'{config.model_type}'.\n{_CANNOT}"
         )
     rope = config.rope_parameters["rope_type"]
     for odd, what in (
-        # llama.cpp has them as a tensor of its own, which transformers does not read back
-        (rope != "default", f"rotary positions that are scaled ('{rope}')"),
+        # llama.cpp stores them as a separate tensor, which transformers does not read back
+        (rope != "default", f"scaled rotary positions ('{rope}')"),
         (config.attention_bias or config.mlp_bias, "biases in its linear layers"),
         (config.hidden_act != "silu", f"the activation '{config.hidden_act}'"),
     ):
@@ -50,14 +50,14 @@ def check_llama(config: Any) -> None:
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer that would not cut text the same way when it is read from a GGUF file.
+    """Refuse a tokenizer that would split text differently when it is read from a GGUF file.
 
     Args:
         tokenizer: A fast tokenizer.
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        ModelError: It is not one of byte-level BPE with merges as GPT-2's or SmolLM's, it has more
+        ModelError: It is not byte-level BPE with merges like GPT-2's or SmolLM's, it has more
             tokens than the model, or special tokens in letters that GGUF readers do not know.
     """
     from tokenizers.pre_tokenizers import ByteLevel
@@ -70,14 +70,17 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         (
             text
             for wrong, text in (
-                (model["type"] != "BPE", f"is of the type {model['type']}, not BPE"),
+                (model["type"] != "BPE", f"has the type {model['type']}, not BPE"),
                 (not model.get("merges"), "has no merges"),
-                (bool(model.get("byte_fallback")), "falls back to bytes, as SentencePiece does"),
-                (bool(model.get("ignore_merges")), "takes whole words before merges"),
-                (inner["normalizer"] is not None, "normalises its text"),
-                (_pre_type(inner) is None, "splits text in a way of its own"),
+                (bool(model.get("byte_fallback")), "falls back to bytes, like SentencePiece"),
+                (bool(model.get("ignore_merges")), "looks up entire words before merges"),
+                (inner["normalizer"] is not None, "normalises text"),
+                (_pre_type(inner) is None, "splits text in an unsupported way"),
                 (bool(foreign), f"has the token '{next(iter(foreign), '')}', not in byte letters"),
-                (len(tokenizer) > vocab_size, f"has {len(tokenizer)} tokens for {vocab_size} rows"),
+                (
+                    len(tokenizer) > vocab_size,
+                    f"has {len(tokenizer)} tokens, but the model has {vocab_size}",
+                ),
             )
             if wrong
         ),
@@ -85,8 +88,8 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     )
     if why is not None:
         raise ModelError(
-            f"the tokenizer {why}; GGUF files are written with tokenizers like GPT-2's or SmolLM's "
-            f"(byte-level BPE).\n{_CANNOT}"
+            f"the tokenizer {why}; only tokenizers like GPT-2's or SmolLM's (byte-level BPE) can "
+            f"be written to GGUF.\n{_CANNOT}"
         )
 
 
@@ -95,15 +98,16 @@ def write_llama(
 ) -> None:
     """Write a Llama with its tokenizer and chat template as one GGUF file.
 
-    Largest error of a weight: f32 none; f16 a 2048th of it; q8_0 half a 127th of the largest of its
-    block of 32, and a 2048th of it.
+    Largest error of a weight: f32 none; f16 1/2048 of the weight; q8_0 (1/254 + 1/2048) of the
+    largest weight in its block of 32.
 
     Args:
         model: A plain `LlamaForCausalLM`, its weights in any type. Not modified.
         tokenizer: Its tokenizer.
         file: Written; its folder exists.
-        kind: How matrices are stored. With q8_0 those whose rows are no whole blocks of 32 are f16.
-        about: Text for the keys `general.<key>`, for instance name and license.
+        kind: How matrices are stored. With q8_0, a matrix whose rows are not a multiple of 32 long
+            is stored as f16.
+        about: Text for the keys `general.<key>`, for example name and license.
 
     Raises:
         ModelError: See `check_llama` and `check_tokenizer`; or a weight is too large for f16.
@@ -139,7 +143,7 @@ def _add_config(writer: Any, config: Any) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    # llama.cpp takes the width over the number of heads where these three are not there
+    # without these three, llama.cpp uses the width divided by the number of heads
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -151,7 +155,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     from gguf import TokenType
 
     inner = _inner(tokenizer)
-    # an embedding may have more rows than there are tokens
+    # an embedding may have more rows than the tokenizer has tokens
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for token, i in tokenizer.get_vocab().items():
@@ -163,7 +167,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     writer.add_tokenizer_pre(_pre_type(inner))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    merges = inner["model"]["merges"]  # pairs, or in older files their two words in one text
+    merges = inner["model"]["merges"]  # pairs, or in older files both words in one string
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     for add, i in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
@@ -190,7 +194,7 @@ def _inner(tokenizer: Any) -> dict[str, Any]:
 
 
 def _pre_type(inner: Mapping[str, Any]) -> str | None:
-    """llama.cpp's word for how text is split before merges are looked for; None: it has none."""
+    """llama.cpp's name for how text is split before merging; None if it has no name for it."""
     given = inner["pre_tokenizer"] or {}
     steps = given["pretokenizers"] if given.get("type") == "Sequence" else [given]
     steps = [{key: v for key, v in step.items() if key != "trim_offsets"} for step in steps]
@@ -198,7 +202,7 @@ def _pre_type(inner: Mapping[str, Any]) -> str | None:
 
 
 def _tensors(model: Any, kind: GgufType) -> Iterator[tuple[str, Any, Any]]:
-    """Name, values as stored and their type, of each tensor that the file holds."""
+    """Name, stored values and type of each tensor in the file."""
     import numpy as np
     from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
     from gguf.quants import QuantError, quantize
@@ -210,18 +214,18 @@ def _tensors(model: Any, kind: GgufType) -> Iterator[tuple[str, Any, Any]]:
         values = parameter.detach().float().cpu().numpy()
         projection = name.split(".")[-2]
         if projection in heads:
-            # rotary embedding pairs the two halves of a head, in llama.cpp neighbours
+            # the rotary embedding pairs the two halves of a head; llama.cpp pairs neighbours
             halves = values.reshape(heads[projection], 2, -1, values.shape[-1])
             values = halves.swapaxes(1, 2).reshape(values.shape)
         stored = GGMLQuantizationType[kind.upper() if values.ndim > 1 else "F32"]
         if stored != GGMLQuantizationType.F32 and np.abs(values).max() > F16_MAX:
             raise ModelError(
-                f"tensor '{name}' holds numbers that are too large for {kind}.\n"
-                "  Write it with --type f32."
+                f"tensor '{name}' contains numbers that are too large for {kind}.\n"
+                "  Export with --type f32."
             )
         try:
             packed = quantize(np.ascontiguousarray(values), stored)
-        except QuantError:  # rows that are no whole blocks
+        except QuantError:  # the row length is not a multiple of the block size
             stored = GGMLQuantizationType.F16
             packed = quantize(values, stored)
         yield f"{names.get_name(name.removesuffix('.weight'))}.weight", packed, stored

@@ -1,7 +1,8 @@
-"""The classification head of a model: which modules it is, its first values, and how it trains.
+"""The classification head of a model: its modules, its initial values, and how it is trained.
 
-Most bases bring no head for the classes of a recipe, so it begins at random: drawn by name from the
-run's seed, the same at every client and in every process. This file knows modules, not adapters.
+Most bases have no head for the classes of a recipe, so it starts at random values: drawn by name
+from the run's seed, the same at every client and in every process. This file knows modules, but not
+adapters.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from silotune.core.errors import ModelError
 from silotune.core.seeds import generator
+from silotune.core.wording import counted
 
 
 @dataclass(frozen=True)
@@ -21,21 +23,21 @@ class Head:
 
     modules: tuple[str, ...]
     fresh: tuple[str, ...]
-    """Tensors of the model that its files do not hold."""
+    """Tensors of the model that its files do not contain."""
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor, by whatever wraps its module, belongs to the head."""
+        """Whether a tensor belongs to the head, whatever wraps its module."""
         return any(f".{module}." in f".{name}" for module in self.modules)
 
 
 def find_head(base: Any, fresh: Sequence[str]) -> Head:
-    """What lies outside the encoder or decoder, and inside it what its files do not hold.
+    """Find the modules outside the encoder or decoder, and those inside that its files lack.
 
-    A pooler that a checkpoint lacks begins at random too, so it has to be learned with the head.
+    A pooler that a checkpoint lacks also starts at random values, so it is trained with the head.
 
     Args:
         base: A plain model for classification.
-        fresh: Its tensors that its files do not hold.
+        fresh: Its tensors that its files do not contain.
 
     Raises:
         ModelError: Its files lack more than a head and a pooler.
@@ -44,9 +46,9 @@ def find_head(base: Any, fresh: Sequence[str]) -> Head:
     lost = [name for name in fresh if name.startswith(within) and "pool" not in name]
     if lost:
         raise ModelError(
-            f"model.name: its files lack '{lost[0]}', or have it in another shape ({len(lost)} "
-            "tensors), so the model is not whole.\n"
-            "  Name a folder or hub id that holds all weights of the model."
+            f"model.name: the model is incomplete: its files lack {counted(len(lost), 'tensor')} "
+            f"or have them in another shape, the first is '{lost[0]}'.\n"
+            "  Use a folder or hub id that contains all weights of the model."
         )
     outside = dict.fromkeys(name.split(".", 1)[0] for name in outside_tensors(base))
     inside = {f"{within}{name.split('.')[1]}" for name in fresh if name.startswith(within)}
@@ -54,10 +56,10 @@ def find_head(base: Any, fresh: Sequence[str]) -> Head:
 
 
 def check_length(base: Any, max_length: int) -> None:
-    """Refuse rows that are longer than the encoder has learned positions.
+    """Refuse rows with more tokens than the encoder has learned positions.
 
     Raises:
-        ModelError: Says how many tokens fit.
+        ModelError: Rows may be too long; the message says how many tokens fit.
     """
     for name, module in base.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -65,20 +67,20 @@ def check_length(base: Any, max_length: int) -> None:
             room = module.num_embeddings - before
             if max_length > room:
                 raise ModelError(
-                    f"train.max_length = {max_length}: the model has places for {room} tokens.\n"
+                    f"train.max_length = {max_length}: the model has {room} positions.\n"
                     f"  Set train.max_length = {room} or less."
                 )
 
 
 def outside_tensors(base: Any) -> list[str]:
-    """Names of the tensors that lie outside the encoder or decoder."""
+    """Names of the tensors outside the encoder or decoder."""
     within = f"{base.base_model_prefix}."
     return [name for name, _ in base.named_parameters() if not name.startswith(within)]
 
 
 @torch.no_grad()
 def draw_head(base: Any, head: Head, seed: int) -> None:
-    """Give the new tensors their first values, the same at every client and in every process."""
+    """Set the initial values of new tensors, the same at every client and in every process."""
     gen = generator(seed, "head")
     spread = getattr(base.config, "initializer_range", 0.02)
     for name in head.fresh:
@@ -92,7 +94,7 @@ def draw_head(base: Any, head: Head, seed: int) -> None:
 
 
 def head_as_loaded(model: Any, head: Head) -> dict[str, Tensor]:
-    """The head's tensors from before its training, by their names in the plain model."""
+    """The head's tensors as they were before training, by their names in the plain model."""
     plain = model.get_base_model()
     return {
         name.replace("original_module.", ""): tensor.detach().clone()
@@ -114,6 +116,6 @@ def set_head(model: Any, head: Head, *, trained: bool) -> None:
 
 
 def _in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A half-precision body hands its features to a float32 head."""
+    """Cast the features of a half-precision body for a float32 head."""
     wanted = next(module.parameters()).dtype
     return tuple(a.to(wanted) if isinstance(a, Tensor) else a for a in args)

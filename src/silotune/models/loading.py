@@ -1,22 +1,20 @@
 """Base model and adapter through PEFT: the only calls that read or write adapter weights.
 
-The base is loaded once per process and never per client or round; only the adapter's tensors are
-swapped. This file knows nothing of clients, rounds or the network.
+The base is loaded once per process, never per client or round; only the adapter's tensors are
+swapped. This file knows nothing about clients, rounds or the network.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from silotune.core.errors import ModelError
 from silotune.core.tree import check_same_layout, layout_of
-from silotune.core.types import AdapterState, Config
+from silotune.core.types import AdapterState
 from silotune.models.adapters import (
     AdapterConfig,
     Kind,
@@ -24,42 +22,10 @@ from silotune.models.adapters import (
     put_adapter,
     trained_parameters,
 )
+from silotune.models.base import ModelConfig, load_base, quiet_libraries
 from silotune.models.devices import pick_device, pick_dtype
-from silotune.models.heads import (
-    Head,
-    draw_head,
-    find_head,
-    head_as_loaded,
-    outside_tensors,
-    set_head,
-)
-from silotune.models.quantization import (
-    Quantization,
-    check_quantization,
-    loading_options,
-    prepare_for_training,
-)
-from silotune.models.sources import resolve
-
-
-class ModelConfig(Config):
-    """The base model."""
-
-    name: str = "smollm2-135m-instruct"
-    """A named source, a folder in Hugging Face format, or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base weights, or with quantised weights of the computations. auto: bfloat16 where
-    the processor has it, else float32."""
-    quantization: Quantization = "none"
-    """Hold the base's linear layers in 4 bits (nf4: Dettmers et al. 2023, arXiv:2305.14314; or fp4)
-    or in 8 (int8: Dettmers et al. 2022, arXiv:2208.07339), through bitsandbytes. 4 and 8 are short
-    for nf4 and int8."""
-    double_quantization: bool = True
-    """nf4 and fp4: quantise the scales of the blocks too, 0.4 bit per weight less."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a fifth more time."""
+from silotune.models.heads import Head, draw_head, find_head, head_as_loaded, set_head
+from silotune.models.quantization import Quantization, check_quantization, prepare_for_training
 
 
 @dataclass(frozen=True)
@@ -72,15 +38,15 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     parameters: Mapping[str, nn.Parameter]
-    """The trained tensors by the name under which they are saved and sent."""
+    """The trained tensors, by the names under which they are saved and sent."""
     kind: Kind
-    """Of adapter."""
+    """The kind of adapter."""
     quantization: Quantization = "none"
     """How the base's linear layers are held."""
     head: frozenset[str] = frozenset()
     """The trained tensors that belong to a classification head, by the same names."""
     head_modules: Head | None = None
-    """Where that head lies in the model."""
+    """The modules of that head in the model."""
 
     @property
     def has_adapter(self) -> bool:
@@ -94,18 +60,6 @@ _num_base_loads = 0
 def num_base_loads() -> int:
     """How often this process has loaded a base model."""
     return _num_base_loads
-
-
-def folder_of_base(cfg: ModelConfig) -> Path:
-    """Where the base's files lie: a folder, or what the hub library keeps of a hub id."""
-    place = resolve(cfg.name)
-    if isinstance(place, Path):
-        return place
-    from transformers.utils.hub import cached_file
-
-    config = cached_file(place, "config.json", revision=cfg.revision)
-    assert config is not None, "the model was loaded a moment ago"
-    return Path(config).parent
 
 
 def load_model(
@@ -124,14 +78,14 @@ def load_model(
         seed: The adapter's first factors are drawn from (seed, "adapter"), the same at every
             client.
         device: "auto", "cpu", "cuda" or "mps".
-        labels: Classes to tell apart; then the model gets a classification head, whose tensors,
-            where the base brings none, are drawn from (seed, "head").
+        labels: Classes to distinguish; with any, the model gets a classification head. Tensors of
+            the head that the base does not have are drawn from (seed, "head").
 
     Returns:
         The model in evaluation mode on its device; adapter tensors are float32.
 
     Raises:
-        ModelError: No such model, or no module of the targets' names in it.
+        ModelError: No such model, or it has no modules with the names in `targets`.
         ConfigError: This machine cannot quantise.
     """
     global _num_base_loads
@@ -139,8 +93,8 @@ def load_model(
     check_quantization(model_cfg.quantization, where, "model.quantization")
     check_adapter(adapter_cfg, model_cfg.quantization, where)
     dtype = pick_dtype(model_cfg.dtype, where, whole=adapter_cfg.kind == "full")
-    with torch.random.fork_rng(devices=[]):  # transformers draws a head that is drawn anew here
-        base, tokenizer, fresh = _load_base(model_cfg, dtype, where, labels)
+    with torch.random.fork_rng(devices=[]):  # transformers draws a head, which is redrawn here
+        base, tokenizer, fresh = load_base(model_cfg, dtype, where, labels)
     _num_base_loads += 1
     quantised = model_cfg.quantization != "none"
     if quantised:
@@ -151,14 +105,14 @@ def load_model(
     if model_cfg.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    if not quantised:  # those were put there while they were loaded
+    if not quantised:  # quantised weights were placed there while loading
         base.to(where)
-    return _dressed(
+    return _with_adapter(
         base, tokenizer, where, dtype, adapter_cfg, seed, head, quantization=model_cfg.quantization
     )
 
 
-def _dressed(
+def _with_adapter(
     base: Any,
     tokenizer: Any,
     device: torch.device,
@@ -169,7 +123,7 @@ def _dressed(
     *,
     quantization: Quantization,
 ) -> LoadedModel:
-    """A plain model with a fresh adapter on it."""
+    """Put a fresh adapter on a plain model."""
     with quiet_libraries():
         model = base if cfg.kind == "full" else put_adapter(base, cfg, seed, head)
     if head is not None:
@@ -190,24 +144,24 @@ def _dressed(
 
 
 def is_renewable(loaded: LoadedModel, cfg: AdapterConfig) -> bool:
-    """Whether `renew_adapter` can change what is on this base into another adapter.
+    """Whether `renew_adapter` can replace the adapter on this base with another one.
 
-    Weights that were trained are not the base's any more. And PEFT puts a new adapter of most kinds
-    beside an old one of another kind, and cannot take IA3 off quantised layers.
+    If all weights were trained, the base is gone. For most kinds, PEFT adds a new adapter next to
+    an old one of another kind, and it cannot remove IA3 from quantised layers.
     """
     return loaded.kind == cfg.kind == "lora"
 
 
 def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> LoadedModel:
-    """Another seed's first adapter on the base that is already in memory.
+    """Put another seed's initial adapter on the base that is already in memory.
 
     Args:
-        loaded: From `load_model`; not to be used afterwards, since its adapter is taken off.
+        loaded: From `load_model`; must not be used afterwards, because its adapter is removed.
         cfg: The adapter's configuration; see `is_renewable`.
-        seed: The new adapter's.
+        seed: Seed of the new adapter.
 
     Returns:
-        What `load_model` with this seed would give, bit for bit, without loading anything.
+        What `load_model` with this seed would return, bit for bit, without loading anything.
     """
     assert is_renewable(loaded, cfg)
     head = loaded.head_modules
@@ -215,11 +169,11 @@ def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> Load
     base = loaded.model.unload()
     if head is not None:
         if loaded.quantization == "none":
-            for module in head.modules:  # as loaded: what trained in it was float32
+            for module in head.modules:  # as loaded: the trained part was float32
                 base.get_submodule(module).to(loaded.dtype)
         base.load_state_dict(before, strict=False)
         draw_head(base, head, seed)
-    return _dressed(
+    return _with_adapter(
         base,
         loaded.tokenizer,
         loaded.device,
@@ -229,133 +183,6 @@ def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> Load
         head,
         quantization=loaded.quantization,
     )
-
-
-def load_tokenizer(cfg: ModelConfig) -> Any:
-    """The base's tokenizer, without the base.
-
-    Raises:
-        ModelError: No such model, or only a slow tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    place = resolve(cfg.name)
-    with quiet_libraries():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place, revision=cfg.revision, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise _cannot_load(cfg, error) from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"model.name = '{cfg.name}' has no fast tokenizer (tokenizer.json).\n"
-            "  The loss mask is placed by character offsets, which only fast tokenizers give."
-        )
-    return tokenizer
-
-
-def _cannot_load(cfg: ModelConfig, error: Exception) -> ModelError:
-    first_line = str(error).strip().split("\n", 1)[0]
-    return ModelError(
-        f"model.name = '{cfg.name}' cannot be loaded: {first_line}\n"
-        "  Give a named source (smollm2-135m-instruct), a folder that holds config.json\n"
-        "  and safetensors, or a hub id that this machine can reach."
-    )
-
-
-def _load_base(
-    cfg: ModelConfig, dtype: torch.dtype, device: torch.device, labels: Sequence[str]
-) -> tuple[Any, Any, list[str]]:
-    """The plain model, its tokenizer, and the names of tensors that its files do not hold."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-    )
-
-    place = resolve(cfg.name)
-    foreign = False  # whether the files bring a head for labels of other names
-    kind: Any = AutoModelForCausalLM
-    more: dict[str, Any] = {}
-    if labels:
-        kind, own = AutoModelForSequenceClassification, _labels_of(place, cfg)
-        foreign = own is not None and own != list(labels)
-        more = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: n for n, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,  # a head for other classes is replaced by a fresh one
-        }
-
-    tokenizer = load_tokenizer(cfg)
-    with quiet_libraries():
-        try:
-            more |= loading_options(
-                cfg.quantization,
-                double=cfg.double_quantization,
-                dtype=dtype,
-                device=device,
-                skip=_head_modules(kind, place, cfg) if labels else [],
-            )
-            base, found = kind.from_pretrained(
-                place,
-                revision=cfg.revision,
-                dtype=dtype,
-                use_safetensors=True,  # other formats are pickles, which run code when read
-                trust_remote_code=False,
-                output_loading_info=True,
-                **more,
-            )
-        except (OSError, ValueError) as error:
-            raise _cannot_load(cfg, error) from error
-    if labels:  # a decoder looks for a row's last token by it, and rows are padded with it
-        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        base.config.pad_token_id = next((i for i in padding if i is not None), None)
-    fresh = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
-    if labels and foreign:
-        fresh |= set(outside_tensors(base))
-    return base, tokenizer, sorted(fresh)
-
-
-def _head_modules(kind: Any, place: str | Path, cfg: ModelConfig) -> list[str]:
-    """What is trained whole and must not be quantised: the head, and a pooler that may be new."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(place, revision=cfg.revision, trust_remote_code=False)
-    with torch.device("meta"):
-        empty = kind.from_config(config)
-    return [*dict.fromkeys(name.split(".", 1)[0] for name in outside_tensors(empty)), r".*\bpooler"]
-
-
-def _labels_of(place: str | Path, cfg: ModelConfig) -> list[str] | None:
-    """The labels that a checkpoint's own head tells apart; None where they have no names."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(place, revision=cfg.revision, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None  # the model's own loading says why
-    names = [str(name) for name in (config.id2label or {}).values()]
-    return None if all(name.startswith("LABEL_") for name in names) else names
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Loading without progress bars of the libraries: a run shows its own progress."""
-    from transformers.utils import logging
-
-    was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # a classification head is new by design, and not worth a table
-    try:
-        with warnings.catch_warnings():
-            # peft 0.21.2 still reads the old name of this attribute from transformers 5.23
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if was_on:
-            logging.enable_progress_bar()
 
 
 def read_adapter(loaded: LoadedModel) -> dict[str, Tensor]:
@@ -368,10 +195,10 @@ def read_adapter(loaded: LoadedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_adapter(loaded: LoadedModel, state: AdapterState) -> None:
-    """Overwrite the trained tensors. Names and shapes must be the model's own.
+    """Overwrite the trained tensors.
 
     Raises:
-        UpdateError: They are not.
+        UpdateError: Names or shapes differ from the model's.
     """
     expected = layout_of(loaded.parameters)
     given = {
@@ -385,8 +212,8 @@ def write_adapter(loaded: LoadedModel, state: AdapterState) -> None:
 
 @contextmanager
 def base_only(loaded: LoadedModel) -> Iterator[None]:
-    """The untouched base: inside, the adapter is off. Not for models trained as a whole."""
-    # PEFT lets every head learn when the adapter is switched on again, a frozen one too
+    """Switch the adapter off inside the context. Not for models whose weights are all trained."""
+    # when PEFT switches the adapter on again, it makes every head trainable, even a frozen one
     learning = {name: p.requires_grad for name, p in loaded.model.named_parameters()}
     try:
         with loaded.model.disable_adapter():
@@ -398,23 +225,22 @@ def base_only(loaded: LoadedModel) -> Iterator[None]:
 
 @contextmanager
 def untrained(loaded: LoadedModel) -> Iterator[None]:
-    """The base as it came, for the scores from before the first round.
+    """The untrained base, for the scores before the first round.
 
-    Not every fresh adapter leaves the base as it is: trained vectors in front of the text begin at
-    random. A classifier keeps its adapter on, for its head is in it.
+    Not every fresh adapter leaves the base's output unchanged: trained vectors in front of the text
+    start at random values. A classifier keeps its adapter on, because the adapter holds its head.
     """
     with base_only(loaded) if loaded.has_adapter and not loaded.head_modules else nullcontext():
         yield
 
 
 def save_adapter(loaded: LoadedModel, folder: Path, *, base_name: str) -> None:
-    """Write what the model now holds: a PEFT folder, or with full fine-tuning a plain model folder.
+    """Save the model's current state: a PEFT folder, or a plain model folder if all weights learn.
 
     Args:
-        loaded: The model with the adapter to save already written into it.
+        loaded: The model, which already holds the adapter to save.
         folder: Created; `PeftModel.from_pretrained(base, folder)` reads it.
-        base_name: What the folder calls its base: the recipe's `model.name`, never a path of this
-            machine.
+        base_name: Name of the base in the folder: the recipe's `model.name`, never a local path.
     """
     with quiet_libraries():
         if loaded.has_adapter:
@@ -425,5 +251,5 @@ def save_adapter(loaded: LoadedModel, folder: Path, *, base_name: str) -> None:
         else:
             loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-    # PEFT writes a card full of empty headings; the run's own card stands one level up
+    # PEFT writes a card full of empty headings; the run's own card is one level up
     (folder / "README.md").unlink(missing_ok=True)

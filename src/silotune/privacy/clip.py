@@ -9,6 +9,7 @@ from torch import Tensor
 
 from silotune.core.tree import check_finite, l2_norm
 from silotune.core.types import AdapterState
+from silotune.core.wording import counted
 
 
 def clip_by_global_norm(
@@ -22,10 +23,10 @@ def clip_by_global_norm(
         who: Whose change it is, for the error.
 
     Returns:
-        The scaled copy in float64, in which the bound holds to its rounding; and the norm before.
+        The scaled copy in float64, where the bound holds up to rounding, and the norm before.
 
     Raises:
-        UpdateError: A tensor holds NaN or infinity; the message names it.
+        UpdateError: A tensor contains NaN or infinity; the message names it.
     """
     check_finite(delta, who=who)
     norm = l2_norm(delta)
@@ -38,31 +39,31 @@ def next_clip_norm(clip_norm: float, *, share_within: float, quantile: float, lr
 
     Args:
         clip_norm: C, of this round.
-        share_within: b, the noised share of clients whose norm was at most C. Where more of them
-            fit than wanted, C shrinks.
-        quantile: The share that is wanted.
-        lr: How fast.
+        share_within: b, the noised share of clients whose norm was at most C. If more of them fit
+            than wanted, C shrinks.
+        quantile: The target share.
+        lr: How fast C moves.
     """
     return clip_norm * math.exp(-lr * (share_within - quantile))
 
 
 def split_noise(noise_multiplier: float, *, num_clients: int) -> tuple[float, float]:
-    """Share one release's noise between the change and the count of clients within the norm.
+    """Split one release's noise between the change and the count of clients within the norm.
 
     Returns:
         The noise multiplier of the change, `(z^-2 - (2 s)^-2)^-1/2`, and the standard deviation s
-        of the count, a twentieth of the planned clients. Both together cost what `noise_multiplier`
-        alone does.
+        of the count, a twentieth of the planned clients. Together they cost as much as
+        `noise_multiplier` alone.
 
     Raises:
-        ValueError: So much noise cannot be split: z >= 2 s.
+        ValueError: There is too much noise to split: z >= 2 s.
     """
     std_count = num_clients / 20
     if noise_multiplier == 0:
         return 0.0, 0.0
     if noise_multiplier >= 2 * std_count:
         raise ValueError(
-            f"adaptive clipping with {num_clients} clients a round allows a noise multiplier below "
-            f"{2 * std_count:g}, got {noise_multiplier:g}"
+            f"adaptive clipping with {counted(num_clients, 'client')} per round needs a noise "
+            f"multiplier below {2 * std_count:g}, got {noise_multiplier:g}"
         )
     return (noise_multiplier**-2 - (2 * std_count) ** -2) ** -0.5, std_count

@@ -1,8 +1,8 @@
-"""Where noise comes from: the system's own source, or a seed for tests and paired experiments.
+"""Sources of noise: the operating system, or a seed for tests and paired experiments.
 
 Reference:
     Holohan and Braghin 2021, "Secure Random Sampling in Differential Privacy". arXiv:2107.10138:
-    a sum of several Gaussians hides what a single one's rounding tells (Mironov 2012, "On
+    a sum of several Gaussians hides what the rounding of a single one reveals (Mironov 2012, "On
     Significance of the Least Significant Bits for Differential Privacy").
 """
 
@@ -18,7 +18,7 @@ Noise = Callable[[Sequence[int], float], Tensor]
 """(shape, standard deviation) -> fresh Gaussian noise, float64."""
 
 NUM_SUMMED = 4
-"""Gaussians in a number: to take one apart by its rounding, all four have to be guessed."""
+"""Gaussians summed for each number: an attack on the rounding has to guess all four."""
 
 
 def secure_noise(shape: Sequence[int], std: float) -> Tensor:
@@ -31,7 +31,7 @@ def secure_noise(shape: Sequence[int], std: float) -> Tensor:
 
 
 def secure_uniform(count: int) -> Tensor:
-    """Numbers in (0, 1) from the same source, float64: what nobody can foresee."""
+    """Numbers in (0, 1) from the same source, float64, which nobody can predict."""
     return torch.as_tensor(_uniform(count))
 
 
@@ -41,7 +41,7 @@ def _uniform(count: int) -> np.ndarray:
 
 
 def _box_muller(count: int) -> np.ndarray:
-    """Standard Gaussians of uniform ones with 53 bits (Box and Muller 1958)."""
+    """Standard Gaussians from uniform numbers with 53 bits (Box and Muller 1958)."""
     pairs = (count + 1) // 2
     uniform = _uniform(2 * pairs)
     radius = np.sqrt(-2.0 * np.log(uniform[:pairs]))

@@ -1,13 +1,13 @@
-"""Record-level privacy: at each client, every row's gradient is clipped, and their sum is noised.
+"""Record-level privacy: each client clips every row's gradient and adds noise to their sum.
 
-Unit: one row of one client. Adversary: whoever sees what the client sends, the server included;
-not who can look into the client. Neighbours: the client's rows with one row added or removed.
-Assumes that nobody learns which rows a step took: each row is drawn by itself (Poisson), at the
-client. A step's sum is divided by the expected number of rows, never by the drawn one. How many
-rows the client has is taken as known.
+Unit: one row of one client. Adversary: anyone who sees what the client sends, including the server,
+but not anyone with access to the client itself. Neighbours: the client's rows with one row added or
+removed. Assumes that nobody learns which rows a step used: each row is drawn independently
+(Poisson), at the client. A step's sum is divided by the expected number of rows, never by the drawn
+number. The client's number of rows is assumed to be known.
 
-Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1. arXiv:1607.00133. The
-gradients of single rows are Opacus' (Yousefpour et al. 2021, arXiv:2109.12298).
+Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1. arXiv:1607.00133. Opacus
+computes the gradients of single rows (Yousefpour et al. 2021, arXiv:2109.12298).
 """
 
 import warnings
@@ -23,7 +23,7 @@ from silotune.core.errors import ConfigError, ModelError
 from silotune.privacy.noise import Noise
 
 Uniform = Callable[[int], Tensor]
-"""count -> so many numbers in [0, 1), float64."""
+"""count -> that many numbers in [0, 1), float64."""
 
 
 def draw_lots(
@@ -35,7 +35,8 @@ def draw_lots(
         num_examples: Rows of the client.
         sampling_rate: The probability, in (0, 1].
         num_lots: Steps.
-        uniform: Where chance comes from; who can foresee it gets no gain by sampling.
+        uniform: Source of randomness; sampling amplifies nothing against someone who can predict
+            it.
 
     Returns:
         The rows of every step.
@@ -45,13 +46,13 @@ def draw_lots(
 
 
 class RowGuard:
-    """One training's sums of clipped row gradients. Lives for one call of `train`.
+    """The sums of clipped row gradients during one call of `train`.
 
     Args:
-        clip_norm: Bound on the L2 norm of a row's gradient over all tensors that learn together.
+        clip_norm: Bound on the L2 norm of a row's gradient over all trained tensors together.
         noise_multiplier: Standard deviation of the noise on a step's sum, in units of clip_norm.
-        lot_size: The number of rows that a step is expected to take; what sums are divided by.
-        noise: Where the noise comes from.
+        lot_size: Expected number of rows of a step; sums are divided by it.
+        noise: Source of the noise.
     """
 
     def __init__(
@@ -65,11 +66,11 @@ class RowGuard:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Generator[None]:
-        """Inside, a backward pass leaves every row's own gradient at each tensor that learns.
+        """Inside, a backward pass stores every row's gradient at each trained tensor.
 
         Raises:
             ConfigError: Opacus is not installed.
-            ModelError: Opacus cannot tell rows apart in this model.
+            ModelError: Opacus cannot compute gradients of single rows in this model.
         """
         try:
             library: Any = import_module("opacus.grad_sample")
@@ -82,14 +83,14 @@ class RowGuard:
             own = any(p.requires_grad for p in module.parameters(recurse=False))
             if own and type(module) not in library.GradSampleHooks.GRAD_SAMPLERS:
                 raise ModelError(
-                    f"privacy.unit = 'record': {type(module).__name__} holds tensors that learn, "
-                    "and Opacus cannot give their gradient for a single row.\n"
+                    f"privacy.unit = 'record': {type(module).__name__} has trained tensors, and "
+                    "Opacus cannot compute their gradient for a single row.\n"
                     "  Use adapter.kind = 'lora' without dora, on linear layers."
                 )
         hooks = library.GradSampleHooks(model, batch_first=True, loss_reduction="sum")
         try:
             with warnings.catch_warnings():
-                # opacus 1.6 asks for hooks on the lowest adapter too, whose input is frozen
+                # opacus 1.6 also puts hooks on the lowest adapter, whose input is frozen
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 yield
         finally:
@@ -100,55 +101,55 @@ class RowGuard:
 
         Args:
             row_losses: One loss for each row, (batch,), with a graph.
-            learning: The tensors that learn; their `grad` is left empty.
+            learning: The trained tensors; their `grad` is left empty.
         """
         torch.autograd.backward(row_losses.sum())
         rows = {name: _row_gradients(name, p) for name, p in learning.items()}
         found = {name: own for name, own in rows.items() if own is not None}
         norms = row_norms(found.values())
-        # a row that overflows counts for nothing, so that the sum of the others stays as it is
+        # a row that overflows contributes nothing, so the sum of the others is unaffected
         usable = torch.isfinite(norms)
         factors = torch.where(usable, (self.clip_norm / norms.clamp(min=1e-300)).clamp(max=1), 0)
         all_usable = bool(usable.all())
         for name, own in found.items():
-            whole = own if all_usable else torch.where(_beside(usable, own), own, 0)
+            whole = own if all_usable else torch.where(_like_rows(usable, own), own, 0)
             clipped = torch.einsum("n,n...->...", factors.to(own.dtype), whole)
             self._sums[name] = self._sums[name] + clipped if name in self._sums else clipped
 
     def release(self, learning: Mapping[str, nn.Parameter]) -> None:
-        """End a step: the noised sum by the expected rows becomes the gradient of every tensor."""
+        """End a step: each tensor's gradient becomes the noised sum over the expected rows."""
         for name, p in learning.items():
             noise = self.noise(p.shape, self.noise_multiplier * self.clip_norm)
             total = noise.to(p.device)
-            if name in self._sums:  # else the lot was empty, which must not show
+            if name in self._sums:  # otherwise the lot was empty, which must not show
                 total = total + self._sums[name].double()
             p.grad = (total / self.lot_size).to(p.dtype)
         self._sums = {}
 
 
 def _row_gradients(name: str, p: nn.Parameter) -> Tensor | None:
-    """The gradient of every row, (batch, *shape), taken from the tensor; None if it has no part."""
+    """The gradient of every row, (batch, *shape), taken off the tensor; None if it has none."""
     own: Tensor | None = getattr(p, "grad_sample", None)
     whole, p.grad = p.grad, None
     if own is None and whole is not None:
         raise ModelError(
             f"privacy.unit = 'record': '{name}' has a gradient, but not for single rows.\n"
-            "  Switch model.gradient_checkpointing off, or use another kind of adapter."
+            "  Turn off model.gradient_checkpointing, or use another kind of adapter."
         )
     cast(Any, p).grad_sample = None
     return own
 
 
-def _beside(rows: Tensor, own: Tensor) -> Tensor:
-    """(batch,) as (batch, 1, ...), to stand beside gradients of rows."""
-    return rows.reshape(-1, *(1 for _ in own.shape[1:]))
+def _like_rows(values: Tensor, own: Tensor) -> Tensor:
+    """Reshape (batch,) to (batch, 1, ...), to broadcast over the gradients of rows."""
+    return values.reshape(-1, *(1 for _ in own.shape[1:]))
 
 
 def row_norms(gradients: Iterable[Tensor]) -> Tensor:
     """The L2 norm of every row's gradient over all tensors together, (batch,), float64.
 
     Args:
-        gradients: Of every tensor, (batch, *shape).
+        gradients: One per tensor, (batch, *shape).
     """
     squares = [own.flatten(1).square().sum(1, dtype=torch.float64) for own in gradients]
     return torch.stack(squares).sum(0).sqrt()

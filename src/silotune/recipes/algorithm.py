@@ -12,52 +12,52 @@ from silotune.core.algorithm import Algorithm
 
 
 def _named(name: str, cfg: type[AlgorithmConfig]) -> type[AlgorithmConfig]:
-    """An algorithm's own config with the key that chooses it in a recipe."""
+    """An algorithm's config, plus the key that selects it in a recipe."""
     field: Any = (Literal[name], Field(name, description="Which algorithm; see docs/papers.md."))
     return create_model(cfg.__name__, __base__=cfg, __doc__=cfg.__doc__, name=field)
 
 
 FLOWER = "flower:<module>.<Class>"
-"""Stands for the names of all Flower strategies, in messages and documents too."""
-FLOWER_EXAMPLE = "A strategy is named as in flower:flwr.serverapp.strategy.FedYogi."
+"""Placeholder for the names of all Flower strategies, also in messages and documents."""
+FLOWER_EXAMPLE = "Name a strategy like this: flower:flwr.serverapp.strategy.FedYogi."
 FLOWER_NAME = r"flower:[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 NOT_OPTIONS = {
-    "fraction_train": "[sampling] rules who takes part",
-    "min_train_nodes": "[sampling] rules who takes part",
-    "min_available_nodes": "[sampling] rules who takes part",
-    "fraction_evaluate": "[evaluate] rules who scores",
-    "min_evaluate_nodes": "[evaluate] rules who scores",
-    "weighted_by_key": "algorithm.weights rules how clients are weighted",
+    "fraction_train": "[sampling] decides which clients take part",
+    "min_train_nodes": "[sampling] decides which clients take part",
+    "min_available_nodes": "[sampling] decides which clients take part",
+    "fraction_evaluate": "[evaluate] decides which clients score",
+    "min_evaluate_nodes": "[evaluate] decides which clients score",
+    "weighted_by_key": "algorithm.weights decides how clients are weighted",
 }
-"""Arguments of Flower's strategies that other keys of a recipe stand for."""
+"""Arguments of Flower's strategies that other recipe keys replace."""
 
 
 class FlowerStrategyConfig(AlgorithmConfig):
-    """Settings of a Flower strategy, as in flower:flwr.serverapp.strategy.FedYogi.
+    """Settings of a Flower strategy, for example flower:flwr.serverapp.strategy.FedYogi.
 
-    The class is imported where the server runs, never at a client. Needs the extra flower.
+    The class is imported on the server, never at a client. Needs the extra flower.
     """
 
     name: str = Field(pattern=f"^{FLOWER_NAME}$")
-    """The path of the strategy's class: any module that Python finds, Flower's or your own."""
+    """Path of the strategy's class in any importable module, Flower's or your own."""
     options: dict[str, bool | int | float | str] = Field(default={})
-    """Arguments of the class by their own names, as in options.eta = 0.01."""
+    """Arguments of the class by name, for example options.eta = 0.01."""
 
     @field_validator("options", mode="before")
     @classmethod
     def _only_options(cls, given: Any) -> Any:
         for key, value in cast(dict[str, Any], given).items() if isinstance(given, dict) else ():
             if key in NOT_OPTIONS:
-                raise ValueError(f"'{key}' is no option: {NOT_OPTIONS[key]}")
+                raise ValueError(f"'{key}' is not an option: {NOT_OPTIONS[key]}")
             if not isinstance(value, (int, float, str)):  # true and false are integers in Python
-                raise ValueError(f"'{key}' should be a number, a text, true or false")
+                raise ValueError(f"'{key}' should be a number, a string, true or false")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"'{key}' should be a finite number")
         return cast(Any, given)
 
 
 def chosen_algorithm(section: Any) -> str:
-    """The algorithm that an [algorithm] table, or a config object, names; one for all of Flower."""
+    """The algorithm that an [algorithm] table or config names; FLOWER for all of Flower's."""
     if isinstance(section, dict):
         name = str(cast(dict[str, Any], section).get("name", "fedavg"))
     else:
@@ -78,5 +78,5 @@ else:
 
 
 def build_algorithm(cfg: AlgorithmConfig) -> Algorithm:
-    """One of our own algorithms; runtime.flower_strategy.algorithm_of builds Flower's too."""
+    """Build one of our own algorithms; runtime/flower/strategy.py builds Flower's too."""
     return ALGORITHMS[chosen_algorithm(cfg)][1](cfg)

@@ -1,9 +1,9 @@
-"""The recipes of a comparison's federated arms: the recipe itself, and what differs from it.
+"""The recipes of a comparison's federated arms: the recipe itself, and variations of it.
 
-A value of "none" takes a key out, as on the command line.
+A value of "none" removes a key, as on the command line.
 
-Every arm trains on the same rows from the same base, so an arm may change how is trained and what
-is sent, and nothing that decides on rows or tokens.
+Every arm trains on the same rows from the same base, so an arm may change how training works and
+what is sent, but nothing that determines rows or tokens.
 """
 
 import tomllib
@@ -21,13 +21,13 @@ SHARED = {
     "train": ("max_length",),
     "server": ("data_fraction", "data_path"),
 }
-"""Keys of these that decide on rows or tokens."""
+"""Keys of these sections that determine rows or tokens."""
 OWN = "federated"
-"""The recipe as it stands."""
+"""The recipe itself, unchanged."""
 
 
 def federated_arms(run: RunConfig) -> dict[str, RunConfig]:
-    """Name -> recipe of every federated arm; the recipe's own comes first.
+    """Name -> recipe of every federated arm; the recipe itself comes first.
 
     Raises:
         ConfigError: An arm changes what all arms share, or its recipe has mistakes.
@@ -45,9 +45,9 @@ def federated_arms(run: RunConfig) -> dict[str, RunConfig]:
         recipe = _changed(own, label, changes)
         same = next((other for other, known in arms.items() if known == recipe), None)
         if name in arms or same is not None:
-            what = f"is called like the arm '{name}'" if name in arms else f"is the arm '{same}'"
+            what = f"has the same name as '{name}'" if name in arms else f"is the same as '{same}'"
             raise ConfigError(
-                f"compare.arms.{label}: {what} again.\n  Call it otherwise, or take it out."
+                f"compare.arms.{label}: {what}.\n  Rename, change or remove this arm."
             )
         arms[name] = recipe
     return arms
@@ -59,30 +59,30 @@ def _changed(run: RunConfig, label: str, changes: Mapping[str, Any]) -> RunConfi
     for section, keys in changes.items():
         if section not in FREE:
             raise ConfigError(
-                f"{where}: '{section}' is no section that an arm may change.\n"
-                f"  These are: {', '.join(FREE)}."
+                f"{where}: '{section}' is not a section that an arm may change.\n"
+                f"  An arm may change {', '.join(FREE)}."
             )
         if not isinstance(keys, Mapping):
             raise ConfigError(
                 f"{where}: '{section}' is a section.\n"
-                f"  Set single keys of it, as in {section} = {{ lr = 1e-3 }}."
+                f"  Set individual keys in it, for example {section} = {{ lr = 1e-3 }}."
             )
         given = cast(Mapping[str, Any], keys)
         for key in given:
             if key in SHARED.get(section, ()):
                 raise ConfigError(
-                    f"{where}: {section}.{key} decides on the rows, which all arms share.\n"
+                    f"{where}: {section}.{key} determines the rows, which all arms share.\n"
                     "  Set it in the recipe itself, or compare two recipes."
                 )
         before = cast(Mapping[str, Any], table.get(section, {}))
-        # another algorithm has other keys: it begins with its own defaults
+        # another algorithm has other keys: it starts from its own defaults
         other = section == "algorithm" and given.get("name", before["name"]) != before["name"]
         merged: dict[str, Any] = {**({} if other else before), **given}
         table[section] = {key: value for key, value in merged.items() if value != "none"}
     changed = parse(table, name=where)
     if ("no-end-token" in changed.train.compat) != ("no-end-token" in run.train.compat):
         raise ConfigError(
-            f"{where}: train.compat = 'no-end-token' decides on the tokens, which all arms share.\n"
+            f"{where}: train.compat = 'no-end-token' determines the tokens, which all arms share.\n"
             "  Set it in the recipe itself, or compare two recipes."
         )
     return changed

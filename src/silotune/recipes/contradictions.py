@@ -1,4 +1,4 @@
-"""What a recipe says twice and differently: pairs of keys that no single section can judge."""
+"""Contradictions in a recipe: pairs of keys that no single section can check."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,15 @@ from silotune.recipes.schema import RunConfig
 
 
 def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every pair (key, why it cannot be) that no single section can see."""
+    """Every contradiction that no single section can see, as (key, reason)."""
     if run.checkpoint.keep == "best" and run.evaluate.every == 0:
         yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
     yield from run.runtime.contradictions()
     if run.plan.measure and run.runtime.name == "flower":
         yield (
             "plan.measure",
-            "cannot be used with runtime.name = 'flower': the server has no rows to take a "
-            "step on, and the clients' machines are not its own",
+            "cannot be used with runtime.name = 'flower': the server has no rows to measure a "
+            "step on, and clients run on other machines",
         )
     yield from _of_the_task(run)
     yield from _of_the_server(run)
@@ -28,61 +28,69 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield "train.compat", f"'no-end-token' needs data.template to be one of: {own}"
     arms = [run.algorithm, *run.compare.algorithms]
     if any(arm in arms[:i] for i, arm in enumerate(arms)):
-        yield "compare.algorithms", "names an algorithm twice, or the recipe's own again"
+        yield "compare.algorithms", "names an algorithm twice, or repeats the recipe's own"
     yield from _of_the_adapter(run)
     yield from _of_privacy(run)
 
 
 def _of_privacy(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """What would make [privacy] mean less than it says."""
+    """Settings that would weaken what [privacy] says."""
     cfg, own = run.privacy, type(run.privacy).model_fields
     if cfg.unit == "none":
         given = [key for key in own if getattr(cfg, key) != own[key].default]
         yield from (
-            (f"privacy.{key}", 'has an effect with unit = "client" or "record" only')
+            (f"privacy.{key}", 'only has an effect with unit = "client" or "record"')
             for key in given
         )
         return
     if (cfg.noise_multiplier is None) == (cfg.target_epsilon is None):
-        yield "privacy.noise_multiplier", "or target_epsilon: give one of both"
+        yield "privacy.noise_multiplier", "give either noise_multiplier or target_epsilon"
     if cfg.delta is None:
-        yield "privacy.delta", f"is missing: give one well below 1 by the number of {cfg.unit}s"
+        yield (
+            "privacy.delta",
+            f"is missing: it should be well below 1 divided by the number of {cfg.unit}s",
+        )
     if cfg.clipping == "fixed":
         adaptive = [k for k in ("quantile", "clip_lr") if getattr(cfg, k) != own[k].default]
-        yield from ((f"privacy.{k}", 'has an effect with clipping = "adaptive"') for k in adaptive)
+        yield from (
+            (f"privacy.{k}", 'only has an effect with clipping = "adaptive"') for k in adaptive
+        )
     if run.checkpoint.keep == "best":
-        yield "checkpoint.keep", "'best' chooses by held-out losses, which have no noise"
+        yield "checkpoint.keep", "'best' selects by held-out losses, which have no noise"
     if run.runtime.name == "flower":
         if run.evaluate.every > 0:
             yield (
                 "evaluate.every",
-                "with [privacy] and runtime.name = 'flower' must be 0: real clients keep their "
-                "losses, which have no noise",
+                "must be 0 with [privacy] and runtime.name = 'flower': real clients keep their "
+                "losses to themselves, because losses have no noise",
             )
         if cfg.noise == "seeded":
             yield (
                 "privacy.noise",
-                "'seeded' is for simulations: real clients would be protected by nothing",
+                "'seeded' is for simulations: it would not protect real clients",
             )
     if cfg.unit == "record":
         yield from _of_records(run)
     if cfg.is_at_client:
-        yield from _of_own_noise(run)
+        yield from _of_noise_at_the_client(run)
     else:
         yield from _of_noise_at_the_server(run)
 
 
 def _of_records(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """What would make the protection of rows mean less, or cannot give a row's gradient."""
+    """Settings that would weaken the protection of rows, or give no gradients for single rows."""
     if run.privacy.noise_at != "server":
-        yield "privacy.noise_at", 'has an effect with unit = "client" only: rows always have it'
+        yield (
+            "privacy.noise_at",
+            'only has an effect with unit = "client": the noise for rows is always at the client',
+        )
     if run.train.packing:
         yield (
             "train.packing",
-            "puts rows into one, and privacy.unit = 'record' has to tell them apart",
+            "merges rows, but privacy.unit = 'record' needs the gradient of each row",
         )
     if "same-samples" in run.train.compat:
-        yield "train.compat", "'same-samples' would end the secret draw of rows"
+        yield "train.compat", "'same-samples' rules out a secret draw of rows"
     if run.model.gradient_checkpointing:
         yield (
             "model.gradient_checkpointing",
@@ -92,49 +100,49 @@ def _of_records(run: RunConfig) -> Iterator[tuple[str, str]]:
         kind = "dora" if run.adapter.kind == "lora" else f"kind = '{run.adapter.kind}'"
         yield (
             "adapter.kind",
-            f"with privacy.unit = 'record' must be 'lora' without dora: {kind} gives no "
-            "gradients of single rows",
+            f"must be 'lora' without dora for privacy.unit = 'record': {kind} gives no "
+            "gradients for single rows",
         )
 
 
-def _of_own_noise(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """What only a server that adds the noise can do."""
+def _of_noise_at_the_client(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Settings that only work if the server adds the noise."""
     if run.privacy.clipping == "adaptive":
         yield (
             "privacy.clipping",
-            "'adaptive' has an effect with noise at the server only, which knows the norms",
+            "'adaptive' only works with noise at the server, which knows the norms",
         )
 
 
 def _of_noise_at_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """What would make the protection of clients mean less."""
+    """Settings that would weaken the protection of clients, or need noise at the client."""
     if run.privacy.max_participations is not None:
-        yield "privacy.max_participations", "has an effect with noise at the client only"
+        yield "privacy.max_participations", "only has an effect with noise at the client"
     arms = {"algorithm": run.algorithm}
     arms |= {f"compare.algorithms.{i}": arm for i, arm in enumerate(run.compare.algorithms)}
     for where, arm in arms.items():
         if isinstance(arm, FlowerStrategyConfig):
-            yield where, "a Flower strategy cannot be private here: what it releases is unknown"
+            yield where, "a Flower strategy cannot be made private: what it releases is unknown"
         elif arm.weights != "uniform":
             yield (
                 f"{where}.weights",
-                "with [privacy] must be 'uniform': a weight by rows would let a large client "
+                "must be 'uniform' with [privacy]: weighting by rows would let a large client "
                 "move the mean by more than the noise covers",
             )
 
 
 def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """What cannot be trained on such a base, or for such a task."""
+    """Adapters that cannot be trained on this base, or for this task."""
     kind, model = run.adapter.kind, run.model
     if kind == "full" and model.dtype in ("float16", "bfloat16"):
         yield (
             "model.dtype",
-            f"'{model.dtype}' cannot hold the small steps of full training; use float32",
+            f"'{model.dtype}' cannot represent the small steps of full training; use float32",
         )
     if kind == "full" and model.quantization != "none":
         yield (
             "model.quantization",
-            "and adapter.kind = 'full' exclude each other: quantised weights cannot learn",
+            "cannot be used with adapter.kind = 'full': quantised weights cannot be trained",
         )
     arms = (run.algorithm, *run.compare.algorithms)
     for name in dict.fromkeys(chosen_algorithm(arm) for arm in arms if arm.needs_lora):
@@ -142,10 +150,10 @@ def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
             why = f"with algorithm '{name}', which works on LoRA's two factors; use lora"
             yield "adapter.kind", f"'{kind}' cannot be used {why}"
         elif run.adapter.dora:
-            why = "what DoRA makes of the factors is not linear in them, so means are not exact"
+            why = "DoRA is not linear in the two factors, so means are not exact"
             yield "adapter.dora", f"cannot be used with algorithm '{name}': {why}"
     if kind in PROMPT_KINDS and run.task == "classify":
-        yield "adapter.kind", f"'{kind}' works with task = \"instruct\" only"
+        yield "adapter.kind", f"'{kind}' only works with task = \"instruct\""
     if kind in PROMPT_KINDS and run.server.work == "distill":
         yield "adapter.kind", f"'{kind}' cannot learn from a teacher; use lora, ia3 or full"
     if kind in PROMPT_KINDS and run.train.packing:
@@ -153,12 +161,12 @@ def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
     if kind == "prefix" and model.gradient_checkpointing:
         yield (
             "model.gradient_checkpointing",
-            "cannot be used with adapter.kind = 'prefix', which needs the cache it drops",
+            "cannot be used with adapter.kind = 'prefix', which needs the cache that it drops",
         )
 
 
 def _of_the_task(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Keys that only one of the tasks knows."""
+    """Keys that only one of the tasks uses."""
     other = {
         "instruct": (
             ("adapter", "head"),
@@ -179,24 +187,24 @@ def _of_the_task(run: RunConfig) -> Iterator[tuple[str, str]]:
         part: BaseModel = getattr(run, section)
         if getattr(part, key) != type(part).model_fields[key].default:
             its = next(task for task in other if task != run.task)
-            yield f"{section}.{key}", f'has an effect with task = "{its}" only'
+            yield f"{section}.{key}", f'only has an effect with task = "{its}"'
 
 
 def _of_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
     """What the server needs for its own training."""
     server, distill = run.server, run.distill
     if server.data_path is not None and server.data_fraction > 0:
-        yield "server.data_path", "and data_fraction exclude each other; give one"
+        yield "server.data_path", "cannot be used with data_fraction; give one of them"
     if server.data_path is not None and server.data_path in (
         run.data.path,
         run.data.eval_path,
     ):
-        yield "server.data_path", "names the clients' rows; the server's have to be its own"
+        yield "server.data_path", "names the clients' rows; the server needs its own"
     has_rows = server.data_path is not None or server.data_fraction > 0
     if server.work != "none" and not has_rows:
         yield (
             "server.work",
-            f"'{server.work}' needs rows of the server's own: set server.data_fraction or "
+            f"'{server.work}' needs rows at the server: set server.data_fraction or "
             "server.data_path",
         )
     if server.work == "distill" and distill.teacher is None:

@@ -13,7 +13,7 @@ from silotune.core.wording import did_you_mean
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig
+from silotune.models.base import ModelConfig
 from silotune.privacy.base import PrivacyConfig
 from silotune.recipes.algorithm import (
     ALGORITHM_CONFIGS,
@@ -52,7 +52,7 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
     Args:
         where: The key, from `where` in parse.py.
         item: The error as pydantic reports it.
-        table: The whole recipe, which says what algorithm was chosen.
+        table: The entire recipe, which says which algorithm was chosen.
     """
     key = ".".join(where)
     match item["type"]:
@@ -61,7 +61,9 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
             others = [n for n, cfg in ALGORITHM_CONFIGS.items() if where[-1] in cfg.model_fields]
             if where[0] == "algorithm" and chosen == FLOWER:
                 near = did_you_mean(where[-1], FlowerStrategyConfig.model_fields)
-                return f"{key}: unknown key.{near} The strategy's are in algorithm.options."
+                return (
+                    f"{key}: unknown key.{near} Put the strategy's arguments in algorithm.options."
+                )
             if where[0] == "algorithm" and others:
                 return f"{key}: is a key of {', '.join(others)}, not of {chosen}."
             near = nearest_key(key, chosen)
@@ -81,9 +83,9 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
         case "string_pattern_mismatch":
             return f"{key}: is not the path of a class. {FLOWER_EXAMPLE}"
         case "model_type" | "dict_type":
-            return f"{key}: is a section; set single keys of it, as in {key}.key = value."
+            return f"{key}: is a section; set individual keys in it, for example {key}.key = value."
         case "tuple_type":
-            return f"{key}: should be a list, for instance {LISTS.get(key, LISTS[''])}."
+            return f"{key}: should be a list, for example {LISTS.get(key, LISTS[''])}."
         case "value_error":
             return f"{key}: {item['ctx']['error']}."
         case _:
@@ -93,7 +95,7 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
 
 
 def nearest_key(key: str, algorithm: str) -> str | None:
-    """The known key that a mistyped one most likely means; a dotted one for a dotted one."""
+    """The known key that a mistyped one most likely means; dotted if the mistyped one is."""
     keys, last = list(known_keys(algorithm)), key.rsplit(".", 1)[-1]
     if elsewhere := [k for k in keys if k.rsplit(".", 1)[-1] == last]:  # in the wrong section
         return difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)[0]
@@ -106,14 +108,14 @@ def nearest_key(key: str, algorithm: str) -> str | None:
 
 
 def known_keys(algorithm: str = "fedavg") -> Iterator[str]:
-    """Every key that a recipe with this algorithm may hold, dotted."""
+    """Every key that a recipe with this algorithm may have, dotted."""
     for name, cls in sections(algorithm).items():
         yield from (f"{name}.{key}" for key in cls.model_fields)
     yield from ("seed", "rounds", "task", "track", *sections(algorithm))
 
 
 def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
-    """The tables of a recipe and the models that describe them."""
+    """The tables of a recipe and the models that describe them, in the order of docs/recipe.md."""
     return {
         "model": ModelConfig,
         "adapter": AdapterConfig,

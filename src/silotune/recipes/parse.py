@@ -1,4 +1,4 @@
-"""A recipe is read: TOML and overrides in, a checked RunConfig out; and back to TOML."""
+"""Read a recipe: TOML and overrides in, a checked RunConfig out; and back to TOML."""
 
 import re
 import tomllib
@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from silotune.core.errors import ConfigError
-from silotune.core.wording import did_you_mean
+from silotune.core.wording import counted, did_you_mean
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS, chosen_algorithm
 from silotune.recipes.contradictions import contradictions
 from silotune.recipes.mistakes import explain, nearest_key
@@ -30,11 +30,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         recipe: A shipped name, or the path of a TOML file.
-        overrides: Dotted keys, for instance "train.lr=5e-4". A value is read as TOML, and as text
-            where it is none; `none` takes a key out.
+        overrides: Dotted keys, for example "train.lr=5e-4". A value is read as TOML, or as text if
+            it is not valid TOML; `none` removes a key.
 
     Raises:
-        ConfigError: All mistakes together, each with its key and its mend.
+        ConfigError: All mistakes together, each with its key and a fix.
     """
     path = _find(recipe)
     try:
@@ -42,7 +42,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: not valid TOML: {error}.\n"
-            '  Mend the line. A recipe holds lines such as: rounds = 3, or data.path = "rows.csv".'
+            '  Fix the line. A recipe has lines such as rounds = 3 or data.path = "rows.csv".'
         ) from error
     problems: list[str] = []
     for override in overrides:
@@ -53,11 +53,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def with_overrides(run: RunConfig, overrides: Sequence[str], *, name: str = "recipe") -> RunConfig:
-    """A recipe with other values at some keys, checked like one that is read.
+    """A recipe with some keys changed, checked like one that is read from a file.
 
     Args:
         run: The recipe.
-        overrides: As in `load_recipe`. Another algorithm begins with its own defaults.
+        overrides: As in `load_recipe`. Another algorithm starts from its own defaults.
         name: What an error calls the recipe.
 
     Raises:
@@ -80,10 +80,10 @@ def _find(recipe: str | Path) -> Path:
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
-    beside = sorted(p.name for p in path.parent.glob("*.toml"))
-    near = did_you_mean(path.name, [*shipped, *beside])
+    nearby = sorted(p.name for p in path.parent.glob("*.toml"))
+    near = did_you_mean(path.name, [*shipped, *nearby])
     raise ConfigError(
-        f"recipe '{recipe}': no such file and no shipped recipe.{near}\n"
+        f"recipe '{recipe}': no such file or shipped recipe.{near}\n"
         f"  Give the path of a TOML file, or a shipped name: {', '.join(shipped)}."
     )
 
@@ -92,7 +92,7 @@ def _apply(table: dict[str, Any], override: str) -> str | None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not all(part.strip() for part in key.split(".")):
-        return f"override '{override}': write key=value, for instance train.lr=5e-4"
+        return f"override '{override}': write key=value, for example train.lr=5e-4"
     *sections, last = key.split(".")
     here = table
     for section in sections:
@@ -117,14 +117,14 @@ def _value(text: str) -> Any:
 def parse(
     table: Mapping[str, Any], *, name: str = "recipe", problems: Sequence[str] = ()
 ) -> RunConfig:
-    """Check a recipe's table. `problems` found before are reported with the others.
+    """Check a recipe's table. `problems` found earlier are reported with the others.
 
     Raises:
         ConfigError: All mistakes together.
     """
     found, bad, rest = list(problems), set[tuple[str, ...]](), _copy(table)
-    # What is wrong is taken out and the rest is read again: a wrong type in a section would
-    # otherwise hide the contradictions of that section, and those of the whole recipe.
+    # Whatever is wrong is removed and the rest is read again. Otherwise a wrong type in a section
+    # would hide the contradictions in that section and across the recipe.
     while True:
         before = _copy(rest)
         try:
@@ -136,18 +136,18 @@ def parse(
                 if not _follows_from(item, where, bad):
                     found.append(explain(where, item, table))
                 bad |= {where, _meant(where, item, table)}
-                _take_out(rest, where)
-            assert rest != before, "a required field has no stand-in"
+                _remove(rest, where)
+            assert rest != before, "a required field has no placeholder"
     keys = {".".join(where) for where in bad}
     found += [f"{key}: {why}" for key, why in contradictions(config) if key not in keys]
     if found:
-        count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
-        raise ConfigError("\n  ".join([f"{count} in recipe '{name}':", *found]))
+        head = f"{counted(len(found), 'mistake')} in recipe '{name}':"
+        raise ConfigError("\n  ".join([head, *found]))
     return config
 
 
 def _meant(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> tuple[str, ...]:
-    """The key that a misspelt one most likely stands for; it is missing, so it is suspect too."""
+    """The key that a misspelt one was probably meant to be; it is missing, so it is suspect too."""
     if item["type"] != "extra_forbidden":
         return where
     near = nearest_key(".".join(where), chosen_algorithm(table.get("algorithm", {})))
@@ -155,36 +155,36 @@ def _meant(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> tuple
 
 
 def _follows_from(item: Any, where: tuple[str, ...], bad: Collection[tuple[str, ...]]) -> bool:
-    """Whether a mistake only shows because another key was taken out before."""
+    """Whether a mistake only appears because another key was removed before."""
     names = {key[-1] for key in bad if key[:-1] == where}
     return item["type"] == "value_error" and any(
         re.search(rf"\b{name}\b", str(item["ctx"]["error"])) for name in names
     )
 
 
-STAND_INS: dict[tuple[str, ...], Any] = {
+PLACEHOLDERS: dict[tuple[str, ...], Any] = {
     ("rounds",): 1,
     ("data",): {"path": "medquad_mini"},
     ("data", "path"): "medquad_mini",
 }
-"""What a recipe must have, where reading has to go on without it."""
+"""Values for required keys that are missing or wrong, so that reading can continue."""
 
 
-def _take_out(table: dict[str, Any], where: tuple[str, ...]) -> None:
-    """Remove a key, or the list that a wrong item stands in; put in what a recipe must have."""
+def _remove(table: dict[str, Any], where: tuple[str, ...]) -> None:
+    """Remove a key, or the list that contains a wrong item; fill in placeholders."""
     here = table
     for depth, part in enumerate(where, start=1):
         inner = here.get(part)
         if depth == len(where) or not isinstance(inner, dict):
             here.pop(part, None)
-            if where[:depth] in STAND_INS:
-                here[part] = deepcopy(STAND_INS[where[:depth]])
+            if where[:depth] in PLACEHOLDERS:
+                here[part] = deepcopy(PLACEHOLDERS[where[:depth]])
             return
         here = cast(dict[str, Any], inner)
 
 
 def _where(loc: Sequence[int | str]) -> tuple[str, ...]:
-    """A pydantic location as a recipe's key: without the tag of a chosen algorithm."""
+    """A pydantic location as a recipe's key, without the tag of a chosen algorithm."""
     parts = [str(part) for part in loc]
     tag = {"algorithm": 1, "compare": 3}.get(parts[0])  # compare.algorithms.0.<tag>
     if tag is not None and len(parts) > tag and parts[tag] in ALGORITHM_CONFIGS:
@@ -200,5 +200,5 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_toml(run: RunConfig) -> str:
-    """The resolved recipe: every value spelt out; `parse` of it gives an equal RunConfig."""
+    """The resolved recipe with every value spelt out; `parse` turns it into an equal RunConfig."""
     return tomli_w.dumps(run.model_dump(mode="json", exclude_none=True, serialize_as_any=True))

@@ -1,20 +1,18 @@
-"""The recipe: RunConfig, gathered from the configs of the parts; TOML in and out.
+"""The recipe: RunConfig, assembled from the configs of the parts.
 
-A field is the only home of its default, its help text and its range. This file loads no model and
+A field is the only place for its default, its help text and its range. This file loads no model and
 no data.
 """
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from silotune.core.types import Config
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig
+from silotune.models.base import ModelConfig
 from silotune.privacy.base import PrivacyConfig
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS, AnyAlgorithmConfig
 from silotune.recipes.sections import (
@@ -37,14 +35,14 @@ class RunConfig(Config):
     """A recipe: everything that decides what a run computes."""
 
     seed: int = Field(default=17, ge=0)
-    """Every random draw of a run derives from it, by name."""
+    """Every random draw of a run is derived from it, by name."""
     rounds: int = Field(ge=1)
     """Rounds of training and aggregation."""
     task: Literal["instruct", "classify"] = "instruct"
-    """instruct: answer as the rows do. classify: give a text one of several labels."""
+    """instruct: answer like the rows do. classify: assign one of several labels to a text."""
     track: TrackName | None = None
-    """Keep to the rules of this track of the FlowerTune LLM leaderboard: its data set, its number
-    of clients, its ceiling for communication."""
+    """Follow the rules of this track of the FlowerTune LLM leaderboard: its data set, its number of
+    clients, its limit for communication."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig

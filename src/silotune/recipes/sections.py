@@ -1,4 +1,4 @@
-"""Sections of a recipe whose parts are above the recipe."""
+"""Sections of a recipe that configure parts of higher rank than the recipe."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,39 +11,39 @@ from silotune.recipes.algorithm import AnyAlgorithmConfig
 
 
 class BudgetConfig(Config):
-    """Ceilings. The run ends before the round that would go beyond one."""
+    """Limits. The run ends before a round that would exceed one."""
 
     bytes: int | None = Field(default=None, ge=1)
-    """Of all messages with tensors, both ways, of all clients that answer. The last adapter below
-    the ceiling is the result."""
+    """Maximum size of all messages with tensors, in both directions, for all clients that answer.
+    The last adapter below the limit is the result."""
     hours: float | None = Field(default=None, gt=0)
-    """Of the whole run until its last score, by the clock of its machine; a resumed run goes on
-    counting, and the time between its parts does not count. Judged before each round by the longest
-    one so far, so the first is always done; a round that has begun is not cut."""
+    """Maximum wall-clock hours of the entire run up to its last score. A resumed run continues
+    counting; the time between its parts does not count. Checked before each round, based on the
+    longest one so far, so the first round always runs; a round that has started is not
+    interrupted."""
 
 
 class PlanConfig(Config):
-    """What is found out before the first round."""
+    """What is measured before the first round."""
 
     measure: bool = False
-    """Train one step on the widest batch in a process of its own, as `silotune plan` does; the
-    report then shows predicted memory and time beside the actual ones. Runs only: a comparison
-    takes no notice of it."""
+    """Train one step on the widest batch in a separate process, as `silotune plan` does; the report
+    then shows predicted memory and time next to the actual ones. A comparison ignores it."""
 
 
 class SamplingConfig(Config):
-    """How many clients each round asks, and how many must deliver."""
+    """How many clients each round asks, and how many must answer."""
 
     fraction: float | None = Field(default=None, gt=0, le=1)
-    """Share of all clients that is asked in a round, rounded down, at least one; all when neither
-    this nor num_clients is given."""
+    """Share of all clients to ask in a round, rounded down, but at least one; all if neither this
+    nor num_clients is given."""
     num_clients: int | None = Field(default=None, ge=1)
-    """Number of clients that is asked in a round, instead of `fraction`."""
+    """Number of clients to ask in a round, instead of `fraction`."""
     quorum: float = Field(default=0.5, gt=0, le=1)
-    """Share of the cohort whose updates must be usable, rounded up; with fewer the run stops."""
+    """Share of the cohort whose updates must be usable, rounded up; with fewer, the run stops."""
     timeout_s: float = Field(default=86400.0, gt=0)
-    """Seconds a round may take, by default a day; clients that have not delivered by then are named
-    and left out."""
+    """Seconds a round may take, by default a day; clients that have not answered by then are
+    reported and left out."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "SamplingConfig":
@@ -53,31 +53,31 @@ class SamplingConfig(Config):
 
 
 class SweepConfig(Config):
-    """What `silotune sweep` changes from run to run. A run takes no notice of it."""
+    """What `silotune sweep` changes from run to run. A run ignores it."""
 
     keys: tuple[str, ...] = ()
-    """Keys with their values, as in ["train.lr=1e-4,1e-3", "adapter.rank=4,8"]: all combinations.
-    With `search` also ranges: "train.lr=1e-5..1e-3,log"."""
+    """Keys with the values to try, in all combinations, for example ["train.lr=1e-4,1e-3",
+    "adapter.rank=4,8"]. With `search` also ranges: "train.lr=1e-5..1e-3,log"."""
     runs: tuple[str, ...] = ()
-    """Instead of all combinations the runs themselves, each with its keys, as in
+    """Instead of all combinations: the runs themselves, each with its keys, for example
     ["train.lr=1e-3 adapter.rank=8", "train.lr=1e-4 adapter.rank=16"]."""
     search: int = Field(default=0, ge=0)
-    """Train so many runs, and let Optuna choose the values of each by what came before."""
+    """Number of runs to train; Optuna chooses the values of each based on the earlier ones."""
 
 
 class CheckpointConfig(Config):
-    """What is kept of the rounds."""
+    """Which rounds are saved and kept."""
 
     every: int = Field(default=1, ge=1)
-    """Rounds between checkpoints; the last round always is one. A resumed run starts at the
+    """Rounds between checkpoints; the last round is always saved. A resumed run starts from the
     newest."""
     keep: Literal["last", "best", "all"] = "last"
-    """Which checkpoints stay. best: the one with the lowest held-out loss, which becomes the
+    """Which checkpoints to keep. best: the one with the lowest held-out loss, which becomes the
     result."""
 
 
 def usable_threads() -> int:
-    """Processors that this process may use, also where a container gives it fewer."""
+    """Number of processors that this process may use, which may be fewer in a container."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -87,29 +87,28 @@ class RuntimeConfig(Config):
     """Where the clients run. What each runtime is for: docs/runtimes.md."""
 
     name: Literal["in-process", "flower-simulation", "flower"] = "in-process"
-    """in-process: one after the other in this process, sharing one base model. flower-simulation:
+    """in-process: one after another in this process, sharing one base model. flower-simulation:
     Flower's engine on Ray, several processes or GPUs. flower: Flower's deployment engine, each
-    client in processes of its own."""
+    client in its own processes."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto takes the first of cuda, mps and cpu that is there."""
+    """auto uses the first of cuda, mps and cpu that is available."""
     threads: int = Field(default_factory=usable_threads, ge=1)
-    """Processor threads of every process that trains; by default all that this process may use.
-    Part of what makes a run repeatable."""
+    """Processor threads of every process that trains; by default all that this process may use. To
+    repeat a run exactly, use the same number."""
     client_cpus: int | None = Field(default=None, ge=1)
-    """flower-simulation: processors that Ray sets aside for one client at a time; `threads` when
-    absent."""
+    """flower-simulation: processors that Ray reserves per running client; `threads` if absent."""
     client_gpus: float | None = Field(default=None, ge=0)
-    """flower-simulation: GPUs for one client at a time; 0.25 lets four share one. Absent: none."""
+    """flower-simulation: GPUs per running client; 0.25 lets four share one. Absent: none."""
     ray_address: str | None = Field(default=None, min_length=1)
-    """flower-simulation: an existing Ray cluster, for instance 10.0.0.1:6379. All its machines must
+    """flower-simulation: an existing Ray cluster, for example 10.0.0.1:6379. All its machines must
     see the run folder, the data and the base model under the same paths."""
     host: str = "127.0.0.1"
-    """flower: where the server listens. Only this machine's loopback addresses yet."""
+    """flower: the server's address. So far only this machine's loopback addresses are allowed."""
     join_timeout_s: float = Field(default=180.0, gt=0)
-    """flower and flower-simulation: seconds in which the clients have to report at the start."""
+    """flower and flower-simulation: seconds that the clients have to report at the start."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Every pair (key, why it cannot be)."""
+        """Every contradiction, as (key, reason)."""
         mine = {
             "flower-simulation": ("client_cpus", "client_gpus", "ray_address", "join_timeout_s"),
             "flower": ("host", "join_timeout_s"),
@@ -118,12 +117,12 @@ class RuntimeConfig(Config):
             moved = getattr(self, key) != RuntimeConfig.model_fields[key].default
             if moved and key not in mine.get(self.name, ()):
                 where = " or ".join(f"'{name}'" for name, keys in mine.items() if key in keys)
-                yield f"runtime.{key}", f"has an effect with runtime.name = {where} only"
+                yield f"runtime.{key}", f"only has an effect with runtime.name = {where}"
         if self.host not in ("127.0.0.1", "localhost", "::1"):
             yield (
                 "runtime.host",
-                f"'{self.host}' is refused: beyond loopback the engine's control interface would "
-                "be open to everyone who reaches the port, and without TLS and client keys the "
+                f"'{self.host}' is refused: outside loopback, the engine's control interface would "
+                "be open to everyone who can reach the port, and without TLS and client keys the "
                 "adapters could be read and forged. Use 127.0.0.1",
             )
         if self.name == "flower-simulation" and self.device == "mps":
@@ -133,40 +132,40 @@ class RuntimeConfig(Config):
 
 
 class ReportConfig(Config):
-    """What a run writes for people, beside its numbers."""
+    """What a run writes for people, besides its numbers."""
 
     page: bool = True
-    """Write report.html at the end; `silotune report` writes it later too."""
+    """Write report.html at the end; `silotune report` can also write it later."""
     note: str | None = Field(default=None, min_length=1)
-    """A sentence that stands beside the figures wherever they are shown, for instance what the rows
-    are not."""
+    """A sentence to show next to the figures wherever they appear, for example a limitation of the
+    rows."""
     samples: int = Field(default=3, ge=0)
-    """Held-out questions, one of each of the first clients, that base and result answer for the
-    report. Simulations only: a real client's rows are not the server's to show."""
+    """Number of held-out questions, one from each of the first clients, that base and result answer
+    for the report. Simulations only: the server may not show a real client's rows."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Where these answers are cut."""
+    """Maximum length of these answers, in tokens."""
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
-    """Also log every round to this tracker, through its own library, which has to be installed."""
+    """Also log every round to this tracker, through its own library, which must be installed."""
 
 
 class CompareConfig(Config):
-    """What `silotune compare` trains beside the recipe. A run takes no notice of it."""
+    """What `silotune compare` trains in addition to the recipe. A run ignores it."""
 
     seeds: int = Field(default=3, ge=1)
-    """Each arm is trained with so many seeds, counted up from the recipe's."""
+    """Number of seeds with which each arm is trained, counting up from the recipe's."""
     algorithms: tuple[AnyAlgorithmConfig, ...] = ()
-    """More federated arms beside the recipe's own: names, or as in
+    """More federated arms, by algorithm: names, or tables such as
     [{ name = "fedprox", mu = 0.1 }]."""
     arms: dict[str, dict[str, Any]] = Field(default={})
-    """Further federated arms by name, each with the sections that differ from the recipe, as in
+    """More federated arms by name, each with the sections that differ from the recipe, for example
     [compare.arms."all weights".adapter] kind = "full"."""
     history: bool = False
-    """Score the federated arms in the rounds of evaluate.every too, not at the end alone."""
+    """Also score the federated arms in the rounds of evaluate.every, not only at the end."""
     only: tuple[str, ...] = ()
-    """Clients whose lone adapter is scored on every client's rows, not on its own alone."""
+    """Clients whose adapter, trained alone, is scored on all clients' rows, not only on its own."""
     max_new_tokens: int = Field(default=0, ge=0)
-    """Answer every held-out question and score the answers by ROUGE, cut at so many tokens. 0: no
-    answers, the loss only."""
+    """Answer every held-out question with at most this many tokens, and score the answers by ROUGE.
+    0: no answers, only the loss."""
 
     @field_validator("algorithms", mode="before")
     @classmethod

@@ -1,6 +1,6 @@
-"""What a sweep tries: keys with several values, runs that are listed, or ranges to search.
+"""What a sweep tries: keys with several values, listed runs, or ranges to search.
 
-Texts in, texts out: whether a key exists and a value suits it, the recipe says.
+Texts in, texts out: the recipe checks whether a key exists and whether a value fits it.
 """
 
 import itertools
@@ -16,12 +16,12 @@ RANGE = re.compile(rf"\s*({NUMBER})\s*\.\.\s*({NUMBER})\s*")
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two, both included."""
+    """Numbers between two bounds, both included."""
 
     low: float
     high: float
     log: bool
-    """Whether they are drawn by their logarithm."""
+    """Whether they are drawn on a logarithmic scale."""
 
     @property
     def whole(self) -> bool:
@@ -31,7 +31,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Axis:
-    """A key, and what is tried for it."""
+    """A key, and the values to try for it."""
 
     key: str
     values: tuple[str, ...] | Range
@@ -48,7 +48,7 @@ def is_swept(override: str) -> bool:
 
 
 def split_values(text: str) -> list[str]:
-    """The values of a list with commas; those within brackets, braces and quotes part nothing.
+    """Split a list at its commas, except those inside brackets, braces and quotes.
 
     >>> split_values('1, [2, 3], "a,b"')
     ['1', '[2, 3]', '"a,b"']
@@ -57,7 +57,7 @@ def split_values(text: str) -> list[str]:
 
 
 def split_keys(text: str) -> list[str]:
-    """The overrides of a run that is written as one text.
+    """Split a run that is written as one text into its overrides.
 
     >>> split_keys('train.lr=1e-3  adapter.targets=["q_proj", "v_proj"]')
     ['train.lr=1e-3', 'adapter.targets=["q_proj", "v_proj"]']
@@ -91,16 +91,16 @@ def read_axes(texts: Iterable[str], *, search: bool) -> list[Axis]:
         search: Whether ranges are allowed.
 
     Raises:
-        ConfigError: A key without values, twice, or with a range that is none.
+        ConfigError: A key has no values, appears twice, or has an invalid range.
     """
     axes: list[Axis] = []
     for text in texts:
         key, equals, given = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"'{text}': write key=value,value, for instance train.lr=1e-4,1e-3.")
+            raise ConfigError(f"'{text}': write key=value,value, for example train.lr=1e-4,1e-3.")
         axis = Axis(key.strip(), _values(key.strip(), given, search=search))
         if axis.key in [other.key for other in axes]:
-            raise ConfigError(f"{axis.key} is there twice.\n  Give all its values at one place.")
+            raise ConfigError(f"{axis.key} appears twice.\n  Give all its values in one place.")
         axes.append(axis)
     return axes
 
@@ -110,25 +110,25 @@ def _values(key: str, given: str, *, search: bool) -> tuple[str, ...] | Range:
     if found := RANGE.fullmatch(first):
         if not search:
             raise ConfigError(
-                f"{key}={given}: a range is for a search.\n"
-                "  Give the values themselves, or how many runs may be tried: --search 20."
+                f"{key}={given}: a range needs a search.\n"
+                "  Give the values themselves, or the number of runs to try: --search 20."
             )
         low, high = (float(n) if re.search(r"[.eE]", n) else int(n) for n in found.groups())
         if more not in ([], ["log"]) or low >= high or ("log" in more and low <= 0):
             raise ConfigError(
-                f"{key}={given}: is no range.\n  Write low..high, or low..high,log for numbers "
-                "above 0 whose size matters, such as learning rates: train.lr=1e-5..1e-3,log."
+                f"{key}={given}: is not a range.\n  Write low..high, or low..high,log for numbers "
+                "above 0 on a logarithmic scale, such as learning rates: train.lr=1e-5..1e-3,log."
             )
         return Range(low, high, bool(more))
     if "" in values:
-        raise ConfigError(f"{key}={given}: a value is empty.\n  Take the comma out, or quote it.")
+        raise ConfigError(f"{key}={given}: a value is empty.\n  Remove the comma, or quote it.")
     if len(set(values)) < len(values):
-        raise ConfigError(f"{key}={given}: a value is there twice.\n  Take one out.")
+        raise ConfigError(f"{key}={given}: a value appears twice.\n  Remove one.")
     return tuple(values)
 
 
 def combinations(axes: Sequence[Axis]) -> list[tuple[str, ...]]:
-    """Every combination of values, the last key's changing fastest, as overrides.
+    """Every combination of values as overrides; the last key changes fastest.
 
     >>> combinations([Axis("a", ("1", "2")), Axis("b", ("x",))])
     [('a=1', 'b=x'), ('a=2', 'b=x')]

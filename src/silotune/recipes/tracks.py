@@ -1,4 +1,4 @@
-"""The rules of the FlowerTune LLM leaderboard's tracks, for recipes that say they keep to one."""
+"""The rules of the FlowerTune LLM leaderboard's tracks, for recipes that claim to follow one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ class Track:
     """Hub id of the data set."""
     num_clients: int
     max_bytes: int = 200_000 * 1_000_000
-    """For all messages of a run. The track says 200,000 MB and counts in 1024 * 1024 bytes; this is
-    the lower reading."""
+    """Limit for all messages of a run. The track says 200,000 MB and counts in 1024 * 1024 bytes;
+    this is the stricter reading."""
 
 
 TRACKS: Mapping[str, Track] = {

@@ -1,4 +1,4 @@
 """A finished run: summary, report page, model card, export, chat.
 
-Does not know how the run was made.
+It does not know how the run was made.
 """

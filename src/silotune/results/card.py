@@ -1,12 +1,13 @@
-"""A run, or a comparison, as Markdown: the numbers of its page, without rows and answers.
+"""A run as Markdown: the numbers of its page, without rows and answers.
 
-A card is made to be published beside an adapter, so it holds nothing that a client wrote.
+A card is meant to be published with an adapter, so it contains nothing that a client wrote.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from silotune.core.wording import counted
 from silotune.federation.metrics import Row
 from silotune.federation.privacy_statement import privacy_lines
 from silotune.models.adapters import PROMPT_KINDS
@@ -36,7 +37,7 @@ def model_card(
     *,
     split: Mapping[str, Any],
 ) -> str:
-    """README.md of a run folder: what was trained, on whose rows, with which result.
+    """README.md of a run folder: what was trained, on which rows, and with what result.
 
     Args:
         run: The resolved recipe.
@@ -45,67 +46,54 @@ def model_card(
         provenance: provenance.json.
         split: What each client holds; may be empty.
     """
-    base = provenance["base"]
-    lost, labels = worse_off(summary), label_table(summary)
-    lines = [
+    return "\n".join(
+        [
+            *_heading(run, summary, provenance["base"]),
+            *_results(summary),
+            *_label_scores(summary),
+            *_warnings(summary),
+            "",
+            "## Rounds",
+            "",
+            *markdown_table(round_table(rows)),
+            "",
+            *(["## Clients", "", *markdown_table(split_table(split)), ""] if split else []),
+            "## Cost",
+            "",
+            *(f"- {line}" for line in [*budget_lines(summary), *cost_lines(summary)]),
+            "",
+            *_predicted(summary),
+            *_privacy(summary),
+            *_use(run, provenance["run"]),
+            *_provenance(run, summary, provenance),
+            "",
+        ]
+    )
+
+
+def _heading(run: RunConfig, summary: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """Metadata for the hub, the title, how the model was trained, and the verdict."""
+    return [
         "---",
         f"library_name: {'transformers' if run.adapter.kind == 'full' else 'peft'}",
         f"base_model: {base['name']}",
         "tags: [federated-learning, silotune]",
         "---",
         "",
-        f"# {base['name']}, fine-tuned by {len(summary['clients'])} clients",
+        f"# {base['name']}, fine-tuned by {counted(len(summary['clients']), 'client')}",
         "",
-        f"{base['description']}. {summary['rounds']} rounds of {summary['algorithm']}; "
-        f"{what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
-        f"float32 changes of the trained tensors, without secure aggregation{_noise(run)}.",
+        f"{base['description']}. {counted(summary['rounds'], 'round')} of {summary['algorithm']}; "
+        f"{what_is_trained(run)}. The clients' rows were never pooled. Clients sent float32 "
+        f"changes of the trained tensors, without secure aggregation{_noise(run)}.",
         "",
         run_verdict(summary),
         "",
         *([run.report.note, ""] if run.report.note else []),
-        *_results(summary),
-        *(["", "## Held-out labels", "", *markdown_table(labels)] if labels else []),
     ]
-    if lost:
-        lines += ["", f"**Not better than the base for: {', '.join(lost)}.**"]
-    for text in budget_warnings(summary):
-        lines += ["", f"**{text}**"]
-    lines += [
-        "",
-        "## Rounds",
-        "",
-        *markdown_table(round_table(rows)),
-        "",
-        *(["## Clients", "", *markdown_table(split_table(split)), ""] if split else []),
-        "## Cost",
-        "",
-        *(f"- {line}" for line in [*budget_lines(summary), *cost_lines(summary)]),
-        "",
-        *_predicted(summary),
-        *_privacy(summary),
-        "## Use",
-        "",
-        "```",
-        f'silotune ask {provenance["run"]} "your question"',
-        "```",
-        "",
-        *python_use(run),
-        "",
-        "## Provenance",
-        "",
-        f"- data: {provenance['data']['path']}"
-        # whoever knows all rows but one could try that one out
-        + ("" if "privacy" in summary else f", sha256 of all rows {provenance['data']['sha256']}"),
-        f"- base: {base['name']}, sha256 {base['sha256']}",
-        f"- adapter: sha256 {summary['adapter_sha256']}, after round {summary['result_round']}",
-        f"- seed {run.seed}; recipe in `recipe.toml`, versions in `provenance.json`, every round "
-        "and client in `metrics.jsonl`",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _results(summary: Mapping[str, Any]) -> list[str]:
-    """The table of clients, and what its last line is."""
+    """The table of clients, and what its last line means."""
     table = markdown_table(loss_table(summary))
     if not is_scored(summary):
         return ["## Rows", "", *table]
@@ -118,18 +106,32 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
         "",
         *table,
         "",
-        f"Each client's own held-out rows; the last line is weighted by {unit.rsplit(' ', 1)[1]}s"
-        f"{perplexity}.",
+        "Each client is scored on its own held-out rows; the last line is weighted by "
+        f"{unit.rsplit(' ', 1)[1]}s{perplexity}.",
     ]
 
 
+def _label_scores(summary: Mapping[str, Any]) -> list[str]:
+    labels = label_table(summary)
+    return ["", "## Held-out labels", "", *markdown_table(labels)] if labels else []
+
+
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+    lost, lines = worse_off(summary), list[str]()
+    if lost:
+        lines += ["", f"**Not better than the base for: {', '.join(lost)}.**"]
+    for text in budget_warnings(summary):
+        lines += ["", f"**{text}**"]
+    return lines
+
+
 def _noise(run: RunConfig) -> str:
-    """What the changes had for protection, and what follows."""
+    """How the changes were protected, and what follows."""
     if run.privacy.is_at_client:
-        return ", each with the noise of its own client in it (see Privacy)"
+        return ", each with noise added by its client (see Privacy)"
     none = run.privacy.unit == "none"
     noise = (
-        "without differential privacy" if none else "with noise on their mean only (see Privacy)"
+        "without differential privacy" if none else "with noise only on their mean (see Privacy)"
     )
     return f" and {noise}, so whoever runs the server could learn about the rows from them"
 
@@ -141,14 +143,36 @@ def _privacy(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _predicted(summary: Mapping[str, Any]) -> list[str]:
-    """Predicted and actual cost as lines, with an empty one at the end; nothing where unknown."""
+    """Predicted and actual cost, with an empty line at the end; nothing if unknown."""
     if not (table := prediction_table(summary)):
         return []
     return [*markdown_table(table), "", *(f"- {note}" for note in prediction_notes(summary)), ""]
 
 
+def _use(run: RunConfig, path: str) -> list[str]:
+    ask = f'silotune ask {path} "your question"'
+    return ["## Use", "", "```", ask, "```", "", *python_use(run), ""]
+
+
+def _provenance(
+    run: RunConfig, summary: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> list[str]:
+    base = provenance["base"]
+    return [
+        "## Provenance",
+        "",
+        f"- data: {provenance['data']['path']}"
+        # someone who knows all other rows could use the hash to test guesses for one row
+        + ("" if "privacy" in summary else f", sha256 of all rows {provenance['data']['sha256']}"),
+        f"- base: {base['name']}, sha256 {base['sha256']}",
+        f"- adapter: sha256 {summary['adapter_sha256']}, after round {summary['result_round']}",
+        f"- seed {run.seed}; recipe in `recipe.toml`, versions in `provenance.json`, every round "
+        "and client in `metrics.jsonl`",
+    ]
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Header and rows as lines of Markdown."""
+    """A header and rows as lines of Markdown."""
     header, *body = rows
     return [_md(header), _md(["---"] * len(header)), *map(_md, body)]
 

@@ -1,10 +1,11 @@
-"""Charts of a run or a comparison, as SVG text that stands inside an HTML page.
+"""Charts of a run or a comparison, as SVG text for an HTML page.
 
-Knows numbers and names only: no run folder, no recipe. A chart without anything to draw is an empty
-text. Nothing is told by colour alone: lines differ by marker, bars by hatch.
+This file knows only numbers and names. It does not know run folders or recipes. A chart with
+nothing to draw is an empty string. No chart relies on colour alone: lines also differ by marker,
+bars by hatch.
 
 Reference:
-    Okabe and Ito 2008, "Color Universal Design": the hues, here moved to a middle brightness, so
+    Okabe and Ito 2008, "Color Universal Design": the hues, here adjusted to a medium brightness, so
     that all have a contrast of 3 or more on white and on near-black.
 """
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Points = Mapping[int, float]
 """A value per round."""
 Interval = Mapping[str, float]
-"""mean, low and high; without low and high only the mean is drawn."""
+"""mean, low and high; if low and high are missing, only the mean is drawn."""
 Split = Mapping[str, Mapping[str, Any]]
 """Per client: num_train, num_eval, tokens (p5, p25, p50, p75, p95, max), labels (name: count)."""
 
@@ -32,11 +33,11 @@ PALETTE = (
 MARKERS = "osD^vPX*"
 HATCHES = ("", "////", "----", "\\\\\\\\", "xxxx")  # dots would make a file ten times as large
 MAX_LINES = 8
-"""Lines with a name; with more clients only the best and the worst are named."""
+"""Lines with a name; with more clients, only the best and the worst are named."""
 MAX_CLIENTS = 30
-"""Clients that a chart with a row for each shows: those with the most rows."""
+"""Maximum number of clients in a chart with one line per client: those with the most rows."""
 MAX_GROUPS = 12
-"""Clients that a chart with a row for each arm of each shows."""
+"""Maximum number of clients in a chart with one line per client and arm."""
 MAX_LABELS = 10
 
 _MUTED = PALETTE[-1]
@@ -57,8 +58,8 @@ _Place = Callable[[int, int], float]
 def held_out_loss(
     clients: Mapping[str, Points], overall: Points, unit: str = "nats per token"
 ) -> str:
-    """Held-out loss of each client and over all, by rounds behind the adapter."""
-    x_label = "rounds behind the adapter (0 = base)"
+    """Held-out loss of each client and overall, by rounds of training."""
+    x_label = "rounds of training (0 = base)"
     return _lines(clients, overall, x_label=x_label, y_label=f"held-out loss ({unit})")
 
 
@@ -68,13 +69,13 @@ def training_loss(clients: Mapping[str, Points], unit: str = "nats per token") -
 
 
 def loss_by_run(runs: Mapping[str, Points], unit: str = "nats per token") -> str:
-    """Held-out loss over all clients, of each run of a sweep, by rounds behind the adapter."""
-    x_label = "rounds behind the adapter (0 = base)"
+    """Held-out loss over all clients for each run of a sweep, by rounds of training."""
+    x_label = "rounds of training (0 = base)"
     return _lines(runs, {}, x_label=x_label, y_label=f"held-out loss ({unit})", what="run")
 
 
 def bytes_per_round(down: Points, up: Points) -> str:
-    """Bytes that all clients together received and sent."""
+    """Bytes received and sent by all clients together, per round."""
     rounds = sorted(down.keys() | up.keys())
     most = max([*down.values(), *up.values()], default=0)
     if not most:
@@ -96,7 +97,7 @@ def bytes_per_round(down: Points, up: Points) -> str:
 
 
 def seconds_per_client(training: Mapping[str, float], other: Mapping[str, float]) -> str:
-    """Seconds that each client spent in training, and in all else of its rounds."""
+    """Seconds that each client spent on training, and on everything else in its rounds."""
     parts = {"training": training, "loading and scoring": other}
     names = list(training)
     if not names:
@@ -132,7 +133,7 @@ def rows_per_client(split: Split) -> str:
 
 
 def labels_per_client(split: Split) -> str:
-    """Shares of the labels at each client; rare labels are put together."""
+    """Shares of the labels at each client; rare labels are grouped."""
     given = {name: Counter(c["labels"]) for name, c in split.items() if c["labels"]}
     total = sum(given.values(), Counter())
     if not total:
@@ -194,9 +195,9 @@ def scores(
 
     Args:
         groups: Arm -> interval, by client or other group; an arm may be missing.
-        arms: All arms, in the order in which they are drawn.
-        metric: What is shown, for instance "held-out loss".
-        x_label: The axis, with its unit.
+        arms: All arms, in drawing order.
+        metric: What is shown, for example "held-out loss".
+        x_label: The label of the axis, with its unit.
     """
     return _intervals(f"{metric}: every arm", groups, arms, x_label=x_label)
 
@@ -204,8 +205,8 @@ def scores(
 def differences(
     groups: Mapping[str, Mapping[str, Interval]], arms: Sequence[str], *, metric: str, x_label: str
 ) -> str:
-    """Like `scores`, for paired differences: a line marks zero."""
-    title = f"{metric}: difference to local"
+    """Like `scores`, but for paired differences: a line marks zero."""
+    title = f"{metric}: difference from local"
     return _intervals(title, groups, arms, x_label=x_label, zero=True)
 
 
@@ -213,7 +214,7 @@ def differences(
 
 
 def biggest(clients: Mapping[str, Mapping[str, Any]], limit: int = MAX_CLIENTS) -> list[str]:
-    """The clients with the most train rows, in their own order: charts do not grow for ever."""
+    """The clients with the most train rows, in their given order. This limits a chart's size."""
     chosen = set(sorted(clients, key=lambda name: -clients[name]["num_train"])[:limit])
     return [name for name in clients if name in chosen]
 
@@ -233,7 +234,7 @@ def _lines(
 
     def draw(ax: "Axes") -> Legend:
         legend: Legend = {}
-        for name in sorted(drawn, key=lambda n: n in named):  # muted ones lie below
+        for name in sorted(drawn, key=lambda n: n in named):  # muted ones below
             xs, ys = zip(*sorted(drawn[name].items()), strict=True)
             if name not in named:
                 (line,) = ax.plot(xs, ys, color=_MUTED, linewidth=0.8, alpha=0.7)
@@ -273,7 +274,7 @@ def _intervals(
     def draw(ax: "Axes", y: _Place) -> Legend:
         legend: Legend = {}
         for line, arm in enumerate(drawn):
-            look = _look(arms.index(arm))  # an arm looks the same in all charts
+            look = _look(arms.index(arm))  # the same look in all charts
             for g, group in enumerate(groups.values()):
                 if not (given := group.get(arm)):
                     continue
@@ -292,7 +293,7 @@ def _intervals(
 def _rows(
     label: str, names: Sequence[str], lines: int, draw: Callable[["Axes", _Place], Legend]
 ) -> str:
-    """A group of horizontal lines per name; the name stands above, where a phone has room."""
+    """A group of horizontal lines per name, with the name above it: a phone has no room beside."""
     pitch = lines + 2.2
 
     def inside(ax: "Axes") -> Legend:
@@ -315,7 +316,7 @@ def _whole_numbers(ax: "Axes") -> None:
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Colour and marker; the ninth has the first one's colour and another marker."""
+    """Colour and marker; the ninth repeats the first colour with another marker."""
     marker = MARKERS[(i + i // len(PALETTE)) % len(MARKERS)]
     return {"color": PALETTE[i % len(PALETTE)], "marker": marker, "markersize": 4.5}
 

@@ -1,7 +1,7 @@
 """A conversation with a finished run: its base and the federated model answer the same messages.
 
-Each of them sees its own earlier answers only. Knows models that are loaded already and a recipe;
-neither terminals, nor pages, nor where a run lies.
+Each of them sees only its own earlier answers. This file knows loaded models and a recipe. It does
+not know terminals, pages or run folders.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from silotune.core.errors import ConfigError
+from silotune.core.wording import counted
 from silotune.data.chat_templates import render
 from silotune.data.conversations import Conversation
 from silotune.models.adapters import PROMPT_KINDS
@@ -20,34 +21,34 @@ from silotune.training.tasks.classify import predictions
 
 Speaker = Literal["base", "federated"]
 SPEAKERS: tuple[Speaker, ...] = ("base", "federated")
-"""In the order in which they are asked and shown."""
+"""The order in which they are asked and shown."""
 
-NO_HEAD = "the base has no head for these labels, so it has nothing to say"
-"""Why a classifier's base does not take part."""
+NO_HEAD = "the base has no head for these labels, so it cannot answer"
+"""Why a classifier's base is not asked."""
 
 Exchange = tuple[str, str]
 """A message and the answer to it."""
 History = Mapping[str, tuple[Exchange, ...]]
-"""Speaker -> what it was told and has answered, oldest first; {} before the first message."""
+"""Speaker -> its messages and answers, oldest first; {} before the first message."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one message."""
+    """The answers to one message."""
 
     answers: Mapping[str, str]
     """By speaker."""
     history: History
-    """With this exchange; goes in with the next message."""
+    """Includes this exchange; pass it in with the next message."""
     num_unseen: Mapping[str, int]
-    """Oldest exchanges that no longer fitted in front of this message."""
+    """How many of the oldest exchanges did not fit before this message, by speaker."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A sentence for each speaker that no longer sees the whole conversation."""
+        """A sentence for each speaker that no longer sees the entire conversation."""
         return tuple(
-            f"{name} no longer sees the oldest {unseen} of {len(self.history[name]) - 1} "
-            "exchanges: the model has no places left for them"
+            f"{name} no longer sees the oldest {unseen} of "
+            f"{counted(len(self.history[name]) - 1, 'exchange')}: its context is full"
             for name, unseen in self.num_unseen.items()
             if unseen
         )
@@ -55,30 +56,30 @@ class Reply:
 
 @dataclass(frozen=True)
 class Speakers:
-    """The models of a run, loaded once, and how they are asked. A conversation goes in and out.
+    """The models of a run, loaded once, and how to ask them. A conversation goes in and out.
 
-    Not for several threads at a time: the base speaks while the adapter of the same model is off.
+    Not thread-safe: while the base answers, the adapter of the same model is switched off.
     """
 
     run: RunConfig
     models: Mapping[str, LoadedModel]
-    """By speaker, in the order of `SPEAKERS`. One model for both, but where all weights were
-    trained: then the base is another one."""
+    """By speaker, in the order of `SPEAKERS`. Both share one model, unless all weights were
+    trained: then the base is a separate model."""
     max_new_tokens: int = 128
-    """Where an answer that does not end by itself is cut."""
+    """Maximum length of an answer, in tokens."""
 
     def reply(self, text: str, history: History) -> Reply:
         """Let every speaker answer, greedily, with the system text and the template of training.
 
-        Where a conversation has become too long for the model's positions, the oldest exchanges are
-        left out of what it sees. Of a classifier every message is judged by itself.
+        If a conversation has become too long for the model's context, the oldest exchanges are
+        dropped from the prompt. A classifier judges every message separately.
 
         Args:
-            text: The message; with the task classify the text to give a label.
-            history: Of the conversation so far. Not modified.
+            text: The message; with the task classify, the text to label.
+            history: The conversation so far. Not modified.
 
         Raises:
-            ConfigError: This one message is too long.
+            ConfigError: This message alone is too long.
         """
         seen = {name: self._prompt(name, text, history.get(name, ())) for name in self.models}
         answers = {name: self._answer(name, text, ids) for name, (ids, _) in seen.items()}
@@ -100,7 +101,7 @@ class Speakers:
         return said.text.strip()
 
     def _prompt(self, name: str, text: str, talk: tuple[Exchange, ...]) -> tuple[list[int], int]:
-        """Token ids of as much of a conversation as fits, and how many exchanges do not."""
+        """Token ids of as much of the conversation as fits, and how many exchanges do not fit."""
         if self.run.task == "classify":
             return [], 0
         loaded = self.models[name]
@@ -113,9 +114,9 @@ class Speakers:
             if room is None or len(ids) <= room:
                 return ids, unseen
         raise ConfigError(
-            f"this message comes to {len(ids)} tokens with its template; the model has places for "
-            f"{places}, of which {self.max_new_tokens} are kept for the answer.\n"
-            "  Shorten it, or give a smaller --max-new-tokens."
+            f"this message is {len(ids)} tokens long with its template; the model's context has "
+            f"{places} tokens, of which {self.max_new_tokens} are reserved for the answer.\n"
+            "  Shorten it, or set a smaller --max-new-tokens."
         )
 
     def _messages(self, text: str, talk: tuple[Exchange, ...]) -> Conversation:
@@ -132,9 +133,9 @@ class Speakers:
 
 
 def positions(loaded: LoadedModel) -> int | None:
-    """Tokens that the model has places for; None where its configuration does not say.
+    """The model's context in tokens; None if its configuration does not say.
 
-    Trained vectors in front of the text take places too, though not of the base.
+    Trained vectors in front of the text take up positions too, but not in the base.
     """
     config = loaded.model.config.get_text_config()
     places = getattr(config, "max_position_embeddings", None)
@@ -150,7 +151,7 @@ class Chat:
     speakers: Speakers
     history: History = field(default_factory=dict[str, tuple[Exchange, ...]])
     notes: tuple[str, ...] = ()
-    """What to know of the last answers; see `Reply`."""
+    """Notes on the last answers; see `Reply`."""
 
     def say(self, text: str) -> dict[str, str]:
         """Answers by speaker. See `Speakers.reply`."""

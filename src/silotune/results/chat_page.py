@@ -1,8 +1,8 @@
-"""A conversation with a run as a page in the browser, through Gradio. For this machine only.
+"""A conversation with a run on a page in the browser, through Gradio. For this machine only.
 
 The page has no password and no encryption, and a model may repeat rows that it was trained on. So
-it listens on loopback, answers its own program only, loads nothing from elsewhere, and takes and
-gives no files. Knows how a conversation goes from `Speakers`; not how one is printed.
+it listens on loopback, answers only its own page, loads nothing from elsewhere, and neither accepts
+nor serves files. This file knows conversations from `Speakers`; it does not know terminals.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _Asgi = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
-# Gradio has many more: uploads, files, a proxy, a login, editing the program. None is needed here.
+# Gradio has many more: uploads, files, a proxy, a login, code editing. None is needed here.
 _PLACES = ("/assets/", "/static/", "/gradio_api/heartbeat/")
 _PATHS = (
     "/",
@@ -42,14 +42,14 @@ _POLICY = (
 
 
 def take_port(host: str, port: int) -> socket.socket:
-    """Find what keeps a page from being served, before a model is loaded.
+    """Open the page's port, so that problems show before a model is loaded.
 
     Args:
         host: One of `LOOPBACK`.
         port: 0 takes a free one.
 
     Returns:
-        Bound and listening, for `serve`; the caller closes it.
+        A listening socket for `serve`; the caller closes it.
 
     Raises:
         ConfigError: Gradio is not installed, the host is not this machine, or the port is taken.
@@ -58,20 +58,20 @@ def take_port(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"--host '{host}' is refused: the page has neither a password nor encryption, and the "
             "model may repeat rows that it was trained on.\n"
-            "  Leave it at 127.0.0.1, and reach it from elsewhere through SSH: "
+            "  Leave it at 127.0.0.1, and reach the page from elsewhere through SSH: "
             "ssh -L 7860:127.0.0.1:7860 THIS-MACHINE"
         )
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError(
-            "--web needs Gradio, which is not installed.\n  make env EXTRAS=web"
+            "--web needs Gradio, which is not installed.\n  Install it: make env EXTRAS=web"
         )
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise ConfigError(
-            f"port {port} of {host} cannot be had: {error.strerror}.\n"
-            "  Give another --port, or 0 for any that is free."
+            f"port {port} of {host} is not available: {error.strerror}.\n"
+            "  Choose another --port, or 0 for any free one."
         ) from error
 
 
@@ -82,18 +82,18 @@ def address_of(port: socket.socket) -> str:
 
 
 def build_page(speakers: Speakers) -> Any:
-    """The page: a column for each speaker, one line to write in, and a button to begin anew.
+    """Build the page: a column per speaker, a text box, and a button for a new conversation.
 
     Args:
-        speakers: Shared by all visitors, who are answered one after the other. Each has a
-            conversation of their own, which ends when they close the page.
+        speakers: Shared by all visitors, who are answered one at a time. Each visitor has a
+            separate conversation, which ends when they close the page.
 
     Returns:
         A `gradio.Blocks`; see `serve`.
     """
     import gradio as gr
 
-    one_at_a_time = threading.Lock()  # the base speaks while the adapter of the same model is off
+    one_at_a_time = threading.Lock()  # the base answers while the shared model's adapter is off
     names = list(speakers.models)
 
     def answer(text: str, history: History) -> list[Any]:
@@ -117,15 +117,15 @@ def build_page(speakers: Speakers) -> Any:
     with gr.Blocks(title="silotune chat", analytics_enabled=False, fill_height=True) as page:
         history = gr.State({})
         if speakers.run.task == "classify":
-            gr.Markdown(f"Each text is judged by itself. {NO_HEAD.capitalize()}.")
+            gr.Markdown(f"Each text is classified separately. {NO_HEAD.capitalize()}.")
         with gr.Row(scale=1):
             shown = [
-                # no gr.Chatbot: it shows what a model says as HTML, though cleaned; here it is text
+                # not gr.Chatbot: it shows answers as (sanitized) HTML; here they are plain text
                 gr.Textbox(label=name, lines=16, max_lines=16, interactive=False, buttons=["copy"])
                 for name in names
             ]
         box = gr.Textbox(label="message", autofocus=True, submit_btn=True)
-        button = gr.Button("Begin anew")
+        button = gr.Button("New conversation")
         outputs = [box, history, *shown]
         how: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
         box.submit(answer, [box, history], outputs, api_name="answer", **how)
@@ -140,8 +140,8 @@ def _transcript(talk: tuple[Exchange, ...]) -> str:
 def serve(page: Any, port: socket.socket) -> None:
     """Serve a page until a signal ends it.
 
-    With a server of our own: Gradio's `launch` asks itself through whatever proxy is set, and can
-    open tunnels.
+    This runs its own server, because Gradio's `launch` sends itself a request through any
+    configured proxy and can open tunnels.
 
     Args:
         page: See `build_page`.
@@ -166,17 +166,17 @@ def serve(page: Any, port: socket.socket) -> None:
         mcp_server=False,
         theme=Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     )
-    # an open page keeps a line open: do not wait for it, nor report that it was cut; what goes
-    # wrong in answering is printed by Gradio
+    # an open page keeps a connection open: do not wait for it, and do not report that it was
+    # closed; Gradio prints errors that occur while answering
     how: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 1, "ws": "none"}
     uvicorn.Server(uvicorn.Config(guarded(app), **how)).run(sockets=[port])
 
 
 def guarded(app: _Asgi) -> _Asgi:
-    """Let through what the page itself needs, and only from this machine's own pages.
+    """Allow only the requests that the page needs, and only from this machine's own pages.
 
-    A name that others point to this machine, or a page of theirs that is open in the same browser,
-    would otherwise reach the model too.
+    Otherwise a foreign host name that points to this machine, or a foreign page that is open in the
+    same browser, could reach the model too.
     """
 
     async def guard(scope: _Scope, receive: _Receive, send: _Send) -> None:
@@ -206,5 +206,5 @@ def guarded(app: _Asgi) -> _Asgi:
 def _is_loopback(url: str) -> bool:
     try:
         return urlsplit(url).hostname in LOOPBACK
-    except ValueError:  # no address at all
+    except ValueError:  # not an address
         return False

@@ -1,7 +1,7 @@
-"""A finished run for others to load: a PEFT folder, a plain model folder, a GGUF file.
+"""Export a finished run for others to load: a PEFT folder, a plain model folder, a GGUF file.
 
-Knows what lies in a run folder, and not how its model is loaded: `Run.export` gives that as a
-function.
+This file knows the contents of a run folder. It does not know how to load the run's model:
+`Run.export` passes in a function for that.
 """
 
 import contextlib
@@ -20,22 +20,23 @@ from silotune.core.wording import did_you_mean
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.models.adapters import PROMPT_KINDS
+from silotune.models.base import quiet_libraries
 from silotune.models.gguf_write import GgufType, check_llama, check_tokenizer, write_llama
-from silotune.models.loading import LoadedModel, quiet_libraries
+from silotune.models.loading import LoadedModel
 from silotune.recipes.schema import RunConfig
 from silotune.results.export_card import ExportKind, base_name, export_card, gguf_name, licence_of
 
 LOGIT_TOLERANCE = 1e-3
-"""How far merging may move a logit, of the largest one; in float32 it is rounding, some 1e-6."""
+"""How far merging may move a logit, as a share of the largest. Rounding in float32 is near 1e-6."""
 GGUF_DEFAULT: GgufType = "f16"
 
 PROBE = "A question for both, the merged model and its parts: what is 1 + 1?"
 
 
-# --- what is asked for
+# --- the request
 
 
-def check_order(
+def check_request(
     run: RunConfig,
     kind: ExportKind,
     *,
@@ -43,11 +44,11 @@ def check_order(
     push: str | None,
     public: bool,
 ) -> None:
-    """Find what cannot be exported, before anything is loaded.
+    """Refuse what cannot be exported, before anything is loaded.
 
     Raises:
-        ConfigError: A kind, type or repository that cannot be, or arguments without an effect.
-        ModelError: The run's adapter, or its task, has no such export.
+        ConfigError: An invalid kind, type or repository, or an argument without effect.
+        ModelError: The run's adapter or task cannot be exported this way.
     """
     for given, known, option in (
         (kind, get_args(ExportKind), "--as"),
@@ -56,37 +57,37 @@ def check_order(
         if given is not None and given not in known:
             raise ConfigError(
                 f"{option} = '{given}' is unknown.{did_you_mean(given, known)}\n"
-                f"  There are: {', '.join(known)}."
+                f"  Choose one of: {', '.join(known)}."
             )
     if gguf_type is not None and kind != "gguf":
-        raise ConfigError("--type has an effect with --as gguf only.\n  Leave it out.")
+        raise ConfigError("--type has an effect only with --as gguf.\n  Leave it out.")
     if public and push is None:
-        raise ConfigError("--public has an effect with --push only.\n  Leave it out.")
+        raise ConfigError("--public has an effect only with --push.\n  Leave it out.")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
-        raise ConfigError(f"--push '{push}' is no repository.\n  Write its owner too: OWNER/NAME.")
+        raise ConfigError(f"--push '{push}' is not a repository.\n  Include the owner: OWNER/NAME.")
     adapter = run.adapter.kind
     if kind == "peft" and adapter == "full":
         raise ModelError(
-            "all weights were trained, so there is no adapter to export.\n  Add --as merged."
+            "all weights were trained, so there is no adapter to export.\n  Use --as merged."
         )
     if kind != "peft" and adapter in PROMPT_KINDS:
         raise ModelError(
-            f"adapter.kind = '{adapter}' is vectors in front of the text, which cannot be merged "
-            "into the base's weights.\n  Export it with --as peft."
+            f"adapter.kind = '{adapter}' trains vectors in front of the text, which cannot be "
+            "merged into the base's weights.\n  Export it with --as peft."
         )
     if kind == "gguf" and run.task == "classify":
         raise ModelError(
-            "GGUF files are written of language models, and this run gives labels.\n"
+            "GGUF export supports only language models, and this run is a classifier.\n"
             "  Export it with --as merged."
         )
 
 
 def plain_recipe(run: RunConfig, dtype: str) -> RunConfig:
-    """A run's recipe with its base as it is before any quantisation, on the processor.
+    """A run's recipe with an unquantised base on the CPU.
 
     Args:
         run: The recipe.
-        dtype: Of the base in training, by its name; "auto" would be another on another machine.
+        dtype: The base's dtype in training, by name; "auto" may differ from machine to machine.
     """
     how = {"quantization": "none", "dtype": dtype, "gradient_checkpointing": False}
     return run.model_copy(
@@ -109,23 +110,23 @@ def export_run(
     load: Callable[[RunConfig], LoadedModel],
     progress: Progress,
 ) -> Path:
-    """Write one export of a finished run; it appears whole or not at all.
+    """Write one export of a finished run; it appears complete or not at all.
 
     Args:
         path: The run folder.
-        kind: What is written; see `check_order`.
+        kind: What to write; see `check_request`.
         place: The folder to create, with its parents. Never overwritten.
         gguf_type: How a GGUF file stores matrices.
-        load: Puts the run's result on the base of a recipe.
-        progress: Told what happens.
+        load: Loads a recipe's base with the run's result in it.
+        progress: Receives progress messages.
 
     Returns:
         `place`.
 
     Raises:
-        RunFolderError: Something is there.
-        DiskError: The disk does not take it.
-        ModelError: The result cannot be merged, or the model not be written as GGUF.
+        RunFolderError: The folder exists.
+        DiskError: The folder cannot be written.
+        ModelError: The result cannot be merged, or the model cannot be written as GGUF.
     """
     _check_free(place)
     folder = RunFolder.open(path)
@@ -137,7 +138,7 @@ def export_run(
     else:
         progress.note(f"loading {run.model.name}")
         loaded = load(plain_recipe(run, provenance["dtype"]))
-        if kind == "gguf":  # before minutes of merging
+        if kind == "gguf":  # before merging, which takes minutes
             check_llama(loaded.model.config)
             check_tokenizer(loaded.tokenizer, loaded.model.config.vocab_size)
         model, moved = merge(loaded)
@@ -164,27 +165,27 @@ def merge(loaded: LoadedModel) -> tuple[Any, float | None]:
     """Merge an adapter into its base, in float32.
 
     Args:
-        loaded: Not to be used afterwards.
+        loaded: Not usable afterwards.
 
     Returns:
-        The plain model in float32, and how far a logit of a probe was moved, at most, as a share of
-        the largest; None where there was no adapter to merge.
+        The plain model in float32, and the largest change of a logit of a probe, as a share of the
+        largest logit; None if there was no adapter to merge.
 
     Raises:
-        ModelError: PEFT cannot merge this adapter, or the merged model says something else.
+        ModelError: PEFT cannot merge this adapter, or the merged model answers differently.
     """
     model = loaded.model.float()
     if not loaded.has_adapter:
         return model, None
     ids = loaded.tokenizer(PROBE, return_tensors="pt")
     with torch.inference_mode():
-        apart = model(**ids).logits
+        expected = model(**ids).logits
     try:
         with quiet_libraries():
             plain = model.merge_and_unload(safe_merge=True)
         with torch.inference_mode():
             merged = plain(**ids).logits
-        moved = float((merged - apart).abs().max() / apart.abs().max())
+        moved = float((merged - expected).abs().max() / expected.abs().max())
         why = "the merged model's logits are not those of base and adapter"
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         moved, why, plain = float("inf"), str(error), None
@@ -227,19 +228,19 @@ def _gguf_writer(
 def _check_free(place: Path) -> None:
     if place.exists():
         raise RunFolderError(
-            f"{place} exists and is not overwritten.\n  Remove it, or give another --to."
+            f"{place} exists and is not overwritten.\n  Remove it, or choose another --to."
         )
 
 
 def _build(place: Path, fill: Callable[[Path], None]) -> Path:
-    """`build_folder`, which leaves nothing behind where it cannot be done."""
-    _check_free(place)  # again: merging takes its time
+    """`build_folder`, but it leaves nothing behind if it fails."""
+    _check_free(place)  # again, because merging takes a while
     new = [parent for parent in place.parents if not parent.exists()]
     try:
         return build_folder(place, fill)
     except BaseException:
         shutil.rmtree(place.with_name(f".{place.name}.part"), ignore_errors=True)
         for parent in new:
-            with contextlib.suppress(OSError):  # somebody else's export is in it by now
+            with contextlib.suppress(OSError):  # another export may be in it by now
                 parent.rmdir()
         raise

@@ -1,7 +1,7 @@
-"""The card of an export: what it is, how it is loaded, where it comes from.
+"""The card of an export: what it is, how to load it, where it comes from.
 
-It is made to be published: it holds counts, hashes and names of models, nothing that a client wrote
-or is called, and no path of this machine.
+The card is meant to be published. It contains counts, hashes and model names, but nothing that a
+client wrote, no client's name and no path on this machine.
 """
 
 import importlib.metadata
@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from silotune.core.wording import counted
 from silotune.federation.privacy_statement import privacy_lines
+from silotune.models.base import folder_of_base
 from silotune.models.gguf_write import GgufType
-from silotune.models.loading import folder_of_base
 from silotune.models.sources import SOURCES, is_hub_id
 from silotune.recipes.schema import RunConfig
 from silotune.results.card import python_use, what_is_trained
@@ -30,7 +31,7 @@ def export_card(
     gguf_type: GgufType,
     moved: float | None,
 ) -> str:
-    """README.md of an export: what it is, how it is loaded, where it comes from.
+    """README.md of an export: what it is, how to load it, where it comes from.
 
     Args:
         run: The resolved recipe.
@@ -40,21 +41,32 @@ def export_card(
         gguf_type: How a GGUF file stores matrices.
         moved: How far merging moved a logit, as a share of the largest; None without a merge.
     """
-    base, clients = provenance["base"], list(summary["clients"].values())
+    return "\n".join(
+        [
+            *_heading(run, summary, provenance, kind),
+            *_results(summary),
+            *(line for note in _notes(run, provenance, moved, kind) for line in (note, "")),
+            "## Use",
+            "",
+            *_use(run, kind, gguf_type),
+            "",
+            "## Provenance",
+            "",
+            *_provenance(run, summary, provenance),
+            "",
+        ]
+    )
+
+
+def _heading(
+    run: RunConfig, summary: Mapping[str, Any], provenance: Mapping[str, Any], kind: ExportKind
+) -> list[str]:
+    """Metadata for the hub, the title, and how the model was trained."""
     library = {"peft": "peft", "merged": "transformers", "gguf": "gguf"}[kind]
     licence, name = licence_of(run), base_name(run)
-    train = [client["num_train"] for client in clients]
-    before, after = (summary["overall"][f"{arm}_loss"] for arm in ("base", "federated"))
-    # a private run's losses have no noise: what leaves this machine does not tell them
-    secret = None in (before, after) or "privacy" in summary
-    scored = "" if secret else f"{before:.4f} before, {after:.4f} after, "
-    described = base["description"] if run.model.name in SOURCES else name
-    private = (
-        [f"- {line}" for line in privacy_lines(summary["privacy"])] + [""]
-        if "privacy" in summary
-        else []
-    )
-    lines = [
+    described = provenance["base"]["description"] if run.model.name in SOURCES else name
+    private = "privacy" in summary
+    return [
         "---",
         f"library_name: {library}",
         *([f"base_model: {name}"] if is_hub_id(run.model.name) else []),
@@ -62,47 +74,57 @@ def export_card(
         "tags: [federated-learning, silotune]",
         "---",
         "",
-        f"# {name}, fine-tuned by {len(clients)} clients",
+        f"# {name}, fine-tuned by {counted(len(summary['clients']), 'client')}",
         "",
-        f"{described}. Rounds of {summary['algorithm']}: {summary['rounds']}; "
-        f"{what_is_trained(run)}. The clients' rows were never pooled; what travelled were "
-        "float32 changes of the trained tensors, without secure aggregation and "
+        f"{described}. {counted(summary['rounds'], 'round')} of {summary['algorithm']}; "
+        f"{what_is_trained(run)}. The clients' rows were never pooled. Clients sent float32 "
+        "changes of the trained tensors, without secure aggregation and "
         + ("with differential privacy:" if private else "without differential privacy."),
         "",
-        *private,
-        *([f"Held-out loss of all clients: {scored}in {unit_of(summary)}.", ""] if scored else []),
-        *(line for note in _notes(run, provenance, moved, kind) for line in (note, "")),
-        "## Use",
-        "",
-        *_use(run, kind, gguf_type),
-        "",
-        "## Provenance",
-        "",
-        f"- clients: {len(clients)}; rows: {sum(train)} to train on (a client has {min(train)} to "
-        f"{max(train)}), {sum(client['num_eval'] for client in clients)} held out"
-        # whoever knows all rows but one could try that one out
-        + ("" if private else f", sha256 of all {provenance['data']['sha256']}"),
+        *([f"- {line}" for line in privacy_lines(summary["privacy"])] if private else []),
+        *([""] if private else []),
+    ]
+
+
+def _results(summary: Mapping[str, Any]) -> list[str]:
+    """The held-out loss, unless the run is private: its losses have no noise."""
+    before, after = (summary["overall"][f"{arm}_loss"] for arm in ("base", "federated"))
+    if None in (before, after) or "privacy" in summary:
+        return []
+    scored = f"{before:.4f} before, {after:.4f} after"
+    return [f"Held-out loss across all clients: {scored}, in {unit_of(summary)}.", ""]
+
+
+def _provenance(
+    run: RunConfig, summary: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> list[str]:
+    base, clients = provenance["base"], list(summary["clients"].values())
+    train = [client["num_train"] for client in clients]
+    return [
+        f"- clients: {len(clients)}; rows: {sum(train)} for training ({min(train)} to "
+        f"{max(train)} per client), {sum(client['num_eval'] for client in clients)} held out"
+        # someone who knows all other rows could use the hash to test guesses for one row
+        + ("" if "privacy" in summary else f", sha256 of all {provenance['data']['sha256']}"),
         f"- rounds: {summary['rounds']} of {summary['algorithm']}; this is the result after round "
         f"{summary['result_round']}",
-        f"- base: {name}, sha256 {base['sha256']}"
+        f"- base: {base_name(run)}, sha256 {base['sha256']}"
         + (f", revision {base['revision']}" if base["revision"] else "")
-        + f"; licence {licence or 'not known here: see its own card'}",
+        + f"; licence {licence_of(run) or 'unknown: see its own card'}",
         f"- {'weights' if run.adapter.kind == 'full' else 'adapter'}: sha256 "
         f"{summary['adapter_sha256']}",
         f"- trained with silotune {provenance['versions']['silotune']}, exported with "
         f"{importlib.metadata.version('silotune')}; seed {run.seed}",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def base_name(run: RunConfig) -> str:
-    """The base's name for others: of a folder on this machine only the last part."""
+    """The base's public name; for a folder on this machine, only the last part of its path."""
     name = run.model.name
     return name if name in SOURCES or is_hub_id(name) else Path(name).expanduser().resolve().name
 
 
 def licence_of(run: RunConfig) -> str | None:
-    """The base's licence as its source or its own card states it."""
+    """The base's licence, as stated by its source or its own card."""
     if run.model.name in SOURCES:
         return SOURCES[run.model.name].licence
     card = folder_of_base(run.model) / "README.md"
@@ -115,26 +137,26 @@ def licence_of(run: RunConfig) -> str | None:
 def _notes(
     run: RunConfig, provenance: Mapping[str, Any], moved: float | None, kind: ExportKind
 ) -> list[str]:
-    """What became of the adapter, and what training saw instead."""
+    """How the adapter was merged, and how the exported base differs from that of training."""
     notes: list[str] = []
     dtype, quantised = provenance["dtype"], run.model.quantization
     if moved is not None:
-        rounded = "" if kind == "gguf" or dtype == "float32" else f", then rounded to {dtype} once"
+        rounded = "" if kind == "gguf" or dtype == "float32" else f", then rounded once to {dtype}"
         notes.append(
-            f"The adapter was merged into the base ({dtype}) in float32{rounded}. Before any "
-            f"rounding this moved the logits of a probe by {moved:.0e} of the largest at most."
+            f"The adapter was merged into the base ({dtype}) in float32{rounded}. Before rounding, "
+            f"this changed the logits of a probe by at most {moved:.0e} of the largest logit."
         )
     if quantised != "none":
-        here = "" if moved is None else ", and this is the base that is not quantised"
+        here = "" if moved is None else "; this export uses the unquantised base"
         notes.append(
-            f"**Training saw the base in {quantised}{here}.** On another base its scores are not "
+            f"**Training used the base in {quantised}{here}.** On another base, the scores are not "
             "those of the run."
         )
     return notes
 
 
 def _use(run: RunConfig, kind: ExportKind, gguf_type: GgufType) -> list[str]:
-    if kind == "peft":  # the run's card speaks of its own folder, and of the base's place
+    if kind == "peft":  # the run's card names a subfolder of the run and the base's path
         text = "\n".join(python_use(run)).replace(f'"{run.model.name}"', f'"{base_name(run)}"')
         return text.replace('"adapter"', '"."').replace("`adapter/`", "This").splitlines()
     if kind == "gguf":
@@ -162,5 +184,5 @@ def _use(run: RunConfig, kind: ExportKind, gguf_type: GgufType) -> list[str]:
 
 
 def gguf_name(kind: GgufType) -> str:
-    """The file in a GGUF export."""
+    """The name of the file in a GGUF export."""
     return f"model-{kind}.gguf"

@@ -1,6 +1,6 @@
-"""An export on the hub: who is logged in, and one commit with the folder.
+"""Upload an export to the hub: check the login, then push the folder in one commit.
 
-The token is the hub library's own: it is neither read, shown nor kept here.
+The hub library handles the token. This file neither reads, shows nor stores it.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from silotune.core.errors import ConfigError, SilotuneError
 
 
 def hub_login() -> Any:
-    """The hub's client, once it is known that somebody is logged in.
+    """Return the hub's client after checking that somebody is logged in.
 
     Raises:
         ConfigError: Nobody is logged in.
@@ -27,12 +27,12 @@ def hub_login() -> Any:
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         if refused or isinstance(error, LocalTokenNotFoundError):
             raise ConfigError(
-                "--push: nobody is logged in to the hub here.\n"
-                "  Run `hf auth login`, or set HF_TOKEN to a token that may write."
+                "--push: nobody is logged in to the hub on this machine.\n"
+                "  Run `hf auth login`, or set HF_TOKEN to a token with write access."
             ) from None
         raise SilotuneError(
             f"--push: the hub does not answer ({type(error).__name__}).\n"
-            "  Try again later, or leave --push out."
+            "  Try again later, or leave out --push."
         ) from None
     return api
 
@@ -43,33 +43,33 @@ def push_folder(api: Any, folder: Path, repository: str, *, public: bool) -> str
     Args:
         api: From `hub_login`.
         folder: The export.
-        repository: OWNER/NAME; created if it is not there.
+        repository: OWNER/NAME; created if it does not exist.
         public: Whether everyone may read it.
 
     Returns:
         Its address.
 
     Raises:
-        ConfigError: The repository is there and everyone may read it, which was not asked for.
-        SilotuneError: The hub did not take it; the export stays.
+        ConfigError: The repository exists and is public, but `public` is not set.
+        SilotuneError: The upload failed; the export stays.
     """
     from httpx import HTTPError
 
-    again = f"hf upload {repository} {folder}"
+    command = f"hf upload {repository} {folder}"
     try:
         address = str(api.create_repo(repository, private=not public, exist_ok=True))
-        # what is there already keeps its visibility
+        # an existing repository keeps its visibility
         if not public and not api.repo_info(repository).private:
             raise ConfigError(
-                f"--push: {repository} is there, and everyone may read it; nothing was uploaded.\n"
-                f"  Add --public, or name another. The export itself is done: {again}"
+                f"--push: {repository} exists and is public; nothing was uploaded.\n"
+                f"  Add --public, or choose another. The export is done; to upload it: {command}"
             )
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Upload a silotune export"
         )
     except (OSError, HTTPError) as error:
         raise SilotuneError(
-            f"--push: the hub did not take {repository} ({type(error).__name__}).\n"
-            f"  The export itself is done; once the cause is mended: {again}"
+            f"--push: the upload to {repository} failed ({type(error).__name__}).\n"
+            f"  The export is done; once the cause is fixed, run: {command}"
         ) from None
     return address

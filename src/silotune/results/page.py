@@ -1,13 +1,14 @@
-"""A finished run, or a comparison, as one HTML page that stands alone: no script, no request.
+"""A finished run as one self-contained HTML page: no script, no request.
 
-Gathers the numbers; charts.py draws, verdicts.py words, and html/report.html lays out.
-Everything that is data (names, questions, answers, recipe) is escaped by the template.
+This file gathers the numbers. charts.py draws them, verdicts.py puts them into words, and
+html/report.html arranges them. The template escapes all data: names, questions, answers, recipe.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from silotune.core.wording import counted
 from silotune.federation.metrics import Row, held_out_losses
 from silotune.federation.privacy_statement import privacy_lines
 from silotune.recipes.parse import to_toml
@@ -27,14 +28,14 @@ from silotune.results.summary import (
     unit_of,
     worse_off,
 )
-from silotune.results.verdicts import num_clients, run_verdict
+from silotune.results.verdicts import run_verdict
 
 Samples = Sequence[Mapping[str, Any]]
 """client, question, reference, and answers by name ("base", "federated", ...)."""
 
 
 class Drawing(NamedTuple):
-    """A chart, and what is said beside it."""
+    """A chart with its caption."""
 
     title: str
     svg: str
@@ -50,29 +51,30 @@ def run_page(
     split: Split,
     samples: Samples,
 ) -> str:
-    """The page of one run.
+    """Build the page of one run.
 
     Args:
         run: The resolved recipe.
-        summary: summary.json, as from `report.summarise`.
+        summary: summary.json, from `summary.summarise`.
         rows: metrics.jsonl.
         provenance: provenance.json.
         split: Rows, lengths and labels of each client; may be empty or lack clients.
-        samples: Answers side by side; may be empty.
+        samples: Questions with their answers; may be empty.
 
     Returns:
         HTML.
     """
-    header, *table = loss_table(summary)  # with hyphens: it is for terminals too
+    header, *table = loss_table(summary)  # with hyphens, because terminals show it too
     lost = worse_off(summary)
     warnings = [f"Not better than the base for: {', '.join(lost)}."] if lost else []
     warnings += budget_warnings(summary)
     return render(
         "report.html",
         kind="run",
-        title=f"{provenance['base']['name']}, fine-tuned by {num_clients(summary['clients'])}",
-        subtitle=f"{summary['rounds']} rounds of {summary['algorithm']}, result after round "
-        f"{summary['result_round']}",
+        title=f"{provenance['base']['name']}, fine-tuned by "
+        f"{counted(len(summary['clients']), 'client')}",
+        subtitle=f"{counted(summary['rounds'], 'round')} of {summary['algorithm']}, result after "
+        f"round {summary['result_round']}",
         verdict=[run_verdict(summary)],
         warnings=warnings,
         notes=[*([run.report.note] if run.report.note else []), *budget_lines(summary)],
@@ -99,7 +101,7 @@ def run_page(
 
 
 def capitalised(text: str) -> str:
-    """The text with a capital first letter."""
+    """The text with its first letter capitalized."""
     return text[:1].upper() + text[1:]
 
 
@@ -125,17 +127,17 @@ def _cost_charts(rows: Sequence[Row], rounds: int, shown: Sequence[str]) -> list
     down: dict[int, float] = {}
     up: dict[int, float] = {}
     for row in rows:
-        # the adapter after round r travels in round r + 1; the last one is scored by itself
+        # the adapter after round r is sent in round r + 1; the last one is sent only for scoring
         at = min(row["round"] + (row["event"] == "evaluate"), rounds)
         down[at] = down.get(at, 0) + row.get("bytes_down", 0)
         up[at] = up.get(at, 0) + row.get("bytes_up", 0)
-    training, whole = (
+    training, total = (
         _by_client(rows, "train", "seconds_training"),
         _by_client(rows, "train", "seconds"),
     )
     inside = {name: sum(training[name].values()) for name in shown if name in training}
-    other = {name: max(0.0, sum(whole.get(name, {}).values()) - s) for name, s in inside.items()}
-    note = "The last adapter's way to the clients for scoring counts in the last round."
+    other = {name: max(0.0, sum(total.get(name, {}).values()) - s) for name, s in inside.items()}
+    note = "Sending the last adapter to the clients for scoring counts in the last round."
     return [
         Drawing("Traffic per round", charts.bytes_per_round(down, up), note),
         Drawing("Time per client", charts.seconds_per_client(inside, other)),
@@ -146,7 +148,7 @@ def _split_charts(split: Split) -> list[Drawing]:
     shown = {name: split[name] for name in charts.biggest(split)}
     some = len(shown) < len(split)
     note = f"The {len(shown)} clients with the most rows, of {len(split)}. " if some else ""
-    box = "Box: the middle half, with the median; whiskers: 5 % and 95 % of the rows."
+    box = "Box: the middle 50 % of rows, with the median; whiskers: 5 % and 95 %."
     return [
         Drawing("Rows", charts.rows_per_client(shown), note),
         Drawing("Labels", charts.labels_per_client(shown), note),
@@ -155,7 +157,7 @@ def _split_charts(split: Split) -> list[Drawing]:
 
 
 def _by_client(rows: Sequence[Row], event: str, key: str) -> dict[str, dict[int, float]]:
-    """A number of every client's rows by round, without those that are no number."""
+    """One number from every client's rows, by client and round; missing and NaN are left out."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["event"] == event and math.isfinite(row.get(key, math.nan)):
@@ -164,7 +166,7 @@ def _by_client(rows: Sequence[Row], event: str, key: str) -> dict[str, dict[int,
 
 
 def only_finite(given: Mapping[str, Interval], arms: Iterable[str]) -> dict[str, Interval]:
-    """What can be drawn of some arms."""
+    """The numbers of these arms that can be drawn."""
     numbers = {
         arm: {k: v for k, v in given[arm].items() if v is not None and math.isfinite(v)}
         for arm in arms
@@ -174,7 +176,7 @@ def only_finite(given: Mapping[str, Interval], arms: Iterable[str]) -> dict[str,
 
 
 def drawn(drawings: Iterable[Drawing]) -> list[Drawing]:
-    """The drawings that show anything."""
+    """The drawings that are not empty."""
     return [drawing for drawing in drawings if drawing.svg]
 
 
@@ -184,7 +186,7 @@ def drawn(drawings: Iterable[Drawing]) -> list[Drawing]:
 def shared_parts(
     run: RunConfig, provenance: Mapping[str, Any], split: Split, samples: Samples
 ) -> dict[str, Any]:
-    """What both pages end with."""
+    """The parts at the end of both pages."""
     return {
         "samples": samples,
         "split": split,
@@ -197,12 +199,12 @@ def shared_parts(
 
 
 def rows_sha256(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
-    """The hash of all rows; None under [privacy]: who knows all but one could try that one out."""
+    """The hash of all rows; None under [privacy], where it would let others test guesses."""
     return provenance["data"]["sha256"] if run.privacy.unit == "none" else None
 
 
 def _use(run: RunConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The lines of the model card, as words and code."""
+    """The usage lines of the model card, as words and code."""
     words, _, code = "\n".join(python_use(run)).partition("```python")
     return {
         "ask": f'silotune ask {provenance["run"]} "your question"',
@@ -212,12 +214,12 @@ def _use(run: RunConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def typeset(cell: str) -> str:
-    """A table's cell with a real minus sign, and a dash for no value."""
+    """A table cell with a real minus sign, and a dash for no value."""
     return "–" if cell == "-" else cell.replace("-", "−")
 
 
 def render(template: str, **page: Any) -> str:
-    """Fill one of the package's templates; all that is data is escaped."""
+    """Fill one of the package's templates; all data is escaped."""
     import jinja2
 
     env = jinja2.Environment(

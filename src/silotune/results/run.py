@@ -17,12 +17,13 @@ from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
 from silotune.models.adapters import without_frozen
+from silotune.models.base import folder_of_base
 from silotune.models.gguf_write import GgufType
-from silotune.models.loading import LoadedModel, folder_of_base, write_adapter
+from silotune.models.loading import LoadedModel, write_adapter
 from silotune.models.sources import content_hash, is_hub_id
 from silotune.recipes.schema import RunConfig
 from silotune.results.chat import NO_HEAD, SPEAKERS, Chat, Speaker, Speakers
-from silotune.results.export import GGUF_DEFAULT, check_order, export_run
+from silotune.results.export import GGUF_DEFAULT, check_request, export_run
 from silotune.results.export_card import ExportKind
 from silotune.results.hub import hub_login, push_folder
 from silotune.results.page import run_page
@@ -35,7 +36,7 @@ class Run:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))  # a text is a path too
+        object.__setattr__(self, "path", Path(self.path))  # strings are accepted too
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class Run:
         summary = RunFolder.open(self.path).read_json("summary.json")
         if summary is None:
             raise RunFolderError(
-                f"{self.path} is not finished.\n  Go on with it: silotune run --resume {self.path}"
+                f"{self.path} is not finished.\n  Resume it: silotune run --resume {self.path}"
             )
         return summary
 
@@ -54,21 +55,21 @@ class Run:
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        """Some held-out questions with what base and result answer; [] where none were asked."""
+        """Held-out questions with the answers of base and result; [] if none were asked."""
         return RunFolder.open(self.path).read_json("samples.json") or []
 
     @property
     def privacy(self) -> dict[str, Any] | None:
-        """What it promised, what it has spent, and every release; None without [privacy].
+        """Its guarantee, what it has spent, and every release; None without [privacy].
 
-        Enough to compute epsilon anew; see docs/privacy.md.
+        This is enough to recompute epsilon; see docs/privacy.md.
         """
         folder = RunFolder.open(self.path)
         found = statement(folder.run, folder)
         return found and {**found, "releases": releases(folder), "sha256": self._sha256()}
 
     def _sha256(self) -> dict[str, str]:
-        """What the statement speaks of: the recipe, the promise, and the result's tensors."""
+        """Hashes of what the statement is about: recipe, guarantee, and the result's tensors."""
         names = ("recipe.toml", "privacy.json", "adapter/adapter_model.safetensors")
         return {
             name: hashlib.sha256((self.path / name).read_bytes()).hexdigest()
@@ -77,7 +78,7 @@ class Run:
         }
 
     def report(self) -> Path:
-        """Write report.html: the run on one page, without a network. Returns its path."""
+        """Write report.html: the run on one page that needs no network. Returns its path."""
         folder = RunFolder.open(self.path)
         page = run_page(
             folder.run,
@@ -100,7 +101,7 @@ class Run:
         return read_result(self.path / "adapter")
 
     def load(self) -> LoadedModel:
-        """The model with the result in it.
+        """Load the base with the result in it.
 
         Raises:
             RunFolderError: There is no result yet.
@@ -114,7 +115,7 @@ class Run:
         loaded = load_for(run)
         head = loaded.head_modules
         if head is not None and run.adapter.head == "freeze":
-            # saved with the adapter, which is of no use without it; the same as when it was drawn
+            # the head is saved because the adapter needs it, but it is still as it was drawn
             adapter = {name: t for name, t in adapter.items() if not head.holds(name)}
         try:
             write_adapter(loaded, without_frozen(loaded.model, loaded.kind, adapter))
@@ -126,17 +127,17 @@ class Run:
         return loaded
 
     def _check_base(self, *, there: bool = False) -> None:
-        """Refuse a base that has changed; with `there` one that is gone, too."""
+        """Refuse a base that has changed; with `there`, also one that is gone."""
         model = self.config.model
-        newest = is_hub_id(model.name) and model.revision is None  # is what was asked for
+        newest = is_hub_id(model.name) and model.revision is None  # which the recipe asks for
         if newest and not there:
             return
         try:
             folder = folder_of_base(model)
-        except OSError as error:  # a folder that is gone may read like a hub id
+        except OSError as error:  # the path of a missing folder may look like a hub id
             raise ModelError(
                 f"the base '{model.name}' is gone: it is neither a folder here nor on the hub.\n"
-                "  Restore it, or go where it can be reached."
+                "  Restore it, or use a machine that can reach it."
             ) from error
         if newest and not any(folder.glob("*.safetensors")):
             return  # fetched when it is loaded
@@ -144,7 +145,7 @@ class Run:
         if content_hash(folder) != provenance["base"]["sha256"]:
             raise ModelError(
                 f"{model.name} is not the base that {self.path} was trained on: its files have "
-                "changed.\n  Restore them, or train anew."
+                "changed.\n  Restore them, or train again."
             )
 
     def export(
@@ -157,31 +158,31 @@ class Run:
         public: bool = False,
         progress: Progress | None = None,
     ) -> Path:
-        """Write the result for others to load, with a card that says where it comes from.
+        """Write the result in a form that others can load, with a card that says where it is from.
 
         Args:
             kind: "peft": the adapter, tokenizer and chat template. "merged": the adapter merged
-                into the base that is not quantised, as a plain model folder. "gguf": the same as
-                one file for llama.cpp, for models of the Llama family.
+                into the unquantised base, as a plain model folder. "gguf": the same as a single
+                file for llama.cpp, for models of the Llama family.
             to: The folder to create; by default export/<kind> in the run folder. Never overwritten.
             gguf_type: How a GGUF file stores matrices; by default f16.
-            push: OWNER/NAME: upload it to the hub too, as whoever is logged in there.
+            push: OWNER/NAME of a hub repository to upload it to, as the user who is logged in.
             public: Whether everyone may read that repository.
-            progress: Told what happens; silent by default.
+            progress: Receives progress messages; silent by default.
 
         Returns:
             The folder.
 
         Raises:
-            ConfigError: Arguments that cannot be, or nobody is logged in to the hub.
-            ModelError: The base is gone or has changed, or there is no such export of this run.
-            RunFolderError: The run is not finished, or something is in the place.
+            ConfigError: Invalid arguments, or nobody is logged in to the hub.
+            ModelError: The base is gone or has changed, or this run cannot be exported this way.
+            RunFolderError: The run is not finished, or the folder exists.
             DiskError: The folder cannot be written.
-            SilotuneError: The hub did not take it; the folder stays.
+            SilotuneError: The upload failed; the folder stays.
         """
         progress = progress or Progress()
-        check_order(self.config, kind, gguf_type=gguf_type, push=push, public=public)
-        _, adapter = self.summary, self.adapter()  # is it finished?
+        check_request(self.config, kind, gguf_type=gguf_type, push=push, public=public)
+        _, adapter = self.summary, self.adapter()  # both raise if the run is not finished
         self._check_base(there=True)
         api = hub_login() if push is not None else None
         place = export_run(
@@ -201,7 +202,7 @@ class Run:
         """Answer a question with the trained adapter, or with the base.
 
         The system text and the template are those of training. With the task classify, `question`
-        is the text, and the answer its label and how likely the model takes it to be.
+        is the text to classify. The answer is its label and the probability that the model assigns.
 
         Raises:
             ConfigError: The question is too long, or the base has no head to answer with.
@@ -210,17 +211,17 @@ class Run:
         return self.chat(only=only, max_new_tokens=max_new_tokens).say(question)[only]
 
     def chat(self, *, only: Speaker | None = None, max_new_tokens: int = 128) -> Chat:
-        """Begin a conversation with the base and the federated model, side by side.
+        """Start a conversation with the base and the federated model, side by side.
 
-        Loads the model once. Where all weights were trained the base is another model, and both are
-        held in memory. A classifier's base has no head, so there the federated model is alone.
+        The model is loaded once. If all weights were trained, the base is a separate model and both
+        are kept in memory. A classifier's base has no head, so only the federated model answers.
 
         Args:
-            only: Leave the other one out.
-            max_new_tokens: Where an answer that does not end by itself is cut.
+            only: Ask only this one.
+            max_new_tokens: Maximum length of an answer, in tokens.
 
         Raises:
-            ConfigError: The base alone is asked for, and has no head.
+            ConfigError: Only the base is asked, and it has no head.
             ModelError: See `load`.
         """
         run = self.config
@@ -228,9 +229,9 @@ class Run:
             if only == "base":
                 raise ConfigError(f"{NO_HEAD}.\n  Ask without --base, and without --only base.")
             only = "federated"
-        whole = run.adapter.kind == "full"
-        result = None if whole and only == "base" else self.load()
-        base = load_for(run) if whole and only != "federated" else result
+        full = run.adapter.kind == "full"
+        result = None if full and only == "base" else self.load()
+        base = load_for(run) if full and only != "federated" else result
         both = zip(SPEAKERS, (base, result), strict=True)
         models = {name: m for name, m in both if m is not None and only in (None, name)}
         return Chat(Speakers(run, models, max_new_tokens))
@@ -245,8 +246,7 @@ def read_result(adapter: Path) -> dict[str, torch.Tensor]:
     files = sorted(adapter.glob("*.safetensors"))
     if not files:
         raise RunFolderError(
-            f"{adapter} holds no result yet.\n"
-            f"  Go on with it: silotune run --resume {adapter.parent}"
+            f"{adapter} holds no result yet.\n  Resume it: silotune run --resume {adapter.parent}"
         )
     tensors: dict[str, torch.Tensor] = {}
     for path in files:

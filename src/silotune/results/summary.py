@@ -1,9 +1,9 @@
-"""What a run says at its end: the summary as numbers and as tables."""
+"""The summary of a run, as numbers and as tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from silotune.core.wording import human_bytes, human_seconds
+from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
 from silotune.recipes.schema import RunConfig
 
@@ -19,25 +19,17 @@ def summarise(
     measured: Mapping[str, Any],
     head_bytes: int = 0,
 ) -> dict[str, Any]:
-    """The contents of summary.json.
+    """Build the contents of summary.json.
 
     Args:
         run: The resolved recipe.
         rows: metrics.jsonl.
         clients: num_train and num_eval of each client.
-        result_round: Rounds behind the adapter that became the result.
+        result_round: The round after which the adapter became the result.
         measured: What only the process knows: seconds_total, base_model_loads, peak_memory_bytes,
             adapter_sha256, adapter.
-        head_bytes: Of the classification head, in every message that carries the adapter.
+        head_bytes: Size of the classification head, which is in every message with the adapter.
     """
-    losses = {
-        (row["round"], row["client"]): row["loss"]
-        for row in rows
-        if row["event"] == "evaluate" and row["status"] == "ok"
-    }
-    overall = held_out_losses(rows)
-    own = [row for row in rows if row["event"] == "train" and "seconds_training" in row]
-    at_server = [row for row in rows if row["event"] == "server"]
     sent = {
         key: [n for row in rows if (n := row.get(key, 0))] for key in ("bytes_up", "bytes_down")
     }
@@ -46,14 +38,31 @@ def summarise(
         found["labels"] = list(run.data.labels or ())
         found["scores"] = _label_scores(rows, clients, result_round)
         found |= {f"head_{key}": head_bytes * len(sizes) for key, sizes in sent.items()}
-    if at_server:
-        found["seconds_server"] = sum(row["seconds"] for row in at_server)
-        found["tokens_server"] = sum(int(row["num_tokens"]) for row in at_server)
     return {
         "task": run.task,
         "algorithm": getattr(run.algorithm, "name", ""),
         "rounds": max((row["round"] for row in rows if row["event"] == "round"), default=0),
         "result_round": result_round,
+        **_losses(rows, clients, result_round),
+        **{key: sum(sizes) for key, sizes in sent.items()},
+        **_training(rows),
+        **found,
+        **_server_training(rows),
+        **measured,
+    }
+
+
+def _losses(
+    rows: Sequence[Row], clients: Mapping[str, Mapping[str, int]], result_round: int
+) -> dict[str, Any]:
+    """Held-out loss of base and result: for each client with its counts of rows, and overall."""
+    losses = {
+        (row["round"], row["client"]): row["loss"]
+        for row in rows
+        if row["event"] == "evaluate" and row["status"] == "ok"
+    }
+    overall = held_out_losses(rows)
+    return {
         "clients": {
             name: {
                 "base_loss": losses.get((0, name)),
@@ -66,23 +75,38 @@ def summarise(
             "base_loss": overall.get(0),
             "federated_loss": overall.get(result_round),
         },
-        **{key: sum(sizes) for key, sizes in sent.items()},
-        # real clients under [privacy] keep it
+    }
+
+
+def _training(rows: Sequence[Row]) -> dict[str, Any]:
+    """What training took at the clients."""
+    own = [row for row in rows if row["event"] == "train" and "seconds_training" in row]
+    return {
+        # real clients do not report it under [privacy]
         "tokens_trained": sum(int(row["num_tokens"]) for row in own)
         if all("num_tokens" in row for row in own)
         else None,
         "seconds_training": sum(row["seconds_training"] for row in own),
-        **found,
-        **measured,
+    }
+
+
+def _server_training(rows: Sequence[Row]) -> dict[str, Any]:
+    """What training took at the server; empty if it did not train."""
+    at_server = [row for row in rows if row["event"] == "server"]
+    if not at_server:
+        return {}
+    return {
+        "seconds_server": sum(row["seconds"] for row in at_server),
+        "tokens_server": sum(int(row["num_tokens"]) for row in at_server),
     }
 
 
 def _label_scores(
     rows: Sequence[Row], clients: Mapping[str, Any], result_round: int
 ) -> dict[str, Any]:
-    """Accuracy, macro F1 and Matthews correlation of base and result, by client and over all.
+    """Accuracy, macro F1 and Matthews correlation of base and result, by client and overall.
 
-    Over all are all rows together, not a mean of the clients.
+    The overall scores are over all rows together. They are not means over the clients.
     """
 
     def scores(own: Sequence[Row]) -> dict[str, Any]:
@@ -96,7 +120,7 @@ def _label_scores(
 
 
 def unit_of(summary: Mapping[str, Any]) -> str:
-    """What a loss is a mean over."""
+    """The unit of a loss: what it is averaged over."""
     return "nats per row" if summary.get("task") == "classify" else "nats per token"
 
 
@@ -130,7 +154,7 @@ def worse_off(summary: Mapping[str, Any]) -> list[str]:
 
 
 def is_scored(summary: Mapping[str, Any]) -> bool:
-    """Whether any client's held-out loss is known, of base or result."""
+    """Whether any client's held-out loss is known, for the base or the result."""
     arms = (c[f"{arm}_loss"] for c in summary["clients"].values() for arm in ARMS)
     return any(loss is not None for loss in arms)
 
@@ -138,7 +162,7 @@ def is_scored(summary: Mapping[str, Any]) -> bool:
 def loss_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Header and rows: client, rows, held-out loss of base and federated adapter, difference.
 
-    Where no loss is known the rows alone.
+    If no loss is known, only the numbers of rows are shown.
     """
     lines = [("client", "train rows", "held-out rows", "base", "federated", "change")]
     for name, c in summary["clients"].items():
@@ -172,26 +196,26 @@ def cost_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{human_seconds(summary['seconds_training'])} in training, {server}"
         f"{human_seconds(other)} in everything else",
         ("" if tokens is None else f"{tokens} tokens trained, ")
-        + f"base loaded {summary['base_model_loads']} time(s)"
+        + f"base loaded {counted(summary['base_model_loads'], 'time')}"
         + ("" if peak is None else f", peak memory {human_bytes(peak)}"),
     ]
 
 
 def budget_warnings(summary: Mapping[str, Any]) -> list[str]:
-    """That the run went beyond budget.hours, where it did."""
+    """A warning if the run took longer than budget.hours."""
     budget = summary.get("budget")
     if not budget or budget["hours"] is None or budget["seconds"] <= 3600 * budget["hours"]:
         return []
     one = f", and round 1 alone took {human_seconds(budget['longest_round_seconds'])}"
     return [
-        f"budget.hours = {budget['hours']:g} was not kept: the run took "
+        f"budget.hours = {budget['hours']:g} was exceeded: the run took "
         f"{human_seconds(budget['seconds'])} until the last score"
         f"{one if budget['rounds'] == 1 else ''}."
     ]
 
 
 def budget_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Which ceiling ended the run after which round, where one did."""
+    """Which limit ended the run, and after which round; empty if none did."""
     budget = summary.get("budget")
     if not budget or budget["ended_by"] is None:
         return []
@@ -200,7 +224,7 @@ def budget_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def prediction_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: what was predicted, what it was, and the difference in percent.
+    """Header and rows: predicted cost, actual cost, and the difference in percent.
 
     Empty for runs of an older silotune.
     """
@@ -220,19 +244,19 @@ def prediction_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def prediction_notes(summary: Mapping[str, Any]) -> list[str]:
-    """Why predicted and actual costs differ, or do not compare."""
+    """Why predicted and actual costs differ or cannot be compared."""
     return list(summary.get("predicted", {}).get("notes", ()))
 
 
 def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Header and rows: a round a line; its losses over all clients, bytes and seconds.
+    """Header and rows: one line per round, with losses over all clients, bytes and seconds.
 
     Args:
         rows: metrics.jsonl.
     """
     held_out, labels = held_out_losses(rows), overall_scores(rows)
     more = ("accuracy", "macro F1", "Matthews") if labels else ()
-    lines = [("round", "train loss", "held-out loss after it", *more, "sent", "seconds")]
+    lines = [("round", "train loss", "held-out loss after the round", *more, "sent", "seconds")]
 
     def scores(round_: int) -> tuple[str, ...]:
         found = labels.get(round_)
@@ -258,16 +282,16 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def split_table(split: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: a client a line; its rows, lengths and commonest labels.
+    """Header and rows: one line per client, with its rows, lengths and most common labels.
 
     Args:
-        split: As from `overview.describe_split`.
+        split: From `data_overview.describe_split`.
     """
     header = (
         "client",
         "train rows",
         "held-out rows",
-        "tokens: median",
+        "median tokens",
         "95 %",
         "longest",
         "labels",

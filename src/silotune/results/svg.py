@@ -1,8 +1,8 @@
-"""A matplotlib drawing as SVG text that stands inside an HTML page.
+"""A matplotlib drawing as SVG text for an HTML page.
 
-Knows nothing of what is drawn. A drawing is 360 units wide, so that a phone shows the letters at
-their own size and a desk enlarges them. What is drawn in `INK` becomes `currentColor`, so it
-follows the page's light or dark theme. Names are data: they are never read as mathematics, nor as
+This file does not know what is drawn. A drawing is 360 units wide, so that a phone shows text at
+its own size and a desktop enlarges it. Everything drawn in `INK` becomes `currentColor`, so it
+follows the page's light or dark theme. Names are data: they are never read as mathematics or
 markup.
 """
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#010203"
-"""Stands for `currentColor`; no palette holds it."""
+"""Placeholder for `currentColor`; no palette contains it."""
 Legend = dict[str, "Artist"]
-"""Handles of a legend by their texts."""
+"""Legend handles by their texts."""
 
 _WIDTH = 360.0  # all sizes in points; one point is one unit of the SVG
 _STYLE = {
@@ -53,20 +53,20 @@ _STYLE = {
 
 
 def chart(label: str, height: float, draw: Callable[["Axes"], Legend]) -> str:
-    """Draw on one pair of axes, the legend above it, and return the SVG.
+    """Draw on one pair of axes with the legend above it, and return the SVG.
 
     Args:
-        label: What the chart shows, for whoever does not see it. Also makes its ids its own.
-        height: Of the axes with their labels, in points.
-        draw: Draws, and returns the handles of the legend by their texts.
+        label: What the chart shows, for screen readers. It also makes the chart's ids unique.
+        height: Height of the axes with their labels, in points.
+        draw: Draws, and returns the legend handles by their texts.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    # The settings of SVG exist nowhere but in matplotlib's global ones: changed, and put back.
+    # SVG settings exist only among matplotlib's global ones: the context restores them.
     style = ["default", {**_STYLE, "svg.hashsalt": label}]
     with matplotlib.style.context(style), warnings.catch_warnings():
-        # the browser draws the letters, so what matplotlib's own font lacks does not matter
+        # the browser draws the text, so glyphs missing from matplotlib's font do not matter
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(layout="constrained")
         legend = draw(figure.subplots())
@@ -83,12 +83,12 @@ def chart(label: str, height: float, draw: Callable[["Axes"], Legend]) -> str:
 
 
 def _inline(svg: str, label: str) -> str:
-    """Make a standalone SVG part of a page: no header, no style for others, no ids but its own."""
+    """Make a standalone SVG part of a page: no header, no global styles, only unique ids."""
     size = re.search(r'viewBox="([^"]*)"', svg)
     assert size is not None, "matplotlib writes a viewBox"
     body = svg[svg.index("<defs>") :]
     body = re.sub(r"<style[^>]*>.*?</style>", "", body, count=1, flags=re.DOTALL)
-    body = re.sub(r"<[^>]*>", _tidy_tag, body)  # tags only: names between them stay as they are
+    body = re.sub(r"<[^>]*>", _tidy_tag, body)  # tags only: names between them stay unchanged
     words = html.escape(short(label, 200))
     return (
         f'<svg class="chart" role="img" aria-label="{words}" viewBox="{size[1]}" '
@@ -99,14 +99,14 @@ def _inline(svg: str, label: str) -> str:
 
 def _tidy_tag(found: re.Match[str]) -> str:
     tag = found[0].replace(INK, "currentColor").replace("xlink:href", "href")
-    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)  # the page's own
-    return re.sub(r'^<g id="[^"]*"', "<g", tag)  # axes_1 and the like, in every chart the same
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)  # use the page's font
+    return re.sub(r'^<g id="[^"]*"', "<g", tag)  # axes_1 and so on: the same in every chart
 
 
 def short(name: str, columns: float = 52) -> str:
-    """A name that fits a line: wide letters count more, controls nothing, the rest is an ellipsis.
+    """Shorten a name to one line, with an ellipsis. Wide letters count more than one column.
 
-    Matplotlib cannot measure it: the browser, not its own font, draws the letters.
+    Matplotlib cannot measure the text, because the browser draws it in another font.
     """
     out, used = "", 0.0
     for char in (c if c.isprintable() else " " for c in str(name)):

@@ -1,12 +1,13 @@
-"""What a run, or a comparison, says in one sentence; and numbers in words.
+"""The result of a run or a comparison in one sentence, and numbers in words.
 
 A verdict compares an arm with training alone ("local"), and is one of the keys of `PHRASES`.
 """
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
+from silotune.core.wording import counted
 from silotune.results.summary import unit_of, worse_off
 
 PHRASES = {
@@ -24,7 +25,7 @@ COUNTED = {
 
 
 def run_verdict(summary: Mapping[str, Any]) -> str:
-    """One plain sentence: for how many clients it is better than the base, and by how much."""
+    """One plain sentence: how many clients do better than with the base, and by how much."""
     scored = [
         c for c in summary["clients"].values() if None not in (c["base_loss"], c["federated_loss"])
     ]
@@ -40,15 +41,15 @@ def run_verdict(summary: Mapping[str, Any]) -> str:
         change = f"it {way} from {before:.3f} to {after:.3f} {unit_of(summary)} ({share})"
     verb = "has" if num_better == 1 else "have"
     missing = len(summary["clients"]) - len(scored)
-    unknown = f" {num_clients(range(missing))} without a held-out score." if missing else ""
+    unknown = f" No held-out score for {counted(missing, 'client')}." if missing else ""
     return (
-        f"{num_better} of {num_clients(scored)} {verb} a lower held-out loss than with the base; "
-        f"over all, weighted by {unit_of(summary).rsplit(' ', 1)[1]}s, {change}.{unknown}"
+        f"{num_better} of {counted(len(scored), 'client')} {verb} a lower held-out loss than with "
+        f"the base; overall, weighted by {unit_of(summary).rsplit(' ', 1)[1]}s, {change}.{unknown}"
     )
 
 
 def gain(group: Mapping[str, Any], key: str, comparison: Mapping[str, Any]) -> str:
-    """What the result does for one client, or for the mean over clients, in one metric."""
+    """What the result changes for one client, or for the mean over clients, in one metric."""
     metric, result = comparison["metrics"][key], comparison["result"]
     verdict = group["verdicts"].get(key, {}).get(result)
     difference = group["differences"].get(key, {}).get(result)
@@ -59,26 +60,21 @@ def gain(group: Mapping[str, Any], key: str, comparison: Mapping[str, Any]) -> s
 
 
 def signed(metric: Mapping[str, Any]) -> str:
-    """The form of a difference in this metric."""
+    """The format of a difference in this metric."""
     return f"+.{metric['digits']}f"
 
 
-def num_clients(given: Sized) -> str:
-    """'1 client', '2 clients'."""
-    return f"{len(given)} client{'' if len(given) == 1 else 's'}"
-
-
 def interval(given: Mapping[str, float | None] | None, form: str) -> str:
-    """'2.200 [2.000, 2.400]', without what is missing; a line may break before the bracket.
+    """'2.200 [2.000, 2.400]', or the mean alone; a line may break before the bracket.
 
     Args:
         given: mean, low and high.
-        form: Of each number, for instance ".3f".
+        form: The format of each number, for example ".3f".
     """
     mean, low, high = (number((given or {}).get(key), form) for key in ("mean", "low", "high"))
     return mean if "–" in (mean, low, high) else f"{mean} [{low},\u00a0{high}]"
 
 
 def number(x: float | None, form: str) -> str:
-    """A number with a real minus sign; what is none is a dash."""
+    """A number with a real minus sign, or a dash if there is no number."""
     return "–" if x is None or not math.isfinite(x) else format(x, form).replace("-", "−")

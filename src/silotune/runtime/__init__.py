@@ -1,4 +1,4 @@
-"""Where the two halves of a round meet: in one process, or over Flower in `flower/`.
+"""Connects the two halves of a round: in one process, or over Flower in `flower/`.
 
 Does not know results or workflows.
 """

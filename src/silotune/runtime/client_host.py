@@ -1,8 +1,8 @@
-"""What answers messages where the rows are: one process, one base model, any number of clients.
+"""Answers messages where the rows are: one process, one base model, any number of clients.
 
-In Flower's simulation every actor has one; in deployment every client has one of its own, in its
-resident worker. Errors become a code and a place: an exception's text may hold a client's rows, so
-it goes to the log on this side and never to the server.
+In Flower's simulation every actor has one station; in deployment every client has one, in its
+resident worker. An error becomes a code and a place: an exception's text may hold a client's rows,
+so it goes to the log on this side and never to the server.
 """
 
 import contextlib
@@ -33,8 +33,9 @@ from silotune.federation.client import (
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.recipe_model import load_for, local_tensors
+from silotune.models.base import folder_of_base
 from silotune.models.devices import peak_memory_bytes
-from silotune.models.loading import folder_of_base, num_base_loads
+from silotune.models.loading import num_base_loads
 from silotune.models.sources import content_hash
 from silotune.recipes.schema import RunConfig
 from silotune.runtime import wire
@@ -51,20 +52,20 @@ class Place:
     """Where a process finds what its clients own."""
 
     run: RunConfig
-    """The recipe as it is run here."""
+    """The recipe as it runs here."""
     rows: Callable[[str], ClientRows]
     """A client's rows, by its name."""
     folder: Callable[[str], Path]
     """The folder of what a client keeps, by its name."""
     ledger: Ledger | None = None
-    """Where a real client writes down what it releases, over all runs on its rows."""
+    """Where a real client records what it releases, over all runs on its rows."""
     withholds: bool = False
-    """Whether what has no noise stays here; for real clients under [privacy]. The number of rows is
-    told."""
+    """Whether values without noise stay here, for real clients under [privacy]. The number of rows
+    is still reported."""
 
 
 class Station:
-    """The model, once, and the tokens of every client served so far."""
+    """One loaded model, and the tokens of every client served so far."""
 
     def __init__(self, place: Place) -> None:
         """Load the base model.
@@ -83,7 +84,7 @@ class Station:
         self.data: dict[str, ClientData] = {}
 
     def answer(self, kind: str, client: str, parcel: Parcel) -> Parcel:
-        """Do what a message asks for. Raises what goes wrong; see `guarded`."""
+        """Do what a message asks for. Raises whatever goes wrong; see `guarded`."""
         data = self._data(client)
         if kind == "query":
             return self._report(data)
@@ -97,7 +98,7 @@ class Station:
             return self._signed(wire.encode_update(update))
         if self.place.withholds:
             raise Declined(
-                f"client '{client}' keeps its scores: under [privacy] they have no noise.\n"
+                f"client '{client}' does not send scores: they carry no noise under [privacy].\n"
                 "  Set evaluate.every = 0."
             )
         memory = load_memory(own, broadcast.round)
@@ -110,12 +111,12 @@ class Station:
         return self.data[client]
 
     def _report(self, data: ClientData) -> Parcel:
-        """What the server wants to know before the first round."""
+        """What the server needs to know before the first round."""
         run, quiet = self.worker.run, self.place.withholds
         about = {
             "num_train": len(data.examples),
             "num_eval": data.num_eval,
-            # how long rows are is in them
+            # they reveal how long rows are
             "num_cut": 0 if quiet else data.num_cut,
             "num_dropped": 0 if quiet else data.num_dropped,
             "base_sha256": self.base_sha256,
@@ -131,25 +132,25 @@ class Station:
         about: dict[str, Any] = {
             "id": f"{platform.node()}/{os.getpid()}",
             "base_loads": num_base_loads(),
-            # the longest rows of a step decide it
+            # it depends on the longest rows of a step
             "peak_memory_bytes": 0 if self.place.withholds else peak_memory_bytes(),
         }
         return Parcel({**parcel.about, "process": about}, parcel.values)
 
 
 def guarded(work: Callable[[], Parcel], *, client: str, round_: int) -> Parcel:
-    """The answer, or the failure in its place. No exception leaves a client."""
+    """The answer, or a failure instead of it. No exception leaves a client."""
     try:
         parcel = work()
-    except Exception as error:  # whatever it is, it is this client's
-        with contextlib.suppress(OSError):  # a full disk, where the log lies too
+    except Exception as error:  # whatever it is, it is this client's failure
+        with contextlib.suppress(OSError):  # the disk may be full, and the log is on it
             traceback.print_exc(file=sys.stderr)
         parcel = wire.encode_failure(failure_from(error, client=client, round_=round_))
     return Parcel({**parcel.about, "client": client}, parcel.values)
 
 
 def failure_from(error: BaseException, *, client: str, round_: int) -> Failure:
-    """Code and place of an error. Only texts that hold names and shapes alone are passed on."""
+    """An error's code and place. Its text is passed on only if it holds just names and shapes."""
     told = {
         UpdateError: "training failed",
         Declined: "declined",
@@ -163,5 +164,5 @@ def failure_from(error: BaseException, *, client: str, round_: int) -> Failure:
     if ours:
         last = ours[-1]
         where = f"{Path(last.filename).name}:{last.lineno} in {last.name}"
-    known = "this client has the reason in its log" if isinstance(error, SilotuneError) else ""
+    known = "the reason is in this client's log" if isinstance(error, SilotuneError) else ""
     return Failure(client, round_, type(error).__name__[:100], where[:1000], known)

@@ -1,13 +1,14 @@
-"""All clients in this process, one after the other, on one base model: demo, tests, laptops.
+"""All clients in this process, one at a time, on one base model: for demos, tests and laptops.
 
-A plain loop without a network, and the specification of the other runtimes: they must give the same
-adapter, bit for bit. What a real client would keep on its own disk is kept in the run folder, apart
-for each client.
+A plain loop without a network, and the specification for the other runtimes: they must produce the
+same adapter, bit for bit. What a real client would keep on its own disk is kept in the run folder,
+separately for each client.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -64,12 +65,12 @@ def drive(job: Job) -> Measured:
         progress=job.progress,
         improve=server and server.improve,
     )
-    # the base was loaded by whoever gave it, in this process
+    # the caller loaded the base, in this process
     return Measured(clients.num_rows(), base_model_loads=0, peak_memory_bytes=peak_memory_bytes())
 
 
 def prepare_clients(rows: Mapping[str, ClientRows], worker: Worker) -> dict[str, ClientData]:
-    """Tokenise every client's rows, once for the process.
+    """Tokenize every client's rows, once per process.
 
     Raises:
         DataError: A client has no usable row.
@@ -77,8 +78,22 @@ def prepare_clients(rows: Mapping[str, ClientRows], worker: Worker) -> dict[str,
     return {name: prepare_client(rows[name], worker) for name in sorted(rows)}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A client that is asked to train, with everything its half of the round needs."""
+
+    data: ClientData
+    broadcast: Broadcast
+    own: Path
+    """The client's own folder, which holds its memory."""
+
+
+TrainGroup = Callable[[Worker, Sequence[Asked]], Iterator[Arrival]]
+"""Trains several clients that are handed over together, for example in one batch."""
+
+
 class InProcessClients:
-    """Fulfils `Clients` with a for loop."""
+    """Implements `Clients` with a loop over groups of clients."""
 
     def __init__(
         self,
@@ -86,11 +101,26 @@ class InProcessClients:
         data: Mapping[str, ClientData],
         folder: RunFolder,
         progress: Progress,
+        *,
+        train_group: TrainGroup | None = None,
+        group_size: int = 1,
     ) -> None:
+        """Nothing is trained yet.
+
+        Args:
+            worker: The process's model.
+            data: Every client's rows as tokens.
+            folder: The run's folder; it holds a folder for each client's memory.
+            progress: Told which client starts.
+            train_group: How a group is trained; by default one client after another.
+            group_size: Clients that are handed over together.
+        """
         self.worker = worker
         self.data = data
         self.folder = folder
         self.progress = progress
+        self.train_group = train_group or one_by_one
+        self.group_size = group_size
 
     def names(self) -> Sequence[str]:
         """All clients, sorted."""
@@ -104,35 +134,54 @@ class InProcessClients:
         }
 
     def notes(self) -> Iterator[str]:
-        """What became of rows that are longer than `train.max_length`, one line per client."""
+        """What happened to rows that are longer than `train.max_length`, one line per client."""
         for data in self.data.values():
             note = cut_note(data.name, num_cut=data.num_cut, num_dropped=data.num_dropped)
             if note is not None:
                 yield note
 
-    def train(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Arrival]:
-        """Train one client after the other; one whose turn comes after the deadline is named."""
+    def train(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
+        """Train the clients in groups; those whose turn comes after the deadline fail."""
         began, limit = time.monotonic(), self.worker.run.sampling.timeout_s
-        for name in cohort:
+        waiting = list(messages.items())
+        for at in range(0, len(waiting), self.group_size):
+            group = waiting[at : at + self.group_size]
             if time.monotonic() - began > limit:
-                late = ClientTimeout(
-                    f"client '{name}', round {broadcast.round}: not begun within {limit:g} s.\n"
-                    "  Raise sampling.timeout_s or ask fewer clients."
-                )
-                yield Failure(name, broadcast.round, "timeout", str(late))
+                yield from (_late(name, broadcast.round, limit) for name, broadcast in group)
                 continue
-            self.progress.client_begins(name)
-            own = self.folder.client_folder(name)
-            try:
-                yield take_part(self.worker, self.data[name], broadcast, own)
-            except UpdateError as error:
-                yield Failure(name, broadcast.round, "training failed", str(error))
-            except BudgetSpent as error:
-                yield Failure(name, broadcast.round, BUDGET_SPENT, str(error))
+            for name, _ in group:
+                self.progress.client_begins(name)
+            yield from self.train_group(
+                self.worker,
+                [
+                    Asked(self.data[name], broadcast, self.folder.client_folder(name))
+                    for name, broadcast in group
+                ],
+            )
 
-    def evaluate(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Score | Failure]:
-        """Score one client after the other."""
-        for name in cohort:
+    def evaluate(self, messages: Mapping[str, Broadcast]) -> Iterator[Score | Failure]:
+        """Score one client after another."""
+        for name, broadcast in messages.items():
             memory = load_memory(self.folder.client_folder(name), broadcast.round)
             result = score(self.worker, self.data[name], broadcast, memory)
             yield Score(**{**vars(result), "size_bytes": size_bytes(broadcast.adapter)})
+
+
+def one_by_one(worker: Worker, group: Sequence[Asked]) -> Iterator[Arrival]:
+    """Train the clients of a group one after another."""
+    for asked in group:
+        name, round_ = asked.data.name, asked.broadcast.round
+        try:
+            yield take_part(worker, asked.data, asked.broadcast, asked.own)
+        except UpdateError as error:
+            yield Failure(name, round_, "training failed", str(error))
+        except BudgetSpent as error:
+            yield Failure(name, round_, BUDGET_SPENT, str(error))
+
+
+def _late(name: str, round_: int, limit_s: float) -> Failure:
+    late = ClientTimeout(
+        f"client '{name}', round {round_}: did not start within {limit_s:g} s.\n"
+        "  Raise sampling.timeout_s, or ask fewer clients per round."
+    )
+    return Failure(name, round_, "timeout", str(late))

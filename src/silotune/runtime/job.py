@@ -1,4 +1,4 @@
-"""What a runtime is given, and what it gives back."""
+"""What a runtime receives, and what it returns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,21 +19,21 @@ class Job:
 
     run: RunConfig
     state: ServerState
-    """Where to begin."""
+    """Where to start."""
     rows: Mapping[str, ClientRows]
-    """Of all clients, as far as this machine may read them."""
+    """The rows of all clients, as far as this machine may read them."""
     folder: RunFolder
     progress: Progress
     base_sha256: str
-    """Of the server's base model: every client must have the same."""
+    """Hash of the server's base model: every client must have the same one."""
     local: frozenset[str] = frozenset()
-    """Tensors that are learned and stay at each client."""
+    """Tensors that each client trains and keeps."""
     loaded: LoadedModel | None = None
     """The base with its adapter; only for a runtime that trains in this process."""
     consortium: Path | None = None
-    """The consortium whose members are the clients; None: they are processes of this machine."""
+    """The consortium whose members are the clients; None if they are processes on this machine."""
     data: Mapping[str, ClientData] | None = None
-    """The same rows as tokens, when another run of this process has made them."""
+    """The same rows as tokens, if another run in this process has already made them."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -48,6 +48,6 @@ class Measured:
     num_rows: Mapping[str, Mapping[str, int]]
     """num_train and num_eval of each client that answered."""
     base_model_loads: int
-    """By all processes together, without the server's own."""
+    """By all training processes together; the server's own does not count."""
     peak_memory_bytes: int | None
-    """Of the largest process; None where none tells."""
+    """Peak of the largest process; None if no process reports it."""

@@ -1,6 +1,6 @@
 """What travels between processes: one JSON text and one row of float32 numbers. Nothing pickled.
 
-Imports neither torch nor flwr, so that a process which only passes parcels on starts at once.
+Imports neither torch nor flwr, so that a process that only passes parcels on starts at once.
 """
 
 import json
@@ -13,8 +13,8 @@ from silotune.core.errors import UpdateError
 
 HEADER_BYTES = 8
 PART_BYTES = 2**21
-"""Most numbers, in bytes, that Flower sends in one request (its own number is 5 MB). It gives up a
-request without an answer after 30 s, so over 0.6 Mbit/s such a part still passes."""
+"""Most bytes of numbers that Flower sends in one request (its default is 5 MB). Flower gives up on
+a request after 30 s without an answer, so a part of this size still passes at 0.6 Mbit/s."""
 
 
 def no_values() -> np.ndarray:
@@ -24,12 +24,12 @@ def no_values() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A message's contents, whatever carries it."""
+    """A message's contents, however it is carried."""
 
     about: dict[str, Any]
     """Plain JSON values."""
     values: np.ndarray = field(default_factory=no_values)
-    """All tensors one after the other, 1-D float32."""
+    """All tensors, concatenated to 1-D float32."""
 
 
 def pack(parcel: Parcel) -> bytes:
@@ -42,11 +42,13 @@ def unpack(data: bytes) -> Parcel:
     """Undo `pack`.
 
     Raises:
-        UpdateError: The bytes are no parcel.
+        UpdateError: The bytes are not a parcel.
     """
     start = HEADER_BYTES + int.from_bytes(data[:HEADER_BYTES], "little")
     if len(data) < start or (len(data) - start) % 4:
-        raise UpdateError("a message is cut off.\n  Use the same silotune on both sides.")
+        raise UpdateError(
+            "a message is incomplete.\n  Install the same version of silotune on both sides."
+        )
     values = np.frombuffer(data, dtype=np.float32, offset=start)
     return Parcel(read_text(data[HEADER_BYTES:start]), values)
 
@@ -55,7 +57,7 @@ def read_text(text: str | bytes) -> dict[str, Any]:
     """The JSON object of a parcel.
 
     Raises:
-        UpdateError: It is none.
+        UpdateError: It is not a JSON object.
     """
     try:
         about = json.loads(text)
@@ -64,5 +66,7 @@ def read_text(text: str | bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):
-        raise UpdateError("a message has no readable text.\n  Use the same silotune on both sides.")
+        raise UpdateError(
+            "a message has no readable text.\n  Install the same version of silotune on both sides."
+        )
     return about

@@ -26,7 +26,7 @@ from silotune.runtime.payload import Parcel
 
 
 class Deployed:
-    """One client's station, kept as long as recipe and own configuration stay the same."""
+    """One client's station, kept while the recipe and the client's configuration stay the same."""
 
     def __init__(self, config: Path) -> None:
         self.config = config
@@ -35,7 +35,7 @@ class Deployed:
         self._station: Station | None = None
 
     def answer(self, asked: Parcel) -> Parcel:
-        """Answer one message. The own configuration is read anew each time: its limits count."""
+        """Answer one message. Reads the client's configuration again: its present limits apply."""
         about, began = asked.about, time.monotonic()
         kind, round_ = about["kind"], int(about["parcel"].get("round", 0))
 
@@ -68,7 +68,7 @@ class Deployed:
             rows = own_rows(run, own)
             check_steps(run, own, len(rows.train))
             if not run_id.isalnum():
-                raise UpdateError("the run's id is not a plain word")
+                raise UpdateError("the run's id must consist of letters and digits")
             kept = Path(own.state) / "runs" / run_id / folder_name(own.name)
             limits = own.limits
             ledger = Ledger(
@@ -83,7 +83,7 @@ class Deployed:
 
 @contextlib.contextmanager
 def _turn(path: str | None) -> Iterator[None]:
-    """Clients that share a machine train one at a time: together they would only slow down."""
+    """Clients on the same machine train one at a time: in parallel, each would be slower."""
     if path is None:
         yield
         return

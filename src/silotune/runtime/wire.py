@@ -1,6 +1,6 @@
-"""Our types <-> parcels. The one place where bytes on the wire are counted; always float32.
+"""Converts our types to parcels and back, always in float32, and counts the bytes on the wire.
 
-Whatever arrives is checked here for form; what it means is checked by `rounds.accept`.
+The form of what arrives is checked here; what it means is checked in `federation/acceptance.py`.
 """
 
 import math
@@ -20,11 +20,11 @@ from silotune.runtime.payload import Parcel, no_values
 Groups = Mapping[str, AdapterState]
 AnyForm = TypeVar("AnyForm", bound=BaseModel)
 Count = Annotated[int, Field(ge=0, le=2**53)]
-"""What a float holds exactly: a larger one could not be a weight."""
+"""Integers that a float holds exactly: a larger one could not be a weight."""
 
 
 MAX_LABELS = 10_000
-"""More classes than any data set of texts has."""
+"""More classes than any text data set has."""
 
 
 class _Form(BaseModel):
@@ -33,8 +33,8 @@ class _Form(BaseModel):
 
 class _Tensors(_Form):
     tensors: list[tuple[str, str, Annotated[list[int], Field(max_length=64)]]]
-    """Group, name and shape of every tensor, in the order of the values. torch adds up tensors of
-    at most 64 dimensions."""
+    """Group, name and shape of every tensor, in the order of the values. torch sums tensors of at
+    most 64 dimensions."""
 
 
 class _Broadcast(_Tensors):
@@ -51,9 +51,9 @@ class _Score(_Form):
 
 
 class _Metrics(_Form):
-    """What every update says of its training. Other keys could write over those of a row.
+    """What every update says about its training. Other keys could overwrite those of a row.
 
-    Under [privacy] real clients leave out what their rows decide; see `client.withheld`.
+    Under [privacy], real clients leave out what depends on their rows; see `client.withheld`.
     """
 
     train_loss: FiniteFloat | None = None
@@ -88,7 +88,7 @@ class _Failure(_Form):
     round: int
     code: str = Field(max_length=100)
     place: str = Field(max_length=1000)
-    mend: str = Field(max_length=1000)
+    fix: str = Field(max_length=1000)
 
 
 class _Report(_Form):
@@ -155,7 +155,7 @@ def encode_score(score: Score, round_: int) -> Parcel:
 
 
 def encode_failure(failure: Failure) -> Parcel:
-    """A failure: code, place and mend; its client's name stays out, as in `encode_update`."""
+    """A failure: code, place and fix; its client's name stays out, as in `encode_update`."""
     facts = {k: v for k, v in asdict(failure).items() if k != "client"}
     return Parcel({"failure": facts}, no_values())
 
@@ -164,8 +164,8 @@ def decode_answer(parcel: Parcel, client: str, *, bytes_down: int) -> Update | S
     """An update, a score or a failure.
 
     Args:
-        parcel: As it came.
-        client: Whom the server asked.
+        parcel: As it arrived.
+        client: The client that the server asked.
         bytes_down: What was sent to that client.
 
     Raises:
@@ -195,7 +195,7 @@ def decode_answer(parcel: Parcel, client: str, *, bytes_down: int) -> Update | S
 
 
 def decode_report(parcel: Parcel, client: str) -> dict[str, Any] | Failure:
-    """What a client says of itself before the first round, or why it cannot take part.
+    """What a client says about itself before the first round, or why it cannot take part.
 
     Raises:
         UpdateError: The parcel holds neither.
@@ -206,7 +206,7 @@ def decode_report(parcel: Parcel, client: str) -> dict[str, Any] | Failure:
 
 
 def decode_process(parcel: Parcel) -> dict[str, Any]:
-    """What the process that answered says of itself.
+    """What the process that answered says about itself.
 
     Raises:
         UpdateError: It says nothing.
@@ -220,7 +220,7 @@ def _score_of(client: str, facts: Mapping[str, Any], *, size_bytes: int = 0) -> 
 
 
 def _checked(score: Score) -> Score:
-    """A sum with NaN in it, or counts that cannot be, would spoil the curve of all clients."""
+    """Refuse a score that is not finite or contradicts itself: it would spoil everyone's curve."""
     if not math.isfinite(score.loss_sum):
         raise UpdateError(f"client '{score.client}': its held-out loss is not finite.")
     if score.label_counts:
@@ -262,13 +262,13 @@ def _unflatten(form: _Tensors, values: np.ndarray) -> dict[str, dict[str, Tensor
             raise UpdateError(f"a message lists tensor '{name}' twice or with a negative size.")
         size = math.prod(shape)
         if at + size > flat.numel():
-            raise UpdateError(f"a message brings fewer numbers than its tensors need ('{name}').")
-        if math.prod(max(1, n) for n in shape) > 2**62:  # no numbers, and strides beyond 64 bits
-            raise UpdateError(f"a message gives '{name}' a shape that cannot be.")
+            raise UpdateError(f"a message holds fewer numbers than its tensors need ('{name}').")
+        if math.prod(max(1, n) for n in shape) > 2**62:  # no numbers, and strides above 64 bits
+            raise UpdateError(f"a message gives '{name}' an impossible shape.")
         groups.setdefault(group, {})[name] = flat[at : at + size].reshape(shape)
         at += size
     if at != flat.numel():
-        raise UpdateError("a message brings more numbers than its tensors need.")
+        raise UpdateError("a message holds more numbers than its tensors need.")
     return groups
 
 
@@ -283,5 +283,5 @@ def _read(form: type[AnyForm], facts: object) -> AnyForm:
         keys = sorted({".".join(map(str, e["loc"][:2])) or "it" for e in error.errors()})
         raise UpdateError(
             f"a message cannot be read: {', '.join(keys[:5])}.\n"
-            "  Use the same silotune on both sides."
+            "  Install the same version of silotune on both sides."
         ) from None

@@ -1,4 +1,4 @@
 """Training and scoring on one machine: tasks, the local loop, generation, server-side training.
 
-Does not know clients or rounds.
+Does not know about clients or rounds.
 """

@@ -1,7 +1,7 @@
-"""How far two models' predictions and attentions are apart: the arithmetic of distillation.
+"""Distances between two models' predictions and attentions: the arithmetic of distillation.
 
-Pure functions of tensors. The file knows neither models nor batches: which rows count, which side
-learns and how the parts are weighted is decided by whoever calls. Hinton et al. 2015, "Distilling
+Pure functions of tensors. The file knows neither models nor batches: the caller decides which rows
+count, which side learns and how the parts are weighted. Hinton et al. 2015, "Distilling
 the Knowledge in a Neural Network", arXiv:1503.02531; Zhang et al. 2018, "Deep Mutual Learning",
 arXiv:1706.00384; Wu et al. 2022, "Communication-efficient Federated Learning via Knowledge
 Distillation" (FedKD), arXiv:2108.13323. `published_loss` keeps the formula of FedKD-LoRA as its
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 def kl(target: Tensor, given: Tensor, *, temperature: float = 1.0, top_k: int = 0) -> Tensor:
     """How much worse `given` predicts than `target` does: T² · mean over rows of KL(p_t || p_g).
 
-    Zero where both predict the same, never below it beyond rounding, and blind to a constant added
-    to a row, because both sides go through log-softmax first.
+    Zero if both predict the same, never negative except for rounding, and unaffected by a constant
+    added to a row, because both sides go through log-softmax first.
 
     Args:
         target: Logits to learn from, (num, classes), finite, num >= 1. Detached: no gradient.
@@ -47,7 +47,7 @@ def kl(target: Tensor, given: Tensor, *, temperature: float = 1.0, top_k: int = 
 
 
 def mutual(student: Tensor, teacher: Tensor, *, temperature: float, top_k: int = 0) -> Tensor:
-    """Pull each side to the other's prediction as it stands: the sum of `kl` both ways.
+    """Pull each side towards the other's current prediction: the sum of `kl` in both directions.
 
     Args:
         student: Logits, (num, classes). Learns from the teacher.
@@ -56,7 +56,7 @@ def mutual(student: Tensor, teacher: Tensor, *, temperature: float, top_k: int =
         top_k: As in `kl`; each term keeps the top classes of the side it learns from.
 
     Returns:
-        A scalar in nats. Each side's gradient is that of its own term alone.
+        A scalar in nats. Each side's gradient comes only from its own term.
 
     Reference:
         Zhang et al. 2018, the mimicry losses of two networks, here with a temperature.
@@ -70,15 +70,15 @@ def mutual(student: Tensor, teacher: Tensor, *, temperature: float, top_k: int =
 def layer_map(num_student: int, num_teacher: int) -> tuple[tuple[int, int], ...]:
     """Which student layer is compared with which teacher layer: last with last, evenly spread.
 
-    No layer has two partners. The shallower model gives all its layers, so a student that is
-    deeper than its teacher keeps some layers free.
+    No layer has two partners. All layers of the shallower model are used, so a student
+    that is deeper than its teacher has some layers without a partner.
 
     Args:
         num_student: Layers of the student, >= 1.
         num_teacher: Layers of the teacher, >= 1.
 
     Returns:
-        Pairs (student layer, teacher layer), counted from 0, rising in both.
+        Pairs (student layer, teacher layer), counted from 0, increasing in both.
 
     >>> layer_map(3, 6)
     ((0, 1), (1, 3), (2, 5))
@@ -106,11 +106,11 @@ def attention_gap(
 
     Args:
         student: One tensor per layer, (batch, heads, length, length): rows ask, columns answer.
-        teacher: The same of the teacher; its number of heads may differ, then both are averaged
-            over their heads. Detached: no gradient.
-        pairs: (student layer, teacher layer), for instance of `layer_map`.
+        teacher: The same for the teacher. If its number of heads differs, both are averaged over
+            their heads. Detached: no gradient.
+        pairs: (student layer, teacher layer), for example from `layer_map`.
         mask: True at real positions, (batch, length), bool. Only pairs of two real positions count
-            in the mean. None when nothing is padded.
+            in the mean. None if nothing is padded.
 
     Returns:
         A scalar without unit, float32 at least; 0 without pairs.
@@ -126,39 +126,39 @@ def attention_gap(
 def _layer_gap(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     student, teacher = _at_least_float32(student), _at_least_float32(teacher)
     if student.shape[1] != teacher.shape[1]:
-        # heads of two models have no order in common; what a layer looks at on average has
+        # the heads of two models have no common order, but their averages can be compared
         student, teacher = student.mean(dim=1, keepdim=True), teacher.mean(dim=1, keepdim=True)
     assert student.shape == teacher.shape, f"{tuple(student.shape)}, {tuple(teacher.shape)}"
-    apart = student - teacher
+    difference = student - teacher
     if mask is None:
-        return apart.square().mean()
+        return difference.square().mean()
     real = mask[:, None, :, None] & mask[:, None, None, :]  # (batch, 1, length, length)
     # filled before squaring: a padded query may attend to nothing, and 0 · NaN is NaN
-    total = apart.masked_fill(~real, 0.0).square().sum()
-    return total / (real.sum() * apart.shape[1])
+    total = difference.masked_fill(~real, 0.0).square().sum()
+    return total / (real.sum() * difference.shape[1])
 
 
-def joint_loss(ce_student: Tensor, ce_teacher: Tensor, apart: Tensor) -> Tensor:
-    """Both task losses, plus how far the two are apart at FedKD's adaptive weight.
+def joint_loss(ce_student: Tensor, ce_teacher: Tensor, distance: Tensor) -> Tensor:
+    """Both task losses, plus the distance of the two at FedKD's adaptive weight.
 
-    While the task losses are large neither side is worth imitating, so the pull is weak. The
-    weight is a number, not a path for gradients: otherwise a larger task loss would pay.
+    While the task losses are large, neither side is worth imitating, so the pull is weak. The
+    weight is a number without a gradient: otherwise a larger task loss would pay off.
 
     Args:
         ce_student: Mean cross entropy of the student, a scalar in nats, >= 0.
         ce_teacher: The same of the teacher.
-        apart: Already weighted sum of `mutual` and `attention_gap`, a scalar.
+        distance: Weighted sum of `mutual` and `attention_gap`, a scalar.
 
     Returns:
-        CE_s + CE_t + apart / (CE_s + CE_t), the denominator detached.
+        CE_s + CE_t + distance / (CE_s + CE_t), the denominator detached.
 
     Reference:
-        Wu et al. 2022, the adaptive losses; there each model has a sum of its own.
+        Wu et al. 2022, the adaptive losses; there each model has its own sum.
         arXiv:2108.13323
     """
     tasks = ce_student + ce_teacher
     # 1e-8: both may fit their labels perfectly, which must not divide by zero
-    return tasks + apart / (tasks.detach() + 1e-8)
+    return tasks + distance / (tasks.detach() + 1e-8)
 
 
 def published_loss(
@@ -175,16 +175,16 @@ def published_loss(
     With C = CE_s + CE_t it is C + ATT/(C + 1) + [K(t̄, s) + K(s̄, t)]/(C̄ + 1): a bar means
     detached, ATT is the plain mean squared error of attentions, K is `published_term`.
 
-    What is wrong with it; `joint_loss` over `mutual` and `attention_gap` mends each:
+    What is wrong with it (`joint_loss` over `mutual` and `attention_gap` fixes all of this):
 
-    - K takes raw logits and is no divergence. Two sides that predict the same but differ by a
-      constant are charged for it, and where they agree to the last bit the gradient is exp(s)/B
+    - K takes raw logits and is not a divergence. Two sides that predict the same but differ by a
+      constant are penalised for it, and if they agree to the last bit the gradient is exp(s)/B
       per logit, not 0: the student rests only at s = t - 1, the teacher only at t = s - 1, so
       together they drift down and never rest. One K alone is often negative; the sum of both
       values, Σ (exp(s) - exp(t))(s - t)/B, is not, so a log of the loss hides the fault.
     - ATT's denominator carries a gradient that rewards a larger task loss.
-    - Attentions are not detached, so the teacher is pulled to the student's, and padded positions
-      count in their mean.
+    - Attentions are not detached, so the teacher is pulled towards the student's, and padded
+      positions count in their mean.
 
     Args:
         ce_student: Mean cross entropy of the student, a scalar in nats.
@@ -194,7 +194,7 @@ def published_loss(
         student_attentions: One per layer, (batch, heads, length, length). Empty: ATT is 0.
         teacher_attentions: The same, with the same number of heads.
         pairs: (student layer, teacher layer). The release steps down from the last layers by
-            num_teacher // num_student, which is `layer_map` where the depths divide.
+            num_teacher // num_student, which is `layer_map` if the depths divide.
 
     Returns:
         A scalar.
@@ -210,10 +210,10 @@ def published_loss(
 
 
 def published_term(a: Tensor, b: Tensor) -> Tensor:
-    """K(a, b) of `published_loss`: (1/B) Σ exp(b)(b - a) on raw logits, which is no divergence.
+    """K(a, b) of `published_loss`: (1/B) Σ exp(b)(b - a) on raw logits, which is not a divergence.
 
-    On log-probabilities it would be KL(p_b || p_a). On logits it can fall below zero, even where
-    both predict the same.
+    On log-probabilities it would be KL(p_b || p_a). On logits it can be negative, even if both
+    predict the same.
 
     Args:
         a: Logits, (batch, classes); the released code detaches this side.

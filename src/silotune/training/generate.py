@@ -1,4 +1,4 @@
-"""Answers of a model: greedy, with the template it was trained with, many at once."""
+"""Greedy answers of a model, in batches, with the template that it was trained with."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ class Answer:
     """What a model said."""
 
     text: str
-    """As decoded, without special tokens; blanks at the ends are kept."""
+    """Decoded without special tokens; whitespace at both ends is kept."""
     num_tokens: int
     """New tokens, without the end token."""
     ended: bool
-    """Whether the model ended by itself, and was not cut at max_new_tokens."""
+    """Whether the model ended the answer itself, instead of reaching max_new_tokens."""
 
 
 def answer(loaded: LoadedModel, messages: Conversation, *, max_new_tokens: int) -> str:
-    """Let the model speak after `messages`, choosing the likeliest token each time.
+    """The model's answer to `messages`, choosing the most likely token each time.
 
     Args:
-        loaded: The model as it stands; nothing is changed.
+        loaded: The model. Not modified.
         messages: A conversation that ends with the user.
-        max_new_tokens: Where an answer that does not end by itself is cut.
+        max_new_tokens: Maximum length of an answer.
     """
     (only,) = answers(loaded, [messages], max_new_tokens=max_new_tokens)
     return only.text.strip()
@@ -43,7 +43,7 @@ def answers(
     max_new_tokens: int,
     batch_size: int = 16,
 ) -> list[Answer]:
-    """The model's next turn in each conversation, in their order. See `complete`."""
+    """The model's next turn in each conversation, in order. See `complete`."""
     prompts = [render(loaded.tokenizer, talk, ask=True) for talk in conversations]
     return complete(
         loaded, encode(loaded, prompts), max_new_tokens=max_new_tokens, batch_size=batch_size
@@ -53,7 +53,7 @@ def answers(
 def encode(
     loaded: LoadedModel, prompts: Sequence[str], *, special: bool = False
 ) -> list[list[int]]:
-    """Token ids of texts. A rendered chat holds its special tokens; `special` adds them."""
+    """Token ids of texts. A rendered chat already has its special tokens; `special` adds them."""
     if not prompts:
         return []
     return loaded.tokenizer(list(prompts), add_special_tokens=special)["input_ids"]
@@ -66,22 +66,22 @@ def complete(
     max_new_tokens: int,
     batch_size: int = 16,
 ) -> list[Answer]:
-    """Go on with each prompt, greedily.
+    """Continue each prompt, greedily.
 
-    Prompts are padded on the left and masked, so an answer does not depend on what else is in its
-    batch, beyond rounding: where two tokens are equally likely to the last bits of a float, another
+    Prompts are padded on the left and masked, so apart from rounding an answer does not depend on
+    the rest of its batch: if two tokens are equally likely up to the last bits of a float, another
     batch size may choose the other one.
 
     Args:
-        loaded: The model as it stands; nothing is changed.
+        loaded: The model. Not modified.
         prompts: Token ids, none empty.
-        max_new_tokens: Where an answer that does not end by itself is cut.
-        batch_size: Prompts in one forward pass; speed and memory only.
+        max_new_tokens: Maximum length of an answer.
+        batch_size: Prompts in one forward pass; it affects only speed and memory.
 
     Returns:
-        One answer per prompt, in their order.
+        One answer per prompt, in order.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # little padding
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # for little padding
     found: dict[int, Answer] = {}
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
@@ -107,7 +107,7 @@ def _generate(
     ids, mask = pad_left(prompts, loaded.tokenizer.eos_token_id)
     ends = end_tokens(loaded)
     with torch.inference_mode(), warnings.catch_warnings():
-        # PEFT counts positions itself behind trained vectors, and says so at every token
+        # PEFT counts the positions after trained vectors itself, and says so at every token
         warnings.filterwarnings("ignore", message="Position ids are not supported")
         out = loaded.model.generate(
             input_ids=ids.to(loaded.device),
@@ -120,18 +120,18 @@ def _generate(
             top_k=None,
             temperature=None,
         )
-    return [_cut(loaded, row, ends) for row in out[:, ids.shape[1] :].tolist()]
+    return [_until_end(loaded, row, ends) for row in out[:, ids.shape[1] :].tolist()]
 
 
-def _cut(loaded: LoadedModel, new: list[int], ends: Sequence[int]) -> Answer:
-    """The tokens before the first end token; what stands behind it is padding."""
+def _until_end(loaded: LoadedModel, new: list[int], ends: Sequence[int]) -> Answer:
+    """The tokens before the first end token; everything after it is padding."""
     length = next((i for i, token in enumerate(new) if token in ends), len(new))
     text = loaded.tokenizer.decode(new[:length], skip_special_tokens=True)
     return Answer(str(text), length, ended=length < len(new))
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
-    """The token that training taught as the end, and those that the base itself ends with."""
+    """The end token that training used, and those that the base uses."""
     own: Any = loaded.model.generation_config.eos_token_id
     base = own if isinstance(own, list) else [own]
     return sorted({loaded.tokenizer.eos_token_id, *(token for token in base if token is not None)})

@@ -1,15 +1,13 @@
 """The local loop: `train(loaded, steps, ...) -> LocalResult`. Plain PyTorch, on one screen.
 
 No trainer object is built per client and round. The loop knows neither clients nor the network;
-what an algorithm changes in local training arrives as a `LocalRule`.
+what an algorithm changes in local training arrives as a `LocalRule`. local_step.py has the parts of
+a step.
 """
 
-import contextlib
 import importlib.util
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,7 +21,15 @@ from silotune.core.types import Config
 from silotune.models.loading import LoadedModel
 from silotune.models.quantization import tame_bitsandbytes
 from silotune.privacy.record_level import RowGuard
-from silotune.training.tasks.base import Batch, Example, Task, row_losses
+from silotune.training.local_step import (
+    LocalResult,
+    Totals,
+    apply_rule,
+    backward,
+    take_step,
+    training_mode,
+)
+from silotune.training.tasks.base import Batch, Example, Task
 
 Compat = Literal["late-schedule", "same-samples", "no-end-token"]
 
@@ -34,43 +40,44 @@ class TrainConfig(Config):
     batch_size: int = Field(default=8, ge=1)
     """Rows in one forward pass."""
     accumulation: int = Field(default=1, ge=1)
-    """Forward passes per optimizer step; the step is that of one batch of batch_size *
+    """Forward passes per optimizer step; the step equals that of one batch of batch_size *
     accumulation rows."""
     local_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps per round. Give this or local_epochs."""
     local_epochs: int | None = Field(default=None, ge=1)
-    """Passes over the client's own rows per round; 1 when local_steps is absent too."""
+    """Passes over the client's rows per round; 1 if local_steps is absent too."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
         "adamw"
     )
-    """Local optimizer. Its moments begin anew for every client and round. Those with 8 bits, or in
-    pages that leave the GPU when it is full, are from bitsandbytes (Dettmers et al. 2022,
-    arXiv:2110.02861); where a device has them not, the nearest that it has is used, with a notice.
-    """
+    """Local optimizer. Its moments are reset for every client and round. The 8-bit ones, and the
+    paged ones, whose pages leave the GPU when it is full, are from bitsandbytes (Dettmers et al.
+    2022, arXiv:2110.02861); if the device does not support one, the closest supported optimizer is
+    used, with a notice."""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate of the first round."""
     lr_min: float = Field(default=0.0, ge=0)
     """Learning rate that linear and cosine schedules move towards over the rounds."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls from round to round; inside a round it is constant after the
+    """How the learning rate falls from round to round; within a round it is constant after the
     warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps at the start of every round over which the learning rate rises to the round's."""
+    """Steps at the start of every round during which the learning rate rises to the round's
+    value."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled for adamw, as an L2 term for sgd."""
     clip_norm: float = Field(default=1.0, ge=0)
-    """Bound on the L2 norm of the gradient over all trained tensors; 0 switches clipping off. Not
+    """Bound on the L2 norm of the gradient over all trained tensors; 0 turns clipping off. Not
     used with privacy.unit = "record", which bounds every row's gradient instead."""
     max_length: int = Field(default=512, ge=2)
-    """Tokens after which a row is cut at its end."""
+    """Maximum length of a row in tokens; longer rows are truncated at the end."""
     packing: bool = False
-    """instruct: put the rows of a forward pass one behind the other instead of padding them. No row
-    attends to another, so the result is the same up to rounding."""
+    """instruct: concatenate the rows of a forward pass instead of padding them. No row attends to
+    another, so the result is the same up to rounding."""
     compat: tuple[Compat, ...] = ()
-    """Do as published systems do, for comparison. late-schedule counts rounds from 1: lr itself is
-    never used, and the last round runs at lr_min. same-samples: a client begins every round with
-    the same rows. no-end-token: answers do not end, and models do not learn to stop; with a
-    template of silotune's own."""
+    """Behave like published systems, for comparison. late-schedule: count rounds from 1, so lr
+    itself is never used and the last round runs at lr_min. same-samples: a client starts every
+    round with the same rows. no-end-token: answers have no end token, so models do not learn to
+    stop; needs one of silotune's own templates."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "TrainConfig":
@@ -85,29 +92,8 @@ class TrainConfig(Config):
         if self.schedule == "constant" and "late-schedule" in self.compat:
             raise ValueError("compat = 'late-schedule' has no effect with schedule = 'constant'")
         if self.local_steps is not None and self.warmup_steps >= self.local_steps:
-            raise ValueError("warmup_steps must be fewer than local_steps")
+            raise ValueError("warmup_steps must be less than local_steps")
         return self
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """What one client's training did to the model it was given."""
-
-    train_loss: float
-    """Mean over all targets of the round (tokens, or labels), in nats, without penalties."""
-    penalty: float
-    """The rule's penalty at the last step; 0 without one."""
-    num_steps: int
-    num_tokens: int
-    """Real tokens that went through the model, prompts included, padding excluded."""
-    num_padded_tokens: int
-    """The same with padding."""
-    num_targets: int
-    """What the loss was taken on: the weight of `train_loss` in a mean over clients."""
-    lr_sum: float
-    """Sum of the step sizes that were used."""
-    seconds: float
-    """Wall time of the loop."""
 
 
 def round_lr(cfg: TrainConfig, round_: int, rounds: int) -> float:
@@ -125,25 +111,25 @@ def round_lr(cfg: TrainConfig, round_: int, rounds: int) -> float:
 
 
 def step_lr(cfg: TrainConfig, lr: float, step: int) -> float:
-    """The learning rate of step `step`, counted from 0: it rises in equal parts and never is 0."""
+    """The learning rate of step `step`, counted from 0: it rises in equal parts and is never 0."""
     return lr * min(1.0, (step + 1) / (cfg.warmup_steps + 1))
 
 
 def num_rows(cfg: TrainConfig, num_examples: int) -> int:
-    """Rows that a client of `num_examples` examples takes from its stream in one round."""
+    """Rows that a client with `num_examples` examples takes from its stream in one round."""
     if cfg.local_steps is not None:
         return cfg.local_steps * cfg.batch_size * cfg.accumulation
     return (cfg.local_epochs or 1) * num_examples
 
 
 def stream(num_examples: int, seed: int, client: str, *, start: int = 0) -> Iterator[int]:
-    """A client's endless stream of row indices: one seeded permutation after the other.
+    """A client's endless stream of row indices: one seeded permutation after another.
 
     Args:
         num_examples: Rows of the client's train part.
-        seed: The run's.
+        seed: The run's seed.
         client: Names the stream.
-        start: Rows that the client has taken before.
+        start: Rows that the client has already taken.
     """
     epoch, skip = divmod(start, num_examples)
     while True:
@@ -158,11 +144,11 @@ def plan_steps(
     cfg: TrainConfig,
     gen: torch.Generator,
 ) -> list[list[list[int]]]:
-    """Cut a round's rows into optimizer steps of forward batches, grouped by length.
+    """Split a round's rows into optimizer steps of forward batches, grouped by length.
 
     Rows are sorted by length only inside windows, and a window is never longer than the client's
-    data, so that a small client does not get batches of one row repeated. The order of batches is
-    drawn.
+    data, so that a small client does not get batches of one repeated row. The order of batches is
+    random.
 
     Args:
         rows: Row indices as they come from the stream.
@@ -189,7 +175,7 @@ def plan_steps(
 def plan_lots(
     lots: Iterable[Sequence[int]], lengths: Sequence[int], cfg: TrainConfig
 ) -> list[list[list[int]]]:
-    """Cut lots of any size into forward batches of at most `batch_size` rows of similar length.
+    """Split lots of any size into forward batches of at most `batch_size` rows of similar length.
 
     Args:
         lots: The rows of every optimizer step; a step may have none.
@@ -214,7 +200,7 @@ def build_batches(
     *,
     packed: bool = False,
 ) -> Iterator[list[Batch]]:
-    """The planned steps as tensors, made when they are needed."""
+    """The planned steps as tensors, made only when they are needed."""
     join = task.pack if packed and task.pack is not None else task.collate
     for step in steps:
         yield [join([examples[row] for row in batch]) for batch in step]
@@ -237,99 +223,57 @@ def train(
     """Train the model in place, one optimizer step per element of `steps`.
 
     Args:
-        loaded: Holds the received adapter; afterwards the trained one.
-        steps: For each optimizer step its forward batches. The step's loss is the mean over the
+        loaded: Contains the received adapter; afterwards the trained one.
+        steps: The forward batches of each optimizer step. The step's loss is the mean over the
             trained tokens of all of them together, so accumulation changes memory and not the
             result.
-        task: Gives the loss.
+        task: Computes the loss.
         cfg: Optimizer settings.
         rule: What the algorithm changes.
-        context: What the rule may look at.
-        round_: Decides which tensors learn.
+        context: What the rule can see.
+        round_: Decides which tensors are trained.
         lr: The round's learning rate.
-        seed: Of dropout, in a forked generator.
-        guard: Clips each row's gradient and noises every step; for record-level privacy.
-        must_be_finite: Whether a loss that is not is an error; not where a client protects itself,
-            for it would tell something about its rows.
+        seed: Seed of the dropout, in a forked generator.
+        guard: Clips each row's gradient and adds noise to every step; for record-level privacy.
+        must_be_finite: Whether a loss that is not finite is an error; not if the client adds noise
+            itself, because the error would reveal something about its rows.
 
     Raises:
         UpdateError: The loss became NaN or infinite.
-        ModelError: With a guard: rows cannot be told apart in this model.
+        ModelError: With a guard: this model gives no gradients for single rows.
     """
     learning = {n: p for n, p in loaded.parameters.items() if rule.trains(n, round_)}
     for name, p in loaded.parameters.items():
         p.requires_grad_(name in learning)
-    optimizer = build_optimizer(
-        learning.values(), cfg, lr, fused=not loaded.has_adapter, device=loaded.device
-    )
-    loss_sum = torch.zeros((), device=loaded.device, dtype=torch.float64)
-    penalty = torch.zeros((), device=loaded.device)
-    num_trained = num_tokens = num_padded = num_steps = 0
-    lr_sum = 0.0
-    started = time.perf_counter()
-    cuda = [loaded.device] if loaded.device.type == "cuda" else []
-    watched = contextlib.nullcontext() if guard is None else guard.watching(loaded.model)
-    with torch.random.fork_rng(devices=cuda), watched:
-        torch.manual_seed(seed)
-        loaded.model.train()
+    fused = not loaded.has_adapter
+    optimizer = build_optimizer(learning.values(), cfg, lr, fused=fused, device=loaded.device)
+    totals = Totals.zero(loaded.device)
+    with training_mode(loaded, seed, guard):
         for batches in steps:
-            step_trained = sum(batch.num_trained for batch in batches)
-            for batch in batches:
-                loss = task.loss(loaded, batch)
-                if guard is None:
-                    (loss.loss_sum / step_trained).backward()
-                else:
-                    guard.add(row_losses(loss, batch), learning)
-                loss_sum += loss.loss_sum.detach()
-                num_tokens += batch.num_real_tokens
-                num_padded += batch.ids.numel()
-            if guard is not None:
-                guard.release(learning)  # what follows sees the noised gradient only
-            if rule.penalty is not None:  # once per step, not once per forward batch
-                penalty = rule.penalty(learning, context)
-                penalty.backward()
-            if rule.correct is not None:
-                for name, p in learning.items():
-                    assert p.grad is not None
-                    p.grad = rule.correct(name, p.grad, context)
+            backward(loaded, batches, task, learning, guard, totals)
+            apply_rule(rule, learning, context, totals)
             if cfg.clip_norm > 0 and guard is None:
                 nn.utils.clip_grad_norm_(learning.values(), cfg.clip_norm)
-            lr_sum += (now := step_lr(cfg, lr, num_steps))
-            for group in optimizer.param_groups:
-                group["lr"] = now
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            num_trained += step_trained
-            num_steps += 1
-        loaded.model.eval()
-    mean_loss = float(loss_sum) / max(1, num_trained)
-    if must_be_finite and not math.isfinite(mean_loss):
+            take_step(optimizer, step_lr(cfg, lr, totals.num_steps), totals)
+    result = totals.result()
+    if must_be_finite and not math.isfinite(result.train_loss):
         raise UpdateError(
             "the training loss is not a number.\n  Lower train.lr or set train.clip_norm."
         )
-    return LocalResult(
-        train_loss=mean_loss,
-        penalty=float(penalty.detach()),
-        num_steps=num_steps,
-        num_tokens=num_tokens,
-        num_padded_tokens=num_padded,
-        num_targets=num_trained,
-        lr_sum=lr_sum,
-        seconds=time.perf_counter() - started,
-    )
+    return result
 
 
 def pick_optimizer(wanted: str, device: torch.device) -> tuple[str, str]:
-    """The optimizer that this device has, and a notice where it is not the wanted one, else ""."""
+    """The optimizer to use on this device, and a notice if it is not the wanted one."""
     if wanted in ("adamw", "sgd"):
         return wanted, ""
     if importlib.util.find_spec("bitsandbytes") is None:
-        return "adamw", f"train.optimizer = '{wanted}' needs bitsandbytes: adamw is used"
+        return "adamw", f"train.optimizer = '{wanted}' needs bitsandbytes; using adamw"
     if device.type == "mps":
-        return "adamw", f"train.optimizer = '{wanted}' is not there on Apple's GPU: adamw is used"
+        return "adamw", f"train.optimizer = '{wanted}' is not available on Apple GPUs; using adamw"
     if device.type == "cpu" and wanted.startswith("paged_"):
         found = "adamw_8bit" if wanted == "paged_adamw_8bit" else "adamw"
-        return found, f"train.optimizer = '{wanted}' pages GPU memory only: {found} is used"
+        return found, f"train.optimizer = '{wanted}' only pages GPU memory; using {found}"
     return wanted, ""
 
 
@@ -341,14 +285,14 @@ def build_optimizer(
     fused: bool,
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer, or the nearest to it.
+    """The recipe's optimizer, or the closest one that the device supports.
 
     Args:
-        parameters: What learns.
+        parameters: The trained tensors.
         cfg: Kind and weight decay.
         lr: Learning rate of the first step.
-        fused: One pass over memory per step instead of about ten: with all weights of a model these
-            take as long as a third of the step. The same update up to rounding.
+        fused: One pass over memory per step instead of about ten, which take up to a third of the
+            step if all weights of a model are trained. The same update up to rounding.
         device: Where the parameters are, see `pick_optimizer`.
     """
     kind, _ = pick_optimizer(cfg.optimizer, device)

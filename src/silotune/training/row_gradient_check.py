@@ -1,7 +1,7 @@
-"""What a private round proves of itself: the gradient of a single row is that of the row alone.
+"""What a private round checks first: the gradient of a single row is that of the row alone.
 
-Which hooks a model's layers need is a library's affair, and a wrong one would spoil a guarantee in
-silence. So each client compares two rows with a plain loop before it trains.
+A library decides which hooks a model's layers need, and a wrong one would silently break the
+guarantee. So each client compares two rows with a plain loop before it trains.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -17,7 +17,7 @@ from silotune.training.tasks.base import Example, Task, row_losses
 
 LENGTHS = (5, 8)
 TINY = 1e-9
-"""A clip norm below every gradient: each row then counts by its direction alone."""
+"""A clip norm below every gradient, so that only the direction of each row's gradient counts."""
 
 
 def check_row_gradients(
@@ -25,17 +25,17 @@ def check_row_gradients(
 ) -> None:
     """Compare the clipped sum of two made-up rows with that of each trained alone.
 
-    The rows are not the client's: whether the check fails is told to the server, and must not
-    depend on them.
+    The rows are not the client's: the server learns whether the check fails, which must not depend
+    on a client's rows.
 
     Args:
-        loaded: The model; its tensors keep their values, and what learns is set to `learning`.
-        task: Gives the losses.
-        learning: The tensors that will learn.
-        pairs: Whether tokens say which text of a pair they belong to.
+        loaded: The model; its tensors keep their values, and only `learning` requires gradients.
+        task: Computes the losses.
+        learning: The tensors to be trained.
+        pairs: Whether tokens are marked with the text of a pair that they belong to.
 
     Raises:
-        ModelError: They differ: a row's gradient is not its own here.
+        ModelError: They differ, so this model gives wrong gradients for single rows.
     """
     two = [_made_up(loaded, length, pairs=pairs) for length in LENGTHS]
     for name, p in loaded.parameters.items():
@@ -44,16 +44,16 @@ def check_row_gradients(
         found, expected = _guarded(loaded, task, two, learning), _plain(loaded, task, two, learning)
     error = sum(float((found[n] - expected[n]).square().sum()) for n in found) ** 0.5
     size = sum(float(t.square().sum()) for t in expected.values()) ** 0.5
-    # half precision rounds another way where a batch is padded
+    # half precision rounds differently if a batch is padded
     if error > (0.01 if loaded.dtype == torch.float32 else 0.3) * size:
         raise ModelError(
-            "privacy.unit = 'record': in this model the gradient of a single row cannot be had: it "
+            "privacy.unit = 'record': this model gives a wrong gradient for a single row: it "
             "differs from that of the row alone.\n  Use another base, or fewer adapter.targets."
         )
 
 
 def _made_up(loaded: LoadedModel, length: int, *, pairs: bool) -> Example:
-    """Some tokens, none of which fills batches."""
+    """Some tokens, none of which is the padding token."""
     size = loaded.model.get_input_embeddings().weight.shape[0]
     filling = loaded.tokenizer.pad_token_id
     ids = [n for n in range(7 * length, 7 * length + 2 * length) if n % size != filling]
@@ -87,7 +87,7 @@ def _plain(
 
 
 def _taken(learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The gradients, which leave the tensors; zeros where there is none."""
+    """Take the gradients off the tensors; zeros if a tensor has none."""
     found = dict[str, Tensor]()
     for name, p in learning.items():
         found[name] = torch.zeros_like(p) if p.grad is None else p.grad
@@ -101,7 +101,7 @@ def _none(shape: Sequence[int], std: float) -> Tensor:  # noqa: ARG001 - the sig
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Generator[None]:
-    """Dropout draws anew for each row; hooks want training mode only where tensors learn."""
+    """Turn off dropout, which is drawn per row; hooks need training mode at trained tensors."""
     was = [module for module in model.modules() if module.training]
     model.eval()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out rows: sums, and what follows from them."""
+"""How well a model predicts held-out rows: sums, and the metrics computed from them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,13 +19,13 @@ class EvaluateConfig(Config):
     """Scoring on held-out rows."""
 
     every: int = Field(default=1, ge=0)
-    """Rounds between scores of the adapter; base and final adapter are scored too. 0 switches
-    all of it off."""
+    """Rounds between scores of the adapter; the base and the final adapter are scored too. 0 turns
+    scoring off."""
     batch_size: int = Field(default=8, ge=1)
-    """Rows in one forward pass; the score does not depend on it beyond rounding."""
+    """Rows in one forward pass; it changes the score only by rounding."""
 
     def due(self, num_rounds: int, last: int) -> bool:
-        """Whether the adapter that has `num_rounds` rounds behind it, out of `last`, is scored."""
+        """Whether the adapter after round `num_rounds` of `last` is scored."""
         return self.every > 0 and (num_rounds % self.every == 0 or num_rounds == last)
 
 
@@ -44,7 +44,7 @@ def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 def evaluate(
     loaded: LoadedModel, batches: Iterable[Batch], task: Task, *, client: str, num_examples: int
 ) -> Score:
-    """Score the model as it stands. Dropout is off; nothing is changed.
+    """Score the model. Dropout is off, and nothing is changed.
 
     Returns:
         Sums over the batches' targets: losses of several clients add up exactly.
@@ -73,20 +73,20 @@ class RowScore:
     loss_sum: float
     """Negative log-likelihood in nats over the row's targets."""
     num_tokens: int
-    """How many there are."""
+    """Number of targets."""
     given: int = -1
-    """classify: the class that the row was given, by its number."""
+    """classify: index of the class that the row was given."""
     true: int = -1
-    """classify: the class that it has."""
+    """classify: index of its true class."""
 
 
 def score_each(
     loaded: LoadedModel, examples: Sequence[Example], task: Task, *, batch_size: int
 ) -> list[RowScore]:
-    """Score every example by itself, for comparisons row by row.
+    """Score every example separately, for comparisons row by row.
 
     Returns:
-        One score per example, in their order. Their sums are those of `evaluate`, to rounding.
+        One score per example, in order. Up to rounding, they add up to those of `evaluate`.
     """
     found: dict[int, RowScore] = {}
     loaded.model.eval()
@@ -110,9 +110,9 @@ def score_each(
 def metrics(scores: Iterable[Score]) -> dict[str, Any]:
     """Loss in nats, and how often the most likely prediction was right, over all targets.
 
-    Of tokens: perplexity and token_accuracy. Of labels: accuracy, macro_f1 and mcc, and the counts
-    that they follow from. Clients hold different numbers of targets; a mean of their means would
-    let a small one count as much as a large.
+    For tokens: perplexity and token_accuracy. For labels: accuracy, macro_f1 and mcc, and the
+    counts that they are computed from. Clients have different numbers of targets; a mean of their
+    means would give a small client as much weight as a large one.
     """
     all_scores = list(scores)
     num_tokens = sum(s.num_tokens for s in all_scores)
@@ -133,5 +133,5 @@ def metrics(scores: Iterable[Score]) -> dict[str, Any]:
 
 
 def add_label_counts(counts: Iterable[Sequence[Sequence[int]]]) -> list[list[int]]:
-    """The counts of several clients together."""
+    """The label counts of several clients, added up."""
     return [[sum(cell) for cell in zip(*label, strict=True)] for label in zip(*counts, strict=True)]

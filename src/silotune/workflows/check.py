@@ -1,4 +1,4 @@
-"""Every mistake that shows without loading a model: recipe, names, data, clients, labels."""
+"""Find every mistake that shows without loading a model: recipe, names, data, clients, labels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -44,25 +44,25 @@ class Checked:
     run: RunConfig
     rows: Mapping[str, ClientRows]
     warnings: Sequence[str] = ()
-    """What is allowed and may surprise."""
+    """What is allowed but may be surprising."""
     promise: Promise | None = None
-    """What [privacy] promises, where there is one."""
+    """What [privacy] guarantees, if the recipe has it."""
 
 
 def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Checked:
     """Find every mistake that shows without loading a model: recipe, model name, data, clients.
 
     Raises:
-        ConfigError, ModelError, DataError: With what is wrong, where, and how to mend it.
+        ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """
     run = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
     check_name(run.model.name)
     if run.model.revision is not None and not is_hub_id(run.model.name):
         raise ConfigError(
             f"model.revision = '{run.model.revision}' has no effect: '{run.model.name}' is not on "
-            "the hub.\n  Take it out, or give a hub id in model.name."
+            "the hub.\n  Remove it, or set model.name to a hub id."
         )
-    if run.data.template not in TEMPLATES:  # the run keeps the text, wherever the file goes
+    if run.data.template not in TEMPLATES:  # the run keeps the text, even if the file moves
         text = resolve_template(run.data.template)
         run = run.model_copy(update={"data": run.data.model_copy(update={"template": text})})
     check_track(run)
@@ -77,14 +77,14 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
     own = server_rows(run)
     if run.server.work != "none" and not own:
         raise DataError(
-            "the server has no rows to train on.\n  Give it some: server.data_fraction or "
-            "server.data_path."
+            "the server has no rows to train on.\n  Set server.data_fraction or server.data_path."
         )
     _, notice = pick_optimizer(run.train.optimizer, device)
     warnings = [*unused, *strategy_warnings(run.algorithm), *([notice] if notice else [])]
     if run.task == "classify":
         run = _with_labels(run, rows, own)
-        # of real clients' rows under [privacy] nobody else is to know; elsewhere nobody here does
+        # under [privacy], nobody else may learn about real clients' rows; and without rows here,
+        # nothing is known about them
         here = any(own.train for own in rows.values())
         if here and (run.runtime.name != "flower" or run.privacy.unit == "none"):
             warnings += label_warnings(rows, run.data.labels or ())
@@ -94,14 +94,14 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
     promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
     if promise is not None and (few := too_few_for(promise)) is not None:
         warnings.append(
-            f"privacy.delta = {promise['delta']:g} is no smaller than 1 by the {few}: "
-            "giving one of them away whole would keep such a promise"
+            f"privacy.delta = {promise['delta']:g} is at least 1 in {few}: revealing one of them "
+            "completely would still satisfy the guarantee"
         )
     return Checked(run, rows, warnings, promise)
 
 
 def check_track(run: RunConfig) -> None:
-    """Refuse a recipe that names a leaderboard's track and does not keep to its rules.
+    """Refuse a recipe that names a leaderboard's track but breaks its rules.
 
     Raises:
         ConfigError: Names every key that differs.
@@ -112,43 +112,43 @@ def check_track(run: RunConfig) -> None:
     given = run.partition.num_clients if run.partition is not None else None
     wrong: list[str] = []
     if run.data.path != rules.data:
-        wrong.append(f"data.path = '{run.data.path}', the track's is '{rules.data}'")
+        wrong.append(f"data.path = '{run.data.path}', the track requires '{rules.data}'")
     if given != rules.num_clients:
-        wrong.append(f"partition.num_clients = {given}, the track's is {rules.num_clients}")
+        wrong.append(f"partition.num_clients = {given}, the track requires {rules.num_clients}")
     if (run.budget.bytes or math.inf) > rules.max_bytes:
-        wrong.append(f"budget.bytes is above {rules.max_bytes} or absent")
+        wrong.append(f"budget.bytes is above {rules.max_bytes} or not set")
     if wrong:
         raise ConfigError(
             "\n  ".join([f"track = '{run.track}' does not allow:", *wrong])
-            + "\n  Mend them, or take the track out with track=none: the scores are then no "
-            "entry of the leaderboard."
+            + "\n  Fix them, or remove the track with track=none: the scores then do not count "
+            "for the leaderboard."
         )
 
 
 def _with_labels(
     run: RunConfig, rows: Mapping[str, ClientRows], server: Sequence[TaskRow]
 ) -> RunConfig:
-    """The recipe with all labels named: by itself, or else as the rows have them."""
+    """The recipe with all labels: its own, or otherwise those of the rows."""
     if run.data.labels is not None:
         return run
     everything = [*server, *(row for own in rows.values() for row in own.train + own.evaluation)]
     labels = sorted_labels([row for row in everything if isinstance(row, dict)])
     if len(labels) < 2:
         raise DataError(
-            f"all rows have one label ({', '.join(labels)}), so there is nothing to tell apart.\n"
-            "  Bring rows of other labels, or set data.label to the column that holds them."
+            f"all rows have the same label ({', '.join(labels)}), so there is nothing to learn.\n"
+            "  Add rows with other labels, or set data.label to the column that holds the labels."
         )
     return run.model_copy(update={"data": run.data.model_copy(update={"labels": labels})})
 
 
 def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
-    """All clients' rows, from the recipe's data or by the clients' own configurations.
+    """All clients' rows, from the recipe's data or from the clients' own configurations.
 
-    And a warning for rows that are not used.
+    Also returns a warning for each group of rows that is not used.
     """
     place = locate(run.data.path)
-    clients_own = place is not None and (is_client_folder(place) or is_consortium(place))
-    if place is None or not clients_own:
+    real_clients = place is not None and (is_client_folder(place) or is_consortium(place))
+    if place is None or not real_clients:
         return cut_clients(
             run.data,
             run.partition,
@@ -158,23 +158,23 @@ def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
         )
     if run.runtime.name != "flower":
         raise ConfigError(
-            f"data.path = '{run.data.path}' stands for clients of their own, and these count "
-            "in deployment only.\n  Set runtime.name = 'flower', or give the rows themselves."
+            f"data.path = '{run.data.path}' points to real clients, which only work with "
+            "runtime.name = 'flower'.\n  Set runtime.name = 'flower', or point data.path to rows."
         )
     if run.partition is not None and run.partition != PartitionConfig():
         raise ConfigError(
-            f"data.path = '{run.data.path}' stands for clients of their own, so [partition] has "
-            "nothing to cut.\n  Remove [partition]."
+            f"data.path = '{run.data.path}' points to real clients, so [partition] has nothing to "
+            "split.\n  Remove [partition]."
         )
     if run.server.data_fraction > 0:
         raise ConfigError(
-            "server.data_fraction: these rows are the clients' own, and no share of them is the "
-            "server's.\n  Give the server rows of its own: server.data_path."
+            "server.data_fraction: these rows belong to the clients, so the server cannot take a "
+            "share of them.\n  Give the server its own rows: server.data_path."
         )
     if run.task == "classify" and run.data.labels is None:
         raise ConfigError(
-            "data.labels is missing: the server cannot read it from rows that are the clients' "
-            'own.\n  Name all classes: data.labels = ["no", "yes"].'
+            "data.labels is missing: the server cannot read the labels from the clients' own "
+            'rows.\n  Name all classes: data.labels = ["no", "yes"].'
         )
     if is_consortium(place):
         return {name: ClientRows(name, (), ()) for name in _members(place)}, []
@@ -185,7 +185,7 @@ def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
 def _members(place: Path) -> Sequence[str]:
     if not (names := names_in(place)):
         raise ConfigError(
-            f"nobody is in the consortium of {place} yet.\n"
-            "  Let a client in: silotune server approve REQUEST"
+            f"the consortium in {place} has no clients yet.\n"
+            "  Approve one: silotune server approve REQUEST"
         )
     return names

@@ -1,4 +1,4 @@
-"""What the clients hold: rows, lengths and labels, before anything is trained."""
+"""Describe the clients' data before any training: rows, lengths and labels."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ def describe_split(rows: Mapping[str, ClientRows], tokenizer: Any, task: Task) -
     """Per client: num_train, num_eval, quantiles of the train rows' tokens, counts of labels.
 
     Args:
-        rows: Of all clients, as far as this machine may read them.
-        tokenizer: Of the base, with its chat template.
-        task: The recipe's.
+        rows: All clients' rows, as far as this machine may read them.
+        tokenizer: The base's tokenizer, with its chat template.
+        task: The recipe's task.
     """
     return {
         name: {
@@ -32,22 +32,24 @@ def describe_split(rows: Mapping[str, ClientRows], tokenizer: Any, task: Task) -
 
 
 def label_warnings(rows: Mapping[str, ClientRows], labels: Sequence[str]) -> list[str]:
-    """What a classifier will find hard: clients that lack labels, and labels that all lack."""
+    """What makes classification hard: clients that lack labels, and labels that no client has."""
     warnings: list[str] = []
     seen: set[str] = set()
     for name, own in sorted(rows.items()):
-        has = set(own.labels)
-        seen |= has
-        lacks = [label for label in labels if label not in has]
-        if len(has) == 1:
-            warnings.append(f"client '{name}' has rows of one label only: '{own.labels[0]}'")
-        elif lacks:
-            warnings.append(f"client '{name}' has no train row of: {', '.join(lacks)}")
+        present = set(own.labels)
+        seen |= present
+        missing = [label for label in labels if label not in present]
+        if len(present) == 1:
+            warnings.append(
+                f"all train rows of client '{name}' have the same label: '{own.labels[0]}'"
+            )
+        elif missing:
+            warnings.append(f"client '{name}' has no train rows labelled: {', '.join(missing)}")
     if unseen := [label for label in labels if label not in seen]:
-        warnings.append(f"no client has a train row of: {', '.join(unseen)}")
+        warnings.append(f"no client has train rows labelled: {', '.join(unseen)}")
     return warnings
 
 
 def quantiles(lengths: Sequence[int]) -> dict[str, float]:
-    """Of at least one length, by the names of `QUANTILES`."""
+    """The quantiles of at least one length, by the names of `QUANTILES`."""
     return {name: float(np.quantile(lengths, q)) for name, q in QUANTILES.items()}

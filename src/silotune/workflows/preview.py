@@ -1,7 +1,7 @@
-"""What a recipe's rows are as a model reads them, before any training: lengths, cuts, duplicates.
+"""Preview a recipe's rows as a model reads them: lengths, truncation, duplicates.
 
-Loads the tokenizer, never a model. Numbers, names of clients and labels may be shown to others;
-samples hold rows, and are for the machine on which these lie.
+This loads the tokenizer, never a model. Numbers, client names and labels may be shown to others.
+Samples contain rows and are meant only for the machine that holds these rows.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from silotune.core.errors import ConfigError
-from silotune.core.wording import did_you_mean
+from silotune.core.wording import counted, did_you_mean
 from silotune.data.clients import ClientRows
 from silotune.data.conversations import list_columns
 from silotune.data.duplicates import Duplicates, find_duplicates
@@ -24,7 +24,7 @@ from silotune.federation.client import cut_note
 from silotune.federation.client_config import is_client_folder
 from silotune.federation.recipe_model import give_template
 from silotune.federation.server_work import server_rows
-from silotune.models.loading import load_tokenizer, quiet_libraries
+from silotune.models.base import load_tokenizer, quiet_libraries
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Task
@@ -33,22 +33,22 @@ from silotune.workflows.check import check
 from silotune.workflows.data_overview import quantiles
 
 NO_LIMIT = sys.maxsize
-"""For `Task.prepare`: nothing is cut, so that one pass gives both lengths and masks."""
+"""For `Task.prepare`: nothing is truncated, so that one pass gives both lengths and masks."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Some rows as tokens."""
+    """The lengths of some rows in tokens."""
 
     tokens: Mapping[str, float]
-    """Quantiles of the rows' tokens before anything is cut, named as in `overview.QUANTILES`."""
+    """Quantiles of the untruncated lengths, named as in `data_overview.QUANTILES`."""
     num_cut: int
     """Rows longer than `train.max_length`: their end is missing."""
     num_dropped: int
-    """Rows in which no token to learn is left: they are not used."""
+    """Rows without any token left to learn: they are not used."""
     trained_share: float | None
-    """Share of the tokens of all used rows, as far as they are not cut, that the loss is taken on.
-    None with the task classify, whose loss is one number a row."""
+    """Share of tokens that count in the loss, over all used rows after truncation. None with the
+    task classify, whose loss is one number per row."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,27 @@ class ClientPreview:
     num_train: int
     num_eval: int
     labels: Mapping[str, int]
-    """Train rows of each label, the commonest first; empty without a label column."""
+    """Number of train rows of each label, most common first; empty without a label column."""
     train: Lengths
     held_out: Lengths
     duplicates: Duplicates
 
 
 Kind = Literal["read", "learned", "cut"]
-"""What becomes of a text: read only, learned, or cut off at `train.max_length`."""
+"""What happens to a piece of text: only read, learned, or cut off at `train.max_length`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One train row as text. Private: not for logs, files or others."""
+    """One train row as text. Private: keep it out of logs and files."""
 
     client: str
     row: int
     """Its number among the client's train rows, from 1."""
     num_tokens: int
-    """Before anything is cut."""
+    """Before truncation."""
     pieces: tuple[tuple[Kind, str], ...]
-    """The whole text in order; with the task classify, text, pair and label with their names."""
+    """The full text in order; with the task classify, text, pair and label with their names."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,17 @@ class Preview:
     run: RunConfig
     """The resolved recipe."""
     split: str
-    """How the rows became clients, in words."""
+    """How the rows were split into clients, in words."""
     clients: Mapping[str, ClientPreview]
     """Sorted by name."""
     num_server: int
-    """Rows of the server's own."""
+    """Number of the server's own rows."""
     warnings: Sequence[str]
-    """What is allowed and may surprise."""
+    """What is allowed but may be surprising."""
     samples: Sequence[Sample]
 
     def numbers(self) -> dict[str, Any]:
-        """Everything but the samples and the recipe, ready for JSON."""
+        """Everything except the samples and the recipe, ready for JSON."""
         return {
             "split": self.split,
             "max_length": self.run.train.max_length,
@@ -115,32 +115,32 @@ def preview(
     num_samples: int = 0,
     client: str | None = None,
 ) -> Preview:
-    """Check a recipe and show what its rows are to the model, without loading the model.
+    """Check a recipe and show its rows as the model reads them, without loading the model.
 
     Args:
         recipe: A shipped recipe's name, a TOML file, or a recipe.
-        overrides: Keys to change, as "train.max_length=256".
-        num_samples: Train rows to show as text, from the first on.
-        client: Whose; the first by name when absent.
+        overrides: Keys to change, such as "train.max_length=256".
+        num_samples: Number of train rows to show as text, starting with the first.
+        client: The client whose rows to show; by default the first by name.
 
     Raises:
-        ConfigError, ModelError, DataError: With what is wrong, where, and how to mend it.
+        ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """
     checked = check(recipe, overrides)
     run, rows = checked.run, dict(sorted(checked.rows.items()))
     chosen = _chosen(client, rows)
     tokenizer, warnings = load_tokenizer(run.model), list(checked.warnings)
     if run.task != "classify" and give_template(tokenizer, run):
-        warnings.append(f"{run.model.name} brings no chat template: the plain one is used")
+        warnings.append(f"{run.model.name} has no chat template: the plain one is used")
     task, limit, own = build_task(run.task, run.data.labels), run.train.max_length, server_rows(run)
-    with quiet_libraries():  # rows longer than the model's own limit are told by the numbers
+    with quiet_libraries():  # the numbers already show rows that exceed the model's own limit
         clients = describe_rows(rows, tokenizer, task, limit, server=own)
         samples = [
             sample(row, tokenizer, task, limit, client=chosen, number=n)
             for n, row in enumerate(rows[chosen].train[:num_samples], start=1)
         ]
     warnings += data_warnings(clients, limit)
-    return Preview(run, describe_cut(run), clients, len(own), warnings, samples)
+    return Preview(run, describe_partition(run), clients, len(own), warnings, samples)
 
 
 def _chosen(client: str | None, rows: Mapping[str, ClientRows]) -> str:
@@ -162,13 +162,13 @@ def describe_rows(
     *,
     server: Sequence[TaskRow] = (),
 ) -> dict[str, ClientPreview]:
-    """All clients' rows in numbers. Every row is tokenised once.
+    """Describe all clients' rows in numbers. Every row is tokenised once.
 
     Args:
-        rows: Of all clients, as far as this machine may read them.
-        tokenizer: Of the base, with its chat template.
-        task: The recipe's.
-        max_length: Tokens after which a row is cut.
+        rows: All clients' rows, as far as this machine may read them.
+        tokenizer: The base's tokenizer, with its chat template.
+        task: The recipe's task.
+        max_length: Maximum length of a row, in tokens.
         server: The server's own train rows.
     """
     duplicates = find_duplicates(rows, server)
@@ -189,18 +189,18 @@ def describe_rows(
 
 
 def measure(rows: Sequence[TaskRow], tokenizer: Any, task: Task, max_length: int) -> Lengths:
-    """Lengths of rows, and what `task.prepare` makes of them at `max_length`; at least one row."""
+    """Lengths of rows, and what `task.prepare` keeps at `max_length`. Needs at least one row."""
     if task.labels:
         lengths = task.num_tokens(rows, tokenizer)
         num_cut = sum(length > max_length for length in lengths)
         return Lengths(quantiles(lengths), num_cut, 0, None)
-    whole = task.prepare(rows, tokenizer, NO_LIMIT)
-    lengths = [e.ids.numel() for e in whole.examples]
-    if whole.num_dropped:  # rows without any token to learn, which a template can bring about
-        kept = set(whole.rows)
+    full = task.prepare(rows, tokenizer, NO_LIMIT)
+    lengths = [e.ids.numel() for e in full.examples]
+    if full.num_dropped:  # rows without any token to learn; a template can cause this
+        kept = set(full.rows)
         lost = [row for n, row in enumerate(rows) if n not in kept]
         lengths += task.num_tokens(lost, tokenizer)
-    used = [mask for e in whole.examples if (mask := e.trained[:max_length]).any()]
+    used = [mask for e in full.examples if (mask := e.trained[:max_length]).any()]
     num_read = sum(mask.numel() for mask in used)
     num_trained = sum(int(mask.sum()) for mask in used)
     return Lengths(
@@ -217,14 +217,14 @@ def measure(rows: Sequence[TaskRow], tokenizer: Any, task: Task, max_length: int
 def sample(
     row: TaskRow, tokenizer: Any, task: Task, max_length: int, *, client: str, number: int
 ) -> Sample:
-    """One row as the model reads it, and which part of it is learned.
+    """One row as the model reads it, and which parts of it are learned.
 
     Args:
         row: One of `client`'s train rows.
-        tokenizer: Of the base, with its chat template.
-        task: The recipe's.
-        max_length: Tokens after which a row is cut.
-        client: Whose row it is.
+        tokenizer: The base's tokenizer, with its chat template.
+        task: The recipe's task.
+        max_length: Maximum length of a row, in tokens.
+        client: The client that holds the row.
         number: Its number among the client's train rows, from 1.
     """
     if task.labels:
@@ -241,7 +241,7 @@ def sample(
 
 
 def _pieces(text: str, spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[Kind, str], ...]:
-    """Cut a text at the edges of its learned spans, and at `end`, from where it is not read."""
+    """Split a text at the edges of its learned spans, and at `end`, where reading stops."""
 
     def kind(at: int) -> Kind:
         if at >= end:
@@ -255,35 +255,35 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]], end: int) -> tuple[tupl
 # --- words ----------------------------------------------------------------------------------------
 
 
-def describe_cut(run: RunConfig) -> str:
-    """How the rows of a recipe became clients, in words."""
-    cut = run.partition or PartitionConfig()
-    if cut.by is not None:
-        only = "" if cut.only is None else f", of which only {list_columns(cut.only)}"
-        return f"one client for each value of column '{cut.by}'{only}"
-    if cut.kind is not None:
+def describe_partition(run: RunConfig) -> str:
+    """How the rows of a recipe are split into clients, in words."""
+    split = run.partition or PartitionConfig()
+    if split.by is not None:
+        only = "" if split.only is None else f", of which only {list_columns(split.only)}"
+        return f"one client for each value of column '{split.by}'{only}"
+    if split.kind is not None:
         seed = run.data.split_seed if run.data.split_seed is not None else run.seed
         words = {
             "iid": "parts of equal size, drawn at random (iid)",
-            "dirichlet": f"labels of column '{cut.label}' shared out unevenly (dirichlet, "
-            f"alpha {cut.alpha})",
+            "dirichlet": f"labels of column '{split.label}' distributed unevenly (dirichlet, "
+            f"alpha {split.alpha})",
             "length": "parts of equal size, from short rows to long ones (length)",
-            "cluster": "rows of one topic together (cluster)",
-            "flwr-datasets": f"cut by {cut.partitioner} (flwr-datasets)",
+            "cluster": "rows grouped by topic (cluster)",
+            "flwr-datasets": f"split by {split.partitioner} (flwr-datasets)",
         }
-        return f"{words[cut.kind]}, seed {seed}"
+        return f"{words[split.kind]}, seed {seed}"
     place = locate(run.data.path)
     if place is not None and is_client_folder(place):
-        return "each client by its own configuration"
+        return "one configuration file for each client"
     return "one file for each client"
 
 
 def data_warnings(clients: Mapping[str, ClientPreview], max_length: int) -> list[str]:
-    """What spoils a run or its scores: held-out rows that are trained on, rows without answers."""
+    """What spoils a run or its scores: training on held-out rows, rows without answers."""
     warnings: list[str] = []
     if leaks := name_counts(clients, lambda own: own.duplicates.num_leaked):
         warnings.append(
-            f"held-out rows are train rows too, so scores on them flatter: {leaks}; "
+            f"some held-out rows are also train rows, which inflates scores: {leaks}; "
             "remove them from one of the parts"
         )
     for name, own in clients.items():
@@ -307,7 +307,8 @@ def data_warnings(clients: Mapping[str, ClientPreview], max_length: int) -> list
 def name_counts(
     clients: Mapping[str, ClientPreview], count: Callable[[ClientPreview], int], most: int = 5
 ) -> str:
-    """'north 3, south 1': the clients with the largest counts; empty where all counts are 0."""
+    """'north 3, south 1': the clients with the largest counts; empty if all counts are 0."""
     counts = sorted((-count(own), name) for name, own in clients.items() if count(own))
-    more = f" and {len(counts) - most} clients more" if len(counts) > most else ""
+    rest = len(counts) - most
+    more = f" and {counted(rest, 'more client')}" if rest > 0 else ""
     return ", ".join(f"{name} {-n}" for n, name in counts[:most]) + more

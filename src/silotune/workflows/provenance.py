@@ -13,7 +13,8 @@ from silotune.data.clients import fingerprint
 from silotune.data.files import locate
 from silotune.federation.roster import is_consortium
 from silotune.federation.run_folder import RunFolder
-from silotune.models.loading import LoadedModel, folder_of_base
+from silotune.models.base import folder_of_base
+from silotune.models.loading import LoadedModel
 from silotune.models.sources import SOURCES, content_hash
 from silotune.recipes.schema import RunConfig
 from silotune.workflows.check import Checked
@@ -22,7 +23,7 @@ LIBRARIES = ("silotune", "torch", "transformers", "peft", "tokenizers", "safeten
 
 
 def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> dict[str, Any]:
-    """Write down what the run stands on; a resumed run must stand on the same."""
+    """Record what the run depends on; a resumed run must depend on the same."""
     run = checked.run
     source = SOURCES.get(run.model.name)
     now = {
@@ -57,20 +58,20 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
 
 
 def _fingerprint(checked: Checked) -> str | None:
-    """Of all rows; None where they are the clients' own, in a consortium whose members change."""
+    """Of all rows; None in a consortium, whose members change and keep their rows."""
     place = locate(checked.run.data.path)
     return None if place and is_consortium(place) else fingerprint(checked.rows)
 
 
 def _libraries(run: RunConfig) -> list[str]:
-    """What the result may depend on."""
+    """The libraries that the result may depend on."""
     quantised = run.model.quantization != "none" or "bit" in run.train.optimizer
     there = importlib.util.find_spec("bitsandbytes") is not None
     return [*LIBRARIES, *(["bitsandbytes"] if quantised and there else [])]
 
 
 def file_sha256(adapter: Path) -> str:
-    """Sha256 over a result's safetensors files in name order; of one file as `sha256sum`."""
+    """SHA-256 over a result's safetensors files in name order; of one file as by `sha256sum`."""
     digest = hashlib.sha256()
     for path in sorted(adapter.glob("*.safetensors")):
         digest.update(path.read_bytes())

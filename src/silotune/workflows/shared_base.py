@@ -1,7 +1,7 @@
-"""One run after another on one base in memory: what comparisons and sweeps stand on.
+"""Train one run after another on one base in memory, for comparisons and sweeps.
 
-Loading a base and turning rows into tokens cost more than many a run's first round. Both are kept
-until a recipe comes that needs others; what a run gives is the same as alone, bit for bit.
+Loading a base and tokenizing rows can cost more than a run's first round. Both are kept until a
+recipe needs others. The result of a run is the same as when it runs alone, bit for bit.
 """
 
 import gc
@@ -35,14 +35,14 @@ from silotune.workflows.run import run_in
 
 
 def needs(run: RunConfig) -> str:
-    """What a recipe asks of its base and tokenizer; two with one answer can share them."""
+    """What a recipe needs of its base and tokenizer; recipes with equal needs can share them."""
     ends = "no-end-token" in run.train.compat
     labels = run.data.labels if run.task == "classify" else None
     return repr((run.model, run.runtime.device, run.task, labels, run.data.template, ends))
 
 
 class SharedBase:
-    """A base model that one recipe after another is trained on."""
+    """A base model that several recipes are trained on, one after another."""
 
     def __init__(self, run: RunConfig, progress: Progress) -> None:
         self._load(run, progress)
@@ -57,14 +57,14 @@ class SharedBase:
         self._first = read_adapter(self.loaded)
 
     def serves(self, run: RunConfig) -> bool:
-        """Whether a recipe needs this base and tokenizer, and no other."""
+        """Whether a recipe needs exactly this base and tokenizer."""
         return needs(run) == self.needs
 
     def dress(self, run: RunConfig) -> AdapterState:
-        """Put a recipe's first adapter on the base, and return it.
+        """Put a recipe's initial adapter on the base, and return it.
 
-        Only another seed or another adapter makes it anew; weights that were trained themselves
-        have to be loaded again.
+        The adapter is built again only for another seed or another kind of adapter. Base weights
+        that were trained have to be loaded again.
         """
         assert self.serves(run)
         if self._dressed_for != (run.seed, run.adapter):
@@ -80,7 +80,7 @@ class SharedBase:
 
 
 class Bench:
-    """Trains recipes one after another, and keeps what the next one needs too."""
+    """Trains recipes one after another, and keeps what the next one also needs."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -88,11 +88,11 @@ class Bench:
         self._tokens: tuple[str, Mapping[str, ClientData]] | None = None
 
     def run(self, folder: RunFolder, checked: Checked) -> Run:
-        """Do what is left of a run in its folder, which the caller has locked."""
+        """Finish a run in its folder, which the caller has locked."""
         began, run = time.perf_counter(), checked.run
         if folder.read_json("summary.json") is not None:
             return Run(folder.path)
-        if run.runtime.name != "in-process":  # the engine's processes load their own
+        if run.runtime.name != "in-process":  # the engine's processes load their own bases
             return run_in(folder, checked, self.progress, began=began)
         base = self._base_for(run)
         base.dress(run)
@@ -117,12 +117,12 @@ class Bench:
         return self._tokens[1]
 
     def forget(self) -> None:
-        """Let go of base and tokens: nothing is known of their state after a failure."""
+        """Drop the base and the tokens: after a failure their state is unknown."""
         self._base = self._tokens = None
 
 
 def attempt(bench: Bench, folder: RunFolder) -> str | None:
-    """Do what is left of a run. Returns why it failed, for runs that others do not depend on."""
+    """Finish a run that no other run depends on. Returns why it failed, or None."""
     try:
         with folder.locked():
             bench.run(folder, check(folder.run))

@@ -1,4 +1,4 @@
-"""The server side of FedAvg, FedProx and FedAvgM, and what every registered algorithm owes."""
+"""The server side of FedAvg, FedProx and FedAvgM, and what every registered algorithm must do."""
 
 import dataclasses
 
@@ -256,7 +256,7 @@ def test_every_algorithm_builds_under_its_own_name_and_plays_a_round(name):
 
 @each
 def test_the_server_moves_to_where_the_clients_agree_to_go(name):
-    # whoever flips the sign of a server's step sees red here
+    # a flipped sign in a server's step fails here
     delta = {A: torch.tensor([0.1, -0.2, 0.3]), B: torch.tensor([[-0.5], [0.25]])}
     algorithm = DEFAULTS[name]
     after = play(algorithm, start(algorithm, ADAPTER), [update("north", delta)])
@@ -333,7 +333,7 @@ def another(config, field):
 
 
 def observed(name, **changed):
-    """All that can be seen of an algorithm: two rounds, its pull on a client, its settings."""
+    """All that can be observed of an algorithm: two rounds, its pull on a client, its settings."""
     config, build = ALGORITHMS[name]
     algorithm = build(config(**changed))
     state = start(algorithm, ADAPTER)

@@ -1,7 +1,7 @@
 """FedAdagrad, FedAdam and FedYogi against Algorithm 2 of Reddi et al. 2021, written out in Python.
 
-The printed vectors are T1, T2 and T3 of the specification; `paper` and `flower` below make them
-anew, one float at a time, without torch.
+The printed vectors are T1, T2 and T3 of the specification; `paper` and `flower` below
+recompute them, one float at a time, without torch.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ def test_the_second_moment_starts_at_tau_squared_and_the_first_at_zero(name):
 
 
 @adaptive
-def test_with_a_huge_tau_and_equal_step_size_it_goes_fedavgs_way(name):
+def test_with_a_huge_tau_and_equal_step_size_it_moves_like_fedavg(name):
     algorithm = build(name, tau=1e6, server_lr=1e6, beta1=0.0)
     state = start(algorithm, [0.0, 0.0, 0.0], dtype=torch.float64)
     moved = run(algorithm, state, [[0.1, -0.2, 3.0]]).adapter[A]
@@ -194,7 +194,7 @@ def test_moments_keep_squares_of_tiny_deltas_that_float32_would_lose():
 
 
 def saved(state: ServerState, path: Path) -> ServerState:
-    """The state through bytes on a disk, as a run folder keeps it."""
+    """The state written to disk and read back, as in a run folder."""
     flat = {f"adapter/{n}": t for n, t in state.adapter.items()}
     flat |= {f"{k}/{n}": t for k, s in state.extra.items() for n, t in s.items()}
     path.write_bytes(save(flat))

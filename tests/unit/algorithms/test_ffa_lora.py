@@ -1,4 +1,4 @@
-"""FFA-LoRA: what stays at its first value, what is sent, and that its mean is exact.
+"""FFA-LoRA: what keeps its first value, what is sent, and that its mean is exact.
 
 The arithmetic is on whole numbers whose weights add up to a power of two, so that float64 holds
 every product and every mean without rounding, and "exact" means equal to the last bit.
@@ -22,8 +22,10 @@ from silotune.data.clients import ClientRows
 from silotune.federation.acceptance import check_update, what_is_expected
 from silotune.federation.client import Worker, prepare_client, train_round
 from silotune.federation.client_memory import ClientMemory
+from silotune.federation.client_privacy import Protection
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig, load_model, read_adapter, write_adapter
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model, read_adapter, write_adapter
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.parse import parse
 from silotune.training.tasks import build_task
@@ -99,7 +101,7 @@ def test_fedavg_misses_the_mean_product_by_the_covariance_of_the_factors(played)
 
 def test_two_opposite_clients_by_hand():
     # FedAvg, from A = 1 and B = 0: north ends at 2 * 1 and south at 0 * -1, on average at 1, but
-    # the mean factors are A = 1 and B = 0. With A held fast they end at 1 and at -1.
+    # the mean factors are A = 1 and B = 0. With A frozen they end at 1 and at -1.
     one = torch.ones(1, 1, dtype=torch.float64)
     state = ServerState(0, {A: one, B: 0 * one})
     updates = [Update("north", 1, {A: one, B: one}, 1, {})]
@@ -140,18 +142,18 @@ def test_uniform_weights_give_every_client_the_same_say():
         ("my_lora_Adapter.weight", True),
     ],
 )
-def test_of_two_factors_the_one_that_begins_at_random_is_held_fast(name, learns):
+def test_of_two_factors_the_randomly_initialised_one_is_frozen(name, learns):
     assert all(FFA.local.trains(name, round_) == learns for round_ in (1, 2, 7))
 
 
 def test_an_adapter_without_the_two_factors_is_refused_before_training():
     for names in ([A], [B], ["ia3_l"], [HEAD], ["x.lora_embedding_A", B]):
-        with pytest.raises(ConfigError, match=r"adapter does not bring both.\n  Set adapter.kind"):
+        with pytest.raises(ConfigError, match=r"adapter does not have both.\n  Set adapter.kind"):
             FFA.init(dict.fromkeys(names, torch.zeros(1)), 3)
     assert FFA.init({A: torch.zeros(1), B: torch.zeros(1)}, 3) == {}
 
 
-def test_the_server_refuses_an_update_that_brings_a():
+def test_the_server_refuses_an_update_that_contains_a():
     adapter = {A: torch.ones(2, 3), B: torch.zeros(4, 2), HEAD: torch.zeros(2)}
     state = ServerState(0, adapter)
     assert expected_layout(FFA, state) == layout_of({n: adapter[n] for n in (B, HEAD)})
@@ -201,7 +203,7 @@ def worker_of(run, model, algorithm=FFA):
 
 
 def play_rounds(worker, *, rounds=3, clients=("north", "south")):
-    """Rounds as the product plays them, without a disk.
+    """Rounds as the product runs them, without a disk.
 
     Yields each update with the state it answers and the adapter left at the client; then the end.
     """
@@ -214,7 +216,8 @@ def play_rounds(worker, *, rounds=3, clients=("north", "south")):
         message = Broadcast(round_, state.adapter, score=False)
         for own in data:
             memory = memories.get(own.name, ClientMemory())
-            update, memories[own.name] = train_round(worker, own, message, memory)
+            hidden = Protection(run, own.name, round_, plan=None)
+            update, memories[own.name] = train_round(worker, own, message, memory, hidden)
             updates.append(check_update(update, expected, {own.name}))
             yield updates[-1], state, read_adapter(worker.loaded)
         state = play(algorithm, state, updates)
@@ -226,13 +229,13 @@ def test_a_stays_bit_for_bit_at_server_and_clients_and_only_b_is_sent(tiny_model
     run = recipe(train__optimizer=optimizer, train__weight_decay=0.1, adapter__dropout=0.1)
     worker = worker_of(run, tiny_model)
     first = read_adapter(worker.loaded)
-    fast = {n for n in first if "lora_A" in n}
-    assert all(bool((first[n] != 0).all()) for n in fast)
-    sent = {n: t for n, t in first.items() if n not in fast}
+    frozen = {n for n in first if "lora_A" in n}
+    assert all(bool((first[n] != 0).all()) for n in frozen)
+    sent = {n: t for n, t in first.items() if n not in frozen}
     answers = list(play_rounds(worker))
     for update, state, at_client in answers:
-        assert all(torch.equal(state.adapter[n], first[n]) for n in fast)
-        assert all(torch.equal(at_client[n], first[n]) for n in fast)
+        assert all(torch.equal(state.adapter[n], first[n]) for n in frozen)
+        assert all(torch.equal(at_client[n], first[n]) for n in frozen)
         if update is not None:
             assert update.delta.keys() == sent.keys()
             assert update.bytes_up == size_bytes(sent)
@@ -287,7 +290,7 @@ def test_steps_with_clipping_and_adamw_are_torchs_own_with_a_frozen(tiny_model):
     learning = [p for p in learning if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-2, weight_decay=0.0)
     examples = INSTRUCT.prepare(rows_of("only").train, worker.loaded.tokenizer, 128).examples
-    batch = collate(examples)  # all rows in every step, so their order has no say
+    batch = collate(examples)  # all rows in every step, so their order does not matter
     for _ in range(3):
         optimizer.zero_grad()
         (INSTRUCT.loss(worker.loaded, batch).loss_sum / batch.num_trained).backward()
@@ -303,12 +306,12 @@ def encoder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("head", ["train", "freeze", "local"])
-def test_a_classification_head_is_sent_beside_b_where_the_recipe_says_so(encoder, head):
+def test_a_classification_head_is_sent_with_b_if_the_recipe_says_so(encoder, head):
     run = recipe(task="classify", adapter__head=head, data__labels=["bad", "good"])
     worker = worker_of(run, encoder)
     first, own = read_adapter(worker.loaded), worker.loaded.head
-    fast = {n for n in first if "lora_A" in n}
-    stays = fast | (own if head == "local" else set())
+    frozen = {n for n in first if "lora_A" in n}
+    stays = frozen | (own if head == "local" else set())
     assert bool(own) == (head != "freeze")
     *answers, (_, state, _) = play_rounds(worker, rounds=2)
     assert all(u is not None and u.delta.keys() == first.keys() - stays for u, _, _ in answers)
@@ -316,7 +319,7 @@ def test_a_classification_head_is_sent_beside_b_where_the_recipe_says_so(encoder
         assert torch.equal(state.adapter[name], tensor) == (name in stays), name
 
 
-def test_beside_an_embedding_the_factor_learns_that_begins_at_zero(encoder):
+def test_for_an_embedding_the_factor_that_starts_at_zero_is_trained(encoder):
     more = {"adapter__targets": ["word_embeddings"], "adapter__head": "freeze"}
     run = recipe(task="classify", data__labels=["bad", "good"], **more)
     worker = worker_of(run, encoder)
@@ -358,8 +361,8 @@ def test_other_kinds_of_adapter_are_refused(adapter):
     recipe(adapter=adapter, algorithm={"name": "fedavg"})
 
 
-def test_dora_is_refused_for_its_mean_would_not_be_exact():
-    said = r"adapter.dora: cannot be used with algorithm 'ffa_lora': what DoRA makes of the"
+def test_dora_is_refused_because_its_mean_would_not_be_exact():
+    said = r"adapter.dora: cannot be used with algorithm 'ffa_lora': DoRA is not linear in the"
     with pytest.raises(ConfigError, match=said):
         recipe(adapter__dora=True)
 
@@ -368,8 +371,8 @@ def test_an_arm_of_a_comparison_that_trains_all_weights_is_refused_by_its_name()
     run = recipe(compare={"arms": {"all": {"adapter": {"kind": "full"}}}})
     with pytest.raises(ConfigError, match=r"compare.arms.all(.|\n)*'full' cannot be used"):
         federated_arms(run)
-    mended = {"adapter": {"kind": "full"}, "algorithm": {"name": "fedavg"}}
-    assert len(federated_arms(recipe(compare={"arms": {"all": mended}}))) == 2
+    fixed = {"adapter": {"kind": "full"}, "algorithm": {"name": "fedavg"}}
+    assert len(federated_arms(recipe(compare={"arms": {"all": fixed}}))) == 2
 
 
 def test_options_that_keep_the_two_factors_are_allowed():

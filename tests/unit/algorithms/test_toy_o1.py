@@ -1,8 +1,8 @@
-"""Toy O1: noise on the clients' mean turns the order of FedIT and FFA-LoRA around.
+"""Toy O1: noise on the clients' mean reverses the order of FedIT and FFA-LoRA.
 
 Low-rank regression by our own `fedavg` (on LoRA factors it is FedIT) and `ffa_lora`: 8 clients with
 64 rows each of y = W x, x standard normal of 48 dimensions, y of 8, W of rank 4 and norm 1. An
-adapter B A of rank 4 begins with B = 0 and PEFT's A. 60 rounds of 5 full gradient steps of 0.05.
+adapter B A of rank 4 starts with B = 0 and PEFT's A. 60 rounds of 5 full gradient steps of 0.05.
 Each client's delta is clipped to an L2 norm of 1 over all of its tensors together; the mean of the
 8 gets Gaussian noise of deviation z / 8 on each value, as client-level differential privacy adds
 it. The error is |B A - W| / |W|, the mean over 10 seeds.
@@ -10,8 +10,8 @@ it. The error is |B A - W| / |W|, the mean over 10 seeds.
 Only the order is checked, on seeds 0 to 9. It is the same on all of the ten sets 0 to 9, 100 to
 109, ... 900 to 909, and for every single seed of them. Their means, FedIT and FFA-LoRA:
 z = 0: .20 to .27, .94 to .97; z = .5: 1.3 to 1.5, 1.1; z = 1: 3.5 to 4.0, 1.4; z = 2: 11 to 14,
-2.2 to 2.4. Above 1 an error is worse than no training. A narrower x or a longer W moves the turn
-to more noise: FedIT then still leads at z = .5.
+2.2 to 2.4. Above 1 an error is worse than no training. A narrower x or a longer W moves the
+crossover to more noise: FedIT then still leads at z = .5.
 """
 
 import pytest
@@ -38,7 +38,7 @@ def draw(seeds: range, purpose: str, *shape: int) -> Tensor:
 
 
 def first_a(seeds: range) -> Tensor:
-    """As PEFT draws it: uniform between -1 / sqrt(d_in) and that."""
+    """As PEFT draws it: uniform between -1 / sqrt(d_in) and 1 / sqrt(d_in)."""
     each = (generator(seed, "toy", "A") for seed in seeds)
     drawn = [torch.rand(RANK, D_IN, generator=g, dtype=torch.float64) for g in each]
     return (2 * torch.stack(drawn) - 1) / D_IN**0.5
@@ -73,7 +73,7 @@ def train(algorithm: Algorithm, state: ServerState, w: Tensor, moments: Tensor) 
     round_, received = state.round + 1, state.adapter
     now = {n: t.expand(CLIENTS, *t.shape) for n, t in received.items()}
     for _ in range(STEPS):
-        slope = (now[B] @ now[A] - w) @ moments  # by B A
+        slope = (now[B] @ now[A] - w) @ moments  # with respect to B A
         gradients = {A: now[B].mT @ slope, B: slope @ now[A].mT}
         for n, gradient in gradients.items():
             if algorithm.local.trains(n, round_):
@@ -88,12 +88,12 @@ def train(algorithm: Algorithm, state: ServerState, w: Tensor, moments: Tensor) 
     return updates
 
 
-def test_without_noise_fedit_is_nearer_for_its_first_factor_learns_too():
+def test_without_noise_fedit_is_closer_because_its_first_factor_is_trained_too():
     fedit, ffa = (error(algorithm, 0.0, range(10)) for algorithm in (FEDIT, FFA))
     assert fedit.mean() < 0.8 * ffa.mean()
 
 
 @pytest.mark.parametrize("z", [0.5, 1.0, 2.0])
-def test_with_noise_ffa_lora_is_nearer_for_its_noise_is_not_multiplied(z):
+def test_with_noise_ffa_lora_is_closer_because_its_noise_is_not_multiplied(z):
     fedit, ffa = (error(algorithm, z, range(10)) for algorithm in (FEDIT, FFA))
     assert ffa.mean() < 0.95 * fedit.mean()

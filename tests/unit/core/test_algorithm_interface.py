@@ -1,8 +1,8 @@
-"""What `Algorithm` and `LocalRule` can carry, shown by small algorithms on toys with known ends.
+"""What `Algorithm` and `LocalRule` can express, shown by small algorithms on solved toys.
 
-`train_at_client` is the slow obvious oracle of a client: plain gradient steps that read every field
-of the `LocalRule`. The algorithms of this file are not the product's; they show that the interface
-needs no change when those come, and which invariants they will owe.
+`train_at_client` is the slow, obvious oracle of a client: plain gradient steps that read every
+field of the `LocalRule`. The algorithms of this file are not the product's; they show that the
+interface needs no change when those are added, and which invariants they must keep.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def start(algorithm, adapter, *, num_clients=3):
 
 
 def check(update, algorithm, state):
-    """What `rounds.check_update` asks of the tensors of an update."""
+    """What `acceptance.check_update` requires of the tensors of an update."""
     check_same_layout(update.delta, expected_layout(algorithm, state), who=update.client)
     extra = expected_extra(algorithm, state)
     assert update.extra.keys() == extra.keys()
@@ -91,7 +91,7 @@ def check(update, algorithm, state):
 
 
 def play_round(algorithm, state, losses, memories, cohort=None, *, sizes=None, lr=0.05, steps=20):
-    """One round in process; `memories` is the clients' own and changes, as on their disks."""
+    """One round in process; `memories` belongs to the clients and changes, like their disks."""
     sent, updates = broadcast(algorithm, state), []
     for name in sorted(losses if cohort is None else cohort):
         update, memories[name] = train_at_client(
@@ -132,9 +132,9 @@ def at(*values):
 
 
 def closed_form(mu=0.0, *, lr=0.05, steps=20, sizes=None):
-    """Where rounds of local descent on the quadratics stand still, by pencil.
+    """The fixed point of rounds of local descent on the quadratics, derived by hand.
 
-    With rate k_i = 1 - (1 - lr (a_i + mu))^steps client i goes from x the share k_i of the way to
+    With rate k_i = 1 - (1 - lr (a_i + mu))^steps, client i goes the share k_i of the way from x to
     (a_i b_i + mu x) / (a_i + mu), so it moves by k_i a_i / (a_i + mu) (b_i - x).
     """
     pulls = {
@@ -214,7 +214,7 @@ def test_clients_stay_nearer_the_stronger_fedprox_pulls_and_echo_its_mu():
     assert [u.settings["mu"] for u in updates] == [0.0, 0.01, 0.1, 1.0, 10.0]
 
 
-def test_a_converged_fedprox_client_stands_between_its_optimum_and_what_it_received():
+def test_a_converged_fedprox_client_is_between_its_optimum_and_what_it_received():
     (a, b), mu = QUADRATICS["c1"], 2.0
     end = prox_update(mu, steps=400).delta[X] + at(2.0, -1.0)[X]
     expected = [(a * b + mu * x) / (a + mu) for x in (2.0, -1.0)]
@@ -256,7 +256,7 @@ def scaffold(cfg):
         step=step,
         init=init,
         local=LocalRule(correct=correct, finish=finish),
-        extra_layout=lambda state: {"control": layout_of(state.extra["control"])},
+        extra_layout=lambda state, client: {"control": layout_of(state.extra["control"])},
         broadcasts=("control",),
     )
 
@@ -308,7 +308,7 @@ def test_scaffold_expects_control_variates_as_wide_as_the_adapter_and_fedavg_exp
         check_same_layout(at(0.0), extra["control"], who="client 'c0', round 1, control")
 
 
-def test_the_sums_of_control_variates_travel_beside_the_delta_and_n_stays_at_the_server():
+def test_the_sums_of_control_variates_travel_with_the_delta_and_n_stays_at_the_server():
     state = start(SCAFFOLD, at(3.0))
     after, updates = play_round(SCAFFOLD, state, LOSSES, {})
     change = SCAFFOLD.combine(state, updates)
@@ -438,13 +438,13 @@ def test_one_fedsa_client_alone_is_local_training():
     torch.testing.assert_close(memories["c0"]["personal"][B], alone[B], rtol=0, atol=1e-12)
 
 
-# --- the median: updates walked several times, not linear
+# --- the median: several passes over the updates, not linear
 
 
 def median():
     def combine(state, updates):
         names = expected_layout(algorithm, state)
-        # one walk per tensor: in memory lies one tensor of all clients, never all of one
+        # one pass per tensor: memory holds one tensor of all clients, never all tensors of one
         return Change(
             {n: torch.stack([u.delta[n] for u in updates]).median(dim=0).values for n in names}
         )
@@ -457,7 +457,7 @@ def median():
 
 
 class Spool:
-    """Updates as the run folder gives them: a fresh walk each time, one in hand, no indexing."""
+    """Updates as the run folder gives them: a fresh pass each time, one at a time, no indexing."""
 
     def __init__(self, updates):
         self.updates, self.walks = updates, 0
@@ -473,7 +473,7 @@ class Spool:
 T6 = [(1, 1), (1.1, 0.9), (0.9, 1.05), (1.02, 0.97), (0.95, 1.1), (100, -100), (50, 60)]
 
 
-def test_a_median_walks_the_updates_once_per_tensor_and_ignores_outliers():
+def test_a_median_reads_the_updates_once_per_tensor_and_ignores_outliers():
     vectors = [torch.tensor(v, dtype=torch.float64) for v in T6]
     spool = Spool(
         [Update(f"c{i}", 1, {X: v, "y": -v}, 1, {}) for i, v in enumerate(vectors)],
@@ -512,9 +512,9 @@ def no_patch(adapter, num_clients):
 
 
 def flora(cfg, *, both_sides=False):
-    """Wang et al. 2024: stack the factors, merge them into the base, begin anew."""
+    """Wang et al. 2024: stack the factors, merge them into the base, start again."""
 
-    def layout(state):
+    def layout(state, client):
         d_out, d_in = state.adapter[B].shape[0], state.adapter[A].shape[1]
         return {
             A: TensorSpec((None, d_in), state.adapter[A].dtype),
@@ -623,7 +623,7 @@ def fedex(cfg):
     def combine(state, updates):
         total, mean = sum(weight_of(u, cfg) for u in updates), mean_delta(updates, cfg)
         residual = no_factors(state.adapter)
-        for u in updates:  # the second walk: the mean must be known
+        for u in updates:  # the second pass: the mean must be known
             p = weight_of(u, cfg) / total
             residual = stacked(residual, {n: p**0.5 * (u.delta[n] - mean[n]) for n in (A, B)})
         return Change(mean, {"base_patch": residual})

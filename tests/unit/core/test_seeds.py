@@ -29,7 +29,7 @@ def test_different_labels_give_different_seeds(seed, first, second):
     assert (derive(seed, *first) == derive(seed, *second)) == same
 
 
-def test_labels_are_kept_apart():
+def test_labels_are_kept_separate():
     drawn = {derive(1), derive(1, ""), derive(1, "ab", "c"), derive(1, "a", "bc"), derive(1, "abc")}
     assert len(drawn | {derive(11), derive(1, 1), derive(1, "c", "ab")}) == 8
 

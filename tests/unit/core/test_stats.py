@@ -1,4 +1,4 @@
-"""Intervals: against closed forms and hand-made cases, and how often they hold the truth."""
+"""Intervals: against closed forms and hand-made cases, and how often they contain the truth."""
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ def scored(sums, weights=None, client="north") -> Scored:
 def test_a_share_has_the_interval_of_wilsons_formula(pair):
     k, n = pair
     z, p = 1.959963984540054, k / n  # the 97.5 % quantile of the normal distribution
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     share = wilson(k, n)
     assert share.mean == p
-    assert share.low == pytest.approx(max(0.0, middle - half), abs=1e-9)
-    assert share.high == pytest.approx(min(1.0, middle + half), abs=1e-9)
+    assert share.low == pytest.approx(max(0.0, centre - half), abs=1e-9)
+    assert share.high == pytest.approx(min(1.0, centre + half), abs=1e-9)
 
 
 def test_the_mean_is_weighted_inside_a_client_and_even_over_clients():
@@ -52,7 +52,7 @@ def test_an_interval_around_zero_is_not_clear():
 
 
 def spread(sd_seed: float, sd_row: float, num_seeds: int, repeats: int = 200) -> float:
-    """How often the 95 % interval holds the true mean, 0, when rows are shared by the seeds."""
+    """How often the 95 % interval contains the true mean, 0, if the seeds share their rows."""
     rng = np.random.default_rng(7)
     hits = 0
     for i in range(repeats):
@@ -65,8 +65,8 @@ def spread(sd_seed: float, sd_row: float, num_seeds: int, repeats: int = 200) ->
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3, 10])
-def test_the_interval_holds_the_truth_nearly_as_often_as_it_says(num_seeds):
-    # rows drawn anew inside each seed would hold it in 50 to 75 of 100 cases (decision 0013)
+def test_the_interval_contains_the_true_mean_nearly_as_often_as_it_claims(num_seeds):
+    # redrawn for each seed, rows would contain it in 50 to 75 of 100 cases (decision 0013)
     assert 0.89 <= spread(0.0, 1.0, num_seeds) <= 0.99
     if num_seeds > 1:
         assert 0.88 <= spread(0.3, 1.0, num_seeds) <= 0.99

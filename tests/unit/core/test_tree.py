@@ -158,8 +158,8 @@ def test_weighted_mean_sums_in_float64_so_that_small_deltas_are_not_lost():
 
 @pytest.mark.parametrize("weight", [1.0, 3.0, 2.0**29 - 1, 2.0**29, 2.0**29 + 1, 0.1, 1234.56789])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_weighted_mean_rounds_each_product_and_each_sum_apart(weight, dtype):
-    # Where a product is not exact, a sum that takes it in unrounded leaves its rest behind here:
+def test_weighted_mean_rounds_each_product_and_each_sum_separately(weight, dtype):
+    # If a product is not exact and is added without rounding, a remainder is left here:
     # x and -x cancel only if both products were rounded. Python floats fuse nothing.
     gen = torch.Generator().manual_seed(0)
     x, y = (torch.randn(67, generator=gen, dtype=torch.float64).to(dtype) for _ in range(2))
@@ -174,7 +174,7 @@ def test_weighted_mean_rounds_each_product_and_each_sum_apart(weight, dtype):
     assert fingerprint(pairs) == before
 
 
-def test_weighted_mean_walks_a_generator_once_and_keeps_the_dtype():
+def test_weighted_mean_reads_a_generator_once_and_keeps_the_dtype():
     mean = weighted_mean((w, {"a": torch.ones(2, dtype=torch.bfloat16)}) for w in (1.0, 2.0))
     assert mean["a"].dtype == torch.bfloat16
     assert mean["a"].tolist() == [1.0, 1.0]
@@ -198,7 +198,7 @@ def test_weighted_mean_refuses_states_of_different_layouts(second):
 
 
 def test_a_first_state_without_tensors_fixes_the_layout_like_any_other():
-    # Bug: "no sums yet" was read as "no state yet", so the second state set the layout anew and
+    # Bug: "no sums yet" was read as "no state yet", so the second state set the layout again and
     # the weight of the empty one shrank the mean: 4 came out as 1.
     with pytest.raises(UpdateError, match="weighted mean: tensor 'a' is unknown"):
         weighted_mean([(3.0, {}), (1.0, {"a": torch.tensor([4.0])})])
@@ -207,14 +207,15 @@ def test_a_first_state_without_tensors_fixes_the_layout_like_any_other():
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_a_weight_that_is_negative_or_not_finite_is_refused(weight, place):
-    # Bug: weights were not looked at. -1 beside 3 pushed the mean away from a client's delta, and
+    # Bug: weights were not checked. -1 next to 3 pushed the mean away from a client's delta, and
     # NaN passed `total <= 0` and made every coordinate NaN.
     pairs = [(3.0, {"a": torch.ones(1)})]
     pairs.insert(place, (weight, {"a": torch.ones(1)}))
     with pytest.raises(UpdateError) as error:
         weighted_mean(pairs)
     assert str(error.value) == (
-        f"weighted mean: {weight} is no weight.\n  Weights are finite and not negative."
+        f"weighted mean: {weight} is not a valid weight.\n"
+        "  Weights must be finite and not negative."
     )
 
 
@@ -274,11 +275,11 @@ SAME_RANK = "\n  Set the same [adapter] rank and targets at this client as at th
     [
         (
             {"a": torch.ones(2, 3)},
-            f"{WHO}: tensor 'b' is missing (1 of 2 are).{SAME_MODEL}",
+            f"{WHO}: tensor 'b' is missing (1 of 2 tensors).{SAME_MODEL}",
         ),
         (
             {},
-            f"{WHO}: tensor 'a' is missing (2 of 2 are).{SAME_MODEL}",
+            f"{WHO}: tensor 'a' is missing (2 of 2 tensors).{SAME_MODEL}",
         ),
         (
             {
@@ -287,7 +288,7 @@ SAME_RANK = "\n  Set the same [adapter] rank and targets at this client as at th
                 "d": torch.ones(1),
                 "c": torch.ones(1),
             },
-            f"{WHO}: tensor 'c' is unknown to the server (2 are).{SAME_MODEL}",
+            f"{WHO}: tensor 'c' is unknown to the server (2 unknown tensors).{SAME_MODEL}",
         ),
         (
             {"a": torch.ones(2, 4), "b": torch.ones(3, 2)},
@@ -338,7 +339,7 @@ def test_a_tensor_that_is_not_finite_is_named(bad):
     with pytest.raises(UpdateError) as error:
         check_finite(state, who=WHO)
     assert str(error.value) == (
-        f"{WHO}: 'c' holds NaN or infinity.\n"
+        f"{WHO}: 'c' contains NaN or infinity.\n"
         "  Lower train.lr or set train.clip_norm at this client; its update was not used."
     )
 
@@ -352,7 +353,7 @@ def test_finite_values_whose_sum_is_not_pass():
 
 
 def test_infinities_of_both_signs_do_not_cancel():
-    with pytest.raises(UpdateError, match="'a' holds NaN or infinity"):
+    with pytest.raises(UpdateError, match="'a' contains NaN or infinity"):
         check_finite({"a": torch.tensor([math.inf, 1.0, -math.inf])}, who=WHO)
 
 
@@ -377,12 +378,12 @@ def test_l2_norm_leaves_a_float64_state_untouched():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_l2_norm_is_finite_only_where_every_value_is(bad):
-    # accept() looks at the values one by one only where the norm is not finite
+def test_l2_norm_is_finite_only_if_every_value_is(bad):
+    # accept() checks the values one by one only if the norm is not finite
     assert not math.isfinite(l2_norm({"a": torch.ones(3), "b": torch.tensor([1.0, bad])}))
 
 
-def test_l2_norm_does_not_overflow_where_squares_leave_float32():
+def test_l2_norm_does_not_overflow_if_squares_exceed_float32():
     assert l2_norm({"a": torch.tensor([3e30]), "b": torch.tensor([4e30])}) == pytest.approx(5e30)
 
 
@@ -414,7 +415,7 @@ def test_squared_distance_never_broadcasts(now, received):
 
 
 def test_squared_distance_to_a_state_that_lacks_a_tensor_is_refused():
-    # Bug: it was a bare KeyError, which no caller takes for an update that cannot be used.
+    # Bug: it was a bare KeyError, which no caller recognises as an unusable update.
     with pytest.raises(UpdateError, match=r"^distance of two states: .* missing"):
         squared_distance({"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.ones(2)})
 

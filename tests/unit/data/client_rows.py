@@ -1,4 +1,4 @@
-"""Rows of clients, written as short as can be."""
+"""Short ways to write rows of clients."""
 
 from silotune.data.clients import ClientRows
 

@@ -1,4 +1,4 @@
-"""Rows in files of every kind, and the text of an error: for test_files.py and test_data.py."""
+"""Rows in files of every kind, and the text of an error, for the tests of this folder."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import pytest
 from silotune.core.errors import DataError
 
 SECRET = "hypertension"
-"""A value of a row; no message may hold it."""
+"""A value of a row; no message may contain it."""
 
 
 def make_rows(num_rows, source="north"):
@@ -42,5 +42,5 @@ def error_of(call, *args, kind=DataError, **settings):
         call(*args, **settings)
     text = str(caught.value)
     assert SECRET not in text
-    assert "\n  " in text, "the mend is missing"
+    assert "\n  " in text, "the fix is missing"
     return text

@@ -1,4 +1,4 @@
-"""What tests of cuts into clients look at."""
+"""What tests of partitions check."""
 
 from collections import Counter
 

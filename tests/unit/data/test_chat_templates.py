@@ -1,4 +1,4 @@
-"""How a conversation becomes text: exact words, what is learned of them, and own templates."""
+"""How a conversation becomes text: the exact words, what is learned from them, own templates."""
 
 import string
 
@@ -190,7 +190,7 @@ def test_a_models_own_chat_template_is_left_alone():
 
 def test_a_models_own_template_that_does_not_write_the_answer_is_refused():
     deaf = build_tokenizer("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    with pytest.raises(ConfigError, match="does not hold the answer"):
+    with pytest.raises(ConfigError, match="the answer does not follow"):
         set_template(deaf)
 
 
@@ -306,20 +306,23 @@ def test_an_own_template_belongs_to_the_run_and_may_go_meanwhile(tmp_path, tiny_
 
 WITHOUT_ANSWER = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}A: "
 BAD = {
-    "no such name": ("alpacca", r"no template of this name[\s\S]*Did you mean 'alpaca'\?"),
-    "no such file": ("mine.jinja", r"'mine.jinja': no template of this name, and no such file"),
-    "a name that is too long for a file": ("x" * 300, "no template of this name"),
+    "no such name": ("alpacca", r"no template has this name[\s\S]*Did you mean 'alpaca'\?"),
+    "no such file": (
+        "mine.jinja",
+        r"'mine.jinja': no template has this name, and there is no such file",
+    ),
+    "a name that is too long for a file": ("x" * 300, "no template has this name"),
     "a slip": ("{% for m in messages %}{{ m.content }", "not a Jinja chat template"),
     "a wrong type": ("{{ messages[0].content + 1 }}", "not a Jinja chat template"),
-    "no answer": (WITHOUT_ANSWER, "does not hold the answer"),
+    "no answer": (WITHOUT_ANSWER, "the answer does not follow"),
     "the answer first": (
         "{{ messages[-1].content }} is the answer to {{ messages[0].content }}",
-        "does not hold the answer",
+        "the answer does not follow",
     ),
     "the answer behind other words": (
         "{{ messages[0].content }}{% if add_generation_prompt %}A:{% endif %}"
         "{% if messages[1:] %}\nThis is what was said then: {{ messages[1].content }}{% endif %}",
-        "behind the same words",
+        "after the same text",
     ),
 }
 
@@ -362,8 +365,8 @@ def test_a_clients_own_template_is_found_from_its_file(tmp_path, monkeypatch):
     assert render(tokenizer, talk("Why?", "So."), ask=False) == f"Q: Why?\nA: So.{END}"
 
 
-def test_a_folder_that_is_called_as_a_template_is_none(tmp_path):
-    """Bug: beside such a folder the server's template was lost, and its place named instead."""
+def test_a_folder_with_the_name_of_a_template_is_not_one(tmp_path):
+    """Bug: next to such a folder, the server's template was replaced by the folder's path."""
     (tmp_path / "auto").mkdir()
     place = tmp_path / "client.toml"
     place.write_text('name = "north"\n[data]\npath = "rows.jsonl"\n', encoding="utf-8")

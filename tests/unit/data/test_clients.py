@@ -8,7 +8,7 @@ from pydantic import ValidationError
 import silotune
 from silotune.core.errors import ConfigError, DataError
 from silotune.data.clients import ClientRows, cut_clients, fingerprint, load_client, load_clients
-from silotune.data.conversations import MEND_EMPTY
+from silotune.data.conversations import FIX_EMPTY
 from silotune.data.files import EXAMPLES
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
@@ -33,7 +33,7 @@ def test_bad_rows_are_reported_together(tmp_path):
     assert lines == [
         *(f"{path}:{n}: column 'answer' is empty." for n in range(3, 8)),
         "and 3 more rows",
-        MEND_EMPTY,
+        FIX_EMPTY,
     ]
 
 
@@ -174,7 +174,7 @@ def test_a_folder_of_files_may_have_a_folder_of_held_out_files(tmp_path):
 def test_a_folder_of_files_refuses_a_partition(tmp_path):
     write(tmp_path / "north.csv", make_rows(5))
     text = error_of(load, tmp_path, BY_SOURCE, kind=ConfigError)
-    assert "holds one file per client, so [partition] has nothing to cut." in text
+    assert "holds one file per client, so [partition] has nothing to split." in text
     assert load(tmp_path, PartitionConfig())  # an empty table says nothing
 
 
@@ -182,7 +182,10 @@ def test_a_held_out_file_for_a_folder_of_clients_is_refused(tmp_path):
     write(tmp_path / "train" / "north.csv", make_rows(5))
     held = write(tmp_path / "held.csv", make_rows(5))
     text = error_of(load, tmp_path / "train", kind=ConfigError, eval_path=str(held))
-    assert "is not laid out like data.path.\n  Give a folder with one file per client." in text
+    assert (
+        "does not have the same layout as data.path.\n  Use a folder with one file per client."
+        in text
+    )
 
 
 @pytest.mark.parametrize("setting", [{"eval_path": "x.csv"}, {"eval_fraction": 0.5}])
@@ -388,7 +391,9 @@ def test_rows_that_a_class_leaves_to_no_one_are_counted(tmp_path):
     def num_unused(cut, *, server_fraction=0.0, **settings):
         cfg = DataConfig(path=str(path), **settings)
         _, warnings = cut_clients(cfg, cut, seed=17, server_fraction=server_fraction)
-        return sum(int(re.findall(r"leaves (\d+) of", text)[0]) for text in warnings)
+        return sum(
+            int(re.findall(r"assigns (\d+) rows? to no client", text)[0]) for text in warnings
+        )
 
     shards = foreign("ShardPartitioner", 5, partition_by="source", num_shards_per_partition=1)
     assert num_unused(shards) == 3
@@ -409,7 +414,7 @@ def test_rows_without_a_text_may_be_left_out_and_are_counted(tmp_path):
     path = write(tmp_path / "data.jsonl", [*rows, *make_rows(6, "south")])
     kept = DataConfig(path=str(path), skip_empty=True)
     clients, warnings = cut_clients(kept, PartitionConfig(by="source"), seed=17)
-    assert warnings == ["data.skip_empty: 1 rows lack a text and are not used"]
+    assert warnings == ["data.skip_empty: 1 row lacks a text and is not used"]
     whole = load(write(tmp_path / "whole.jsonl", make_rows(6) + make_rows(6, "south")), BY_SOURCE)
     assert clients == whole
     with pytest.raises(DataError, match=r"data.jsonl:7: column 'answer' is empty"):
@@ -427,7 +432,7 @@ def test_a_client_whose_rows_all_lack_a_text_is_named(tmp_path):
     write(tmp_path / "rows" / "north.jsonl", make_rows(4))
     write(tmp_path / "rows" / "south.jsonl", [{"question": "Why?", "answer": ""}] * 3)
     cfg = DataConfig(path=str(tmp_path / "rows"), skip_empty=True)
-    with pytest.raises(DataError, match="client 'south' has no row with all texts"):
+    with pytest.raises(DataError, match="every row of client 'south' lacks a text"):
         load_clients(cfg, None, seed=17)
 
 
@@ -441,8 +446,8 @@ def test_rows_of_no_one_are_a_warning_before_a_run(tmp_path, tiny_model):
         "partition": shards.model_dump(exclude_unset=True),
     }
     warning = (
-        "partition.partitioner: 'ShardPartitioner' leaves 3 of the rows to no client; change "
-        "[partition.options] if they matter"
+        "partition.partitioner: 'ShardPartitioner' assigns 3 rows to no client; change "
+        "[partition.options] if you need them"
     )
     assert silotune.check(parse(recipe)).warnings == [warning]
     assert silotune.preview(parse(recipe)).warnings == [warning]
@@ -461,12 +466,13 @@ def test_a_class_of_flwr_datasets_cannot_cut_two_parts_alike(tmp_path):
     held = write(tmp_path / "b.jsonl", make_rows(5))
     cut = foreign("IidPartitioner", 2)
     assert error_of(load, train, cut, kind=ConfigError, eval_path=str(held)) == (
-        'partition.kind = "flwr-datasets": the held-out rows have a place of their own, and two '
-        "cuts would not give a client the same kind of rows.\n"
-        "  Remove data.eval_path or data.eval_split, or set data.path to the train file alone: "
-        "each client then holds out its own."
+        'partition.kind = "flwr-datasets" cannot be used when the held-out rows are stored '
+        "separately: train and held-out rows would be partitioned independently, so a client "
+        "could get different kinds of rows in each.\n"
+        "  Remove data.eval_path or data.eval_split, or set data.path to the train file alone; "
+        "each client then holds out some of its own rows."
     )
-    assert "a place of their own" in error_of(load, "medquad_mini", cut, kind=ConfigError)
+    assert "are stored separately" in error_of(load, "medquad_mini", cut, kind=ConfigError)
 
 
 def test_one_data_set_without_a_partition_lists_candidate_columns(tmp_path):
@@ -475,8 +481,8 @@ def test_one_data_set_without_a_partition_lists_candidate_columns(tmp_path):
     path = write(tmp_path / "data.jsonl", [{**row, "id": n} for n, row in enumerate(rows)])
     text = error_of(load, path)
     assert text == (
-        f"'{path}' is one data set, and nothing says how it becomes clients.\n"
-        "  Set [partition] by = \"a column\" (of these: 'source', 'question', 'answer'), "
+        f"'{path}' is one data set, and the recipe does not say how to split it into clients.\n"
+        "  Set [partition] by = \"a column\" (candidates: 'source', 'question', 'answer'), "
         'or kind = "iid" with num_clients,\n'
         "  or set data.path to a folder with one file per client."
     )
@@ -586,7 +592,7 @@ def test_the_fingerprint_sees_order_texts_and_parts_but_not_the_order_of_clients
 
 
 def test_the_fingerprint_of_the_example_is_a_contract():
-    # It is saved in run folders. Beside it the slow obvious way, from the raw files.
+    # It is saved in run folders. This is the slow and obvious way, from the raw files.
     digest = hashlib.sha256()
     parts = [
         [json.loads(line) for line in (EXAMPLES["medquad_mini"] / part).read_bytes().splitlines()]
@@ -627,7 +633,7 @@ def test_the_fingerprint_of_the_example_is_a_contract():
         ({"split": "test[:9]", "eval_split": "test"}, "eval_split shares rows with split"),
         ({"prompt": "{x}"}, "prompt and completion belong together; set both"),
         ({"completion": "{x}"}, "prompt and completion belong together; set both"),
-        ({"prompt": "{x.y}", "completion": "{x}"}, "prompt has a hole that is not a plain column"),
+        ({"prompt": "{x.y}", "completion": "{x}"}, "prompt has a placeholder that is not a plain"),
         ({"prompt": "{x}", "completion": "{x"}, "completion has a single brace"),
         ({"prompt": "{x}", "completion": "yes"}, "every row would teach the same answer"),
         ({"eval_fraction": 1.0}, "less than 1"),

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.wording import did_you_mean
-from silotune.data.conversations import MEND_EMPTY, conversation, list_columns, parse_template
+from silotune.data.conversations import FIX_EMPTY, conversation, list_columns, parse_template
 
 WHERE = "data.csv:7"
 SECRET = "hypertension"
@@ -19,7 +19,7 @@ def error_of(row, **settings):
         conversation(row, where=WHERE, **settings)
     text = str(caught.value)
     assert text.startswith(WHERE)
-    assert "\n  " in text, "the mend is missing"
+    assert "\n  " in text, "the fix is missing"
     assert SECRET not in text
     return text
 
@@ -149,7 +149,9 @@ def test_parse_template_gives_literals_and_columns():
 
 @pytest.mark.parametrize("bad", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{a:{b}}", "{}", "{ }"])
 def test_a_hole_that_is_more_than_a_column_name_is_refused(bad):
-    with pytest.raises(ValueError, match=r"hole that is not a plain column name; write \{column\}"):
+    with pytest.raises(
+        ValueError, match=r"placeholder that is not a plain column name; write \{column\}"
+    ):
         parse_template(bad)
 
 
@@ -168,7 +170,7 @@ def test_any_text_with_doubled_braces_is_itself(text):
 # --- errors ---
 
 
-def test_a_row_in_no_known_format_lists_columns_formats_and_the_mend():
+def test_a_row_in_no_known_format_lists_columns_formats_and_the_fix():
     text = error_of({"title": SECRET, "body": SECRET})
     assert text == (
         "data.csv:7: no known format fits the columns 'title', 'body'.\n"
@@ -193,7 +195,7 @@ def test_a_missing_header_line_does_not_spill_a_text_into_the_message():
     ],
 )
 def test_an_empty_text_names_its_column(row, column):
-    assert error_of(row) == (f"data.csv:7: column '{column}' is empty.\n{MEND_EMPTY}")
+    assert error_of(row) == (f"data.csv:7: column '{column}' is empty.\n{FIX_EMPTY}")
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
@@ -207,11 +209,11 @@ def test_a_missing_text_names_its_column(value):
 )
 def test_what_is_no_text_is_named_by_its_type(value, kind):
     text = error_of({"question": "a", "answer": value})
-    assert f"column 'answer' is of type {kind}, text is needed." in text
+    assert f"column 'answer' has the type {kind}, but must be text." in text
 
 
 def test_half_a_character_is_refused_before_a_tokenizer_sees_it():
-    assert "column 'answer' holds half of a character" in error_of(
+    assert "column 'answer' contains half a character" in error_of(
         {"question": "a", "answer": SECRET + "\ud800"}
     )
 
@@ -254,7 +256,7 @@ def test_an_empty_answer_among_messages_is_named():
 def test_a_hole_for_a_missing_column_offers_the_nearest():
     text = error_of({"Title": SECRET, "body": SECRET}, prompt="{titel}", completion="{body}")
     assert text == (
-        "data.csv:7: data.prompt asks for column 'titel', which is not there. "
+        "data.csv:7: data.prompt uses column 'titel', which does not exist. "
         "Did you mean 'Title'?\n  The columns are 'Title', 'body'."
     )
 
@@ -271,7 +273,7 @@ def test_a_missing_value_in_a_hole_is_named():
 
 @pytest.mark.parametrize("settings", [{"prompt": "{a}"}, {"completion": "{a}"}])
 def test_half_a_pair_of_templates_is_refused(settings):
-    with pytest.raises(ConfigError, match="belong together, one of them is missing"):
+    with pytest.raises(ConfigError, match="belong together, but one of them is missing"):
         conversation({"a": "x"}, where=WHERE, **settings)
 
 

@@ -1,4 +1,4 @@
-"""What counts as the same row, and where it stands a second time."""
+"""What counts as the same row, and where it occurs a second time."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from silotune.data.duplicates import Duplicates, find_duplicates
 from tests.unit.data.client_rows import by_name, client, talk, text
 
 
-def test_duplicates_are_told_apart_by_where_the_other_row_is():
+def test_duplicates_are_counted_by_where_the_other_row_is():
     scurvy, flu, other = talk("Scurvy?", "C."), talk("Flu?", "A virus."), talk("Flu?", "Rest.")
     rows = by_name(
         client("north", [scurvy, scurvy, flu], [scurvy, talk("Gout?", "Acid.")]),

@@ -51,7 +51,7 @@ def test_a_missing_file_offers_the_nearest(tmp_path):
 
 def test_a_missing_folder_is_named(tmp_path):
     text = error_of(find, tmp_path / "nowhere" / "data.csv")
-    assert f"no such file or folder, nor a folder '{tmp_path / 'nowhere'}'." in text
+    assert f"no such file or folder, and no folder '{tmp_path / 'nowhere'}'." in text
 
 
 def test_an_unknown_ending_lists_the_known_ones(tmp_path):
@@ -75,7 +75,7 @@ def test_an_unknown_ending_lists_the_known_ones(tmp_path):
 def test_a_file_without_rows_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert error_of(find, tmp_path / name) == (
-        f"{tmp_path / name}: the file holds no rows.\n  Fill it, or remove it."
+        f"{tmp_path / name}: the file has no rows.\n  Add rows, or remove the file."
     )
 
 
@@ -96,15 +96,15 @@ def test_nesting_without_end_is_an_error_with_a_line(tmp_path):
 def test_a_line_that_is_no_object_is_named(tmp_path, item):
     path = tmp_path / "data.jsonl"
     path.write_text(f'{{"question": "a", "answer": "b"}}\n{item}\n')
-    assert f"{path}:2: not an object, but of type " in error_of(find, path)
+    assert f"{path}:2: expected an object, but the type is " in error_of(find, path)
 
 
 def test_a_json_file_must_hold_a_list_of_objects(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(f'{{"question": "{SECRET}"}}')
-    assert "the file does not hold a list of objects." in error_of(find, path)
+    assert "the file does not contain a list of objects." in error_of(find, path)
     path.write_text(f'[{{"question": "a"}}, "{SECRET}"]')
-    assert f"{path}, row 2: not an object, but of type str." in error_of(find, path)
+    assert f"{path}, row 2: expected an object, but the type is str." in error_of(find, path)
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.csv"])
@@ -117,7 +117,7 @@ def test_a_text_that_is_not_utf8_is_named_by_its_line(tmp_path, name):
 def test_a_csv_row_with_too_many_cells_is_named(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text(f"question,answer\na,b\n{SECRET},b,c\n")
-    assert f"{path}:3: the row has 3 cells, the header 2." in error_of(find, path)
+    assert f"{path}:3: the row has 3 cells, the header has 2." in error_of(find, path)
 
 
 @pytest.mark.parametrize("rest", [f'"{SECRET}', f'"{SECRET}" x,b', "a" * 200_000])
@@ -130,7 +130,7 @@ def test_a_damaged_csv_is_named_by_its_line(tmp_path, rest):
 def test_two_csv_columns_of_one_name_are_refused(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("question,answer,answer\na,b,c\n")
-    assert f"{path}:1: more than one column has the name 'answer'." in error_of(find, path)
+    assert f"{path}:1: column names occur more than once: 'answer'." in error_of(find, path)
 
 
 @pytest.mark.parametrize("sign", [";", "\t"])
@@ -188,7 +188,7 @@ def test_an_unreachable_hub_is_an_error_that_says_what_was_tried(monkeypatch, tm
     assert locate("my_foldr") is None
     text = error_of(read_hub, "my_foldr", name=None, split="train", revision=None)
     assert text.startswith(
-        "'my_foldr' is not a named example, nor a file or folder here, and as a data set its split "
+        "'my_foldr' is neither a named example nor a local file or folder, and its split "
         "'train' could not be read from the hub (ConnectionError). Did you mean 'my_folder'?"
     )
 
@@ -207,7 +207,7 @@ def test_an_eval_file_without_train_is_refused(tmp_path):
 def test_two_files_of_one_client_are_refused(tmp_path):
     write(tmp_path / "north.csv", make_rows(5))
     write(tmp_path / "north.jsonl", make_rows(5))
-    assert "'north.csv' and 'north.jsonl' would be one client." in error_of(find, tmp_path)
+    assert "'north.csv' and 'north.jsonl' would be the same client." in error_of(find, tmp_path)
 
 
 def test_a_client_in_an_unknown_kind_of_file_is_not_lost(tmp_path):
@@ -220,7 +220,9 @@ def test_a_client_in_an_unknown_kind_of_file_is_not_lost(tmp_path):
 
 def test_a_folder_without_data_is_refused(tmp_path):
     (tmp_path / "north").mkdir()
-    assert "the folder holds no .jsonl, .json, .csv, .parquet file." in error_of(find, tmp_path)
+    assert "the folder contains no data file (.jsonl, .json, .csv, .parquet)." in error_of(
+        find, tmp_path
+    )
 
 
 def test_a_hub_row_is_named_by_its_split_and_number(monkeypatch):
@@ -232,7 +234,7 @@ def test_a_hub_row_is_named_by_its_split_and_number(monkeypatch):
 def test_an_empty_split_of_the_hub_is_named(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [])
     text = error_of(read_hub, "org/name", name=None, split="test", revision=None)
-    assert "org/name: the split 'test' holds no rows." in text
+    assert "org/name: the split 'test' has no rows." in text
 
 
 def test_a_folder_with_train_and_eval_has_two_parts(tmp_path):

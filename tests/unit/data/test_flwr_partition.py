@@ -1,4 +1,4 @@
-"""Classes of flwr-datasets as cuts; they are also the oracles of our own cuts."""
+"""Partitions by classes of flwr-datasets, which are also the oracles for our own partitions."""
 
 import builtins
 import math
@@ -132,10 +132,10 @@ def refusal(cfg, call=partitioner_of, **settings):
 @pytest.mark.parametrize("name", UNFIT)
 def test_a_class_that_cannot_serve_says_why(name):
     text = refusal(foreign(name, 2))
-    head, mend = text.split("\n")
+    head, fix = text.split("\n")
     assert head == f"partition.partitioner: '{name}' {UNFIT[name]}."
-    assert mend.startswith("  There are: ContinuousPartitioner, ")
-    assert f" {name}," not in mend
+    assert fix.startswith("  Choose one of: ContinuousPartitioner, ")
+    assert f" {name}," not in fix
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,13 @@ def test_a_class_that_cannot_serve_says_why(name):
     [
         (
             foreign("ShrdPartitioner", 2),
-            "partition.partitioner: 'ShrdPartitioner' is not there. Did you mean "
-            "'ShardPartitioner'?\n  There are: ",
+            "partition.partitioner: 'ShrdPartitioner' does not exist. Did you mean "
+            "'ShardPartitioner'?\n  Choose one of: ",
         ),
         (
             foreign("ShardPartitioner", 2, shard_sise=3),
-            "has no option 'shard_sise'. Did you mean 'shard_size'?\n  It has: num_partitions, ",
+            "has no option 'shard_sise'. Did you mean 'shard_size'?\n"
+            "  Its options are: num_partitions, ",
         ),
         (
             foreign("ContinuousPartitioner", 2),
@@ -158,7 +159,7 @@ def test_a_class_that_cannot_serve_says_why(name):
         (foreign("IidPartitioner"), "needs num_partitions.\n  Set partition.num_clients."),
         (
             foreign("NaturalIdPartitioner", 2, partition_by="a"),
-            "says itself how many clients there are.\n  Remove partition.num_clients.",
+            "determines the number of clients itself.\n  Remove partition.num_clients.",
         ),
     ],
 )
@@ -179,7 +180,7 @@ def test_a_missing_library_is_one_command_away(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert refusal(foreign("IidPartitioner", 2)) == (
-        'partition.kind = "flwr-datasets" needs the library flwr-datasets.\n'
+        'partition.kind = "flwr-datasets" needs the flwr-datasets library.\n'
         "  Install it: make env EXTRAS=partitioners"
     )
 
@@ -188,7 +189,7 @@ def test_what_the_class_complains_of_is_passed_on():
     cfg = foreign("ShardPartitioner", 2, partition_by="x")
     text = refusal(cfg, by_partitioner, num_rows=9, gen=generator(0), values=["a"] * 9)
     assert text == (
-        "partition.partitioner: 'ShardPartitioner' cannot cut these 9 rows: ValueError: The "
+        "partition.partitioner: 'ShardPartitioner' failed on 9 rows: ValueError: The "
         "shard_size needs to be specified if the num_shards_per_partition is None.\n"
         "  Change [partition.options] or partition.num_clients."
     )
@@ -201,7 +202,7 @@ def test_a_client_with_too_few_rows_is_named():
     assert str(caught.value) == (
         "partition.partitioner: 'LinearPartitioner' leaves 'client-00' with 1 of 7 rows, but each "
         "client needs 2.\n"
-        "  Change [partition.options], cut into fewer clients, or bring more rows."
+        "  Change [partition.options], use fewer clients, or add rows."
     )
 
 
@@ -211,8 +212,8 @@ def test_a_value_that_is_no_number_is_placed(bad):
     with pytest.raises(DataError) as caught:
         by_partitioner(cfg, 3, generator(0), values=[1, 2.5, bad], places=["a:1", "a:2", "a:3"])
     assert str(caught.value) == (
-        "column 'age' holds no finite number at a:3.\n"
-        "  Mend it, remove the row, or choose another column."
+        "column 'age' does not hold a finite number at a:3.\n"
+        "  Fix it, remove the row, or choose another column."
     )
 
 

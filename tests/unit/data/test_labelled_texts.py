@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from silotune.core.errors import DataError
 from silotune.data.clients import fingerprint, load_client, load_clients
-from silotune.data.conversations import MEND_EMPTY
+from silotune.data.conversations import FIX_EMPTY
 from silotune.data.labelled_texts import FORMATS, labelled_text, sorted_labels
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
@@ -28,7 +28,7 @@ def error_of(row, **settings):
         read(row, **settings)
     text = str(caught.value)
     assert text.startswith(f"{WHERE}: ")
-    assert "\n  " in text, "the mend is missing"
+    assert "\n  " in text, "the fix is missing"
     assert SECRET not in text
     return text
 
@@ -145,12 +145,12 @@ def test_labels_of_one_size_have_one_order_in_every_process():
 # --- errors ---
 
 
-def test_a_row_in_no_known_format_lists_columns_formats_and_the_mend():
+def test_a_row_in_no_known_format_lists_columns_formats_and_the_fix():
     assert error_of({"title": SECRET, "label": 0}) == (
         "data.csv:7: no known format fits the columns 'title', 'label'.\n"
-        "  Accepted, beside a label: text; sentence; text and text_pair; sentence1 and sentence2; "
-        "premise and hypothesis; question1 and question2; question and sentence.\n"
-        '  For other columns set data.text = "a column", and for pairs data.text_pair too.'
+        "  Accepted, in addition to a label: text; sentence; text and text_pair; sentence1 and "
+        "sentence2; premise and hypothesis; question1 and question2; question and sentence.\n"
+        '  For other columns set data.text = "a column", and for pairs also data.text_pair.'
     )
 
 
@@ -165,7 +165,7 @@ def test_a_missing_header_line_does_not_spill_a_text_into_the_message():
 )
 def test_a_named_column_that_is_not_there_offers_the_nearest(settings, setting):
     assert error_of({"Title": SECRET, "label": 0}, **settings) == (
-        f"data.csv:7: data.{setting} asks for column 'titel', which is not there. "
+        f"data.csv:7: data.{setting} = 'titel': there is no such column. "
         "Did you mean 'Title'?\n  The columns are 'Title', 'label'."
     )
 
@@ -174,14 +174,14 @@ def test_a_named_column_that_is_not_there_offers_the_nearest(settings, setting):
 @pytest.mark.parametrize("column", ["premise", "hypothesis"])
 def test_an_empty_text_names_its_column(column, value):
     row = {"premise": SECRET, "hypothesis": SECRET, "label": 0, column: value}
-    assert error_of(row) == (f"data.csv:7: column '{column}' is empty.\n{MEND_EMPTY}")
+    assert error_of(row) == (f"data.csv:7: column '{column}' is empty.\n{FIX_EMPTY}")
 
 
 @pytest.mark.parametrize("value", [3, [SECRET], {"a": SECRET}, True])
 def test_what_is_no_text_names_its_column(value):
     text = error_of({"text": value, "label": 0})
-    mend = "  Write the text there, or remove the row."
-    assert text == f"data.csv:7: column 'text' holds no text.\n{mend}"
+    fix = "  Put the text there, or remove the row."
+    assert text == f"data.csv:7: column 'text' does not hold text.\n{fix}"
 
 
 def test_half_a_character_is_refused_before_a_tokenizer_sees_it():
@@ -192,12 +192,12 @@ def test_half_a_character_is_refused_before_a_tokenizer_sees_it():
 @pytest.mark.parametrize(
     "value", [None, "", " ", float("nan"), float("inf"), 2.5, [SECRET], {"a": SECRET}]
 )
-def test_what_is_no_label_names_its_column_and_the_mend(value):
-    first, mend = error_of({"text": SECRET, "kind": value}, label="kind").split("\n")
+def test_what_is_no_label_names_its_column_and_the_fix(value):
+    first, fix = error_of({"text": SECRET, "kind": value}, label="kind").split("\n")
     assert "the label column 'kind'" in first
-    assert mend == (
-        "  Every row needs one label, a text or a whole number; set data.label to the column that "
-        "holds it, or remove the row."
+    assert fix == (
+        "  Every row needs one label, which is text or a whole number. Set data.label to the "
+        "column that holds it, or remove the row."
     )
 
 
@@ -208,13 +208,13 @@ def test_a_label_column_that_is_there_is_not_offered_in_its_own_place():
 
 def test_a_label_column_that_is_not_there_offers_the_nearest():
     first = error_of({"text": SECRET, "Label": 0}).split("\n")[0]
-    assert first == "data.csv:7: the label column 'label' is not there. Did you mean 'Label'?"
+    assert first == "data.csv:7: the label column 'label' does not exist. Did you mean 'Label'?"
 
 
 def test_an_unknown_label_is_named_with_the_known_ones():
     assert error_of({"text": SECRET, "kind": "sapm"}, label="kind", labels=("ham", "spam")) == (
-        "data.csv:7: column 'kind' holds the unknown label 'sapm'.\n"
-        "  data.labels knows 'ham', 'spam'. Add the label there, or remove the row."
+        "data.csv:7: column 'kind' has the unknown label 'sapm'.\n"
+        "  data.labels contains 'ham', 'spam'. Add the label there, or remove the row."
     )
 
 
@@ -278,13 +278,13 @@ def test_a_real_client_gets_the_labels_and_the_split_of_its_simulation(tmp_path)
     assert load_client(alone, "south", seed=17, task="classify") == both["south"]
 
 
-def test_bad_rows_are_reported_together_and_the_mend_once(tmp_path):
+def test_bad_rows_are_reported_together_and_the_fix_once(tmp_path):
     bad = [{"site": "north", "text": SECRET, "label": "x"}] * 7
     path = write(tmp_path / "a.jsonl", SPAM[:2] + bad)
     assert error_of_call(load, path, labels=("0", "1")).split("\n") == [
-        *(f"{path}:{n}: column 'label' holds the unknown label 'x'." for n in range(3, 8)),
+        *(f"{path}:{n}: column 'label' has the unknown label 'x'." for n in range(3, 8)),
         "and 2 more rows",
-        "  data.labels knows '0', '1'. Add the label there, or remove the row.",
+        "  data.labels contains '0', '1'. Add the label there, or remove the row.",
     ]
 
 
@@ -292,7 +292,7 @@ def test_a_label_that_only_a_held_out_row_has_is_checked_too(tmp_path):
     train = write(tmp_path / "a.jsonl", SPAM)
     held = write(tmp_path / "b.jsonl", [{**row, "label": 5} for row in SPAM])
     text = error_of_call(load, train, eval_path=str(held), labels=("0", "1"))
-    assert f"{held}:1: column 'label' holds the unknown label '5'." in text
+    assert f"{held}:1: column 'label' has the unknown label '5'." in text
 
 
 def test_a_single_text_among_pairs_is_named(tmp_path):
@@ -316,7 +316,7 @@ def test_the_fingerprint_sees_labels(tmp_path):
     ("settings", "text"),
     [
         ({"text_pair": "b"}, "text_pair goes with text; set both"),
-        ({"labels": ("a", "b", "a")}, "labels names a label twice"),
+        ({"labels": ("a", "b", "a")}, "labels contains a label twice"),
         ({"labels": ("a",)}, "at least 2 items"),
         ({"labels": (0, 1)}, "valid string"),
         ({"text": ""}, "at least 1 character"),

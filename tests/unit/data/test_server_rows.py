@@ -1,4 +1,4 @@
-"""Rows of the server's own: nobody shares them, everybody's are all, and the draw is the seed's."""
+"""The server's own rows: no client has them, no row is lost, and the seed decides the draw."""
 
 from itertools import pairwise
 
@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError, DataError
-from silotune.data.clients import ClientRows, load_clients, load_server_rows
+from silotune.core.wording import counted
+from silotune.data.clients import ClientRows, load_clients
 from silotune.data.files import Part, PlacedRow
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
+from silotune.data.server_rows import load_server_rows
 from silotune.workflows.data_overview import label_warnings
 from tests.unit.data.row_files import SECRET, error_of, make_rows, write
 
@@ -146,11 +148,11 @@ def test_the_split_seed_fixes_the_draw_while_the_seed_changes(path):
 
 @given(size=st.integers(1, 40), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 100))
 def test_any_share_is_cut_clean_or_refused(size, fraction, seed):
-    from silotune.data.clients import _set_aside
+    from silotune.data.server_rows import set_aside_server_rows
 
     part = Part([PlacedRow(str(n), {}) for n in range(size)])
     try:
-        rest, own = _set_aside(part, fraction, DataConfig(path="a"), seed=seed)
+        rest, own = set_aside_server_rows(part, fraction, DataConfig(path="a"), seed=seed)
     except DataError:
         assert round(fraction * size) in (0, size)
         return
@@ -166,8 +168,8 @@ def test_a_share_of_files_that_belong_to_clients_is_refused(tmp_path):
         write(tmp_path / "sites" / f"{site}.jsonl", ROWS[:6])
     for load in (server, clients):
         assert error_of(load, tmp_path / "sites", kind=ConfigError) == (
-            f"server.data_fraction: '{tmp_path / 'sites'}' holds one file per client, and these "
-            "are theirs.\n  Give the server its own rows: server.data_path."
+            f"server.data_fraction: '{tmp_path / 'sites'}' holds one file per client, and those "
+            "rows belong to the clients.\n  Give the server its own rows: server.data_path."
         )
 
 
@@ -176,8 +178,8 @@ def test_a_share_that_leaves_somebody_without_rows_is_refused(tmp_path, num_rows
     path = write(tmp_path / "tiny.jsonl", ROWS[:num_rows])
     for load in (server, clients):
         assert error_of(load, path, fraction) == (
-            f"server.data_fraction = {fraction:g} of {num_rows} rows leaves the server or the "
-            "clients without any.\n  Choose another share, or bring more rows."
+            f"server.data_fraction = {fraction:g} of {counted(num_rows, 'row')} leaves the server "
+            "or the clients without rows.\n  Choose another fraction, or add rows."
         )
 
 
@@ -201,7 +203,7 @@ def test_a_client_that_the_share_leaves_without_a_row_is_named(tmp_path):
     path = write(tmp_path / "uneven.jsonl", rows)
     seed = next(s for s in range(100) if 0 in numbers(server(path, seed=s)))
     assert error_of(clients, path, seed=seed).startswith(
-        "server.data_fraction leaves client 'south' no row (1 such clients)."
+        "server.data_fraction leaves client 'south' without rows."
     )
 
 
@@ -242,7 +244,7 @@ def test_the_servers_own_file_has_the_columns_and_labels_of_the_clients(tmp_path
     settings = {"text": "body", "label": "kind"}
     assert texts(server(path, 0.0, own=str(own), **settings)) == texts(ROWS)
     text = error_of(server, path, 0.0, own=str(own), labels=("no", "maybe"), **settings)
-    assert f"{own}:31: column 'kind' holds the unknown label 'yes'." in text
+    assert f"{own}:31: column 'kind' has the unknown label 'yes'." in text
 
 
 def test_a_file_that_is_not_there_offers_the_nearest(tmp_path, path):
@@ -275,19 +277,19 @@ def test_clients_that_have_all_labels_are_no_warning():
 def test_what_clients_lack_is_told_client_by_client_in_the_order_of_the_labels():
     rows = holding(south="bb", north="aac", east="abc")
     assert label_warnings(rows, ("c", "b", "a")) == [
-        "client 'north' has no train row of: b",
-        "client 'south' has rows of one label only: 'b'",
+        "client 'north' has no train rows labelled: b",
+        "all train rows of client 'south' have the same label: 'b'",
     ]
     assert label_warnings(holding(north="ad"), ("d", "c", "b", "a"))[0] == (
-        "client 'north' has no train row of: c, b"
+        "client 'north' has no train rows labelled: c, b"
     )
 
 
 def test_labels_that_no_client_has_are_told_once_more():
     assert label_warnings(holding(north="ab", south="a"), ("a", "b", "c")) == [
-        "client 'north' has no train row of: c",
-        "client 'south' has rows of one label only: 'a'",
-        "no client has a train row of: c",
+        "client 'north' has no train rows labelled: c",
+        "all train rows of client 'south' have the same label: 'a'",
+        "no client has train rows labelled: c",
     ]
 
 
@@ -296,5 +298,5 @@ def test_a_label_that_only_the_server_has_is_one_that_no_client_has(tmp_path):
     path = write(tmp_path / "rare.jsonl", rows)
     seed = next(s for s in range(100) if 7 in numbers(server(path, seed=s)))
     found = label_warnings(clients(path, seed=seed), ("maybe", "no", "yes"))
-    assert found[-1] == "no client has a train row of: maybe"
+    assert found[-1] == "no client has train rows labelled: maybe"
     assert len(found) == 1 + len(SITES)

@@ -1,4 +1,4 @@
-"""Programs are started again when they end; runs wait, run, stop, fail and are tried again."""
+"""Programs are restarted when they end; runs wait, run, stop, fail and are retried."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def python(code: str) -> list[str]:
 
 
 def until(ready, made: Supervisor, timeout_s: float = 10):
-    """Tend until something is there; what ended meanwhile."""
+    """Tend until a condition holds; returns what ended in the meantime."""
     ended, deadline = [], time.monotonic() + timeout_s
     while not ready(ended):
         assert time.monotonic() < deadline
@@ -44,7 +44,7 @@ def until(ready, made: Supervisor, timeout_s: float = 10):
     return ended
 
 
-def test_a_program_that_ends_is_started_again_after_a_rest_that_grows(kept, tmp_path):
+def test_a_program_that_ends_is_restarted_after_a_pause_that_grows(kept, tmp_path):
     made, notes = kept
     path = tmp_path / "starts"
     code = f"import time; open({str(path)!r}, 'a').write(f'{{time.monotonic()}}\\n'); 1 / 0"
@@ -54,11 +54,11 @@ def test_a_program_that_ends_is_started_again_after_a_rest_that_grows(kept, tmp_
     assert second - first >= 0.2
     assert third - second >= 0.4
     assert notes[0].startswith("node ended (exit status 1; ")
-    assert notes[0].endswith("node.log says more), and is started again in 0.2 s")
+    assert notes[0].endswith("node.log) and is restarted in 0.2 s")
     assert notes[1].endswith("in 0.4 s")
 
 
-def test_the_rest_has_an_end_and_a_steady_program_earns_the_shortest_again(kept, monkeypatch):
+def test_the_pause_is_bounded_and_a_steady_program_gets_the_shortest_again(kept, monkeypatch):
     made, notes = kept
     monkeypatch.setattr(supervisor, "MOST_REST_S", 0.3)
     made.keep("node", python("raise SystemExit(1)"), rest_s=0.2)
@@ -78,7 +78,7 @@ def test_a_signal_is_named(kept):
     assert "node ended (signal SIGKILL" in notes[0]
 
 
-def test_what_runs_once_is_reported_and_stays_ended(kept, tmp_path):
+def test_a_program_that_runs_once_is_reported_and_not_restarted(kept, tmp_path):
     made, notes = kept
     made.start_once("job", python("print('said'); raise SystemExit(4)"), log=tmp_path / "job.log")
     assert until(lambda ended: ended, made) == [("job", 4)]
@@ -88,22 +88,22 @@ def test_what_runs_once_is_reported_and_stays_ended(kept, tmp_path):
     assert not (tmp_path / "private").exists(), "short-lived files go with the programs"
 
 
-def test_without_its_keeper_nothing_is_pretended(kept):
+def test_the_end_of_the_keeper_is_an_error(kept):
     made, _ = kept
     os.kill(made._kept.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="the keeper of all programs has ended"):
         until(lambda _: False, made)
 
 
-def test_what_may_run_once_only_is_refused_a_second_time(tmp_path):
+def test_what_may_run_only_once_is_refused_a_second_time(tmp_path):
     lock = tmp_path / "lock"
     with (
-        only_one(lock, what="this server is up"),
-        pytest.raises(ConfigError, match="this server is up already"),
-        only_one(lock, what="this server is up"),
+        only_one(lock, what="this server is already up"),
+        pytest.raises(ConfigError, match="this server is already up, in another process"),
+        only_one(lock, what="this server is already up"),
     ):
         pass
-    with only_one(lock, what="this server is up"):
+    with only_one(lock, what="this server is already up"):
         pass
 
 
@@ -111,7 +111,7 @@ def test_what_may_run_once_only_is_refused_a_second_time(tmp_path):
 
 
 class Programs:
-    """Stands for a supervisor: notes what is started and told."""
+    """A stub supervisor: records what is started and told."""
 
     def __init__(self):
         self.started, self.told = [], []
@@ -136,8 +136,8 @@ def recipe(tmp_path, tiny_model):
     return write_tiny_recipe(tmp_path, tiny_model)
 
 
-def test_a_recipe_of_a_simulation_gets_the_members_for_clients(consortium, recipe):
-    # its deadline was refused: by itself the recipe runs in one process, where there is none
+def test_a_simulation_recipe_gets_the_members_as_clients(consortium, recipe):
+    # its deadline was refused: on its own the recipe runs in one process, which has none
     keys = ["rounds=7", "runtime.join_timeout_s=5"]
     run = load_recipe(submit(consortium, recipe, keys) / "recipe.toml")
     assert run.runtime.join_timeout_s == 5
@@ -147,18 +147,18 @@ def test_a_recipe_of_a_simulation_gets_the_members_for_clients(consortium, recip
     assert (run.train, run.adapter, run.model) == (given.train, given.adapter, given.model)
 
 
-def test_nothing_is_queued_for_nobody_or_with_a_mistake(consortium, recipe):
+def test_nothing_is_queued_without_clients_or_with_a_mistake(consortium, recipe):
     with pytest.raises(ConfigError):
         submit(consortium, recipe, ["rounds=0"])
     Consortium.open(consortium).revoke("north")
-    with pytest.raises(ConfigError, match="nobody is in the consortium"):
+    with pytest.raises(ConfigError, match="has no clients yet"):
         submit(consortium, recipe)
     assert not runs_of(consortium)
-    with pytest.raises(ConfigError, match="is no consortium's folder"):
+    with pytest.raises(ConfigError, match="is not the folder of a consortium"):
         submit(recipe.parent, recipe)
 
 
-def test_one_run_after_the_other_and_each_goes_on_from_its_folder(consortium, recipe):
+def test_runs_go_one_at_a_time_and_each_resumes_from_its_folder(consortium, recipe):
     one, two = submit(consortium, recipe), submit(consortium, recipe)
     programs, made = Programs(), Queue(consortium, lambda text: None)
     made.tend(programs)
@@ -170,11 +170,11 @@ def test_one_run_after_the_other_and_each_goes_on_from_its_folder(consortium, re
     assert state_of(one)["state"] == "done"
     made.tend(programs)
     assert programs.started[1][-1] == str(two)
-    with pytest.raises(ConfigError, match="nothing is left to do"):
+    with pytest.raises(ConfigError, match="there is nothing left to do"):
         resubmit(consortium, one.name)
 
 
-def test_a_run_that_fails_is_tried_again_and_then_waits_for_people(consortium, recipe, monkeypatch):
+def test_a_run_that_fails_is_retried_and_then_waits_for_people(consortium, recipe, monkeypatch):
     monkeypatch.setattr(queue, "REST_S", 0.0)
     run, programs = submit(consortium, recipe), Programs()
     made = Queue(consortium, lambda text: None)
@@ -183,7 +183,7 @@ def test_a_run_that_fails_is_tried_again_and_then_waits_for_people(consortium, r
         made.job_ended(1)
         assert len(programs.started) == n
     assert state_of(run)["state"] == "failed"
-    assert "job.log says why" in state_of(run)["why"]
+    assert f"see {run / 'job.log'}" in state_of(run)["why"]
     made.tend(programs)
     assert len(programs.started) == queue.TRIES
     resubmit(consortium, run.name)
@@ -191,7 +191,7 @@ def test_a_run_that_fails_is_tried_again_and_then_waits_for_people(consortium, r
     assert len(programs.started) == queue.TRIES + 1
 
 
-def test_a_finished_round_earns_all_tries_again(consortium, recipe, monkeypatch):
+def test_a_finished_round_restores_all_tries(consortium, recipe, monkeypatch):
     monkeypatch.setattr(queue, "REST_S", 0.0)
     run, programs = submit(consortium, recipe), Programs()
     made = Queue(consortium, lambda text: None)
@@ -205,7 +205,7 @@ def test_a_finished_round_earns_all_tries_again(consortium, recipe, monkeypatch)
     assert (state_of(run)["state"], state_of(run)["tries"]) == ("waiting", 0)
 
 
-def test_a_mistake_is_not_tried_again(consortium, recipe):
+def test_a_mistake_is_not_retried(consortium, recipe):
     run, made = submit(consortium, recipe), Queue(consortium, lambda text: None)
     made.tend(Programs())
     made.job_ended(2)
@@ -222,12 +222,12 @@ def test_a_run_is_stopped_while_it_waits_and_while_it_runs(consortium, recipe):
     made.tend(programs)
     assert programs.told == ["job"]
     made.job_ended(143)
-    assert (state_of(one)["state"], state_of(one)["why"]) == ("stopped", "as asked")
+    assert (state_of(one)["state"], state_of(one)["why"]) == ("stopped", "as requested")
     with pytest.raises(ConfigError, match="is not running: it is stopped"):
         stop(consortium, one.name)
 
 
-def test_what_ran_when_a_server_was_killed_waits_again(consortium, recipe):
+def test_a_run_of_a_killed_server_is_queued_again(consortium, recipe):
     one, two = submit(consortium, recipe), submit(consortium, recipe)
     killed = Queue(consortium, lambda text: None)
     killed.tend(Programs())
@@ -244,6 +244,6 @@ def test_runs_are_found_by_a_part_of_their_names(consortium, recipe):
     one, two = submit(consortium, recipe), submit(consortium, recipe)
     assert find_run(consortium, None) == two
     assert find_run(consortium, two.name) == two
-    with pytest.raises(ConfigError, match="2 runs are called 'tiny'"):
+    with pytest.raises(ConfigError, match="2 runs match 'tiny'"):
         find_run(consortium, "tiny")
     assert one in runs_of(consortium).values()

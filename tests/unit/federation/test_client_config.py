@@ -1,4 +1,4 @@
-"""A client's own configuration wins: own rows, own machine, own limits; a recipe names no path."""
+"""A client's own configuration decides its rows, machine and limits. A recipe names no path."""
 
 import json
 import math
@@ -102,7 +102,7 @@ def test_paths_are_read_from_the_folder_of_the_file(tmp_path, monkeypatch):
     assert own.limits.models == ("smollm2-135m-instruct", "owner/model")
 
 
-def test_whole_and_home_paths_stay_what_they_are(tmp_path, monkeypatch):
+def test_absolute_and_home_paths_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     rows = write_jsonl(tmp_path / "home" / "rows.jsonl", hospital_rows())
@@ -121,12 +121,12 @@ def test_whole_and_home_paths_stay_what_they_are(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["medquad_mini", "owner/dataset"])
-def test_what_is_no_file_beside_it_stays_a_name(tmp_path, path):
+def test_a_path_that_is_no_file_next_to_it_stays_a_name(tmp_path, path):
     own = load_client_config(write(tmp_path, f'name = "north"\n[data]\npath = "{path}"\n'))
     assert own.data.path == path
 
 
-def test_all_mistakes_are_told_together(tmp_path):
+def test_all_mistakes_are_reported_together(tmp_path):
     path = write(
         tmp_path,
         """
@@ -157,7 +157,7 @@ port = 80
     }
 
 
-def test_a_misspelt_key_is_answered_with_the_nearest(tmp_path):
+def test_a_misspelt_key_is_answered_with_the_closest(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_client_config(write(tmp_path, MINIMAL + "[limits]\nmax_step = 3\n"))
     assert "limits.max_step: unknown key. Did you mean 'max_steps'?" in str(caught.value)
@@ -176,7 +176,7 @@ def test_contradictions_in_data_are_found(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"name = ", b"\xff\xfe", None])
-def test_a_file_that_is_no_toml_is_named(tmp_path, data):
+def test_a_file_that_is_not_toml_is_named(tmp_path, data):
     path = tmp_path / "client.toml"
     if data is not None:
         path.write_bytes(data)
@@ -185,7 +185,7 @@ def test_a_file_that_is_no_toml_is_named(tmp_path, data):
     assert str(path) in str(caught.value)
 
 
-def test_a_folder_of_configurations_is_told_from_a_folder_of_rows(tmp_path):
+def test_a_folder_of_configurations_is_distinguished_from_a_folder_of_rows(tmp_path):
     assert not is_client_folder(tmp_path)
     assert not is_client_folder(tmp_path / "missing")
     write(tmp_path, MINIMAL)
@@ -193,7 +193,7 @@ def test_a_folder_of_configurations_is_told_from_a_folder_of_rows(tmp_path):
     assert not is_client_folder(tmp_path / "client.toml")
 
 
-def test_the_configurations_of_a_folder_come_by_name(tmp_path, monkeypatch):
+def test_the_configurations_of_a_folder_are_found_by_client_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("clients")
     for file, name in (("1.toml", "west"), ("2.toml", "east"), ("3.toml", "north")):
@@ -204,7 +204,7 @@ def test_the_configurations_of_a_folder_come_by_name(tmp_path, monkeypatch):
     assert found["west"] == tmp_path / "clients" / "1.toml"
 
 
-def test_two_files_of_one_name_are_refused(tmp_path):
+def test_two_files_with_the_same_client_name_are_refused(tmp_path):
     write(tmp_path, MINIMAL, "a.toml")
     write(tmp_path, MINIMAL, "b.toml")
     with pytest.raises(ConfigError, match=r"both name their client 'north'") as caught:
@@ -213,7 +213,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     assert "b.toml" in str(caught.value)
 
 
-def test_a_mistake_in_one_file_of_a_folder_is_told(tmp_path):
+def test_a_mistake_in_one_file_of_a_folder_is_reported(tmp_path):
     write(tmp_path, MINIMAL, "a.toml")
     write(tmp_path, MINIMAL + "colour = 1\n", "b.toml")
     with pytest.raises(ConfigError, match=r"mistakes in .*b\.toml"):
@@ -240,8 +240,8 @@ def test_where_rows_are_is_never_taken_from_a_recipe(key):
     assert getattr(here.data, key) == ("own.jsonl" if key == "path" else default)
 
 
-def test_the_keys_that_say_where_rows_are_are_all_of_them():
-    """A new key of [data] must be sorted into one of the two kinds."""
+def test_every_key_of_data_is_a_location_or_a_format():
+    """A new key of [data] must be added to one of the two."""
     formats = {"eval_fraction", "prompt", "completion", "system", "max_rows"}
     formats |= {"max_eval_rows", "template", "split_seed", "labels", "text", "text_pair"}
     formats |= {"skip_empty"}
@@ -269,7 +269,7 @@ def test_a_client_overrides_a_format(key):
     asked = {k: values[0] for k, values in FORMATS.items()}
     mine = FORMATS[key][1]
     own = {"path": "own.jsonl", key: mine}
-    if key in ("prompt", "completion"):  # in its own file both or none
+    if key in ("prompt", "completion"):  # its own file has both or neither
         other = ({"prompt", "completion"} - {key}).pop()
         own[other] = asked[other]
     here = own_recipe(recipe(data={"path": "x.jsonl", **asked}), client(data=own))
@@ -279,7 +279,7 @@ def test_a_client_overrides_a_format(key):
 
 
 @pytest.mark.parametrize("mine", [{"eval_path": "held.jsonl"}, {"eval_split": "test"}])
-def test_own_held_out_rows_stand_in_the_place_of_the_recipes_fraction(mine):
+def test_a_clients_own_held_out_rows_replace_the_recipes_fraction(mine):
     run = recipe(data={"path": "x.jsonl", "eval_fraction": 0.4})
     here = own_recipe(run, client(data={"path": "own", **mine}))
     assert {key: getattr(here.data, key) for key in mine} == mine
@@ -297,7 +297,7 @@ def test_device_and_threads_are_the_clients_own():
     assert own_recipe(run, client()).runtime.device == "auto"
 
 
-def test_how_its_server_waits_is_no_contradiction_at_a_client():
+def test_how_the_server_waits_does_not_matter_at_a_client():
     """Regression: the doctor's real step failed on a recipe's `runtime.join_timeout_s`."""
     run = recipe(runtime={"name": "flower", "join_timeout_s": 20})
     here = own_recipe(run, client(model="copy"))
@@ -305,7 +305,7 @@ def test_how_its_server_waits_is_no_contradiction_at_a_client():
     assert parse(tomllib.loads(to_toml(here))).runtime == here.runtime
 
 
-def test_how_the_base_is_held_is_the_clients_own_where_it_says_so():
+def test_a_client_may_set_how_it_loads_the_base():
     run = recipe(model={"name": "owner/model", "dtype": "bfloat16", "quantization": "nf4"})
     here = own_recipe(run, client()).model
     assert (here.dtype, here.quantization) == ("bfloat16", "nf4")
@@ -317,14 +317,14 @@ def test_how_the_base_is_held_is_the_clients_own_where_it_says_so():
 
 
 @pytest.mark.parametrize(("key", "value"), [("quantization", "nf4"), ("dtype", "bfloat16")])
-def test_a_client_that_holds_a_base_that_cannot_learn_does_not_train_all_of_it(key, value):
-    """A recipe with these two is refused; a client's own key must not lead there either."""
+def test_a_client_whose_settings_rule_out_full_training_declines_it(key, value):
+    """A recipe with these two is refused; a client's own key must not get around that."""
     run = recipe(adapter={"kind": "full"}, model__name="owner/model")
     own_recipe(run, client(runtime={"quantization": "none", "dtype": "float32"}))
     assert f"runtime.{key} = '{value}'" in refusal(run, client(runtime={key: value}))
 
 
-def test_what_is_computed_stays_the_recipes():
+def test_the_recipe_decides_what_is_computed():
     run = recipe(
         seed=5, train__lr=0.5, algorithm={"name": "fedprox", "mu": 0.3}, partition={"by": "x"}
     )
@@ -347,7 +347,7 @@ def refusal(run, own) -> str:
     return text
 
 
-def test_limits_hold_to_the_last_one_that_is_allowed():
+def test_limits_are_inclusive():
     limits = {"max_steps": 4, "max_rounds": 3, "models": ["smollm2-135m-instruct"]}
     own_recipe(recipe(rounds=3, train__local_steps=4), client(limits=limits))
     assert "train.local_steps = 5 is above limits.max_steps" in refusal(
@@ -361,17 +361,17 @@ def test_limits_hold_to_the_last_one_that_is_allowed():
     )
 
 
-def test_no_model_at_all_may_be_allowed():
+def test_a_client_may_allow_no_model_at_all():
     assert "is not in limits.models" in refusal(recipe(), client(limits={"models": []}))
 
 
-def test_all_that_is_not_allowed_is_told_together():
+def test_everything_that_is_not_allowed_is_reported_together():
     limits = {"max_steps": 1, "max_rounds": 1, "models": []}
     run = recipe(rounds=9, train__local_steps=9, model__name="/srv/models/llama")
     assert len(refusal(run, client(limits=limits)).splitlines()) == 5
 
 
-def test_a_list_of_models_counts_for_the_name_in_the_recipe_also_with_an_own_copy():
+def test_a_list_of_models_applies_to_the_name_in_the_recipe_even_with_an_own_copy():
     own = client(model="/own/copy", limits={"models": ["owner/model"]})
     assert own_recipe(recipe(model__name="owner/model"), own).model.name == "/own/copy"
     refusal(recipe(model__name="owner/other"), own)
@@ -390,7 +390,7 @@ def test_a_list_of_models_counts_for_the_name_in_the_recipe_also_with_an_own_cop
 def test_passes_over_the_rows_are_counted_in_steps(num_train, train, steps):
     run = recipe(train=train)
     per_step = run.train.batch_size * run.train.accumulation
-    assert steps == -(-num_rows(run.train, num_train) // per_step), "as the local loop counts them"
+    assert steps == -(-num_rows(run.train, num_train) // per_step), "the same as in the local loop"
     check_steps(run, client(limits={"max_steps": steps}), num_train)
     check_steps(run, client(), num_train)
     if steps > 1:
@@ -399,7 +399,7 @@ def test_passes_over_the_rows_are_counted_in_steps(num_train, train, steps):
         assert f"limits.max_steps = {steps - 1}" in str(caught.value)
 
 
-def test_steps_that_a_recipe_names_are_not_counted_by_rows():
+def test_steps_that_a_recipe_names_do_not_depend_on_the_rows():
     check_steps(recipe(train__local_steps=2), client(limits={"max_steps": 2}), 10**6)
 
 
@@ -415,7 +415,7 @@ def test_steps_that_a_recipe_names_are_not_counted_by_rows():
         ({"local_steps": 3, "batch_size": 2, "accumulation": 2}, 1, False),
     ],
 )
-def test_passes_over_the_rows_may_be_limited_however_a_recipe_says_them(train, limit, allowed):
+def test_passes_over_the_rows_can_be_limited_however_a_recipe_gives_them(train, limit, allowed):
     own = client(limits={"max_epochs": limit})
     if allowed:
         check_steps(recipe(train=train), own, 10)
@@ -440,11 +440,11 @@ def test_a_base_model_may_be_allowed_by_its_content():
         check_base(own, "cd" * 32)
 
 
-def test_no_round_begins_when_the_hours_of_a_run_are_over():
+def test_no_round_begins_once_the_hours_of_a_run_are_used_up():
     own = client(limits={"max_hours": 0.5})
     check_hours(own, 1799.9)
     check_hours(client(), 1e9)
-    with pytest.raises(Declined, match=r"limits\.max_hours = 0\.5 of this run are over"):
+    with pytest.raises(Declined, match=r"limits\.max_hours = 0\.5 is used up in this run"):
         check_hours(own, 1800.0)
 
 
@@ -455,32 +455,32 @@ def test_no_round_begins_when_the_hours_of_a_run_are_over():
     "name",
     ["/srv/models/llama", "./llama", "../llama", "~/llama", "models/by/us", "models\\us", "us/"],
 )
-def test_a_path_of_the_server_is_no_model_here(name):
-    """Also one that does not exist here: it would be looked for, on the hub or on this disk."""
+def test_a_path_on_the_server_is_no_model_here(name):
+    """Even if it does not exist here: it would be looked up on the hub or on this disk."""
     text = refusal(recipe(model__name=name), client())
-    assert "model.name is a path of the server; set model to this client's own copy" in text
+    assert "model.name is a path on the server; set model to this client's own copy" in text
     assert own_recipe(recipe(model__name=name), client(model="/own")).model.name == "/own"
 
 
-def test_a_path_of_the_server_that_exists_here_is_refused_too(tmp_path, monkeypatch):
+def test_a_path_on_the_server_that_exists_here_is_refused_too(tmp_path, monkeypatch):
     (tmp_path / "models" / "llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for name in ("models/llama", "models", str(tmp_path / "models" / "llama")):
-        assert "is a path of the server" in refusal(recipe(model__name=name), client())
+        assert "is a path on the server" in refusal(recipe(model__name=name), client())
 
 
 @pytest.mark.parametrize(
     "name", ["smollm2-135m-instruct", "owner/model", "gpt2", "o-w.n_er/M0del.v2"]
 )
-def test_named_models_and_hub_ids_are_taken(name):
+def test_named_models_and_hub_ids_are_accepted(name):
     assert own_recipe(recipe(model__name=name), client()).model.name == name
 
 
-# --- clients of a simulation as real ones --------------------------------------------------------
+# --- simulated clients as real ones -------------------------------------------------------------
 
 
-def back(tmp_path, rows, run, model=None):
-    """Written down as clients of their own, and read again by their configurations."""
+def read_back(tmp_path, rows, run, model=None):
+    """Write the rows as those of real clients, and read them through their configurations."""
     paths = write_client_configs(
         tmp_path / "clients", rows, run, model=model, state=lambda name: tmp_path / "state" / name
     )
@@ -492,7 +492,7 @@ def test_rows_survive_being_handed_to_the_clients(tmp_path):
     data = write_jsonl(tmp_path / "h.jsonl", hospital_rows())
     run = recipe(data={"path": str(data)}, partition={"by": "source"})
     rows = load_clients(run.data, run.partition, seed=run.seed)
-    assert back(tmp_path, rows, run) == rows
+    assert read_back(tmp_path, rows, run) == rows
 
 
 @pytest.mark.parametrize(
@@ -508,7 +508,7 @@ def test_rows_survive_with_every_format_of_the_recipe(tmp_path, data):
     place = write_jsonl(tmp_path / "h.jsonl", hospital_rows())
     run = recipe(data={"path": str(place), **data}, partition={"by": "source"})
     rows = load_clients(run.data, run.partition, seed=run.seed)
-    assert back(tmp_path, rows, run) == rows
+    assert read_back(tmp_path, rows, run) == rows
 
 
 SIGNS = '\u2028\u2029\x85\x0b\x0c\x1c\x00\x7f\ufeff\u200f北京é👩‍⚕️"\\{}\t\n\r'
@@ -529,10 +529,10 @@ parts = st.lists(turns, min_size=1, max_size=3).map(tuple)
 @given(names=st.lists(texts, min_size=1, max_size=3, unique=True), data=st.data())
 def test_any_text_survives_in_names_and_rows(tmp_path_factory, names, data):
     rows = {name: ClientRows(name, data.draw(parts), data.draw(parts)) for name in names}
-    assert back(tmp_path_factory.mktemp("any"), rows, recipe()) == rows
+    assert read_back(tmp_path_factory.mktemp("any"), rows, recipe()) == rows
 
 
-def test_what_a_client_of_a_simulation_gets_is_its_own_and_nothing_else(tmp_path):
+def test_a_simulated_client_gets_its_own_rows_and_nothing_else(tmp_path):
     run = recipe(runtime={"name": "flower", "device": "cpu", "threads": 2})
     talk = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
     rows = {name: ClientRows(name, (talk,), (talk,)) for name in ("a/b", "north")}
@@ -566,7 +566,7 @@ OWN = {"epsilon": 2.0, "delta": 1e-5}
 
 
 def private(**changes):
-    """A recipe as a server sends it; what would be refused there is no mistake here."""
+    """A recipe as a server sends it, without the checks of an honest server."""
     privacy = {**PRIVATE, **changes.pop("privacy", {})}
     run = recipe(privacy=PRIVATE, **changes)
     return run.model_copy(update={"privacy": PrivacyConfig.model_validate(privacy)})
@@ -580,18 +580,18 @@ def test_an_epsilon_without_its_delta_is_no_limit(tmp_path, half):
 
 
 @pytest.mark.parametrize("limits", [{"epsilon": 0.0}, {"epsilon": -1.0}, {"delta": 0.0}])
-def test_a_limit_of_nothing_is_refused(tmp_path, limits):
+def test_a_limit_of_zero_or_less_is_refused(tmp_path, limits):
     table = {"name": "n", "data": {"path": "r.jsonl"}, "limits": {**OWN, **limits}}
     with pytest.raises(ConfigError, match=f"limits.{next(iter(limits))}"):
         load_client_config(write(tmp_path, tomli_w.dumps(table)))
 
 
-def test_an_own_epsilon_asks_for_noise_at_this_client():
+def test_a_clients_own_epsilon_requires_noise_at_this_client():
     own = client(limits=OWN)
     at_server = {"unit": "client", "noise_at": "server"}
     for run in (recipe(), private(algorithm__weights="uniform", privacy=at_server)):
-        assert "limits.epsilon asks for noise at this client" in refusal(run, own)
-        assert own_recipe(run, client()).privacy == run.privacy, "without a limit it may be so"
+        assert "limits.epsilon requires noise at this client" in refusal(run, own)
+        assert own_recipe(run, client()).privacy == run.privacy, "without a limit it is accepted"
     for privacy in (PRIVATE, AT_CLIENT):
         assert own_recipe(private(privacy=privacy), own).privacy.is_at_client
 
@@ -611,7 +611,7 @@ def test_the_smaller_epsilon_and_delta_count(asked, taken):
     assert own_recipe(run, client()).privacy == run.privacy
 
 
-def test_a_limit_does_not_become_a_target_beside_a_noise_multiplier():
+def test_a_limit_does_not_become_a_target_next_to_a_noise_multiplier():
     here = own_recipe(private(), client(limits=OWN)).privacy
     assert (here.noise_multiplier, here.target_epsilon, here.delta) == (1.0, None, 1e-5)
 
@@ -626,16 +626,31 @@ def test_seeded_noise_is_refused_by_every_real_client(privacy, limits):
 @pytest.mark.parametrize(
     ("part", "key", "value", "why"),
     [
-        ("train", "packing", True, "train.packing: puts rows into one"),
-        ("train", "compat", ("same-samples",), "would end the secret draw of rows"),
+        ("train", "packing", True, "train.packing: merges rows"),
+        ("train", "compat", ("same-samples",), "rules out a secret draw of rows"),
         ("model", "gradient_checkpointing", True, "hides the gradients of single rows"),
         ("adapter", "dora", True, "without dora"),
-        ("privacy", "noise_multiplier", None, "or target_epsilon: give one of both"),
-        ("privacy", "target_epsilon", 3.0, "or target_epsilon: give one of both"),
-        ("privacy", "clipping", "adaptive", "with noise at the server only"),
-        ("privacy", "clip_norm", math.inf, "privacy.clip_norm = inf is beyond what float32"),
-        ("privacy", "clip_norm", 1e30, "privacy.clip_norm = 1e+30 is beyond what float32"),
-        ("privacy", "clip_norm", 1e-40, "privacy.clip_norm = 1e-40 is beyond what float32"),
+        ("privacy", "noise_multiplier", None, "give either noise_multiplier or target_epsilon"),
+        ("privacy", "target_epsilon", 3.0, "give either noise_multiplier or target_epsilon"),
+        ("privacy", "clipping", "adaptive", "only works with noise at the server"),
+        (
+            "privacy",
+            "clip_norm",
+            math.inf,
+            "privacy.clip_norm = inf is outside the range that float32",
+        ),
+        (
+            "privacy",
+            "clip_norm",
+            1e30,
+            "privacy.clip_norm = 1e+30 is outside the range that float32",
+        ),
+        (
+            "privacy",
+            "clip_norm",
+            1e-40,
+            "privacy.clip_norm = 1e-40 is outside the range that float32",
+        ),
     ],
 )
 def test_a_client_checks_by_itself_what_an_honest_server_would_have_refused(part, key, value, why):
@@ -651,10 +666,10 @@ TRAP = (
 )
 
 
-def test_a_private_recipe_brings_no_program_that_looks_into_rows(tmp_path):
-    """With it the number of rows that fit train.max_length would answer any question."""
+def test_a_private_recipe_cannot_bring_a_program_that_reads_rows(tmp_path):
+    """With one, the number of rows that fit train.max_length could answer any question."""
     run = private(data={"path": "x.jsonl", "template": TRAP})
-    assert "data.template is a program of the server's" in refusal(run, client())
+    assert "data.template is a program from the server" in refusal(run, client())
     mine = client(data={"path": "own.jsonl", "template": "alpaca"})
     assert own_recipe(run, mine).data.template == "alpaca"
     own_recipe(private(data={"path": "x.jsonl", "template": "vicuna"}), client())
@@ -662,7 +677,7 @@ def test_a_private_recipe_brings_no_program_that_looks_into_rows(tmp_path):
     assert own_recipe(open_, client()).data.template == TRAP, "there is nothing to protect"
 
 
-def test_clients_of_a_rehearsal_agree_to_its_own_template(tmp_path):
+def test_clients_of_a_rehearsal_agree_to_the_template_of_its_recipe(tmp_path):
     talk = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
     run = private(data={"path": "x.jsonl", "template": CHATML})
     paths = write_client_configs(

@@ -1,4 +1,4 @@
-"""The list of what has left a client: complete, written before, and a limit that holds."""
+"""The record of what has left a client is complete and written first, and its limit holds."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def let_out(outbound: Outbound, parcel: Parcel, asked: str = "train", seconds: f
     outbound.let_out(parcel.about, parcel.values, asked=asked, seconds=seconds)
 
 
-def test_a_line_tells_all_that_left_but_the_numbers_themselves(tmp_path):
+def test_a_line_records_everything_that_left_except_the_numbers_themselves(tmp_path):
     path, parcel = tmp_path / "state" / "outbound.jsonl", update(2.0)
     let_out(Outbound(path, "r1"), parcel)
     layout, line = lines(path)
@@ -51,13 +51,15 @@ def test_names_and_shapes_are_written_once_and_again_when_they_differ(tmp_path):
     assert names[0] == names[1] == names[3] != names[2]
 
 
-def test_what_goes_beyond_the_limit_is_neither_written_nor_sent_and_a_failure_is(tmp_path):
+def test_what_exceeds_the_limit_is_neither_written_nor_sent_but_a_failure_is(tmp_path):
     path = tmp_path / "outbound.jsonl"
     let_out(Outbound(path, "r1"), update())
     (size,) = [line["bytes"] for line in lines(path) if "bytes" in line]
     let_out(Outbound(path, "r1", max_bytes=2 * size), update())
     before = path.read_bytes()
-    with pytest.raises(Declined, match=r"limits\.max_bytes"):
+    with pytest.raises(
+        Declined, match=rf"limits\.max_bytes .* has sent {2 * size} bytes in this run"
+    ):
         let_out(Outbound(path, "r1", max_bytes=2 * size), update())
     assert path.read_bytes() == before
     let_out(Outbound(path, "r2", max_bytes=size), update())  # another run has its own
@@ -65,13 +67,13 @@ def test_what_goes_beyond_the_limit_is_neither_written_nor_sent_and_a_failure_is
     assert lines(path)[-1]["said"] == {"failure": {"code": "x"}}
 
 
-def test_what_cannot_be_written_down_does_not_leave(tmp_path):
+def test_what_cannot_be_recorded_does_not_leave(tmp_path):
     path = tmp_path / "outbound.jsonl"
     with largest_file(100), pytest.raises(DiskError):
         let_out(Outbound(path, "r1"), update())
 
 
-def test_training_time_counts_by_run_failed_rounds_included(tmp_path):
+def test_training_time_is_counted_per_run_including_failed_rounds(tmp_path):
     path = tmp_path / "outbound.jsonl"
     one, other = Outbound(path, "r1"), Outbound(path, "r2")
     let_out(one, update(), seconds=1.5)
@@ -86,8 +88,8 @@ def test_training_time_counts_by_run_failed_rounds_included(tmp_path):
     assert first["bytes"] + second["bytes"] == sum(line.get("bytes", 0) for line in lines(path))
 
 
-def test_a_value_that_is_large_has_a_finite_norm(tmp_path):
-    """In float32 its square would be infinite."""
+def test_a_large_value_has_a_finite_norm(tmp_path):
+    """In float32, its square would be infinite."""
     path = tmp_path / "outbound.jsonl"
     let_out(Outbound(path, "r1"), update(1e30))
     assert np.isfinite(lines(path)[-1]["norm"])

@@ -1,4 +1,4 @@
-"""What a run says it has released, by what the server knows, and what it calls unprotected."""
+"""What a run reports as released, from what the server knows, and as not protected."""
 
 import pytest
 
@@ -72,15 +72,15 @@ def test_an_answer_that_came_late_counts_once(tmp_path):
     assert [row["status"] for row in releases(folder)] == ["timeout"]
 
 
-def test_own_ledgers_count_where_they_are_at_hand(tmp_path):
-    """Those of a rehearsal: they know what was released, and a failure need not be guessed."""
+def test_the_clients_own_ledgers_count_if_they_are_available(tmp_path):
+    """As in a rehearsal: they say what was released, so nothing is guessed after a failure."""
     folder = finished(tmp_path, [{"client": "west", "status": "timeout", "place": "somewhere"}])
     write_down(folder.client_folder("east") / "privacy.jsonl", {"round": 1, **SENT})
     assert [row["client"] for row in releases(folder)] == ["east"]
 
 
 def test_what_is_not_protected_follows_from_where_the_noise_is(tmp_path):
-    def told(name, privacy, **more):
+    def statement_of(name, privacy, **more):
         folder = finished(tmp_path / name, [], recipe(privacy, **more))
         found = statement(folder.run, folder)
         assert found is not None
@@ -88,20 +88,20 @@ def test_what_is_not_protected_follows_from_where_the_noise_is(tmp_path):
 
     at_server = {**RECORD, "unit": "client"}
     simulated = {"runtime": {"name": "in-process"}, "evaluate": {"every": 1}}
-    real = told("a", RECORD)
-    assert "losses" not in real, "real clients keep them"
-    assert "norms" not in real, "of changes that have their noise"
-    assert "losses, norms" in told("b", RECORD, **simulated)
-    assert "norms of clients' changes" in told("c", at_server)
-    for text in (real, told("d", at_server, **simulated)):
+    real = statement_of("a", RECORD)
+    assert "losses" not in real, "real clients do not send them"
+    assert "norms" not in real, "the changes already have their noise"
+    assert "losses, norms" in statement_of("b", RECORD, **simulated)
+    assert "norms of clients' changes" in statement_of("c", at_server)
+    for text in (real, statement_of("d", at_server, **simulated)):
         assert "SHA-256 of all rows" in text
         assert "whether a client's rows made it fail" in text
 
 
-def test_a_torn_line_of_a_shared_ledger_is_nobodys_and_so_everybodys(tmp_path):
+def test_a_truncated_line_of_a_shared_ledger_counts_for_every_client(tmp_path):
     path = tmp_path / "privacy.jsonl"
     write_down(path, {"client": "east", "round": 1, **SENT})
     path.write_text(path.read_text() + '{"client": "west", "rou')
-    one, torn = lines(path)
-    assert (one["client"], torn.get("client")) == ("east", None)
-    assert torn["noise_multiplier"] == 1.0
+    complete, truncated = lines(path)
+    assert (complete["client"], truncated.get("client")) == ("east", None)
+    assert truncated["noise_multiplier"] == 1.0

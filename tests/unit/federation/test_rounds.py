@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -42,9 +43,11 @@ class StandInClients:
     def names(self):
         return list(NAMES)
 
-    def train(self, cohort, broadcast: Broadcast):
-        self.asked.append((broadcast.round, tuple(cohort)))
-        for name in self.order(cohort):
+    def train(self, messages: Mapping[str, Broadcast]):
+        for round_ in {broadcast.round for broadcast in messages.values()}:
+            self.asked.append((round_, tuple(messages)))
+        for name in self.order(list(messages)):
+            broadcast = messages[name]
             update = Update(
                 client=name,
                 round=broadcast.round,
@@ -57,8 +60,8 @@ class StandInClients:
             )
             yield self.spoil.get(name, lambda u: u)(update)
 
-    def evaluate(self, cohort, broadcast: Broadcast):
-        for name in cohort:
+    def evaluate(self, messages: Mapping[str, Broadcast]):
+        for name in messages:
             yield Score(name, 3.0, 2, 1, 1, size_bytes=48)
 
 
@@ -114,7 +117,7 @@ def test_the_mean_is_weighted_by_examples(tmp_path):
 SPOILT = {
     "NaN": (
         lambda u: replace(u, delta={**u.delta, "lora_B": u.delta["lora_B"] * float("nan")}),
-        "client 'south', round 1: 'lora_B' holds NaN or infinity",
+        "client 'south', round 1: 'lora_B' contains NaN or infinity",
     ),
     "wrong rank": (
         lambda u: replace(u, delta={**u.delta, "lora_A": torch.zeros(4, 3)}),
@@ -260,9 +263,9 @@ def test_checkpoints_are_kept_as_the_recipe_says(tmp_path, keep, left):
 class Improving(StandInClients):
     """Scores best after round 2, worse before and after."""
 
-    def train(self, cohort, broadcast):
-        loss = {0: 4.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}[broadcast.round - 1]
-        for update in super().train(cohort, broadcast):
+    def train(self, messages):
+        for update in super().train(messages):
+            loss = {0: 4.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}[update.round - 1]
             yield replace(update, score=Score(update.client, loss, 1, 0, 1))
 
 
@@ -280,10 +283,10 @@ def test_stopping_after_any_round_and_going_on_is_running_through(tmp_path, algo
     whole, _ = go(tmp_path / "whole", run, StandInClients(), algorithm=algorithm)
 
     class Dies(StandInClients):
-        def train(self, cohort, broadcast):
-            if broadcast.round == 4:
+        def train(self, messages):
+            if any(broadcast.round == 4 for broadcast in messages.values()):
                 raise KeyboardInterrupt
-            return super().train(cohort, broadcast)
+            return super().train(messages)
 
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, run, Dies(), algorithm=algorithm)

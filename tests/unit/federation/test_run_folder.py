@@ -1,4 +1,4 @@
-"""The spool: what an ended process left is used; what cannot be trusted is asked again."""
+"""The spool: files left by an earlier process are used, unless they cannot be trusted."""
 
 from dataclasses import replace
 
@@ -40,14 +40,14 @@ def same(a: Update, b: Update) -> bool:
 
 @pytest.fixture
 def left(tmp_path):
-    """A spool that an ended process left, with three updates."""
+    """A spool with three updates, left by a process that ended."""
     spool = Spool(tmp_path / "round")
     for name in ("west", "Zürich / 2", "east"):
         spool.add(update_of(name))
     return spool.folder
 
 
-def test_a_spool_gives_back_every_bit_in_name_order(left):
+def test_a_spool_returns_every_bit_in_name_order(left):
     spool = Spool(left)
     assert spool.names() == ["Zürich / 2", "east", "west"]
     assert len(spool) == 3
@@ -55,7 +55,7 @@ def test_a_spool_gives_back_every_bit_in_name_order(left):
     assert [u.client for u in spool] == spool.names()
 
 
-def test_what_a_spool_knows_without_its_disk_is_what_it_finds_there(left):
+def test_a_spool_in_memory_has_the_same_reports_as_one_read_from_disk(left):
     fresh = Spool(left.parent / "other")
     for name in ("west", "Zürich / 2", "east"):
         fresh.add(update_of(name))
@@ -64,21 +64,21 @@ def test_what_a_spool_knows_without_its_disk_is_what_it_finds_there(left):
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100])
-def test_a_cut_off_update_is_dropped_and_its_client_asked_again(left, kept):
+def test_a_truncated_update_is_dropped_and_its_client_asked_again(left, kept):
     path = left / "east.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     assert Spool(left).names() == ["Zürich / 2", "west"]
     assert not path.exists()
 
 
-def test_a_spool_from_before_the_machine_started_is_dropped(left, monkeypatch):
-    """It was not waited for: after a loss of power its values may be zeros."""
-    monkeypatch.setattr(run_folder, "boot_id", lambda: "another start")
+def test_a_spool_from_before_the_last_boot_is_dropped(left, monkeypatch):
+    """It was not synced: after a power failure its values may be zeros."""
+    monkeypatch.setattr(run_folder, "boot_id", lambda: "another boot")
     assert Spool(left).names() == []
     assert not left.exists()
 
 
-def test_where_starts_cannot_be_told_apart_the_disk_is_waited_for(tmp_path, monkeypatch):
+def test_the_disk_is_waited_for_if_boots_cannot_be_distinguished(tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(run_folder, "boot_id", lambda: "")
     monkeypatch.setattr(atomic_files.os, "fsync", waited.append)
@@ -87,8 +87,8 @@ def test_where_starts_cannot_be_told_apart_the_disk_is_waited_for(tmp_path, monk
     assert Spool(tmp_path / "round").names() == ["east"]
 
 
-def test_the_disk_is_not_waited_for_where_starts_can_be_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "boot_id", lambda: "this start")
+def test_the_disk_is_not_waited_for_if_boots_can_be_distinguished(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "boot_id", lambda: "this boot")
     monkeypatch.setattr(atomic_files.os, "fsync", lambda _: pytest.fail("waited"))
     Spool(tmp_path / "round").add(update_of("east"))
 
@@ -100,7 +100,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
     shapes=st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=6),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=6, max_size=6),
 )
-def test_rows_give_back_names_shapes_dtypes_and_bits(tmp_path_factory, shapes, dtypes):
+def test_saved_rows_keep_names_shapes_dtypes_and_bits(tmp_path_factory, shapes, dtypes):
     gen = torch.Generator().manual_seed(0)
     tensors = {
         f"t{i}": (torch.randn(shape, generator=gen) * 4).to(dtype)
@@ -116,7 +116,7 @@ def test_rows_give_back_names_shapes_dtypes_and_bits(tmp_path_factory, shapes, d
         assert torch.equal(back[name], tensor)
 
 
-def test_a_damaged_file_of_rows_is_named(tmp_path):
+def test_a_damaged_file_of_rows_is_named_in_the_error(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"\0" * 64)
     with pytest.raises(RunFolderError, match=r"x\.safetensors is damaged"):

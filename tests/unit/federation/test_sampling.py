@@ -1,4 +1,4 @@
-"""Cohorts: who is asked, how many, and how many must deliver."""
+"""Cohorts: which clients are asked, how many, and how many must deliver."""
 
 from collections import Counter
 from itertools import combinations
@@ -88,18 +88,18 @@ def test_more_clients_than_exist_are_refused_with_the_number_that_works():
     with pytest.raises(ConfigError) as error:
         sample(["a", "b", "c"], SamplingConfig(num_clients=5), generator(0))
     assert str(error.value) == (
-        "sampling.num_clients = 5, but the data gives 3 clients.\n"
-        "  Set sampling.num_clients to 3 or less, or cut the data into more clients."
+        "sampling.num_clients = 5, but the data has only 3 clients.\n"
+        "  Set sampling.num_clients to 3 or less, or split the data into more clients."
     )
 
 
 @pytest.mark.parametrize("cfg", [SamplingConfig(), SamplingConfig(num_clients=1)])
-def test_a_round_without_any_client_is_refused(cfg):
-    # Bug: a fraction of nobody gave an empty cohort, and the round failed later, at its quorum;
-    # num_clients advised to set it to 0, which is no legal value.
+def test_a_round_without_any_clients_is_refused(cfg):
+    # Bug: a fraction of no clients gave an empty cohort, and the round only failed at its quorum;
+    # the message about num_clients suggested 0, which is not a legal value.
     with pytest.raises(ConfigError) as error:
         sample([], cfg, generator(0))
-    assert str(error.value) == "there is no client to ask.\n  Check the data and the partition."
+    assert str(error.value) == "there are no clients to ask.\n  Check the data and the partition."
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Models and rows of both tasks: a student, a teacher, and a teacher that reads otherwise."""
+    """Models and rows of both tasks: a student, a teacher, and one that tokenizes differently."""
     here = tmp_path_factory.mktemp("teaching")
     write_jsonl(here / "talks.jsonl", hospital_rows())
     write_jsonl(here / "sentences.jsonl", SENTENCES)
@@ -92,19 +92,19 @@ def test_at_weight_0_the_adapter_is_that_of_the_clients_alone(adapter_of, task, 
 
 
 @pytest.mark.parametrize("task", ["classify", "instruct"])
-def test_without_a_pull_the_student_learns_what_fine_tuning_teaches(adapter_of, task):
+def test_without_the_kl_term_distillation_is_fine_tuning(adapter_of, task):
     tuned = adapter_of(task, server__work="fine-tune")
     assert adapter_of(task, distill__kl=0.0) == tuned
     assert adapter_of(task, distill__kl=1.0) != tuned
 
 
-def test_the_teachers_rate_is_the_servers_unless_it_has_its_own(adapter_of):
+def test_the_teacher_uses_the_servers_learning_rate_unless_it_has_its_own(adapter_of):
     assert adapter_of(distill__lr=1e-2) == adapter_of()
     alone = adapter_of(distill__kl=0.0, distill__lr=1e-3)
-    assert alone == adapter_of(distill__kl=0.0), "the student's rate is not touched"
+    assert alone == adapter_of(distill__kl=0.0), "the student's learning rate is unaffected"
 
 
-def test_all_the_labels_as_top_k_are_all_of_them(adapter_of):
+def test_a_top_k_of_all_labels_changes_nothing(adapter_of):
     assert adapter_of(distill__top_k=2) == adapter_of()
     assert adapter_of("instruct", distill__top_k=10_000) == adapter_of("instruct")
     assert adapter_of("instruct", distill__top_k=5) != adapter_of("instruct")
@@ -145,7 +145,7 @@ def first_state(run, round_=1) -> ServerState:
     return ServerState(round_, read_adapter(load_for(run)))
 
 
-def test_weight_one_half_ends_half_way(place, tmp_path):
+def test_a_weight_of_one_half_ends_half_way(place, tmp_path):
     states = {}
     for weight in (0.0, 0.5, 1.0):
         run = check(recipe(place, server__weight=weight)).run
@@ -173,7 +173,7 @@ def test_two_halves_of_a_batch_are_one_batch(place, tmp_path):
 # --- what the server keeps and what leaves --------------------------------------------------------
 
 
-def test_the_teacher_learns_on_from_round_to_round_and_is_kept_in_the_state(place, tmp_path):
+def test_the_teacher_keeps_learning_from_round_to_round_and_is_kept_in_the_state(place, tmp_path):
     run = check(recipe(place)).run
     work = work_of(run, tmp_path / "run")
     first, rows = work.improve(first_state(run))
@@ -181,14 +181,16 @@ def test_the_teacher_learns_on_from_round_to_round_and_is_kept_in_the_state(plac
     second, _ = work.improve(replace(first, round=2))
     assert set(first.extra) == {TEACHER}
     assert sha256(first.extra[TEACHER]) != sha256(second.extra[TEACHER])
-    assert sha256(again.adapter) == sha256(second.adapter), "the state says all there is to know"
+    assert sha256(again.adapter) == sha256(second.adapter), (
+        "the state holds everything that is needed"
+    )
     assert sha256(again.extra[TEACHER]) == sha256(second.extra[TEACHER])
     (row,) = rows
     assert row["event"] == "server"
     assert {"loss", "teacher_loss", "divergence", "seconds", "num_tokens"} <= set(row)
 
 
-def test_what_the_algorithm_holds_fast_stays_fast_at_the_server(place, tmp_path):
+def test_what_the_algorithm_freezes_stays_frozen_at_the_server(place, tmp_path):
     def only_b(name: str, round_: int) -> bool:
         return "lora_B" in name
 
@@ -203,7 +205,7 @@ def test_what_the_algorithm_holds_fast_stays_fast_at_the_server(place, tmp_path)
     assert all("lora_B" in name and ".layer.1." not in name for name in moved)
 
 
-def test_no_client_is_sent_the_teacher_or_the_way_to_the_servers_rows(place, tmp_path):
+def test_no_client_is_sent_the_teacher_or_the_path_of_the_servers_rows(place, tmp_path):
     own = str(write_jsonl(tmp_path / "own.jsonl", SENTENCES))
     run = recipe(place, server__data_fraction=0.0, server__data_path=own)
     for name in ("flower", "flower-simulation"):
@@ -213,13 +215,13 @@ def test_no_client_is_sent_the_teacher_or_the_way_to_the_servers_rows(place, tmp
         assert "teacher" not in json.loads(sent)["distill"] or "bert-teacher" not in sent
 
 
-def test_what_clients_receive_is_the_adapter_alone(place, tmp_path, monkeypatch):
+def test_clients_receive_only_the_adapter(place, tmp_path, monkeypatch):
     received = []
     real = InProcessClients.train
 
-    def train(self, cohort, broadcast):
-        received.append(broadcast)
-        return real(self, cohort, broadcast)
+    def train(self, messages):
+        received.append(next(iter(messages.values())))
+        return real(self, messages)
 
     monkeypatch.setattr(InProcessClients, "train", train)
     done = silotune.run(recipe(place), out=tmp_path / "run")
@@ -229,7 +231,7 @@ def test_what_clients_receive_is_the_adapter_alone(place, tmp_path, monkeypatch)
         assert set(broadcast.adapter) == set(done.adapter())
     state = RunFolder.open(done.path).load_state()
     assert state is not None
-    assert set(state.extra) == {TEACHER}, "though the state holds a teacher"
+    assert set(state.extra) == {TEACHER}, "even though the state holds a teacher"
 
 
 def test_actors_of_a_simulation_leave_the_servers_share_alone(place):
@@ -238,12 +240,12 @@ def test_actors_of_a_simulation_leave_the_servers_share_alone(place):
 
 
 def test_the_template_travels_to_deployed_clients(place):
-    """Bug: clients of a deployment cut from one data set rendered with the model's own template."""
+    """Bug: deployed clients that share one data set used the model's own template."""
     run = recipe(place, "instruct", runtime__name="flower", data__template="three-block")
     assert travelling(run).data.template == "three-block"
 
 
-def test_a_run_stopped_between_rounds_ends_as_if_it_had_not_been(place, tmp_path):
+def test_a_run_stopped_between_rounds_ends_as_if_it_had_not_stopped(place, tmp_path):
     class Stop(Progress):
         def end_round(self, round_, rows):
             raise KeyboardInterrupt
@@ -261,7 +263,7 @@ def test_a_run_stopped_between_rounds_ends_as_if_it_had_not_been(place, tmp_path
 # --- the teacher before any run -------------------------------------------------------------------
 
 
-def test_a_pretrained_teacher_gives_the_run_that_pretrains_its_own(place, tmp_path, adapter_of):
+def test_a_pretrained_teacher_gives_the_same_run_as_pretraining_in_it(place, tmp_path, adapter_of):
     run = recipe(place, distill__pretrain_epochs=2)
     teacher = silotune.pretrain_teacher(run, out=tmp_path / "teacher")
     record = json.loads((teacher / "teacher.json").read_text(encoding="utf-8"))
@@ -269,7 +271,7 @@ def test_a_pretrained_teacher_gives_the_run_that_pretrains_its_own(place, tmp_pa
     assert record["num_rows"] == 12
     assert 0 <= record["held_out"]["accuracy"] <= 1
     assert adapter_of(distill__teacher=str(teacher)) == adapter_of(distill__pretrain_epochs=2)
-    # and is not taught again by a run that would pre-train
+    # a run that would pre-train does not train it again
     both = {"distill__teacher": str(teacher), "distill__pretrain_epochs": 2}
     assert adapter_of(**both) == adapter_of(distill__teacher=str(teacher))
 
@@ -294,18 +296,18 @@ def test_pretraining_says_what_is_missing(place, tmp_path):
     assert not (tmp_path / "teacher").exists()
 
 
-# --- what cannot be -------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_before_training(place, tmp_path):
     run = recipe(place, "instruct", distill__teacher=str(place / "stranger"))
-    with pytest.raises(ModelError, match=r"has another tokenizer than model\.name") as caught:
+    with pytest.raises(ModelError, match=r"has a different tokenizer than model\.name") as caught:
         silotune.run(run, out=tmp_path / "run")
-    assert "Name a teacher of the same family" in str(caught.value)
-    assert not (tmp_path / "run").exists(), "nothing was trained, so nothing is kept"
+    assert "Choose a teacher of the same family" in str(caught.value)
+    assert not (tmp_path / "run").exists(), "nothing was trained, so no folder is kept"
 
 
-def test_layers_that_are_not_there_are_refused(place, tmp_path):
+def test_layers_that_do_not_exist_are_refused(place, tmp_path):
     run = recipe(place, distill__attention=1.0, distill__attention_layers=[[0, 9]])
     with pytest.raises(ModelError, match=r"there is no pair \(0, 9\): the student has 2 layers"):
         silotune.run(run, out=tmp_path / "run")
@@ -314,8 +316,8 @@ def test_layers_that_are_not_there_are_refused(place, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"server__data_fraction": 0.0}, "server.work: 'distill' needs rows of the server's own"),
-        ({"server__data_path": "x.jsonl"}, "server.data_path: and data_fraction exclude"),
+        ({"server__data_fraction": 0.0}, "server.work: 'distill' needs rows at the server"),
+        ({"server__data_path": "x.jsonl"}, "server.data_path: cannot be used with data_fraction"),
         (
             {"server": {"work": "fine-tune", "data_path": "e.jsonl"}, "data__eval_path": "e.jsonl"},
             "server.data_path: names the clients' rows",

@@ -1,4 +1,4 @@
-"""Rounds reach a tracker as curves; TensorBoard for real, the others by their refusal."""
+"""Rounds become curves in a tracker: TensorBoard for real, the others if they are missing."""
 
 import pytest
 from accelerate import PartialState
@@ -52,14 +52,14 @@ def test_no_tracker_needs_no_library():
     check_tracker("none")
 
 
-def test_a_tracker_whose_library_is_missing_is_refused_with_the_line_that_installs_it(monkeypatch):
+def test_a_tracker_with_a_missing_library_is_refused_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"report.tracker = 'wandb'[\s\S]*pip install wandb"):
         check_tracker("wandb")
 
 
 class WritesToItsLog:
-    """As accelerate's classes for wandb and trackio begin."""
+    """Starts like accelerate's classes for wandb and trackio."""
 
     def __init__(self, **_) -> None: ...
 
@@ -69,7 +69,7 @@ class WritesToItsLog:
     def store_init_configuration(self, values) -> None: ...
 
 
-def test_a_tracker_that_writes_to_accelerates_log_finds_its_state(tmp_path, monkeypatch):
+def test_a_tracker_can_write_to_the_log_of_accelerate(tmp_path, monkeypatch):
     # Bug: wandb and trackio raised "You must initialize the accelerate state".
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", WritesToItsLog)
     PartialState._reset_state()

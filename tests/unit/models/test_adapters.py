@@ -14,9 +14,9 @@ from silotune.core.errors import ConfigError, ModelError, SilotuneError
 from silotune.core.tree import sha256
 from silotune.federation.metrics import held_out_losses
 from silotune.models.adapters import AdapterConfig
+from silotune.models.base import ModelConfig
 from silotune.models.loading import (
     LoadedModel,
-    ModelConfig,
     base_only,
     load_model,
     read_adapter,
@@ -329,17 +329,23 @@ def test_another_seeds_dora_on_the_base_in_memory_is_that_of_a_fresh_load(wide):
 @pytest.mark.parametrize(
     ("adapter", "text"),
     [
-        ({"peft": {"r": 4}}, "peft.r is adapter.rank here"),
-        ({"peft": {"use_dora": True}}, "peft.use_dora is adapter.dora here"),
-        ({"kind": "ia3", "peft": {"target_modules": "x"}}, "is adapter.targets here"),
-        ({"kind": "prompt", "peft": {"num_virtual_tokens": 2}}, "is adapter.virtual_tokens here"),
+        ({"peft": {"r": 4}}, "peft.r is set with adapter.rank"),
+        ({"peft": {"use_dora": True}}, "peft.use_dora is set with adapter.dora"),
+        ({"kind": "ia3", "peft": {"target_modules": "x"}}, "is set with adapter.targets"),
+        (
+            {"kind": "prompt", "peft": {"num_virtual_tokens": 2}},
+            "is set with adapter.virtual_tokens",
+        ),
         ({"peft": {"task_type": "CAUSAL_LM"}}, "peft.task_type follows from other keys"),
         ({"peft": {"modules_to_save": ["lm_head"]}}, "modules_to_save follows from other keys"),
         ({"peft": {"peft_type": "LOHA"}}, "peft.peft_type needs kind = 'peft'"),
         ({"kind": "peft"}, "peft.peft_type is missing: name the method"),
         ({"kind": "full", "peft": {"bias": "all"}}, "peft has no effect with kind = 'full'"),
-        ({"kind": "ia3", "dora": True}, "dora has an effect with kind = 'lora' only"),
-        ({"kind": "lora", "virtual_tokens": 3}, "with kind = 'prompt' or 'prefix' only"),
+        ({"kind": "ia3", "dora": True}, "dora only has an effect with kind = 'lora'"),
+        (
+            {"kind": "lora", "virtual_tokens": 3},
+            "only has an effect with kind = 'prompt' or 'prefix'",
+        ),
     ],
 )
 def test_an_option_that_cannot_be_is_told_without_peft(adapter, text):
@@ -360,9 +366,9 @@ def test_an_option_that_cannot_be_is_told_without_peft(adapter, text):
         ),
         (
             {"kind": "peft", "peft": {"peft_type": "PROMPT_TUNING"}},
-            r"PEFT has no method 'PROMPT_TUNING' that adapts weights[\s\S]*There are: ADALORA",
+            r"PEFT has no method 'PROMPT_TUNING' that adapts weights[\s\S]*Use one of: ADALORA",
         ),
-        ({"kind": "peft", "peft": {"peft_type": "ADALORA"}}, "refuses these.*total_step"),
+        ({"kind": "peft", "peft": {"peft_type": "ADALORA"}}, "rejects these.*total_step"),
     ],
 )
 def test_what_peft_does_not_know_is_told_before_a_model_is_loaded(tmp_path, adapter, text):
@@ -420,7 +426,7 @@ def test_an_option_that_would_change_the_base_is_refused(tmp_path, option):
         ("prefix", {"prefix_projection": True, "encoder_hidden_size": 8}),
     ],
 )
-def test_an_option_that_peft_cannot_use_is_an_error_with_a_mend(wide, kind, option):
+def test_an_option_that_peft_cannot_use_is_an_error_with_a_fix(wide, kind, option):
     with pytest.raises(SilotuneError, match="adapter"):
         load(wide, kind, peft=option)
 
@@ -439,9 +445,9 @@ def test_first_vectors_of_a_text_do_not_read_a_tokenizer_that_the_recipe_names(t
 @pytest.mark.parametrize(
     ("targets", "text"),
     [
-        (("nothing",), r"'nothing' is no module of this model.\s+It has: act_fn, down_proj"),
-        (("q_prj", "v_proj"), r"'q_prj' is no module of this model.\s+Did you mean q_proj"),
-        (("layers.7.self_attn.q_proj",), r"cannot place 'lora'[\s\S]*\[adapter\] targets"),
+        (("nothing",), r"this model has no module 'nothing'.\s+It has: act_fn, down_proj"),
+        (("q_prj", "v_proj"), r"this model has no module 'q_prj'.\s+Did you mean q_proj"),
+        (("layers.7.self_attn.q_proj",), r"cannot put 'lora'[\s\S]*\[adapter\] targets"),
     ],
 )
 def test_targets_that_match_nothing_are_told_with_what_there_is(wide, targets, text):

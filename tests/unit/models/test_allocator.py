@@ -1,4 +1,4 @@
-"""Freed memory leaves the process, also from below what is still held."""
+"""Freed memory leaves the process, even from below memory that is still held."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(_trim() is None, reason="only glibc gives memory back on request")
 def test_what_is_freed_below_something_held_goes_back_to_the_system():
-    # small enough for the heap, which by itself shrinks from its end only
+    # small enough for the heap, which only shrinks from its end automatically
     held = [b"x" * 65_536 for _ in range(2000)]
     last = held.pop()
     before = resident_bytes()

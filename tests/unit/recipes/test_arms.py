@@ -30,7 +30,7 @@ def error_of(**arms):
     with pytest.raises(ConfigError) as caught:
         federated_arms(recipe(arms=arms))
     text = str(caught.value)
-    assert "\n  " in text, "the mend is missing"
+    assert "\n  " in text, "the fix is missing"
     return text
 
 
@@ -130,7 +130,7 @@ def test_every_free_section_can_be_changed(section):
     }
 
 
-def test_an_arm_is_a_whole_recipe_that_can_be_saved_and_read_again():
+def test_an_arm_is_a_complete_recipe_that_can_be_saved_and_read_again():
     run = recipe(arms={"slow": {"train": {"lr": 1e-4}}})
     for arm in federated_arms(run).values():
         assert parse(tomllib.loads(to_toml(arm))) == arm
@@ -152,7 +152,7 @@ def test_the_same_algorithm_keeps_the_recipes_other_settings(change):
     assert weak.algorithm.weights == "uniform"
 
 
-def test_an_algorithm_that_the_recipe_leaves_unsaid_can_be_changed_too():
+def test_an_algorithm_that_the_recipe_does_not_name_can_be_changed_too():
     table = {key: value for key, value in RECIPE.items() if key != "algorithm"}
     arms = {"prox": {"algorithm": {"name": "fedprox", "mu": 2.0}}}
     found = federated_arms(parse({**table, "compare": {"arms": arms}}))
@@ -169,8 +169,8 @@ def test_an_algorithm_that_the_recipe_leaves_unsaid_can_be_changed_too():
 def test_a_section_that_all_arms_share_is_refused_with_those_that_may_change(section):
     value = {"x": 1} if section in sections() else 7
     assert error_of(other={section: value}) == (
-        f"compare.arms.other: '{section}' is no section that an arm may change.\n"
-        "  These are: adapter, train, algorithm, server, distill."
+        f"compare.arms.other: '{section}' is not a section that an arm may change.\n"
+        "  An arm may change adapter, train, algorithm, server, distill."
     )
 
 
@@ -185,7 +185,7 @@ def test_a_value_where_a_section_should_be_is_refused(section):
 def test_a_key_that_decides_on_rows_is_refused_even_with_the_recipes_own_value(section, key):
     value = RECIPE[section].get(key, "own.jsonl")
     assert error_of(other={"train": {"lr": 1e-4}, section: {key: value}}) == (
-        f"compare.arms.other: {section}.{key} decides on the rows, which all arms share.\n"
+        f"compare.arms.other: {section}.{key} determines the rows, which all arms share.\n"
         "  Set it in the recipe itself, or compare two recipes."
     )
 

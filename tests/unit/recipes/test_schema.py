@@ -104,7 +104,7 @@ def test_mistakes_of_overrides_and_of_the_file_are_reported_together(recipe):
         ({"adapter__kind": "full", "model__dtype": "float16"}, "model.dtype"),
     ],
 )
-def test_a_contradiction_across_sections_is_found_and_also_beside_other_mistakes(changes, key):
+def test_a_contradiction_across_sections_is_found_even_with_other_mistakes(changes, key):
     (only,) = mistakes(plain(**changes))
     assert only.startswith(f"{key}: ")
     several = mistakes(plain(**changes, seed="x", data={"pth": "y"}, train={"lr": -1}))
@@ -156,7 +156,7 @@ def test_the_nearest_key_is_the_one_that_is_meant(typed, meant):
 
 
 @pytest.mark.parametrize("typed", ["xyzzy", "train.xyzzy", "a.b.c"])
-def test_a_key_that_is_near_to_none_offers_none(typed):
+def test_a_key_that_is_close_to_none_offers_none(typed):
     assert nearest_key(typed, "fedavg") is None
 
 
@@ -180,7 +180,7 @@ def test_an_algorithm_must_exist_and_its_section_must_be_a_table():
 @pytest.mark.parametrize("section", [s for s in sections() if s != "algorithm"])
 def test_a_value_in_the_place_of_a_section_is_explained(section):
     assert mistakes(plain(**{section: 3})) == [
-        f"{section}: is a section; set single keys of it, as in {section}.key = value."
+        f"{section}: is a section; set individual keys in it, for example {section}.key = value."
     ]
 
 
@@ -203,25 +203,25 @@ def test_an_override_changes_one_key(recipe):
         ("adapter.rslora=true", "adapter.rslora", True),
         ('adapter.targets=["q_proj", "v_proj"]', "adapter.targets", ("q_proj", "v_proj")),
         ("adapter={rank = 3, alpha = 6}", "adapter.rank", 3),
-        # no TOML values, so texts
+        # not TOML values, so texts
         ("model.name=owner/model", "model.name", "owner/model"),
         ("data.path=/tmp/a b.csv", "data.path", "/tmp/a b.csv"),
         ("data.split=train[:500]", "data.split", "train[:500]"),
         ("data.system=1 = 1, is it not?", "data.system", "1 = 1, is it not?"),
         ('data.system="none"', "data.system", "none"),
-        # TOML values, so no texts
+        # TOML values, so not texts
         ('model.name="owner/model"', "model.name", "owner/model"),
         ("data.system='''a\nb'''", "data.system", "a\nb"),
     ],
 )
-def test_a_value_is_read_as_toml_and_as_text_where_it_is_none(recipe, override, key, value):
+def test_a_value_is_read_as_toml_or_else_as_text(recipe, override, key, value):
     found: Any = load_recipe(recipe, [override])
     for part in key.split("."):
         found = getattr(found, part)
     assert found == value
 
 
-def test_none_takes_a_key_or_a_section_out(recipe):
+def test_none_removes_a_key_or_a_section(recipe):
     recipe.write_text(
         'rounds = 2\npartition.by = "source"\ntrain.local_steps = 3\ndata.path = "medquad_mini"\n'
     )
@@ -240,9 +240,9 @@ def test_overrides_make_sections_that_the_recipe_lacks(recipe):
 
 
 @pytest.mark.parametrize("override", ["lr", "", "=3", "  =3", ".=3", "train..lr=3", "train.=3"])
-def test_a_text_that_is_no_override_is_named(recipe, override):
+def test_a_text_that_is_not_an_override_is_named(recipe, override):
     assert bad_overrides(recipe, override) == [
-        f"override '{override}': write key=value, for instance train.lr=5e-4"
+        f"override '{override}': write key=value, for example train.lr=5e-4"
     ]
 
 
@@ -261,7 +261,7 @@ def test_overrides_do_not_change_the_file(recipe):
 # --- files
 
 
-def test_a_shipped_name_goes_before_a_file_of_that_name(tmp_path, monkeypatch):
+def test_a_shipped_name_takes_precedence_over_a_file_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hospitals").write_text("rounds = 99\n")
     assert load_recipe("hospitals").rounds != 99
@@ -272,7 +272,7 @@ def test_a_shipped_name_goes_before_a_file_of_that_name(tmp_path, monkeypatch):
 def test_a_text_that_is_not_utf8_is_a_mistake(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_bytes(b'data.system = "gr\xfc\xdf"\n')
-    with pytest.raises(ConfigError, match=r"mine\.toml: not valid TOML[\s\S]*\n  Mend the line"):
+    with pytest.raises(ConfigError, match=r"mine\.toml: not valid TOML[\s\S]*\n  Fix the line"):
         load_recipe(path)
 
 
@@ -339,7 +339,7 @@ def test_a_resolved_recipe_reads_back_equal_whatever_is_set(name, overrides):
     assert to_toml(parse(tomllib.loads(to_toml(run)))) == to_toml(run)
 
 
-# A value that differs from the default and is allowed, and what must be set beside it.
+# A value that differs from the default and is allowed, and what must be set with it.
 NOISE = ["privacy.noise_multiplier=1", "privacy.delta=0.1"]
 OTHER: dict[str, tuple[str, list[str]]] = {
     "seed": ("4", []),
@@ -507,8 +507,8 @@ def keys_of(algorithm: str) -> set[str]:
     ],
 )
 def test_every_field_can_be_set_and_shows_in_the_resolved_recipe(recipe, algorithm, key):
-    value, beside = OTHER[key]
-    chosen = [f"algorithm.name={algorithm}", *beside]
+    value, needed = OTHER[key]
+    chosen = [f"algorithm.name={algorithm}", *needed]
     run = load_recipe(recipe, [*chosen, f"{key}={value}"])
     assert comes_back(run)
     shown: Any = tomllib.loads(to_toml(run))
@@ -525,15 +525,15 @@ def test_every_field_can_be_set_and_shows_in_the_resolved_recipe(recipe, algorit
     assert shown != default, "the test sets the default"
 
 
-def test_an_option_of_a_partitioner_that_is_no_plain_value_is_named():
+def test_an_option_of_a_partitioner_that_is_not_a_plain_value_is_named():
     cut = {"kind": "flwr-datasets", "partitioner": "X", "options": {"a": {"b": 1}}}
     assert mistakes(plain(partition=cut)) == [
-        "partition.options: 'a' should be a number, a text, true, false or a list of numbers."
+        "partition.options: 'a' should be a number, a string, true, false or a list of numbers."
     ]
 
 
 def test_a_misspelt_key_is_not_also_reported_as_missing():
-    # Bug: `data.complation` was reported, and beside it that prompt and completion belong together.
+    # Bug: `data.complation` was reported, and also that prompt and completion belong together.
     table = {"rounds": 1, "data": {"path": "x", "prompt": "{q}", "complation": "{a}"}}
     with pytest.raises(ConfigError) as caught:
         parse(table)
@@ -552,7 +552,7 @@ def test_a_wrong_type_does_not_hide_the_contradictions_of_its_section():
 
 
 def test_a_wrong_item_of_a_list_ends_in_an_error():
-    # Bug: an item cannot be taken out by key, so reading on never ended.
+    # Bug: an item cannot be removed by its key, so reading never ended.
     table = {"rounds": 1, "data": {"path": "x"}, "adapter": {"targets": [5]}}
     with pytest.raises(ConfigError, match=r"adapter\.targets\.0"):
         parse(table)

@@ -1,4 +1,4 @@
-"""What a run's page and a comparison's page are made of, with names that mean harm."""
+"""Values for the pages of a run and a comparison, with harmful names."""
 
 from silotune.recipes.parse import parse
 
@@ -60,7 +60,7 @@ def summary_of(names, *, worse=()):
 
 
 def rows_of(names):
-    """Rows as in rounds.py: each adapter scored, each round trained."""
+    """Rows as in rounds.py: each adapter is scored, each round trains."""
     rows = []
     for r in range(ROUNDS + 1):
         for i, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Charts are self-contained SVG text that follows the page's theme and tells nothing by colour."""
+"""Charts are self-contained SVG text. They follow the theme and do not rely on colour alone."""
 
 import re
 import subprocess
@@ -149,13 +149,13 @@ def test_with_many_clients_only_the_lowest_and_the_highest_are_named():
     assert "all, weighted by tokens" in said
 
 
-def test_rare_labels_are_put_together(drawn):
+def test_rare_labels_are_grouped(drawn):
     assert "other (5 labels)" in texts(drawn["labels"])
     few = texts(charts.labels_per_client(split_of(["a", "b"], num_labels=10)))
     assert not any("other" in text for text in few)
 
 
-def test_a_difference_is_drawn_beside_a_zero_line_and_only_for_compared_arms(drawn):
+def test_differences_are_drawn_with_a_zero_line_and_only_for_compared_arms(drawn):
     said = texts(drawn["differences"])
     assert "centralized" in said
     assert "local" not in said
@@ -178,7 +178,7 @@ def test_an_interval_without_bounds_is_a_dot():
     assert dot.count("<path") < line.count("<path")
 
 
-def test_what_cannot_be_drawn_is_an_empty_text():
+def test_a_chart_without_data_is_an_empty_string():
     unlabelled = split_of(["a"])
     unlabelled["a"]["tokens"] = {}
     assert charts.held_out_loss({}, {}) == ""
@@ -199,7 +199,7 @@ def test_biggest_keeps_the_clients_with_most_rows_in_their_own_order():
 
 
 @pytest.mark.parametrize("letter", ["n", "W", "m", "東", "Щ", "😀"])
-def test_a_long_name_is_cut_to_a_line(letter):
+def test_a_long_name_is_shortened_to_a_line(letter):
     cut = svg.short(letter * 200)
     assert cut.endswith("…")
     assert 25 <= len(cut) <= 53

@@ -1,4 +1,4 @@
-"""A conversation: who sees what, what is left out, and what a terminal or a browser is given."""
+"""A conversation: who sees what, what is left out, and what a terminal or a browser gets."""
 
 import asyncio
 import importlib.util
@@ -10,7 +10,8 @@ from silotune.cli.frame import plain
 from silotune.core.errors import ConfigError
 from silotune.data.chat_templates import render
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import LoadedModel, ModelConfig, base_only, load_model
+from silotune.models.base import ModelConfig
+from silotune.models.loading import LoadedModel, base_only, load_model
 from silotune.recipes.parse import parse
 from silotune.recipes.schema import RunConfig
 from silotune.results.chat import Chat, Speakers, positions
@@ -74,7 +75,7 @@ def test_each_speaker_sees_its_own_earlier_answers_and_not_the_others(loaded):
         assert third[name] == spoken(loaded, name, *own)
 
 
-def test_a_second_message_is_answered_otherwise_than_the_same_one_alone(loaded):
+def test_a_second_message_gets_another_answer_than_the_same_one_alone(loaded):
     chat = Chat(speakers(loaded))
     alone = chat.say("Why?")
     chat.say("What is flu?")
@@ -90,7 +91,7 @@ def test_after_a_reset_the_first_answer_comes_again(loaded):
     assert chat.say("What is flu?") == first
 
 
-def test_a_conversation_is_a_value_and_the_models_know_none(loaded):
+def test_a_conversation_is_a_value_that_the_models_do_not_keep(loaded):
     ours = speakers(loaded)
     before = ours.reply("What is flu?", {}).history
     one, other = ours.reply("Why?", before), ours.reply("Why?", before)
@@ -107,13 +108,13 @@ def test_the_adapter_is_on_again_after_the_base_has_spoken(loaded):
 # --- what does not fit
 
 
-def test_the_oldest_exchanges_are_left_out_when_places_run_out_and_it_is_said(loaded):
+def test_the_oldest_exchanges_are_left_out_when_the_context_is_full_and_a_note_says_so(loaded):
     chat = Chat(speakers(loaded))
     said = [chat.say("x" * 150) for _ in range(2)]
     assert chat.notes == ()
     third = chat.say("Why?" + "y" * 140)
     assert chat.notes == tuple(
-        f"{name} no longer sees the oldest 1 of 2 exchanges: the model has no places left for them"
+        f"{name} no longer sees the oldest 1 of 2 exchanges: its context is full"
         for name in ("base", "federated")
     )
     for name in ("base", "federated"):
@@ -122,7 +123,7 @@ def test_the_oldest_exchanges_are_left_out_when_places_run_out_and_it_is_said(lo
         assert len(chat.history[name]) == 3, "what was said is kept, for people"
 
 
-def test_a_conversation_fills_the_places_to_the_last_one(loaded):
+def test_a_conversation_fills_the_context_to_the_last_token(loaded):
     empty = render(loaded.tokenizer, ({"role": "user", "content": ""},), ask=True)
     room = 512 - 6 - len(encode(loaded, [empty])[0])
     chat = Chat(speakers(loaded, system=None))
@@ -137,12 +138,14 @@ def test_one_message_that_is_too_long_is_an_error_and_the_conversation_stays(loa
     before = chat.history
     with pytest.raises(ConfigError) as error:
         chat.say("x" * 600)
-    assert "the model has places for 512, of which 6 are kept for the answer" in str(error.value)
+    assert "the model's context has 512 tokens, of which 6 are reserved for the answer" in str(
+        error.value
+    )
     assert "smaller --max-new-tokens" in str(error.value)
     assert chat.history == before
 
 
-def test_trained_vectors_in_front_of_the_text_take_places(tiny_model):
+def test_trained_vectors_in_front_of_the_text_take_up_positions(tiny_model):
     places = {
         kind: positions(
             load_model(
@@ -175,11 +178,11 @@ def test_trained_vectors_in_front_of_the_text_take_places(tiny_model):
         ("lone \udc1b surrogate", "lone  surrogate"),
     ],
 )
-def test_what_steers_a_terminal_is_taken_out(given, shown):
+def test_terminal_control_sequences_are_removed(given, shown):
     assert plain(given) == shown
 
 
-def test_no_character_below_a_blank_passes_but_line_breaks_and_tabs():
+def test_no_control_character_passes_except_line_breaks_and_tabs():
     every = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
     assert set(plain(every)) <= {"\n", "\t"} | set(map(chr, range(0x20, 0x7F)))
 
@@ -207,7 +210,7 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(host, monkey
     with take_port(host, 0) as taken:
         number = taken.getsockname()[1]
         assert address_of(taken) == f"http://127.0.0.1:{number}/"
-        with pytest.raises(ConfigError, match=f"port {number} of {host} cannot be had") as error:
+        with pytest.raises(ConfigError, match=f"port {number} of {host} is not available") as error:
             take_port(host, number)
     assert "--port" in str(error.value)
 
@@ -268,5 +271,5 @@ def test_pages_and_names_of_others_do_not_reach_the_model(headers):
         "/docs",
     ],
 )
-def test_nothing_of_gradio_is_open_that_the_page_does_not_need(path):
+def test_no_part_of_gradio_is_open_that_the_page_does_not_need(path):
     assert status_of(path, host="127.0.0.1")[0] == 403

@@ -43,7 +43,7 @@ TEXTS = [
     "<|im_start|>user\nthe heart<|im_end|>\n Größe 東京 \t 👩‍⚕️",
 ]
 EXACT = 1e-5
-"""Largest difference of logits that is rounding in float32, of the largest logit."""
+"""Largest difference between logits that is float32 rounding, as a share of the largest logit."""
 RNG = 9
 
 
@@ -78,7 +78,7 @@ def build_merging_tokenizer(digits: bool = False):
 
 
 def build_llama(folder: Path, *, tokenizer=None, scale: float = 6.0, **more) -> Path:
-    """A random Llama with a tokenizer that GGUF has words for, and large differences of logits."""
+    """A random Llama with large logits and a tokenizer that GGUF can describe."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tokenizer or build_merging_tokenizer()
@@ -102,7 +102,7 @@ def build_llama(folder: Path, *, tokenizer=None, scale: float = 6.0, **more) -> 
         model = LlamaForCausalLM(LlamaConfig(**table | more))
     with torch.no_grad():
         for parameter in model.parameters():
-            # norms too, so that each has a place of its own
+            # norms too, so that no two tensors are equal
             noise = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(RNG))
             parameter.mul_(scale if parameter.dim() == 2 else 1 + noise)
     model.save_pretrained(folder)
@@ -111,7 +111,7 @@ def build_llama(folder: Path, *, tokenizer=None, scale: float = 6.0, **more) -> 
 
 
 def make_run(folder: Path, model: Path, adapter: dict | None = None, **changes) -> silotune.Run:
-    """A short run whose result is then moved so far that it shows in every logit."""
+    """A short run whose result is then changed so much that every logit shows it."""
     folder.mkdir(parents=True, exist_ok=True)
     data = write_jsonl(folder / "rows.jsonl", hospital_rows(2, 4))
     table = {
@@ -140,7 +140,7 @@ def llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, llama) -> silotune.Run:
-    """One finished run that most tests look at; exports go elsewhere."""
+    """One finished run that most tests read; exports go to other folders."""
     return make_run(tmp_path_factory.mktemp("run"), llama)
 
 
@@ -181,20 +181,20 @@ def test_a_peft_export_is_read_by_peft_with_the_runs_template_and_the_same_logit
     assert tokenizer.chat_template == CHATML
 
 
-def test_an_export_lies_in_the_run_by_default_and_is_never_overwritten(done):
+def test_an_export_is_in_the_run_folder_by_default_and_is_never_overwritten(done):
     try:
         place = done.export()
         assert place == done.path / "export" / "peft"
         with pytest.raises(RunFolderError) as caught:
             done.export()
         assert str(caught.value) == (
-            f"{place} exists and is not overwritten.\n  Remove it, or give another --to."
+            f"{place} exists and is not overwritten.\n  Remove it, or choose another --to."
         )
     finally:
         shutil.rmtree(done.path / "export")
 
 
-def test_a_card_tells_where_an_export_comes_from_and_no_path_and_no_client(done, tmp_path):
+def test_a_card_says_where_an_export_comes_from_without_paths_or_client_names(done, tmp_path):
     provenance = json.loads((done.path / "provenance.json").read_text())
     for kind in ("peft", "merged", "gguf"):
         place = done.export(kind, to=tmp_path / kind)
@@ -202,9 +202,9 @@ def test_a_card_tells_where_an_export_comes_from_and_no_path_and_no_client(done,
         for said in (
             *(provenance["base"]["sha256"], provenance["data"]["sha256"]),
             *(done.summary["adapter_sha256"], provenance["versions"]["silotune"]),
-            "clients: 2; rows: 7 to train on (a client has 3 to 4), 2 held out",
+            "clients: 2; rows: 7 for training (3 to 4 per client), 2 held out",
             "rounds: 1 of fedavg; this is the result after round 1",
-            "licence not known here",
+            "licence unknown: see its own card",
         ):
             assert said in card, (kind, said)
         for path in place.iterdir():
@@ -259,7 +259,7 @@ def test_merged_weights_are_rounded_once_to_the_type_of_training(llama, tmp_path
         assert (tensor == expected.bfloat16()).float().mean() > 0.999, name
 
 
-def test_a_quantised_run_merges_into_the_base_that_is_not_quantised(llama, tmp_path):
+def test_a_quantised_run_merges_into_the_unquantised_base(llama, tmp_path):
     done = make_run(tmp_path, llama, model__quantization="nf4")
     place = done.export("merged")
     plain = make_run(tmp_path / "plain", llama)
@@ -270,11 +270,11 @@ def test_a_quantised_run_merges_into_the_base_that_is_not_quantised(llama, tmp_p
     expected = logits_of(loaded.model, loaded.tokenizer)
     assert difference(logits_of(model, tokenizer), expected) < EXACT
     assert (
-        "Training saw the base in nf4, and this is the base that is not"
+        "**Training used the base in nf4; this export uses the unquantised base.**"
         in (place / "README.md").read_text()
     ), "the card says so"
     peft = done.export()
-    assert "**Training saw the base in nf4.**" in (peft / "README.md").read_text()
+    assert "**Training used the base in nf4.**" in (peft / "README.md").read_text()
 
 
 def test_a_classifier_is_exported_with_its_head_and_labels(tmp_path):
@@ -297,19 +297,19 @@ def test_a_classifier_is_exported_with_its_head_and_labels(tmp_path):
     assert difference(logits_of(model, tokenizer), expected) < EXACT
     assert model.config.id2label == dict(enumerate(done.config.data.labels or ()))
     assert "AutoModelForSequenceClassification" in (place / "README.md").read_text()
-    with pytest.raises(ModelError, match="this run gives labels"):
+    with pytest.raises(ModelError, match="this run is a classifier"):
         done.export("gguf")
 
 
 @pytest.mark.parametrize("adapter", ["prompt", "prefix"])
-def test_vectors_in_front_of_the_text_are_exported_for_peft_only(llama, tmp_path, adapter):
+def test_vectors_in_front_of_the_text_are_exported_only_for_peft(llama, tmp_path, adapter):
     done = make_run(tmp_path, llama, {"kind": adapter, "virtual_tokens": 2})
     for kind in ("merged", "gguf"):
         with pytest.raises(ModelError) as caught:
             done.export(kind)
         assert str(caught.value) == (
-            f"adapter.kind = '{adapter}' is vectors in front of the text, which cannot be merged "
-            "into the base's weights.\n  Export it with --as peft."
+            f"adapter.kind = '{adapter}' trains vectors in front of the text, which cannot be "
+            "merged into the base's weights.\n  Export it with --as peft."
         )
     assert not (done.path / "export").exists()
     assert (done.export() / "adapter_config.json").is_file()
@@ -317,15 +317,15 @@ def test_vectors_in_front_of_the_text_are_exported_for_peft_only(llama, tmp_path
 
 def test_a_fully_trained_run_is_a_copy_and_has_no_adapter_to_export(llama, tmp_path):
     done = make_run(tmp_path, llama, {"kind": "full"})
-    with pytest.raises(ModelError, match=r"no adapter to export\.\n  Add --as merged\."):
+    with pytest.raises(ModelError, match=r"no adapter to export\.\n  Use --as merged\."):
         done.export()
     place = done.export("merged")
     name = "model.safetensors"
     assert (place / name).read_bytes() == (done.path / "adapter" / name).read_bytes()
 
 
-def test_an_adapter_whose_merge_says_something_else_is_refused(done):
-    """As PEFT's merge would be into an output layer that is tied to the embedding."""
+def test_an_adapter_whose_merge_answers_differently_is_refused(done):
+    """PEFT's merge does this for an output layer that is tied to the embedding."""
     loaded = done.load()
     plain = loaded.model.merge_and_unload
     loaded.model.merge_and_unload = lambda **how: _spoilt(plain(**how))
@@ -342,8 +342,8 @@ def _spoilt(model):
 # --- gguf -----------------------------------------------------------------------------------------
 
 LIMITS = {"f32": EXACT, "f16": 5e-3, "q8_0": 0.1}
-"""Largest difference of logits by type. These tiny models' weights are large, to make it show; what
-a real one has stands in docs/export.md and is tested in tests/slow."""
+"""Largest difference between logits by type. These tiny models have large weights to make it
+visible. For real models, see docs/export.md and tests/slow."""
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -369,7 +369,7 @@ def test_transformers_reads_a_gguf_export_with_the_same_tokens_and_logits(tmp_pa
 
 
 @pytest.mark.parametrize("digits", [False, True], ids=["gpt-2", "smollm"])
-def test_the_tokenizer_in_a_gguf_export_cuts_text_as_before(tmp_path, digits):
+def test_the_tokenizer_in_a_gguf_export_splits_text_as_before(tmp_path, digits):
     ours = build_merging_tokenizer(digits)
     done = make_run(tmp_path, build_llama(tmp_path / "llama", tokenizer=ours))
     place = done.export("gguf", gguf_type="f32")
@@ -400,7 +400,7 @@ def test_our_own_reader_gets_the_merged_weights_back(done, tmp_path):
         assert torch.equal(tensor, merged[name].bfloat16()), name
 
 
-def test_heads_of_another_width_than_the_models_are_written_down(tmp_path):
+def test_attention_heads_of_another_width_are_recorded(tmp_path):
     done = make_run(tmp_path, build_llama(tmp_path / "llama", head_dim=32))
     model, tokenizer = read(done.export("gguf", gguf_type="f32"), gguf_file="model-f32.gguf")
     loaded = done.load()
@@ -408,7 +408,7 @@ def test_heads_of_another_width_than_the_models_are_written_down(tmp_path):
     assert difference(logits_of(model, tokenizer), expected) < EXACT
 
 
-def test_rows_that_are_no_whole_blocks_are_f16_in_a_q8_0_file(tmp_path):
+def test_rows_that_do_not_fill_blocks_are_f16_in_a_q8_0_file(tmp_path):
     from gguf import GGUFReader
 
     model = build_llama(tmp_path / "llama", hidden_size=48, num_attention_heads=4)
@@ -427,14 +427,14 @@ def test_numbers_that_f16_cannot_hold_are_an_error(llama, tmp_path):
         with pytest.raises(ModelError) as caught:
             write_llama(model, tokenizer, tmp_path / "model.gguf", kind=kind, about={})
         assert str(caught.value) == (
-            f"tensor 'model.embed_tokens.weight' holds numbers that are too large for {kind}.\n"
-            "  Write it with --type f32."
+            f"tensor 'model.embed_tokens.weight' contains numbers that are too large for {kind}.\n"
+            "  Export with --type f32."
         )
     write_llama(model, tokenizer, tmp_path / "model.gguf", kind="f32", about={})
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
-def test_no_weight_of_a_gguf_file_is_further_off_than_stated(done, tmp_path, kind):
+def test_no_weight_in_a_gguf_file_is_off_by_more_than_stated(done, tmp_path, kind):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -463,20 +463,20 @@ def test_no_weight_of_a_gguf_file_is_further_off_than_stated(done, tmp_path, kin
     [
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            r"this Llama has rotary positions that are scaled \('linear'\)",
+            r"this Llama has scaled rotary positions \('linear'\)",
         ),
         ({"attention_bias": True}, "this Llama has biases in its linear layers"),
         ({"hidden_act": "gelu"}, "this Llama has the activation 'gelu'"),
     ],
 )
-def test_a_llama_that_gguf_readers_would_take_for_another_is_refused(more, text):
+def test_a_llama_that_gguf_readers_would_misread_is_refused(more, text):
     from transformers import LlamaConfig
 
     with pytest.raises(ModelError, match=text):
         check_llama(LlamaConfig(**more))
 
 
-def test_a_family_that_is_not_written_is_named(tmp_path):
+def test_an_unsupported_model_family_is_named(tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     tokenizer = build_merging_tokenizer()
@@ -494,8 +494,9 @@ def test_a_family_that_is_not_written_is_named(tmp_path):
     with pytest.raises(ModelError) as caught:
         done.export("gguf")
     assert str(caught.value) == (
-        "GGUF files are written of the family 'llama'; this model's is 'gpt_neox'.\n"
-        "  Export it with --as merged, and convert that folder with llama.cpp's own program."
+        "only models of the family 'llama' can be written to GGUF; this one is of the family "
+        "'gpt_neox'.\n"
+        "  Export it with --as merged, and convert that folder with llama.cpp's own converter."
     )
     assert not (done.path / "export").exists()
 
@@ -507,7 +508,7 @@ def _tokenizer_with(**parts):
     return tokenizer
 
 
-def test_tokenizers_that_gguf_has_no_words_for_are_refused(tokenizer):
+def test_tokenizers_that_gguf_cannot_describe_are_refused(tokenizer):
     from tokenizers import normalizers, pre_tokenizers
 
     with_blank = build_merging_tokenizer()
@@ -517,10 +518,10 @@ def test_tokenizers_that_gguf_has_no_words_for_are_refused(tokenizer):
     )
     for given, rows, text in (
         (tokenizer, 300, "the tokenizer has no merges"),
-        (build_merging_tokenizer(), 10, "the tokenizer has 265 tokens for 10 rows"),
+        (build_merging_tokenizer(), 10, "the tokenizer has 265 tokens, but the model has 10"),
         (with_blank, 300, "has the token 'two words', not in byte letters"),
-        (_tokenizer_with(normalizer=normalizers.NFC()), 300, "normalises its text"),
-        (_tokenizer_with(pre_tokenizer=split), 300, "splits text in a way of its own"),
+        (_tokenizer_with(normalizer=normalizers.NFC()), 300, "normalises text"),
+        (_tokenizer_with(pre_tokenizer=split), 300, "splits text in an unsupported way"),
     ):
         with pytest.raises(ModelError, match=text):
             check_tokenizer(given, rows)
@@ -535,12 +536,16 @@ def test_tokenizers_that_gguf_has_no_words_for_are_refused(tokenizer):
     [
         ("merge", {}, "--as = 'merge' is unknown. Did you mean 'merged'?"),
         ("gguf", {"gguf_type": "q8"}, "--type = 'q8' is unknown. Did you mean 'q8_0'?"),
-        ("merged", {"gguf_type": "f16"}, "--type has an effect with --as gguf only."),
-        ("peft", {"public": True}, "--public has an effect with --push only."),
-        ("peft", {"push": "mine"}, "--push 'mine' is no repository.\n  Write its owner too"),
+        ("merged", {"gguf_type": "f16"}, "--type has an effect only with --as gguf."),
+        ("peft", {"public": True}, "--public has an effect only with --push."),
+        (
+            "peft",
+            {"push": "mine"},
+            "--push 'mine' is not a repository.\n  Include the owner: OWNER/NAME.",
+        ),
     ],
 )
-def test_arguments_that_cannot_be_are_told_before_anything_is_done(done, kind, more, text):
+def test_invalid_arguments_are_refused_before_anything_is_done(done, kind, more, text):
     with pytest.raises(ConfigError) as caught:
         done.export(kind, **more)
     assert text in str(caught.value)
@@ -573,7 +578,9 @@ def test_a_base_that_is_gone_or_has_changed_is_one_error_and_nothing_is_written(
     assert not (done.path / "export").exists()
 
 
-def test_a_folder_that_is_gone_and_reads_like_a_hub_id_is_told_so(llama, tmp_path, monkeypatch):
+def test_a_missing_folder_that_looks_like_a_hub_id_is_reported_as_gone(
+    llama, tmp_path, monkeypatch
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(llama, "models/own")
@@ -583,7 +590,7 @@ def test_a_folder_that_is_gone_and_reads_like_a_hub_id_is_told_so(llama, tmp_pat
         done.export()
     assert str(caught.value) == (
         "the base 'models/own' is gone: it is neither a folder here nor on the hub.\n"
-        "  Restore it, or go where it can be reached."
+        "  Restore it, or use a machine that can reach it."
     )
 
 
@@ -593,12 +600,12 @@ def test_a_full_disk_leaves_nothing_half_written(done, tmp_path, kind):
     with largest_file(2000), pytest.raises(DiskError) as caught:
         done.export(kind, to=place)
     assert str(caught.value).startswith(f"{place} cannot be written: ")
-    assert "  Make room" in str(caught.value)
+    assert "  Free up space" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     done.export(kind, to=place)
 
 
-def test_a_folder_that_somebody_made_meanwhile_stays(done, tmp_path, monkeypatch):
+def test_a_folder_that_appeared_meanwhile_stays(done, tmp_path, monkeypatch):
     place = tmp_path / "new" / "out"
 
     def take_time(run, summary, provenance, **_):
@@ -666,7 +673,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_push_uploads_the_folder_to_a_repository_that_is_private_unless_told(
+def test_a_push_uploads_the_folder_to_a_repository_that_is_private_by_default(
     done, tmp_path, hub, public
 ):
     api = hub()
@@ -676,9 +683,9 @@ def test_a_push_uploads_the_folder_to_a_repository_that_is_private_unless_told(
     assert {"README.md", "adapter_model.safetensors"} <= files
 
 
-def test_a_repository_that_everyone_may_read_is_not_filled_unless_told(done, tmp_path, hub):
+def test_a_public_repository_is_not_used_unless_asked_for(done, tmp_path, hub):
     api = hub(public=True)
-    with pytest.raises(ConfigError, match="everyone may read it; nothing was uploaded"):
+    with pytest.raises(ConfigError, match="exists and is public; nothing was uploaded"):
         done.export(to=tmp_path / "out", push="me/own")
     assert [call[0] for call in api.calls] == ["create"]
     assert (tmp_path / "out").is_dir()
@@ -691,8 +698,8 @@ def test_a_push_without_a_login_says_how_and_exports_nothing(done, tmp_path, hub
     with pytest.raises(ConfigError) as caught:
         done.export(to=tmp_path / "out", push="me/own")
     assert str(caught.value) == (
-        "--push: nobody is logged in to the hub here.\n"
-        "  Run `hf auth login`, or set HF_TOKEN to a token that may write."
+        "--push: nobody is logged in to the hub on this machine.\n"
+        "  Run `hf auth login`, or set HF_TOKEN to a token with write access."
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -705,7 +712,7 @@ def test_a_hub_that_does_not_answer_is_an_error_without_its_words(done, tmp_path
     assert "hf_secret" not in str(caught.value)
 
 
-def test_an_upload_that_fails_leaves_the_export_and_says_how_to_go_on(
+def test_an_upload_that_fails_leaves_the_export_and_says_how_to_continue(
     done, tmp_path, hub, monkeypatch
 ):
     api = hub()

@@ -1,4 +1,4 @@
-"""A page stands alone, escapes all that is data, and says first what matters."""
+"""A page is self-contained, escapes all data, and starts with what matters."""
 
 import re
 from html.parser import HTMLParser
@@ -113,7 +113,7 @@ def test_every_link_of_the_page_has_its_place(reader):
 
 def test_run_verdict_counts_clients_and_names_the_change():
     assert run_verdict(summary_of(NAMES, worse=["west"])) == (
-        "2 of 3 clients have a lower held-out loss than with the base; over all, weighted by "
+        "2 of 3 clients have a lower held-out loss than with the base; overall, weighted by "
         "tokens, it fell from 2.500 to 2.300 nats per token (−8.0\u00a0%)."
     )
 
@@ -133,7 +133,7 @@ def test_run_verdict_counts_clients_without_a_score():
     summary = summary_of(NAMES)
     summary["clients"]["west"]["federated_loss"] = None
     assert "2 of 2 clients have" in run_verdict(summary)
-    assert "1 client without a held-out score." in run_verdict(summary)
+    assert "No held-out score for 1 client." in run_verdict(summary)
 
 
 def test_clients_that_are_not_better_than_the_base_are_named_in_a_warning():
@@ -183,7 +183,7 @@ def test_run_page_without_scores_split_and_samples_leaves_these_parts_out():
     assert page.tags.count("svg") == 3  # training loss, bytes, seconds
 
 
-def test_run_page_shows_nothing_in_the_place_of_numbers_that_clients_kept_to_themselves():
+def test_run_page_leaves_out_numbers_that_clients_kept_to_themselves():
     summary = {**summary_of(NAMES), "tokens_trained": None, "peak_memory_bytes": None}
     for losses in (*summary["clients"].values(), summary["overall"]):
         losses.update(base_loss=None, federated_loss=None)
@@ -207,7 +207,7 @@ def test_run_page_shows_nothing_in_the_place_of_numbers_that_clients_kept_to_the
     words = " ".join(page.text.split())
     assert "client train rows held-out rows" in words
     assert "held-out rows base" not in words, "columns of dashes"
-    assert "base loaded 1 time(s)" in page.text
+    assert "base loaded 1 time " in page.text
 
 
 def test_rows_that_failed_or_diverged_leave_gaps_and_no_error():
@@ -224,7 +224,7 @@ def test_full_training_is_used_without_peft():
     assert "PeftModel" not in page
 
 
-def test_comparison_verdict_tells_the_mean_and_counts_clients():
+def test_comparison_verdict_states_the_mean_and_counts_clients():
     loss, rouge = comparison_verdict(comparison_of(NAMES))
     assert loss == (
         "With “federated” instead of training alone, the mean over clients gained: held-out loss "
@@ -282,13 +282,13 @@ def test_charts_leave_out_what_would_hide_the_rest_and_the_table_keeps_it():
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     every, apart = drawings[:2]
     assert ">base<" in every
-    assert ">base<" not in apart, "its distance would squeeze all others"
+    assert ">base<" not in apart, "its distance would squeeze all other arms"
     assert not any("only" in drawing for drawing in drawings)
-    assert "Adapters of single clients are in the table only." in page
+    assert "Adapters of single clients are shown only in the table." in page
     assert Reader(page).text.count("only a") == 2 * (len(NAMES) + 1)
 
 
-def test_a_client_called_like_the_mean_does_not_replace_it():
+def test_a_client_named_like_the_mean_does_not_replace_it():
     names = ("mean over clients", "south")
     comparison = comparison_of(names)
     comparison["overall"]["scores"]["loss"]["base"] = {"mean": 7.0, "low": 6.0, "high": 8.0}

@@ -1,4 +1,4 @@
-"""What answers where the rows are: the plain loop's bits, one model for all, no row in errors."""
+"""Answers where the rows are: bits as in the plain loop, one model for all, no rows in errors."""
 
 import fcntl
 import json
@@ -80,15 +80,15 @@ def test_the_place_is_the_innermost_line_of_silotune():
     failure = failure_from(error, client="north", round_=3)
     assert (failure.client, failure.round, failure.code) == ("north", 3, "ValueError")
     assert re.fullmatch(r"seeds\.py:\d+ in \w+", failure.place)
-    assert failure.mend == ""
+    assert failure.fix == ""
 
 
-def test_the_place_of_an_own_error_is_where_it_was_raised():
+def test_the_place_of_our_own_error_is_where_it_was_raised():
     row = {"question": SECRET, "answer": ""}
     failure = failure_from(caught(lambda: conversation(row, where=SECRET)), client="n", round_=1)
     assert failure.code == "EmptyRowError"
     assert re.fullmatch(r"conversations\.py:\d+ in _text", failure.place)
-    assert failure.mend == "this client has the reason in its log"
+    assert failure.fix == "the reason is in this client's log"
 
 
 def test_without_a_line_of_silotune_the_last_line_is_the_place():
@@ -147,7 +147,7 @@ def test_the_text_of_an_exception_stays_here(error, capsys):
     assert isinstance(failure, Failure)
     assert (failure.code, failure.round) == (type(error).__name__, 2)
     ours = isinstance(error, SilotuneError)
-    assert failure.mend == ("this client has the reason in its log" if ours else "")
+    assert failure.fix == ("the reason is in this client's log" if ours else "")
     if not isinstance(error, Silent):
         assert SECRET in capsys.readouterr().err, "the log on this side has it"
 
@@ -160,13 +160,13 @@ def test_the_text_of_an_exception_stays_here(error, capsys):
         (BudgetSpent("client 'n', round 2: this round would spend"), "privacy budget spent"),
     ],
 )
-def test_texts_that_hold_names_alone_are_passed_on(error, code):
+def test_texts_that_hold_only_names_are_passed_on(error, code):
     failure = failure_from(caught(failing(error)), client="north", round_=2)
     assert (failure.code, failure.place) == (code, str(error))
 
 
-def test_a_failure_is_told_though_its_text_cannot_be_written_down(monkeypatch):
-    """On a full disk the log took no line, and the worker ended instead of saying why."""
+def test_a_failure_is_reported_even_if_its_text_cannot_be_logged(monkeypatch):
+    """On a full disk the log could not be written, and the worker ended without saying why."""
 
     class Full:
         def write(self, text):
@@ -184,7 +184,7 @@ def test_a_cause_is_not_passed_on():
     assert failure.place == "client 'n': 'lora_A' is wrong"
 
 
-def test_what_is_too_long_to_be_read_is_cut_here():
+def test_a_text_that_is_too_long_is_truncated_here():
     long = UpdateError("x" * 5000)
     named = type("E" * 300, (Exception,), {})()
     for error in (long, named):
@@ -198,7 +198,7 @@ def test_an_answer_carries_the_name_of_its_client():
     assert guarded(failing(ValueError()), client="n", round_=1).about["client"] == "n"
 
 
-def test_the_end_of_the_process_is_no_failure():
+def test_the_end_of_the_process_is_not_a_failure():
     with pytest.raises(KeyboardInterrupt):
         guarded(failing(KeyboardInterrupt()), client="n", round_=1)
 
@@ -218,7 +218,7 @@ def rows(run):
 
 @pytest.fixture(scope="module")
 def base(run):
-    """The first adapter and a worker of its own: the oracle."""
+    """The first adapter and a separate worker: the oracle."""
     loaded = load_model(run.model, run.adapter, seed=run.seed, device="cpu")
     set_template(loaded.tokenizer)
     return Worker(loaded, INSTRUCT, run, algorithm_of(run.algorithm)), read_adapter(loaded)
@@ -270,7 +270,7 @@ def test_a_station_gives_the_bits_of_the_plain_loop_and_loads_the_base_once(
             ours = score(worker, data, Broadcast(round_ + 1, sums), memory)
             assert scored == replace(ours, size_bytes=got.bytes_down)
     assert num_base_loads() == loads + 1
-    assert asked_for == clients, "rows are read and cut into tokens once"
+    assert asked_for == clients, "rows are read and tokenized once"
     kept = [
         sorted(p.relative_to(tmp_path / who) for p in (tmp_path / who).rglob("*.safetensors"))
         for who in ("station", "plain")
@@ -278,7 +278,7 @@ def test_a_station_gives_the_bits_of_the_plain_loop_and_loads_the_base_once(
     assert kept[0] == kept[1]
 
 
-def test_a_query_is_answered_with_counts_and_fingerprints_alone(
+def test_a_query_is_answered_with_only_counts_and_fingerprints(
     run, rows, base, tmp_path, tiny_model
 ):
     station = Station(Place(run, rows.__getitem__, lambda name: tmp_path / name))
@@ -300,7 +300,7 @@ def test_a_query_is_answered_with_counts_and_fingerprints_alone(
     assert process["base_loads"] == num_base_loads()
     assert process["peak_memory_bytes"] > 10**7
     assert parcel.values.size == 0
-    assert set(parcel.about) == {"report", "process"}, "nothing of the rows"
+    assert set(parcel.about) == {"report", "process"}, "nothing about the rows"
 
 
 def test_an_unknown_client_a_broken_message_and_another_adapter_are_failures(
@@ -323,7 +323,7 @@ def test_an_unknown_client_a_broken_message_and_another_adapter_are_failures(
         assert isinstance(failure, Failure)
         assert failure.code == code, failure
     _, got = ask(station, "train", "hospital-0", Broadcast(1, adapter))
-    assert isinstance(got, Update), "and the station goes on"
+    assert isinstance(got, Update), "and the station continues"
 
 
 def test_a_client_whose_training_ends_in_nan_says_so_and_keeps_nothing(run, rows, base, tmp_path):
@@ -456,7 +456,7 @@ def refusal(client, asked) -> Failure:
     return failure
 
 
-def test_limits_count_from_the_moment_they_are_written(run, own):
+def test_limits_apply_from_the_moment_they_are_written(run, own):
     client = Deployed(own())
     assert "report" in client.answer(message(run, "query")).about
     own(max_rounds=2)
@@ -480,7 +480,7 @@ def test_passes_over_the_rows_are_limited_by_the_rows_that_are_there(run, own):
     assert "report" in Deployed(own(max_steps=3)).answer(message(epochs, "query")).about
 
 
-def test_a_configuration_that_is_broken_meanwhile_is_a_failure_and_can_be_mended(run, own):
+def test_a_configuration_that_breaks_in_mid_run_is_a_failure_and_can_be_fixed(run, own):
     path = own()
     client = Deployed(path)
     path.write_text(f'name = "{SECRET}', encoding="utf-8")
@@ -495,16 +495,19 @@ def test_a_configuration_that_is_broken_meanwhile_is_a_failure_and_can_be_mended
 def test_a_run_cannot_name_a_path_of_the_client(run, own, run_id):
     path = own()
     failure = refusal(Deployed(path), message(run, "query", run_id=run_id))
-    assert (failure.code, failure.place) == ("training failed", "the run's id is not a plain word")
+    assert (failure.code, failure.place) == (
+        "training failed",
+        "the run's id must consist of letters and digits",
+    )
     assert {p.name for p in path.parent.iterdir()} <= {"client.toml", "rows.jsonl", "state"}
 
 
-def test_a_recipe_that_is_none_is_a_failure_without_its_text(run, own):
+def test_something_that_is_not_a_recipe_is_a_failure_without_its_text(run, own):
     asked = message(run, "query")
     broken = Parcel({**asked.about, "recipe": json.dumps({"rounds": SECRET})})
     failure = refusal(Deployed(own()), broken)
     assert failure.code == "ValidationError"
-    assert SECRET not in failure.place + failure.mend
+    assert SECRET not in failure.place + failure.fix
 
 
 def test_clients_that_share_a_machine_take_turns(run, own, tmp_path):
@@ -519,7 +522,7 @@ def test_clients_that_share_a_machine_take_turns(run, own, tmp_path):
         )
         thread.start()
         thread.join(0.3)
-        assert thread.is_alive(), "it waits for the other to end"
+        assert thread.is_alive(), "it waits for the other one to end"
     thread.join(30)
     assert "report" in answers[0].about
 
@@ -535,7 +538,7 @@ MECHANISM = {"noise_multiplier", "sampling_rate", "num_lots"}
 
 
 def private(run, privacy=RECORD, **train):
-    """The recipe, as a server may send it: checked or not."""
+    """The recipe as a server may send it, checked or not."""
     weights = "uniform" if privacy is AT_SERVER else "examples"
     return run.model_copy(
         update={
@@ -566,7 +569,7 @@ def cost(*lots: tuple[float, int, float], delta=1e-2) -> float:
     [(RECORD, TOLD | MECHANISM), (WHOLE, TOLD | MECHANISM), (AT_SERVER, TOLD)],
 )
 def test_nothing_without_noise_leaves_a_private_client(run, own, base, privacy, told):
-    """Its rows are cut, and it is asked for a score; a plain client tells all of that."""
+    """Its rows are truncated, and it is asked for a score; a plain client reports all of that."""
     asked = private(run, privacy, max_length=36)
     client = Deployed(own())
     plain = Deployed(own()).answer(message(private(run, {}, max_length=36), "query")).about
@@ -585,14 +588,14 @@ def test_nothing_without_noise_leaves_a_private_client(run, own, base, privacy, 
         client, message(asked, "evaluate", wire.encode_broadcast(Broadcast(2, base[1])))
     )
     assert failure.code == "declined"
-    assert "keeps its scores" in failure.place
+    assert "does not send scores" in failure.place
     full = Deployed(own()).answer(train(private(run, {}), 1, base[1])).about["update"]
     assert full["score"] is not None
     assert {"train_loss", "num_tokens", "num_targets", "penalty"} <= set(full["metrics"])
 
 
 def test_every_answer_to_a_training_message_is_a_line_of_the_ledger(run, own, base):
-    """Asked for the same round again and again, in one run or by another name of it."""
+    """Asked for the same round repeatedly, in one run or in the same run under another name."""
     path = own()
     client, asked = Deployed(path), private(run)
     for n in range(3):
@@ -601,16 +604,16 @@ def test_every_answer_to_a_training_message_is_a_line_of_the_ledger(run, own, ba
     assert [line["round"] for line in lines(path.parent / LEDGER)] == [1, 1, 1]
     failure = refusal(client, train(asked, 1, base[1]))
     assert failure.code == "privacy budget spent"
-    assert "its privacy budget is for 3 round(s)" in failure.place
+    assert "its privacy budget is for 3 rounds" in failure.place
     answered(client, train(asked, 1, base[1], run_id="b2"))
     found = lines(path.parent / LEDGER)
     assert [line["run"] for line in found] == ["a1", "a1", "a1", "b2"]
     client.answer(message(asked, "query"))
-    assert len(lines(path.parent / LEDGER)) == 4, "what is no release is no line"
+    assert len(lines(path.parent / LEDGER)) == 4, "an answer that releases nothing adds no line"
 
 
 def spend(client, recipes, adapter, **more):
-    """Ask in every way that a server has, until the client has answered none of them."""
+    """Ask in every way that a server can, until the client answers none of them."""
     sent = []
     for n in range(8):
         got = wire.decode_answer(
@@ -635,7 +638,7 @@ def spend(client, recipes, adapter, **more):
         [WHOLE, RECORD],
     ],
 )
-def test_whatever_a_server_asks_an_own_limit_holds(run, own, base, changes):
+def test_whatever_a_server_asks_the_clients_limit_holds(run, own, base, changes):
     """Repeated rounds, new names of a run, changed recipes, less noise, more participations."""
     path = own(epsilon=3.0, delta=1e-2)
     recipes = [private(run, {**RECORD, **change}) for change in changes]
@@ -643,7 +646,7 @@ def test_whatever_a_server_asks_an_own_limit_holds(run, own, base, changes):
     count = spend(Deployed(path), recipes, base[1])
     found = lines(path.parent / LEDGER)
     assert len(found) == count
-    # a row that is there or not turns one clipped change into another: twice the bound
+    # a row more or less replaces one clipped change by another: twice the bound
     mixed = len({line["unit"] for line in found}) == 2
     noises = [
         line["noise_multiplier"] / (2 if mixed and line["unit"] == "client" else 1)
@@ -657,7 +660,7 @@ def test_whatever_a_server_asks_an_own_limit_holds(run, own, base, changes):
         assert cost(*spent, spent[0]) > 3.0, "and it takes part as long as it may"
 
 
-def test_a_target_beyond_the_own_limit_gets_more_noise_here(run, own, base):
+def test_a_target_above_the_clients_limit_gets_more_noise_here(run, own, base):
     path = own(epsilon=1.0, delta=1e-3)
     wanted = {"noise_multiplier": None, "target_epsilon": 50.0, "delta": 0.999}
     asked = private(run, {**WHOLE, **wanted})
@@ -703,12 +706,12 @@ def test_clients_that_keep_their_state_in_one_folder_spend_their_own_budgets(run
 def test_a_whole_client_whose_training_fails_sends_noise_and_not_that_it_failed(
     run, own, base, lr, start
 ):
-    """Whether changes or a loss overflow is decided by the rows; it must not be told."""
+    """The rows decide whether changes or a loss overflow, so this must not be revealed."""
     wild = {"lr": lr, "clip_norm": 0.0}
     sent = {name: t + start for name, t in base[1].items()}
     plain = Deployed(own()).answer(train(private(run, {}, **wild), 1, sent))
     failure = plain.about["failure"]
-    assert failure["code"] == "training failed", "or this would show nothing"
+    assert failure["code"] == "training failed", "otherwise this would show nothing"
     assert ("the training loss is not a number" in failure["place"]) == (start > 0)
     got = answered(Deployed(own()), train(private(run, WHOLE, **wild), 1, sent))
     size = sum(t.numel() for t in got.delta.values())
@@ -744,7 +747,7 @@ def test_a_head_that_stays_is_trained_under_the_same_noise_and_never_sent(tmp_pa
     path.write_text(tomli_w.dumps(table), encoding="utf-8")
 
     def head(noise_multiplier, run_id):
-        """What the client keeps of its head; every step takes all rows, so only noise is chance."""
+        """What the client keeps of its head; every step takes all rows, so only noise is random."""
         recipe = parse(
             {
                 "rounds": 1,
@@ -768,4 +771,4 @@ def test_a_head_that_stays_is_trained_under_the_same_noise_and_never_sent(tmp_pa
 
     assert head(5.0, "a") != head(5.0, "b")
     path.write_text(tomli_w.dumps({**table, "limits": {}}), encoding="utf-8")
-    assert head(0.0, "c") == head(0.0, "d"), "nothing else is left to chance"
+    assert head(0.0, "c") == head(0.0, "d"), "nothing else is random"

@@ -1,4 +1,4 @@
-"""What travels: bit-equal there and back over every carrier, and hostile parcels are refused."""
+"""Parcels survive every carrier bit for bit, and hostile ones are refused."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "update_parcel.json"
 
 
 def in_parts(parcel: Parcel) -> RecordDict:
-    """The record of a parcel whose row is larger than what goes with the text."""
+    """The record of a parcel whose row is too large to go with the text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "PART_BYTES", -1)
         return to_record(parcel)
@@ -58,7 +58,7 @@ SECRET = "4711.25"
 names = st.text(max_size=12)
 shapes = st.lists(st.integers(0, 4), max_size=4)
 float_bits = st.one_of(
-    st.integers(-(2**31), 2**31 - 1),  # every float32 there is, all NaNs included
+    st.integers(-(2**31), 2**31 - 1),  # every float32, including all NaNs
     st.sampled_from([int(np.float32(x).view(np.int32)) for x in EXACT]),
 )
 
@@ -72,7 +72,7 @@ def tensors(draw):
 
 
 states = st.dictionaries(names, tensors(), max_size=3)
-# a group without tensors does not travel: it says nothing
+# a group without tensors is not sent: it says nothing
 extras = st.dictionaries(
     names, st.dictionaries(names, tensors(), min_size=1, max_size=2), max_size=2
 )
@@ -160,13 +160,13 @@ def test_a_score_arrives_with_what_it_cost(carrier, sent, bytes_down, round_):
         st.text(max_size=1000),
     )
 )
-def test_a_failure_arrives_whole(carrier, sent):
+def test_a_failure_arrives_intact(carrier, sent):
     parcel = CARRIERS[carrier](wire.encode_failure(sent))
     assert wire.decode_answer(parcel, "north", bytes_down=8) == sent
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_views_and_tensors_that_learn_are_sent_by_their_values(carrier):
+def test_views_and_trainable_tensors_are_sent_by_their_values(carrier):
     whole = torch.arange(6.0).reshape(2, 3)
     delta = {"turned": whole.T, "part": whole[:, 1], "learns": torch.nn.Parameter(whole)}
     parcel = CARRIERS[carrier](wire.encode_update(update(delta=delta)))
@@ -197,7 +197,7 @@ def test_only_float32_is_sent(dtype):
         wire.encode_broadcast(Broadcast(1, {}, {"moments": wrong}))
 
 
-def test_a_name_may_stand_in_two_groups():
+def test_a_name_may_be_in_two_groups():
     sent = update(delta={"a": torch.ones(1)}, extra={"delta": {"a": torch.zeros(1)}})
     got = wire.decode_answer(wire.encode_update(sent), "north", bytes_down=0)
     assert isinstance(got, Update)
@@ -208,11 +208,11 @@ def test_a_name_may_stand_in_two_groups():
 
 
 def test_the_keys_and_the_shape_of_an_update_are_fixed():
-    """A contract: changing it is a decision, for servers and clients are upgraded apart.
+    """A contract: changing it is a decision, because servers and clients are upgraded separately.
 
     tests/golden/update_parcel.json was written by hand from the description of the format (one
     text, then one row of float32: groups in the order delta, extra; tensors in name order). It is
-    not a copy of what the code gave. Its numbers are exact in binary.
+    not a copy of the code's output. Its numbers are exact in binary.
     """
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     sent = Update(
@@ -236,24 +236,24 @@ def test_the_keys_and_the_shape_of_an_update_are_fixed():
     row = struct.pack(f"<{len(golden['values'])}f", *golden["values"])
     assert parcel.values.tobytes() == row
     assert "never sent" not in json.dumps(parcel.about)
-    # bytes: the length of the text in eight bytes, little end first; the text; the row
+    # bytes: the length of the text in eight bytes, little-endian; the text; the row
     data = pack(parcel)
     assert data.endswith(b"}" + row)
     assert struct.unpack("<Q", data[:8])[0] == len(data) - 8 - len(row)
     assert json.loads(data[8 : -len(row)]) == golden["about"]
-    # a Flower record: the same text under one name, the same row under another beside it
+    # a Flower record: the same text under one name, the same row under another
     record = to_record(parcel)
     assert list(record) == ["about"]
     assert json.loads(str(record.config_records["about"]["about"])) == golden["about"]
     assert record.config_records["about"]["values"] == row
-    # or, where it is larger than one part of Flower's, in a record of its own
+    # or in a separate record, if it is larger than one of Flower's parts
     record = in_parts(parcel)
     assert json.loads(str(record.config_records["about"]["about"])) == golden["about"]
     assert "values" not in record.config_records["about"]
     array = record.array_records["values"]["values"]
     assert (array.dtype, array.shape) == ("float32", (6,))
     assert array.data == row
-    # and what another silotune would write is read
+    # and what another silotune would write can be read
     got = wire.decode_answer(Parcel(golden["about"], parcel.values), "north", bytes_down=0)
     assert isinstance(got, Update)
     assert all_bits(got.delta, got.extra) == all_bits(sent.delta, sent.extra)
@@ -270,8 +270,8 @@ def test_the_keys_of_the_other_parcels_are_fixed():
         "score": {"loss_sum": 1.5, "num_tokens": 4, "num_correct": 2, "num_examples": 3},
         "round": 5,
     }
-    assert wire.encode_failure(Failure("north", 5, "code", "place", "mend")).about == {
-        "failure": {"round": 5, "code": "code", "place": "place", "mend": "mend"},
+    assert wire.encode_failure(Failure("north", 5, "code", "place", "fix")).about == {
+        "failure": {"round": 5, "code": "code", "place": "place", "fix": "fix"},
     }
 
 
@@ -291,7 +291,7 @@ def update(**changes):
 
 
 def parcel_of(values=None, **changes):
-    """A good update's parcel with keys of its text changed; `...` takes a key out."""
+    """A good update's parcel with keys of its text changed; `...` removes a key."""
     good = wire.encode_update(update())
     facts = {k: v for k, v in {**good.about["update"], **changes}.items() if v is not ...}
     row = good.values if values is None else np.asarray(values, dtype=np.float32)
@@ -325,11 +325,11 @@ LAYOUTS = {
     "a size beyond 64 bits": ([["delta", "a", [10**40]]], "fewer numbers"),
     "nothing times 2^63": (
         [["delta", "a", [3]], ["delta", "b", [0, 2**63]]],
-        "'b' a shape that cannot be",
+        "'b' an impossible shape",
     ),
     "nothing times a lot": (
         [["delta", "a", [3]], ["delta", "b", [0, 2**62, 2**62]]],
-        "'b' a shape that cannot be",
+        "'b' an impossible shape",
     ),
     "too many dimensions": ([["delta", "a", [3] + [1] * 100]], "tensors.0"),
     "half a size": ([["delta", "a", [1.5, 2]]], "tensors.0"),
@@ -342,7 +342,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_a_layout_that_cannot_be_is_refused_and_nothing_is_allocated(kind):
+def test_an_impossible_layout_is_refused_and_nothing_is_allocated(kind):
     layout, text = LAYOUTS[kind]
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     assert text in refusal(parcel_of(tensors=layout))
@@ -393,7 +393,7 @@ SPOILT = {
         {"metrics": {"train_loss": 1.0, "seconds": 1.0, "seconds_training": 1.0}},
         "metrics",
     ),
-    # rows of metrics.jsonl hold metrics beside these keys: a client must not write over them
+    # rows of metrics.jsonl hold metrics next to these keys: a client must not overwrite them
     "a metric called round": ({"metrics": {**METRICS, "round": 99}}, "metrics.round"),
     "a metric called client": ({"metrics": {**METRICS, "client": 1.0}}, "metrics.client"),
     "a list of settings": ({"settings": [SECRET]}, "settings"),
@@ -417,7 +417,7 @@ def test_a_spoilt_update_is_refused_by_its_key_and_no_value_is_shown(kind):
     text = refusal(parcel_of(**changes))
     assert text.startswith("a message cannot be read: ")
     assert key in text
-    assert text.endswith("Use the same silotune on both sides.")
+    assert text.endswith("Install the same version of silotune on both sides.")
     assert "three" not in text
     assert "mallory" not in text
 
@@ -445,15 +445,15 @@ def test_a_score_that_is_not_finite_is_refused_by_name(loss):
         {"score": SECRET},
         {"failure": None},
         {"failure": SECRET},
-        {"failure": {"round": 1, "code": "x" * 101, "place": "", "mend": ""}},
-        {"failure": {"round": 1, "code": "", "place": "x" * 1001, "mend": ""}},
-        {"failure": {"round": 1, "code": "", "place": "", "mend": "", "client": "mallory"}},
-        {"failure": {"round": SECRET, "code": "", "place": "", "mend": ""}},
-        {"failure": {"round": 1, "code": float(SECRET), "place": "", "mend": ""}},
+        {"failure": {"round": 1, "code": "x" * 101, "place": "", "fix": ""}},
+        {"failure": {"round": 1, "code": "", "place": "x" * 1001, "fix": ""}},
+        {"failure": {"round": 1, "code": "", "place": "", "fix": "", "client": "mallory"}},
+        {"failure": {"round": SECRET, "code": "", "place": "", "fix": ""}},
+        {"failure": {"round": 1, "code": float(SECRET), "place": "", "fix": ""}},
         {"report": {}},
     ],
 )
-def test_a_parcel_that_is_no_answer_is_refused(about):
+def test_a_parcel_that_is_not_an_answer_is_refused(about):
     refusal(Parcel(about))
 
 
@@ -467,7 +467,7 @@ def test_a_parcel_that_is_no_answer_is_refused(about):
         {"round": 1, "score": SECRET, "tensors": []},
     ],
 )
-def test_a_parcel_that_is_no_broadcast_is_refused(about):
+def test_a_parcel_that_is_not_a_broadcast_is_refused(about):
     with pytest.raises(UpdateError, match="a message cannot be read") as caught:
         wire.decode_broadcast(Parcel(about))
     assert SECRET not in str(caught.value)
@@ -496,12 +496,12 @@ DATA = pack(wire.encode_update(Update("n", 1, {"a": torch.ones(2)}, 1, METRICS))
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 20, len(DATA) - 9, len(DATA) - 3])
-def test_bytes_that_are_cut_off_are_refused(length):
-    with pytest.raises(UpdateError, match="Use the same silotune on both sides"):
+def test_incomplete_bytes_are_refused(length):
+    with pytest.raises(UpdateError, match="Install the same version of silotune on both sides"):
         unpack(DATA[:length])
 
 
-def test_whole_numbers_that_are_missing_are_missed_by_the_layout():
+def test_missing_numbers_are_noticed_by_the_layout():
     assert "fewer numbers" in refusal(unpack(DATA[:-4]))
     assert "more numbers" in refusal(unpack(DATA + bytes(4)))
 
@@ -546,7 +546,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_a_text_that_is_no_object_is_refused(kind):
+def test_a_text_that_is_not_an_object_is_refused(kind):
     text = TEXTS[kind]
     with pytest.raises(UpdateError, match=r"a message has no readable text\.") as caught:
         unpack(len(text).to_bytes(HEADER_BYTES, "little") + text)
@@ -636,14 +636,14 @@ def test_any_bytes_in_an_array_are_numbers_or_refused(data, shape):
 @pytest.mark.parametrize(
     "row", [FLOAT32.tobytes()[:-1], "one", 3, 1.5, [1.0, 2.0], [b"four"]], ids=repr
 )
-def test_a_row_beside_the_text_that_is_none_is_refused(row):
+def test_a_row_next_to_the_text_that_is_not_a_row_is_refused(row):
     text = json.dumps(wire.encode_update(update()).about)
     record = RecordDict({"about": ConfigRecord({"about": text, "values": row})})
     with pytest.raises(UpdateError, match="only float32 is accepted"):
         from_record(record)
 
 
-def test_a_row_is_beside_its_text_until_it_is_larger_than_a_part():
+def test_a_row_is_next_to_its_text_unless_it_is_larger_than_a_part():
     most = records.PART_BYTES // 4
     for count, parts in ((0, []), (most, []), (most + 1, ["values"])):
         sent = Parcel({}, np.arange(count, dtype=np.float32))
@@ -668,7 +668,7 @@ def test_a_record_without_a_text_is_refused():
             from_record(record)
 
 
-def test_records_beside_ours_are_ignored_and_missing_numbers_are_missed():
+def test_other_records_are_ignored_and_missing_numbers_are_noticed():
     good = in_parts(wire.encode_update(update()))
     more = RecordDict({**good, "pickle": ConfigRecord({"code": b"\x80\x04."})})
     assert isinstance(wire.decode_answer(from_record(more), "north", bytes_down=0), Update)

@@ -164,8 +164,8 @@ def test_the_gradient_is_temperature_times_the_difference_of_probabilities(tempe
 def test_a_high_temperature_keeps_the_gradient_and_matches_centred_logits():
     """Hinton et al. 2015, equation 4: with T² the limit is the difference of logits / classes."""
     target, given_ = random(2, 5), leaf(random(2, 5, seed=1))
-    apart = given_.detach() - target
-    limit = (apart - apart.mean(dim=-1, keepdim=True)) / 5 / 2
+    difference = given_.detach() - target
+    limit = (difference - difference.mean(dim=-1, keepdim=True)) / 5 / 2
     for temperature in (1e3, 1e4):
         got = gradient(kl(target, given_, temperature=temperature), given_)
         torch.testing.assert_close(got, limit, rtol=0, atol=2 / temperature)
@@ -432,13 +432,15 @@ def test_joint_loss_of_perfect_fits_that_agree_is_zero():
 
 
 def test_joint_loss_has_the_gradient_of_a_constant_denominator():
-    w, ce_student, ce_teacher, apart = tasks_and_gap()
+    w, ce_student, ce_teacher, distance = tasks_and_gap()
     constant = ce_student.item() + ce_teacher.item() + 1e-8
-    expected = gradient(ce_student + ce_teacher + apart / constant, w)
-    got = gradient(joint_loss(ce_student, ce_teacher, apart), w)
+    expected = gradient(ce_student + ce_teacher + distance / constant, w)
+    got = gradient(joint_loss(ce_student, ce_teacher, distance), w)
     torch.testing.assert_close(got, expected)
-    attached = gradient(apart / (ce_student + ce_teacher), w)
-    assert (attached - gradient(apart / constant, w)).abs() > 1e-3  # the test can tell them apart
+    attached = gradient(distance / (ce_student + ce_teacher), w)
+    assert (
+        attached - gradient(distance / constant, w)
+    ).abs() > 1e-3  # the test can distinguish them
 
 
 def test_a_larger_task_loss_is_never_rewarded_by_ours_and_is_by_the_published_one():

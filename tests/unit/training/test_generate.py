@@ -1,10 +1,11 @@
-"""Answers in batches: the same as one by one, cut where they end."""
+"""Answers in batches: the same as one by one, and cut off where they end."""
 
 import pytest
 import torch
 
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig, load_model
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model
 from silotune.training.generate import answer, answers, complete, encode, end_tokens, pad_left
 
 
@@ -50,7 +51,7 @@ def test_an_answer_is_that_of_a_plain_greedy_loop_without_cache_or_padding(loade
         assert (got.num_tokens, got.ended) == (len(new), len(new) < 6)
 
 
-def test_what_stands_behind_the_end_token_is_not_part_of_the_answer(loaded, monkeypatch):
+def test_what_follows_the_end_token_is_not_part_of_the_answer(loaded, monkeypatch):
     end, letter = loaded.tokenizer.eos_token_id, encode(loaded, ["b"])[0][0]
     said = torch.tensor([[letter, end, end, end], [letter, letter, letter, letter]])
     monkeypatch.setattr(
@@ -69,7 +70,7 @@ def test_a_conversation_is_asked_with_the_template_of_training(loaded):
     assert answer(loaded, talk, max_new_tokens=5) == one.text.strip()
 
 
-def test_padding_stands_on_the_left_and_is_masked():
+def test_padding_is_on_the_left_and_masked():
     ids, mask = pad_left([[5, 6, 7], [8]], pad=1)
     assert ids.tolist() == [[5, 6, 7], [1, 1, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]

@@ -51,7 +51,7 @@ def oracle(given_, true, *_):
 
 @st.composite
 def predictions(draw, max_rows=30):
-    """(given, true, number of labels); often some labels are nobody's."""
+    """(given, true, number of labels); often some labels are unused."""
     num_labels = draw(st.integers(2, 6))
     some = draw(st.lists(st.integers(0, num_labels - 1), min_size=1, max_size=num_labels))
     pairs = st.tuples(st.sampled_from(some), st.sampled_from(some))
@@ -68,7 +68,7 @@ def test_scores_are_those_of_scikit_learn(rows):
     assert label_scores(counts_of(*rows)) == pytest.approx(oracle(*rows), abs=1e-12)
 
 
-def test_a_label_that_nobody_has_or_was_given_counts_nowhere():
+def test_a_label_that_no_row_has_or_was_given_counts_nowhere():
     two = label_scores(counts_of([0, 1, 1], [0, 1, 0], 2))
     assert label_scores(counts_of([0, 1, 1], [0, 1, 0], 3)) == two
 
@@ -317,7 +317,7 @@ def test_an_arm_minus_itself_is_nothing(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_an_interval_holds_its_estimate_and_shrinks_with_rows(metric):
+def test_an_interval_contains_its_estimate_and_shrinks_with_rows(metric):
     few, many = (
         label_interval([labelled(3, num_rows=size)], metric, seed=1, replicates=1000)
         for size in (30, 480)
@@ -329,9 +329,9 @@ def test_an_interval_holds_its_estimate_and_shrinks_with_rows(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_an_interval_holds_its_estimate_where_labels_are_rare(metric):
+def test_an_interval_contains_its_estimate_if_labels_are_rare(metric):
     # 77 labels with two rows each, all right (as small clients of Banking77 are): a replicate
-    # without a label's rows must not count it as 0, or the interval lies below its own estimate
+    # without a label's rows must not count it as 0, or the interval is below its own estimate
     true = np.tile(np.arange(77), 2)
     found = label_interval(
         [Labelled("north", true[None], true, 77)], metric, seed=1, replicates=500
@@ -341,15 +341,15 @@ def test_an_interval_holds_its_estimate_where_labels_are_rare(metric):
 
 
 def test_one_draw_of_rows_counts_for_all_seeds():
-    # the same predictions asked ten times are no more rows (docs/decisions/0013)
+    # the same predictions asked ten times are not more rows (docs/decisions/0013)
     once = labelled(4, num_seeds=1)
     often = replace(once, given=np.repeat(once.given, 10, axis=0))
     one, ten = (label_interval([c], "mcc", seed=1, replicates=300) for c in (once, often))
     assert close(one, ten)
 
 
-def test_the_interval_of_the_correlation_holds_the_truth_nearly_as_often_as_it_says():
-    # two labels, evenly had, right in 80 of 100 cases whatever the label: the correlation is 0.6
+def test_the_interval_of_the_correlation_contains_the_true_value_nearly_as_often_as_it_claims():
+    # two equally frequent labels, right in 80 of 100 cases for each: the correlation is 0.6
     rng, hits = np.random.default_rng(7), 0
     for i in range(200):
         true = rng.integers(0, 2, 60)
@@ -391,7 +391,7 @@ def test_counts_of_labels_arrive_as_they_were_sent(carrier, rows):
     assert hash(got.score.label_counts) == hash(sent.label_counts), "tuples, not lists"
 
 
-def test_a_score_without_counts_has_no_such_key_so_the_contract_stands():
+def test_a_score_without_counts_has_no_such_key_so_the_contract_is_kept():
     plain = replace(UPDATE, score=replace(UPDATE.score, label_counts=()))
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))["about"]["update"]["score"]
     for parcel in (
@@ -469,7 +469,7 @@ def test_counts_of_another_form_are_refused_by_their_key(kind):
         assert "many" not in text
 
 
-def test_a_loss_that_is_not_finite_is_told_before_counts_are_looked_at():
+def test_a_loss_that_is_not_finite_is_reported_before_counts_are_checked():
     assert refusal(facts(loss_sum=float("nan"), num_correct=0)) == {
         "client 'north': its held-out loss is not finite."
     }
@@ -486,7 +486,7 @@ def test_counts_survive_a_crash_in_the_spool(tmp_path):
 
 
 def test_an_update_whose_score_counts_other_labels_is_refused_by_name():
-    """Bug: it broke the overall score only after it was written down, also for every resume."""
+    """Bug: it broke the overall score only after it was recorded, and again on every resume."""
     state = ServerState(0, {"a": torch.zeros(1)})
     asked = what_is_expected(fedavg(FedAvgConfig()), state, ["north"], num_labels=3)
     sent = Update("north", 1, {"a": torch.ones(1)}, 4, {}, score=score("north", NORTH))

@@ -15,7 +15,8 @@ from silotune.core.errors import UpdateError
 from silotune.core.seeds import generator
 from silotune.core.tree import l2_norm, sha256, subtract
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig, load_model, read_adapter, write_adapter
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model, read_adapter, write_adapter
 from silotune.training.loop import (
     TrainConfig,
     num_rows,
@@ -104,7 +105,7 @@ def test_warmup_rises_in_equal_parts_and_no_step_is_wasted_at_zero():
         ({"lr": 1e-4, "lr_min": 1e-3, "schedule": "cosine"}, "lr_min = 0.001 is above lr"),
         ({"lr_min": 1e-5}, "lr_min has no effect"),
         ({"compat": ("late-schedule",)}, "compat = 'late-schedule' has no effect"),
-        ({"local_steps": 2, "warmup_steps": 2}, "warmup_steps must be fewer"),
+        ({"local_steps": 2, "warmup_steps": 2}, "warmup_steps must be less"),
     ],
 )
 def test_contradictions_are_refused(settings_, text):
@@ -116,7 +117,7 @@ def test_contradictions_are_refused(settings_, text):
 
 
 @given(n=st.integers(1, 20), start=st.integers(0, 50), count=st.integers(0, 40))
-def test_the_stream_goes_on_where_it_ended(n, start, count):
+def test_the_stream_continues_where_it_stopped(n, start, count):
     whole = stream(n, 3, "north")
     for _ in range(start):
         next(whole)
@@ -131,7 +132,7 @@ def test_every_epoch_of_the_stream_holds_every_row_once(n):
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
 
 
-def test_clients_have_streams_of_their_own():
+def test_every_client_has_its_own_stream():
     a, b = stream(50, 3, "north"), stream(50, 3, "south")
     assert [next(a) for _ in range(50)] != [next(b) for _ in range(50)]
 
@@ -184,7 +185,7 @@ def stream_list(n):
     return [next(flow) for _ in range(n)]
 
 
-def test_a_small_client_does_not_get_batches_of_one_row_repeated():
+def test_a_small_client_does_not_get_batches_of_one_repeated_row():
     cfg = TrainConfig(batch_size=4, local_steps=12)
     flow = stream(4, 0, "tiny")
     rows = [next(flow) for _ in range(48)]
@@ -233,7 +234,7 @@ def test_fedprox_does_nothing_in_the_first_step_and_pulls_back_later(loaded, sta
     rule = fedprox(FedProxConfig(mu=1.0)).local
     _, plain = run(loaded, start, [batch], cfg)
     _, prox = run(loaded, start, [batch], cfg, rule=rule)
-    for name in plain:  # the pull is zero where the client stands as it received
+    for name in plain:  # the pull is zero until the client has moved
         torch.testing.assert_close(prox[name], plain[name])
     moved = [
         l2_norm(subtract(run(loaded, start, [batch] * 6, cfg, rule=r, lr=0.3)[1], start))

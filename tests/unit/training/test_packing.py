@@ -119,7 +119,7 @@ def test_a_pack_has_no_padding_and_learns_every_trained_token_from_the_one_befor
 # --- models in which rows would see one another
 
 CARRY = {
-    # recurrent: what a row leaves behind does not ask for positions or masks
+    # recurrent: what a row leaves behind does not depend on positions or masks
     "rwkv": {},
     "mamba": {},
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8},
@@ -142,15 +142,15 @@ def test_a_model_in_which_rows_would_see_one_another_is_refused(family):
 
 
 @pytest.mark.parametrize(("family", "lost"), [("opt", "attention_mask"), ("gpt2", "position_ids")])
-def test_a_model_that_takes_no_notice_of_masks_or_positions_is_refused(family, lost, monkeypatch):
-    real = instruct._apart
+def test_a_model_that_ignores_masks_or_positions_is_refused(family, lost, monkeypatch):
+    real = instruct._separate
 
     def half(loaded, owners):
         return {key: value for key, value in real(loaded, owners).items() if key != lost}
 
     loaded = build(family, **FAMILIES[family])
     check_packing(loaded)
-    monkeypatch.setattr(instruct, "_apart", half)
+    monkeypatch.setattr(instruct, "_separate", half)
     with pytest.raises(ModelError, match="see one another"):
         check_packing(loaded)
 
@@ -204,7 +204,7 @@ def test_a_run_with_packing_gives_the_adapter_of_a_run_without(tmp_path, tiny_mo
 
 
 def test_a_run_whose_rows_would_see_one_another_does_not_begin(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(instruct, "_apart", lambda loaded, owners: {})
+    monkeypatch.setattr(instruct, "_separate", lambda loaded, owners: {})
     run = recipe_of(tiny_model, tmp_path, train__packing=True)
     with pytest.raises(ModelError, match="packed rows would see one another"):
         silotune.run(run, out=tmp_path / "run")
@@ -212,7 +212,7 @@ def test_a_run_whose_rows_would_see_one_another_does_not_begin(tmp_path, tiny_mo
 
 
 def test_rows_longer_than_a_models_window_are_not_packed_wrongly(tmp_path):
-    """Bug: the mask that keeps rows apart took the place of the window, and nothing said so."""
+    """Bug: the mask that separates rows silently replaced the window."""
     place = tmp_path / "mistral"
     tokenizer = build_tokenizer()
     # shorter than the rows, longer than the two of check_packing
@@ -224,7 +224,7 @@ def test_rows_longer_than_a_models_window_are_not_packed_wrongly(tmp_path):
     try:
         packed = silotune.run(run, out=tmp_path / "packed")
     except ModelError:
-        return  # to refuse it is right too
+        return  # refusing it is right, too
     assert_same_result(packed, padded)
 
 
@@ -235,7 +235,7 @@ def test_rows_longer_than_a_models_window_are_not_packed_wrongly(tmp_path):
 def test_a_client_trains_on_fresh_rows_or_if_asked_on_the_same_ones(
     tmp_path, tiny_model, monkeypatch, compat
 ):
-    """Published systems begin every round anew at the first rows of each client."""
+    """Published systems start every round again at the first rows of each client."""
     steps, real = [], client.build_batches
 
     def spy(planned, *rest, **more):
@@ -258,14 +258,14 @@ def test_a_client_trains_on_fresh_rows_or_if_asked_on_the_same_ones(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"task": "classify"}, r'train\.packing: has an effect with task = "instruct" only'),
+        ({"task": "classify"}, r'train\.packing: only has an effect with task = "instruct"'),
         *(
             ({"adapter__kind": kind}, rf"train\.packing: .*adapter\.kind = '{kind}'")
             for kind in ("prompt", "prefix")
         ),
     ],
 )
-def test_what_packing_cannot_be_used_with_is_told(tmp_path, tiny_model, changes, text):
+def test_what_packing_cannot_be_used_with_is_reported(tmp_path, tiny_model, changes, text):
     other = {"adapter__targets": None} if "adapter__kind" in changes else {}
     with pytest.raises(ConfigError, match=text):
         recipe_of(tiny_model, tmp_path, train__packing=True, **changes, **other)

@@ -1,4 +1,4 @@
-"""Rows before a run: what is counted is what training will do, and no text is among the numbers."""
+"""A preview counts what training will do, and its numbers contain no text."""
 
 import json
 from typing import get_args
@@ -17,7 +17,7 @@ from silotune.training.tasks.classify import classify
 from silotune.training.tasks.instruct import INSTRUCT, render
 from silotune.workflows.preview import (
     data_warnings,
-    describe_cut,
+    describe_partition,
     describe_rows,
     measure,
     name_counts,
@@ -43,7 +43,7 @@ LABELS = classify(("no", "yes"))
         (21, 1, 1, 0.0),
     ],
 )
-def test_a_row_is_cut_and_then_dropped_where_its_answer_begins(
+def test_a_row_is_truncated_and_then_dropped_once_its_answer_is_gone(
     tokenizer, limit, num_cut, num_dropped, share
 ):
     # <start> user \n a b <end> \n: 10 tokens; <start> assistant \n: 11; c d <end> \n: 4
@@ -89,7 +89,7 @@ def test_every_row_is_tokenised_once(tokenizer):
     assert counting.num_texts == 3 + 2, "three train rows, and one held-out row each"
 
 
-def test_rows_that_teach_nothing_even_whole_still_have_lengths():
+def test_rows_that_teach_nothing_even_untruncated_still_have_lengths():
     silent = Task(
         prepare=lambda rows, tokenizer, limit: Prepared((), 0, len(rows)),
         collate=INSTRUCT.collate,
@@ -101,7 +101,7 @@ def test_rows_that_teach_nothing_even_whole_still_have_lengths():
     assert found.trained_share == 0
 
 
-def test_of_texts_with_labels_lengths_and_cuts_are_counted_and_no_mask():
+def test_lengths_and_truncation_of_labelled_texts_are_counted_without_a_mask():
     rows = [text("ab"), text("abcdef", "yes")]  # and [CLS], [SEP]: 4 and 8
     found = measure(rows, build_encoder_tokenizer(), LABELS, 4)
     assert (found.tokens["p50"], found.tokens["max"]) == (6.0, 8.0)
@@ -144,7 +144,7 @@ def test_a_sample_of_a_pair_shows_both_texts_and_its_label():
 # --- words ------------------------------------------------------------------------------------
 
 KINDS = get_args(get_args(PartitionConfig.model_fields["kind"].annotation)[0])
-CUTS = {
+PARTITIONS = {
     "iid": {"num_clients": 2},
     "dirichlet": {"num_clients": 2, "alpha": 0.3, "label": "qtype"},
     "length": {"num_clients": 2},
@@ -154,23 +154,23 @@ CUTS = {
 
 
 def words_of(path="medquad_mini", **partition) -> str:
-    return describe_cut(parse({"rounds": 1, "data": {"path": path}, "partition": partition}))
+    return describe_partition(parse({"rounds": 1, "data": {"path": path}, "partition": partition}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_cut_has_words_and_names_its_seed(kind):
-    words = words_of(kind=kind, **CUTS[kind])
+def test_every_kind_of_partition_has_words_and_names_its_seed(kind):
+    words = words_of(kind=kind, **PARTITIONS[kind])
     assert kind in words
     assert words.endswith(", seed 17")
 
 
-def test_a_cut_by_column_names_it_and_files_are_named_otherwise(tmp_path):
+def test_a_split_by_column_names_the_column_and_files_have_other_words(tmp_path):
     assert words_of(by="source") == "one client for each value of column 'source'"
     assert words_of(by="source", only=["GARD"]).endswith("'source', of which only 'GARD'")
     assert words_of(str(tmp_path)) == "one file for each client"
     (tmp_path / "north.toml").touch()
-    assert words_of(str(tmp_path)) == "each client by its own configuration"
-    dirichlet = words_of(kind="dirichlet", **CUTS["dirichlet"])
+    assert words_of(str(tmp_path)) == "one configuration file for each client"
+    dirichlet = words_of(kind="dirichlet", **PARTITIONS["dirichlet"])
     assert "column 'qtype'" in dirichlet
     assert "alpha 0.3" in dirichlet
 
@@ -182,10 +182,10 @@ def test_leaks_and_rows_without_answers_are_warnings(tokenizer):
     )
     warnings = data_warnings(describe_rows(rows, tokenizer, INSTRUCT, 60), 60)
     assert len(warnings) == 3
-    assert warnings[0].startswith("held-out rows are train rows too")
-    assert "flatter: north 1;" in warnings[0]
-    assert warnings[1].startswith("south: 2 rows are longer than train.max_length")
-    assert "2 of them with the whole answer" in warnings[1]
+    assert warnings[0].startswith("some held-out rows are also train rows, which inflates scores: ")
+    assert "inflates scores: north 1;" in warnings[0]
+    assert warnings[1].startswith("south: 2 rows truncated to train.max_length")
+    assert "2 of them left out because none of the answer remains" in warnings[1]
     assert warnings[2].startswith(
         "client 'south': no held-out row has an answer within 60 tokens, so a run will refuse"
     )
@@ -197,19 +197,19 @@ def test_a_leak_from_another_client_is_a_warning_too(tokenizer):
     same = [talk("a?", "b")]
     rows = by_name(client("north", same), client("south", [talk("c?", "d")], same))
     (warning,) = data_warnings(describe_rows(rows, tokenizer, INSTRUCT, 60), 60)
-    assert "flatter: south 1;" in warning
+    assert "inflates scores: south 1;" in warning
 
 
 def test_of_many_clients_the_largest_counts_are_named(tokenizer):
     rows = by_name(*(client(f"c{n}", [talk("a?", "b")] * (n + 1)) for n in range(7)))
     clients = describe_rows(rows, tokenizer, INSTRUCT, 60)
     assert name_counts(clients, lambda own: own.duplicates.num_repeated, most=2) == (
-        "c6 6, c5 5 and 4 clients more"
+        "c6 6, c5 5 and 4 more clients"
     )
     assert name_counts(clients, lambda own: own.duplicates.num_leaked) == ""
 
 
-# --- the whole of it --------------------------------------------------------------------------
+# --- the entire preview -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -255,10 +255,10 @@ def test_an_unknown_client_offers_the_nearest(recipe):
     )
 
 
-def test_a_base_without_a_chat_template_is_told(tmp_path, recipe):
+def test_a_base_without_a_chat_template_is_a_warning(tmp_path, recipe):
     bare = build_tiny_model(tmp_path / "bare", template=None)
     found = silotune.preview(recipe, [f"model.name={bare}"], num_samples=1)
-    assert found.warnings == [f"{bare} brings no chat template: the plain one is used"]
+    assert found.warnings == [f"{bare} has no chat template: the plain one is used"]
     assert found.samples[0].pieces[0][1].startswith("### User:\n")
 
 

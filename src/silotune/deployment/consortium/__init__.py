@@ -1,1 +1,1 @@
-"""Who belongs to a consortium, and how it is proven: keys, requests, kits, and the gate."""
+"""Who belongs to a consortium, and how a client proves it: keys, requests, kits and the gate."""

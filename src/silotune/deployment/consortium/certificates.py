@@ -1,8 +1,9 @@
 """Keys and certificates of a consortium: its own authority, the server's, and each client's.
 
-All made by the library cryptography. Keys are of the curve P-384, since Flower signs with such; a
-client's one key proves it twice, to the gate by TLS and to the engine behind it by signatures. An
-authority signs nobody without being asked: requests come in as files and are compared by people.
+The library cryptography makes them all. Keys are on the curve P-384, because Flower signs with such
+keys. A client proves who it is twice with one key: to the gate by TLS, and to the engine behind it
+by signatures. An authority signs only what its operators approve: requests arrive as files, and
+people compare their fingerprints.
 """
 
 import datetime
@@ -23,12 +24,12 @@ Key = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
 Certificate = x509.Certificate
 AUTHORITY_DAYS = 20 * 365
-"""Nobody gets new kits because an authority has run out: it outlives every run."""
+"""Longer than any run, so that nobody needs a new kit because the authority has expired."""
 DAYS = 5 * 365
-"""How long a client's and the server's certificates are good for; a revoked client is out at once,
-for the gate knows by name who is in."""
+"""How long the certificates of clients and of the server are valid. A revoked client is out at
+once, because the gate knows by name who is in."""
 SKEW = datetime.timedelta(days=1)
-"""Certificates are good from a day ago: clocks of other institutions differ."""
+"""Certificates are valid from a day before now, because other institutions' clocks may differ."""
 
 
 def new_key() -> Key:
@@ -40,14 +41,14 @@ def write_key(path: Path, key: Key) -> None:
     """Write a private key that only its owner may read.
 
     Raises:
-        ConfigError: There is a key already.
+        ConfigError: A key already exists.
     """
     form = serialization.PrivateFormat.PKCS8
     _write_private(path, key, serialization.Encoding.PEM, form)
 
 
 def write_ssh_key(path: Path, key: Key) -> None:
-    """The same key as Flower's SuperNode reads it."""
+    """Write the same key in the form that Flower's SuperNode reads."""
     form = serialization.PrivateFormat.OpenSSH
     _write_private(path, key, serialization.Encoding.PEM, form)
 
@@ -57,12 +58,12 @@ def _write_private(
 ) -> None:
     text = key.private_bytes(encoding, form, serialization.NoEncryption())
     try:
-        # made with its final rights: it is at no moment readable by others
+        # created with its final permissions: others cannot read it at any moment
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise ConfigError(
-            f"{path} is there already, and a private key is never overwritten.\n"
-            "  Take another folder, or remove the key: whoever was approved with it is then out."
+            f"{path} already exists, and a private key is never overwritten.\n"
+            "  Use another folder, or remove the key; a client approved with it is then out."
         ) from None
     with open(handle, "wb") as file:
         file.write(text)
@@ -77,17 +78,17 @@ def read_key(path: Path) -> Key:
     try:
         text = path.read_bytes()
         if path.stat().st_mode & 0o077:
-            raise ConfigError(f"{path} may be read by others.\n  Mend it: chmod 600 {path}")
+            raise ConfigError(f"{path} can be read by other users.\n  Fix it: chmod 600 {path}")
         key = serialization.load_pem_private_key(text, password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is no readable private key: {error}.") from error
+        raise ConfigError(f"{path} is not a readable private key: {error}.") from error
     if not isinstance(key, Key) or not isinstance(key.curve, ec.SECP384R1):
-        raise ConfigError(f"{path} is no private key of the curve P-384.")
+        raise ConfigError(f"{path} is not a P-384 private key.")
     return key
 
 
 def ssh_public(key: PublicKey) -> bytes:
-    """A public key as one line, as Flower's register command reads it."""
+    """A public key in one line, as Flower's register command reads it."""
     return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
@@ -109,11 +110,11 @@ def public_key(what: x509.Certificate | x509.CertificateSigningRequest) -> Publi
     """Its public key.
 
     Raises:
-        ConfigError: It is of another kind than ours.
+        ConfigError: It is not a P-384 key.
     """
     key = what.public_key()
     if not isinstance(key, PublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise ConfigError("its key is not of the curve P-384.")
+        raise ConfigError("its key is not a P-384 key.")
     return key
 
 
@@ -122,7 +123,7 @@ def _subject(name: str) -> x509.Name:
 
 
 def name_of(what: x509.Certificate | x509.CertificateSigningRequest) -> str:
-    """Whose it is, by its common name; empty where there is none."""
+    """Whose it is, by its common name; empty if it has none."""
     found = what.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if found else ""
 
@@ -174,14 +175,14 @@ def server_certificate(authority: Certificate, signer: Key, key: Key, host: str)
 
 
 def write_own_certificate(folder: Path, host: str) -> Path:
-    """Write key.pem and certificate.pem for connections of this machine with itself.
+    """Write key.pem and certificate.pem for connections within this machine.
 
     Args:
-        folder: Created; it lives as long as the processes that use it.
+        folder: Folder to create; it is needed as long as the processes that use it.
         host: The loopback address.
 
     Returns:
-        The authority, made for this alone, that whoever connects has to trust.
+        The certificate of an authority made just for this; a process that connects must trust it.
     """
     folder.mkdir(mode=0o700)
     signer, key = new_key(), new_key()
@@ -197,7 +198,7 @@ def write_own_certificate(folder: Path, host: str) -> Path:
 def client_certificate(
     authority: Certificate, signer: Key, key: PublicKey, name: str, *, days: int = DAYS
 ) -> Certificate:
-    """A certificate that says: whoever has this key is the client `name`."""
+    """A certificate that says that the holder of this key is the client `name`."""
     builder = _certificate(name, key, issuer=name_of(authority), days=days)
     return _leaf(builder, ExtendedKeyUsageOID.CLIENT_AUTH, authority, signer)
 
@@ -218,7 +219,7 @@ def _leaf(
 
 
 def new_request(name: str, key: Key) -> x509.CertificateSigningRequest:
-    """What a client sends to be let in; it proves that the sender has the private key."""
+    """What a client sends to be let in. It proves that the sender has the private key."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(name))
     return builder.sign(key, hashes.SHA384())
 
@@ -227,15 +228,17 @@ def read_request(text: str, *, where: str) -> x509.CertificateSigningRequest:
     """Read a request and check that its sender had the key.
 
     Raises:
-        ConfigError: It is none, or was changed on its way; `where` is named.
+        ConfigError: It is not a request, or was changed in transit; the text names `where`.
     """
     try:
         found = x509.load_pem_x509_csr(text.encode("utf-8"))
-        whole = found.is_signature_valid
+        valid = found.is_signature_valid
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where} is no certificate request: {error}.") from error
-    if not whole:
-        raise ConfigError(f"{where} was changed after its client signed it.\n  Ask for it again.")
+        raise ConfigError(f"{where} is not a certificate request: {error}.") from error
+    if not valid:
+        raise ConfigError(
+            f"{where} was changed after its client signed it.\n  Ask the client to send it again."
+        )
     public_key(found)
     return found
 
@@ -244,12 +247,12 @@ def read_certificate(text: str, *, where: str) -> Certificate:
     """Read a certificate.
 
     Raises:
-        ConfigError: It is none; `where` is named.
+        ConfigError: It is not a certificate; the text names `where`.
     """
     try:
         return x509.load_pem_x509_certificate(text.encode("utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{where} is no certificate: {error}.") from error
+        raise ConfigError(f"{where} is not a certificate: {error}.") from error
 
 
 def is_signed_by(certificate: Certificate, authority: Certificate) -> bool:

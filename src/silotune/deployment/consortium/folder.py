@@ -1,17 +1,17 @@
-"""The server's folder of a consortium: who it is, its authority, who is in, and its runs.
+"""The server's folder for a consortium: its identity, its authority, its members and its runs.
 
     hospitals/
-      consortium.toml      name, where it is reached, where it listens
+      consortium.toml      name, address for clients, where it listens
       authority/           key.pem, certificate.pem: signs clients; keep a copy elsewhere
       server/              key.pem, certificate.pem: what the gate shows
       clients/NAME/        request.toml, certificate.pem: who is in
       kits/NAME.toml       what to send to NAME
       revoked/             who was in
       runs/                one run folder each
-      engine/              what `silotune server up` needs while it works
+      engine/              what `silotune server up` needs while it runs
 
-A client is in when its folder is there, and out when it is not. Nothing else is asked, so adding
-or removing one touches nobody else.
+A client is in if its folder exists, and out if it does not. Nothing else matters, so adding or
+removing a client affects no other client.
 """
 
 import os
@@ -56,10 +56,10 @@ class About(Config):
 
     name: str = Field(pattern=f"^{NAME}$")
     host: str = Field(min_length=1, max_length=253)
-    """How clients reach the server: a name or an address. The certificate is for it."""
+    """How clients reach the server: a name or an address. The certificate is issued for it."""
     port: int = Field(ge=1, le=65535)
     listen: str = Field(min_length=1)
-    """Where the gate listens on this machine; ":8443" is every interface."""
+    """Where the gate listens on this machine; ":8443" means every interface."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Member:
 
 
 class Consortium:
-    """What the server's people do with the folder."""
+    """The folder, with what the server's operators do with it."""
 
     def __init__(self, folder: Path, about: About) -> None:
         """See `create` and `open`."""
@@ -85,21 +85,21 @@ class Consortium:
 
     @classmethod
     def create(cls, folder: Path, *, name: str, address: str, listen: str | None = None) -> None:
-        """Make a new consortium, with an authority of its own.
+        """Create a consortium, with its own authority.
 
         Args:
             folder: Must not exist.
-            name: Of the consortium.
+            name: Name of the consortium.
             address: Where clients will reach it: host, or host:port.
-            listen: Where the gate listens; all interfaces at the address' port when absent.
+            listen: Where the gate listens; by default all interfaces, at the port of `address`.
 
         Raises:
-            ConfigError: The folder exists, or a name or an address cannot be one.
+            ConfigError: The folder exists, or the name or the address is invalid.
         """
         host, port = read_address(address)
         about = About(name=check_name(name), host=host, port=port, listen=listen or f":{port}")
         if folder.exists():
-            raise ConfigError(f"{folder} exists already.\n  Choose another --folder.")
+            raise ConfigError(f"{folder} already exists.\n  Choose another --folder.")
 
         def build(part: Path) -> None:
             part.chmod(0o700)
@@ -122,23 +122,23 @@ class Consortium:
 
     @classmethod
     def open(cls, folder: Path) -> "Consortium":
-        """The consortium of a folder.
+        """Open the consortium in a folder.
 
         Raises:
-            ConfigError: There is none, or its file is wrong.
+            ConfigError: There is none, or its file has a mistake.
         """
         path = folder / ABOUT
         if not path.is_file():
             raise ConfigError(
-                f"{folder} is no consortium's folder.\n"
-                "  Make one: silotune server init NAME --address HOST"
+                f"{folder} is not the folder of a consortium.\n"
+                "  Create one: silotune server init NAME --address HOST"
             )
         return cls(folder, read_table(path, About))
 
     # --- its own identity
 
     def authority(self) -> Certificate:
-        """Who signs."""
+        """The certificate of the authority."""
         path = self.folder / "authority" / "certificate.pem"
         return read_certificate(_text(path), where=str(path))
 
@@ -150,7 +150,7 @@ class Consortium:
         return fingerprint(public_key(self.authority()))
 
     def issue_server_certificate(self) -> None:
-        """A new certificate for the gate: the old one may be about to end, or the host changed."""
+        """Issue a new certificate for the gate, if the old one expires soon or the host changed."""
         key = read_key(self.folder / "server" / "key.pem")
         made = server_certificate(self.authority(), self._signer(), key, self.about.host)
         path = self.folder / "server" / "certificate.pem"
@@ -159,7 +159,7 @@ class Consortium:
     # --- who is in
 
     def members(self) -> Mapping[str, Member]:
-        """Clients that are in, by name."""
+        """The clients that are in, by name."""
         found: dict[str, Member] = {}
         for name in names_in(self.folder):
             place = self.folder / "clients" / name
@@ -171,14 +171,14 @@ class Consortium:
         """Let a client in.
 
         Args:
-            request: The file that the client's people sent.
-            days: How long its certificate is good for; approving again renews it.
+            request: The file that the client's operators sent.
+            days: How long its certificate is valid; approving it again renews it.
 
         Returns:
             The kit to send back, and the fingerprint of the client's key, to be compared.
 
         Raises:
-            ConfigError: The request is not whole, or another key has this name.
+            ConfigError: The request is not intact, or another key has this name.
         """
         asked = read_request_file(request)
         key = public_key(read_request(asked.request, where=f"{request}: request"))
@@ -187,11 +187,11 @@ class Consortium:
             same_key = fingerprint(member.key) == fingerprint(key)
             if name.lower() == asked.name.lower() and (name != asked.name or not same_key):
                 raise ConfigError(
-                    f"'{name}' is in already, with another key.\n  If its people made a new one: "
+                    f"'{name}' is already in, with another key.\n  If the client made a new key: "
                     f"silotune server revoke {name}, then approve the new request."
                 )
             if same_key and name != asked.name:
-                raise ConfigError(f"this key is in already, as '{name}'.")
+                raise ConfigError(f"this key is already in, as '{name}'.")
         authority = self.authority()
         made = client_certificate(authority, self._signer(), key, asked.name, days=days)
         kit = self.folder / "kits" / f"{asked.name}.toml"
@@ -212,7 +212,7 @@ class Consortium:
         return kit, fingerprint(key)
 
     def revoke(self, name: str) -> None:
-        """Put a client out; its kit stops working as soon as the server takes notice.
+        """Remove a client; its kit stops working as soon as the server notices.
 
         Raises:
             ConfigError: It is not in.
@@ -220,7 +220,7 @@ class Consortium:
         members = self.members()
         if name not in members:
             known = ", ".join(members) or "nobody"
-            raise ConfigError(f"'{name}' is not in this consortium.\n  In it: {known}.")
+            raise ConfigError(f"'{name}' is not in this consortium.\n  Its members: {known}.")
         (self.folder / "kits" / f"{name}.toml").unlink(missing_ok=True)
         place = free_place(self.folder / "revoked" / name)
         os.replace(members[name].folder, place)
@@ -230,13 +230,13 @@ def read_address(address: str) -> tuple[str, int]:
     """Host and port; IPv6 in brackets.
 
     Raises:
-        ConfigError: It is no address.
+        ConfigError: It is not an address.
     """
     found = re.fullmatch(rf"({HOST})(?::([0-9]{{1,5}}))?", address)
     port = int(found[2] or DEFAULT_PORT) if found else 0
     if not found or not 1 <= port <= 65535:
         raise ConfigError(
-            f"'{address}' is no address.\n  Give a host, or host:port: fl.example.org:8443."
+            f"'{address}' is not an address.\n  Give a host, or host:port: fl.example.org:8443."
         )
     return found[1].strip("[]"), port
 

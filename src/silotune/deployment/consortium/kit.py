@@ -1,8 +1,8 @@
-"""The two files that travel when a client joins: its request, and the kit that answers it.
+"""The two files that are exchanged when a client joins: its request, and the kit in reply.
 
-Neither holds a secret: both may go by e-mail, and people compare fingerprints by telephone. The
-request has the client's public key; the kit has the server's address, the consortium's authority
-and the client's certificate.
+Neither holds a secret: both may be sent by e-mail, and people compare fingerprints by telephone.
+The request has the client's public key; the kit has the server's address, the certificate of the
+consortium's authority and the client's certificate.
 """
 
 import re
@@ -27,62 +27,63 @@ from silotune.deployment.consortium.certificates import (
 from silotune.federation.roster import NAME
 
 MOST_BYTES = 100_000
-"""Neither file is larger; what is larger is not read."""
+"""Neither file is larger; a larger file is not read."""
 F = TypeVar("F", bound=Config)
 
 
 class Request(Config):
-    """A client asks to be let in."""
+    """A client's request to be let in."""
 
     kind: Literal["silotune request"] = "silotune request"
     name: str = Field(pattern=f"^{NAME}$")
-    """How the client is called in rounds and reports."""
+    """The client's name in rounds and reports."""
     request: str
     """PKCS #10, signed with the client's own key."""
 
 
 class Kit(Config):
-    """What a client needs to join: one file."""
+    """What a client needs to join, in one file."""
 
     kind: Literal["silotune kit"] = "silotune kit"
     consortium: str = Field(pattern=f"^{NAME}$")
     client: str = Field(pattern=f"^{NAME}$")
     host: str = Field(min_length=1, max_length=253)
-    """Where the server is reached."""
+    """Where clients reach the server."""
     port: int = Field(ge=1, le=65535)
     authority: str
-    """The consortium's own authority: who is not signed by it is not the server."""
+    """The certificate of the consortium's authority; it must have signed the server's."""
     certificate: str
-    """The client's, for the key of its request."""
+    """The client's certificate, for the key of its request."""
 
 
 def check_name(name: str) -> str:
-    """Raise a ConfigError when something cannot be called so."""
+    """Return a valid name; raise a ConfigError for any other."""
     if not re.fullmatch(NAME, name):
         raise ConfigError(
-            f"'{name}' cannot be a name here: letters, digits, '_', '.' and '-', at most 63."
+            f"'{name}' is not a valid name.\n"
+            "  Use letters, digits, '_', '.' and '-', at most 63 characters."
         )
     return name
 
 
 def write_file(path: Path, content: Request | Kit) -> None:
-    """Write a request or a kit; several lines of a certificate stay several lines."""
+    """Write a request or a kit; certificates keep their line breaks."""
     text = tomli_w.dumps(content.model_dump(), multiline_strings=True)
     write_atomically(path, text.encode())
 
 
 def read_request_file(path: Path) -> Request:
-    """Read a client's request and check that it is whole.
+    """Read a client's request and check that it is intact.
 
     Raises:
-        ConfigError: It is not, or names another client than it was signed for.
+        ConfigError: It is not, or it names another client than the one it was signed for.
     """
     found = _read(path, Request)
     signed = read_request(found.request, where=f"{path}: request")
     if name_of(signed) != found.name:
         raise ConfigError(
-            f"{path} says '{found.name}', and was signed for '{name_of(signed)}'.\n"
-            "  Ask its client for the file as it was made."
+            f"{path} says '{found.name}', but was signed for '{name_of(signed)}'.\n"
+            "  Ask the client for the original file."
         )
     return found
 
@@ -99,8 +100,8 @@ def read_kit(path: Path) -> Kit:
     public_key(own)
     if not is_signed_by(own, authority) or name_of(own) != found.client:
         raise ConfigError(
-            f"{path}: the certificate is not what the consortium's authority gave "
-            f"'{found.client}'.\n  Ask the server's people for the kit again."
+            f"{path}: the certificate is not the one that the consortium's authority issued to "
+            f"'{found.client}'.\n  Ask the server's operators for the kit again."
         )
     return found
 
@@ -111,7 +112,7 @@ def certificate_of(kit: Kit) -> Certificate:
 
 
 def authority_of(kit: Kit) -> Certificate:
-    """The consortium's authority."""
+    """The certificate of the consortium's authority."""
     return read_certificate(kit.authority, where="authority")
 
 

@@ -1,8 +1,8 @@
 """The client's side of Flower: a message comes in, a `Station` answers it, a reply goes out.
 
 In simulation the station lives in this process, an actor that Ray keeps. In deployment Flower
-starts a new process for every message, so the station lives in a resident worker and this file
-only passes parcels on; it imports neither torch nor a model library then.
+starts a new process for every message, so the station lives in a resident worker. This file then
+only passes parcels on, and imports neither torch nor a model library.
 """
 
 import json
@@ -43,14 +43,14 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answer(kind: str, message: Message, context: Context) -> Message:
     told = dict(context.run_config)
-    if "runs" in told:  # of an exported app, where each run has a folder by Flower's number
+    if "runs" in told:  # an exported app: each run has a folder, named by Flower's number
         told["folder"] = str(Path(str(told["runs"])) / str(context.run_id))
     reply = pass_on(kind, from_record(message.content), told, context.node_config)
     return Message(to_record(reply), reply_to=message)
 
 
 def pass_on(kind: str, parcel: Parcel, run: Mapping[str, Any], node: Mapping[str, Any]) -> Parcel:
-    """Find who answers. The only place that knows simulation from deployment.
+    """Pass a parcel to what answers it. Only this function distinguishes simulation and deployment.
 
     Args:
         kind: query, train or evaluate.

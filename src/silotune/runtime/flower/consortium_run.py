@@ -1,7 +1,7 @@
-"""A run on a consortium's SuperLink, which `silotune server up` keeps: submitted, and followed.
+"""Submits a run to a consortium's SuperLink, which `silotune server up` keeps, and follows it.
 
-The server app is a process of its own. It outlives the one that follows it, so a run that is
-resumed while its server app still works goes on following that one.
+The server app is a separate process. It outlives the process that follows it: if a run is resumed
+while its server app is still working, it just follows that server app again.
 """
 
 import json
@@ -18,15 +18,15 @@ from silotune.runtime.flower.submit import CONNECTION, Link, engine_environment
 from silotune.runtime.job import Job, Measured
 
 SUBMITTED = "submitted.json"
-"""Flower's number of the run that was submitted last."""
+"""File with Flower's number of the run that was submitted last."""
 
 
 def drive(job: Job) -> Measured:
-    """Run a job's rounds with Flower's deployment engine: a consortium's, else one of this machine.
+    """Run a job's rounds with Flower's deployment engine: a consortium's, or one on this machine.
 
     Raises:
         ConfigError: The consortium's server is not up.
-        SilotuneError: What ended the rounds, as in any runtime.
+        SilotuneError: The rounds ended with it, as in any runtime.
     """
     if job.consortium is None:
         return flower_engine.drive(job)
@@ -38,7 +38,7 @@ def drive(job: Job) -> Measured:
         if not link.is_under_way():
             link.submit()
         outcome = link.follow()
-    except BaseException:  # signals too: without an order to stop, the server app would go on
+    except BaseException:  # signals too: unless told to stop, the server app would continue
         link.stop()
         raise
     link.forget()
@@ -63,7 +63,7 @@ class _Hosted(Link):
         )
 
     def check_up(self) -> None:
-        """Raise when there is no SuperLink that answers."""
+        """Raise if the consortium's server is not up."""
         if not (self.engine / "flwr" / "config.toml").is_file():
             raise ConfigError(
                 f"the server of {self.job.consortium} is not up.\n"
@@ -71,7 +71,7 @@ class _Hosted(Link):
             )
 
     def is_under_way(self) -> bool:
-        """Whether a server app of this run works already; else what is left of one is cleared."""
+        """Whether this run's server app is already working; if not, stop what is left of it."""
         kept = self.work / SUBMITTED
         if kept.is_file():
             follower = Follower(self.work, Progress())
@@ -83,7 +83,7 @@ class _Hosted(Link):
         return False
 
     def submit(self) -> None:
-        """Hand the app over, and write down under which number."""
+        """Hand the app over, and record Flower's number of the run."""
         for name in (PROGRESS, OUTCOME):
             (self.work / name).unlink(missing_ok=True)
         super().submit()
@@ -100,5 +100,5 @@ class _Hosted(Link):
         self.run_id = None
 
     def forget(self) -> None:
-        """The run is over: its outcome is in the run folder now."""
+        """Remove the engine's files of a run that is over: its outcome is in the run folder now."""
         shutil.rmtree(self.work, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Starts Flower's engine for one run, follows it, and ends it: nothing outlives the run.
 
-SuperLink, SuperNodes and Ray live in a private folder with the caller's directory and environment,
-under a keeper that ends them when this process is gone. The rounds run in the server app
-(`flower_server.py`); this file only starts, watches and reports.
+SuperLink, SuperNodes and Ray use a private folder, and the caller's directory and environment. A
+keeper holds them and ends them when this process is gone. The rounds run in the server app
+(`server.py`); this file only starts, watches and reports.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ from silotune.runtime.flower.submit import CONNECTION, Link, engine_environment
 from silotune.runtime.job import Job, Measured
 
 START_S = 60.0
-"""Seconds in which the SuperLink has to answer."""
+"""Seconds the SuperLink has to answer."""
 LOG = "engine.log"
-"""What the engine wrote."""
+"""The engine's output."""
 
 
 def check_installed(run: RunConfig) -> None:
-    """Refuse a runtime whose libraries are not here, before anything is started.
+    """Refuse a runtime whose libraries are not installed, before anything is started.
 
     Raises:
         ConfigError: Names the extra to install.
@@ -60,7 +60,7 @@ def drive(job: Job) -> Measured:
 
     Raises:
         EngineError: A process of the engine ended, or did not answer.
-        SilotuneError: What ended the rounds, as in any runtime.
+        SilotuneError: The rounds ended with it, as in any runtime.
     """
     if job.state.round == 0:
         job.folder.save(job.state, last=False)  # where the server app finds the first adapter
@@ -74,19 +74,19 @@ def drive(job: Job) -> Measured:
 
 
 def measured_from(outcome: Mapping[str, Any]) -> Measured:
-    """What the server app left, as the run's report wants it."""
+    """Convert the server app's outcome to what the run's report needs."""
     processes = outcome["processes"]
     return Measured(
         num_rows=outcome["num_rows"],
         base_model_loads=sum(p["base_loads"] for p in processes),
-        # under [privacy] real clients say 0
+        # under [privacy], real clients report 0
         peak_memory_bytes=max((p["peak_memory_bytes"] for p in processes), default=0) or None,
     )
 
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder of this user alone, with a short path: sockets allow 107 bytes."""
+    """A folder that only this user can enter, with a short path: a socket's may have 107 bytes."""
     short = Path("/tmp")
     made = tempfile.mkdtemp(prefix="silotune-", dir=short if short.is_dir() else None)
     try:
@@ -112,7 +112,7 @@ class _Engine(Link):
             self.private,
             log=self.log,
             environment=self._environment(),
-            # the folder stays taken until the last process of this engine is gone
+            # the run folder stays locked until the last process of this engine is gone
             lock=self.job.folder.lock_fd,
         )
         return self
@@ -142,7 +142,7 @@ class _Engine(Link):
         own |= {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(self.private),
-            # without it every actor of Ray would need a longer start and its own copy of the logs
+            # otherwise every Ray actor would start more slowly and keep its own copy of the logs
             "RAY_DEDUP_LOGS": "0",
         }
         if self._kept is not None:
@@ -184,7 +184,7 @@ class _Engine(Link):
         return False
 
     def start_clients(self) -> None:
-        """A SuperNode per client, each with the path of its own configuration and nothing else."""
+        """Start a SuperNode per client; each gets its configuration's path and nothing else."""
         for name, path in self._client_configs().items():
             self._order(
                 f"client {name}",
@@ -219,14 +219,14 @@ class _Engine(Link):
         return " ".join(f"{key}={value}" for key, value in wanted.items())
 
     def _keep_log(self) -> None:
-        """Leave what the engine wrote in the run folder: it ended with an error."""
+        """Copy the engine's log to the run folder, because the run ended with an error."""
         if self.run_id is not None:
             self._flwr("log", str(self.run_id), CONNECTION, "--show")
         if self.log.exists() and self.job.folder.path.is_dir():
             shutil.copyfile(self.log, self.job.folder.path / LOG)
 
     def _check_alive(self) -> None:
-        """Raise when a process of the engine has ended on its own."""
+        """Raise if a process of the engine has ended unexpectedly."""
         assert self._kept is not None
         for name, code in self._kept.ended():
             if name == KEEPER:
@@ -244,7 +244,7 @@ def write_connection(home: Path, connection: Mapping[str, Any]) -> None:
 
 
 def free_port() -> int:
-    """A port on loopback that nobody uses now."""
+    """A port on loopback that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

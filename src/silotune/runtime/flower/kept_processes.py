@@ -1,4 +1,4 @@
-"""Processes that end when this one ends, however it ends: a keeper holds them."""
+"""Processes that end when this one ends, however it ends: a keeper process holds them."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ KEEPER = "keeper"
 
 
 class Kept:
-    """A keeper, the orders it is given, and what it says of processes that ended."""
+    """A keeper process: takes orders to start programs, and reports which ones have ended."""
 
     def __init__(
         self, private: Path, *, log: Path, environment: Mapping[str, str], lock: int | None = None
@@ -25,10 +25,10 @@ class Kept:
         """Start the keeper.
 
         Args:
-            private: A folder that the keeper removes when all is over.
-            log: Where the keeper writes what is wrong with it.
-            environment: Of the keeper and of all it starts.
-            lock: A locked file that stays so until the last of the processes is gone.
+            private: A folder that the keeper removes at the end.
+            log: Where the keeper writes its own errors.
+            environment: For the keeper and everything it starts.
+            lock: A locked file; it stays locked until the last of the processes is gone.
         """
         self.mark = secrets.token_hex(16)
         with log.open("ab") as file:
@@ -44,7 +44,7 @@ class Kept:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 env=dict(environment),
-                start_new_session=True,  # Ctrl-C reaches this process alone
+                start_new_session=True,  # Ctrl-C reaches only this process
                 pass_fds=() if lock is None else (lock,),
             )
         assert self._keeper.stdout is not None
@@ -52,15 +52,15 @@ class Kept:
 
     @property
     def pid(self) -> int:
-        """The keeper's."""
+        """The keeper's process number."""
         return self._keeper.pid
 
     def start(self, name: str, argv: Sequence[str], *, log: Path) -> None:
-        """Have a program started; `name` is what `ended` will call it."""
+        """Start a program; `ended` will report it as `name`."""
         self._order({"name": name, "argv": [program(argv[0]), *argv[1:]], "log": str(log)})
 
     def tell(self, name: str, signum: int) -> None:
-        """Send a signal to a program that was started by this name, if it is still there."""
+        """Send a signal to the program that was started as `name`, if it is still running."""
         self._order({"name": name, "signal": signum})
 
     def _order(self, order: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ class Kept:
     def ended(self) -> Iterator[tuple[str, int]]:
         """Name and exit status of programs that have ended since the last call.
 
-        KEEPER is among them when the keeper itself has, and with it all the others.
+        KEEPER is reported if the keeper itself has ended, and all programs with it.
         """
         assert self._keeper.stdout is not None
         if self._keeper.poll() is not None:
@@ -91,12 +91,12 @@ class Kept:
         if self._keeper.returncode != 0:
             self._keeper.kill()
             self._keeper.wait()
-            end_all(self.mark, adopted=False)  # this process may have children of its own
+            end_all(self.mark, adopted=False)  # this process may have other children
         if self._keeper.stdout is not None:
             self._keeper.stdout.close()
 
 
 def program(name: str) -> str:
-    """A console script of the same environment as this Python."""
-    beside = Path(sysconfig.get_path("scripts")) / name
-    return str(beside) if beside.exists() else name
+    """Path of a console script in this Python's environment; else its name, to be found on PATH."""
+    installed = Path(sysconfig.get_path("scripts")) / name
+    return str(installed) if installed.exists() else name

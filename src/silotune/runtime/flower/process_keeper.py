@@ -1,10 +1,10 @@
-"""Holds an engine's processes, and ends them all when its own starter is gone, however it went.
+"""Holds an engine's processes, and ends them all once the process that started it is gone.
 
-It reads lines of JSON from its standard input: what to start, and what to send a signal to. When
-that input closes (the run is over, or was killed) everything that was started is ended: all its
-descendants, also those that lost their parents, and every process that carries the engine's mark in
-its environment, for systems without adoption; then the engine's private folder is removed. Started
-as `python -m silotune.runtime.flower.process_keeper MARK FOLDER`.
+It reads lines of JSON from standard input: what to start, and what to send a signal to. When that
+input closes (the run is over, or was killed), it ends everything that was started: all of its
+descendants, including those that lost their parents, and, for systems where it cannot adopt those,
+every process that carries the engine's mark in its environment. Then it removes the engine's
+private folder. Start it as `python -m silotune.runtime.flower.process_keeper MARK FOLDER`.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from psutil import Process
 
 MARK = "SILOTUNE_ENGINE"
-"""Environment variable that every process of one engine carries, with the engine's own value."""
+"""Environment variable that every process of an engine carries; its value names the engine."""
 GRACE_S = 10.0
-"""Seconds between asking a process to end and ending it."""
+"""Seconds between asking a process to end and killing it."""
 CANNOT_START = 127
-"""Exit status that stands for a program that is not there, as in a shell."""
+"""Exit status for a program that cannot be started, as in a shell."""
 PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h: orphans among the descendants become children of this process."""
 
 
 def main(mark: str, folder: Path) -> None:
-    """Start what is asked for and report what ends, until the input closes."""
+    """Start what is requested and report what ends, until the input closes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     started: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
@@ -64,7 +64,8 @@ def main(mark: str, folder: Path) -> None:
                     _report(started.pop(pid)[0], os.waitstatus_to_exitcode(status))
     finally:
         end_all(mark, adopted=True)
-    shutil.rmtree(folder, ignore_errors=True)  # after an error its starter still reads the log
+    # not after an error: the process that started this one still reads the log
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tell(started: dict[int, tuple[str, subprocess.Popen[bytes]]], name: str, signum: int) -> None:
@@ -100,11 +101,11 @@ def _ended_children() -> list[tuple[int, int]]:
 
 
 def left_of(mark: str, *, adopted: bool) -> "list[Process]":
-    """What is left of an engine: whoever carries its mark.
+    """The processes of an engine that are still running: those that carry its mark.
 
     Args:
         mark: The engine's own value of `MARK`.
-        adopted: All descendants of this process too: only a keeper has no others.
+        adopted: Include all descendants of this process. Only a keeper has no unrelated ones.
     """
     import psutil
 
@@ -119,9 +120,9 @@ def left_of(mark: str, *, adopted: bool) -> "list[Process]":
 
 
 def end_all(mark: str, *, adopted: bool) -> None:
-    """Ask all that is left to end; end what does not, and what it started meanwhile.
+    """Ask all processes that are left to end; kill those that do not, and what they started.
 
-    What even the system cannot end is left after a second such time. See `left_of`.
+    Gives up on processes that even the system cannot end after twice GRACE_S. See `left_of`.
     """
     import psutil
 

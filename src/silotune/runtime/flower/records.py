@@ -1,10 +1,10 @@
-"""Parcels <-> Flower's records: one text, and one row of float32 numbers.
+"""Converts parcels to Flower's records and back: one text, and one row of float32 numbers.
 
-Flower stores, hashes and fetches every record, array and part of one as an object of its own, by a
-request at each of the six places where a round's message passes. So an adapter is one row and not
-hundreds of arrays, and a row that fits into one object anyway lies in the text's ConfigRecord; a
-larger one in an ArrayRecord, which travels in parts. The row holds the plain numbers, little end
-first. Flower itself would write a NumPy file, and to read one is to decode whatever its header
+Flower stores, hashes and fetches every record, array and part of an array as a separate object,
+with one request at each of the six places that a round's message passes. So an adapter is one row,
+not hundreds of arrays. A row that fits into one object is stored in the text's ConfigRecord; a
+larger one in an ArrayRecord, which travels in parts. The row holds plain little-endian numbers.
+Flower itself would write a NumPy file, and reading one means decoding whatever its header
 announces.
 """
 
@@ -18,7 +18,7 @@ from silotune.runtime.payload import PART_BYTES, Parcel, read_text
 
 ABOUT, VALUES = "about", "values"
 PLAIN = "silotune.float32"
-"""Name of our form among those of Flower's arrays."""
+"""Name of our format in Flower's arrays."""
 
 
 def to_record(parcel: Parcel) -> RecordDict:
@@ -35,16 +35,18 @@ def from_record(record: RecordDict) -> Parcel:
     """Undo `to_record`.
 
     Raises:
-        UpdateError: The content is no parcel.
+        UpdateError: The content is not a parcel.
     """
     about, arrays = record.config_records.get(ABOUT, {}), record.array_records.get(VALUES)
     text, row = about.get(ABOUT), about.get(VALUES, b"")
     if not isinstance(text, str):
-        raise UpdateError("a message has no readable text.\n  Use the same silotune on both sides.")
+        raise UpdateError(
+            "a message has no readable text.\n  Install the same version of silotune on both sides."
+        )
     if arrays is not None and VALUES in arrays:
         array = arrays[VALUES]
         announced = (array.dtype, array.stype, array.shape)
         row = array.data if announced == ("float32", PLAIN, (len(array.data) / 4,)) else None
     if not isinstance(row, bytes) or len(row) % 4:
-        raise UpdateError("a message brings other numbers; only float32 is accepted.")
+        raise UpdateError("a message holds numbers that are not float32; only float32 is accepted.")
     return Parcel(read_text(text), np.frombuffer(row, dtype="<f4"))

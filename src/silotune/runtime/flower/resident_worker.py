@@ -2,8 +2,8 @@
 
 Flower starts a new process for every message; loading a model in each would cost more than most
 rounds. So that process asks this one, over a socket in a folder that only its own user can enter.
-Bytes travel, nothing is pickled. The worker ends when it is idle, and its error texts go to the
-log beside the client's own state.
+Plain bytes travel, and nothing is pickled. The worker ends after it has been idle for a while. Its
+error texts go to the log in the client's state folder.
 
     python -m silotune.runtime.flower.resident_worker CLIENT_TOML
 """
@@ -25,21 +25,21 @@ from silotune.core.errors import EngineError, UpdateError
 from silotune.runtime.payload import Parcel, pack, unpack
 
 START_S = 120
-"""Seconds in which a new worker has to open its socket."""
+"""Seconds a new worker has to open its socket."""
 MAX_PATH = 103
-"""Bytes that the address of a socket may have; Linux allows four more."""
+"""Most bytes in the address of a socket; Linux allows four more."""
 
 
 # --- the asking side: no torch -------------------------------------------------------------------
 
 
 def ask(config: Path, parcel: Parcel, *, round_: int) -> Parcel:
-    """Let the client's worker answer; start one where there is none.
+    """Let the client's worker answer; start one if none is running.
 
     Args:
         config: The client's own configuration.
         parcel: kind, recipe, run and the server's parcel.
-        round_: For the failure, when the worker ends in the middle.
+        round_: For the failure, if the worker ends before it has answered.
     """
     for _ in range(2):  # a worker may go idle between the connection and the question
         try:
@@ -48,7 +48,7 @@ def ask(config: Path, parcel: Parcel, *, round_: int) -> Parcel:
                 return unpack(line.recv_bytes())
         except (BrokenPipeError, ConnectionResetError):
             continue
-        except (EOFError, OSError, UpdateError):  # OSError: in the middle of its answer
+        except (EOFError, OSError, UpdateError):  # OSError: it ended in the middle of its answer
             break
         except EngineError as error:  # Flower would pass its text on to the server
             sys.stderr.write(f"{error}\n")
@@ -58,7 +58,7 @@ def ask(config: Path, parcel: Parcel, *, round_: int) -> Parcel:
 
 def _failure(code: str, round_: int) -> Parcel:
     facts = {"round": round_, "code": code, "place": "resident worker"}
-    return Parcel({"failure": {**facts, "mend": "this client has the reason in its log"}})
+    return Parcel({"failure": {**facts, "fix": "the reason is in this client's log"}})
 
 
 def _connect(config: Path) -> Connection:
@@ -70,14 +70,14 @@ def _connect(config: Path) -> Connection:
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             return _line_to(address)
-        if worker.poll() == 0:  # another was first: it is still loading, or just ending
+        if worker.poll() == 0:  # another was first: it is still loading, or is just ending
             worker = _start(config)
         if worker.poll() is not None:
             break
         time.sleep(0.05)
     raise EngineError(
         f"the resident worker of {config} did not start within {START_S} s.\n"
-        "  Its reason is in worker.log, in the client's state folder."
+        "  See worker.log in the client's state folder."
     )
 
 
@@ -93,7 +93,7 @@ def _line_to(address: Path) -> Connection:
 
 
 def _socket(config: Path) -> Path:
-    """A short path in a folder of this user alone."""
+    """A short path in a folder that only this user can enter."""
     folder = Path(tempfile.gettempdir()) / f"silotune-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -156,7 +156,7 @@ def _serve(listener: socket.socket, config: Path) -> None:
             accepted, _ = listener.accept()
         except TimeoutError:
             return
-        # whoever asked may end in the middle of its question or of the answer
+        # the asking process may end in the middle of its question or of the answer
         with Connection(accepted.detach()) as line, contextlib.suppress(EOFError, OSError):
             line.send_bytes(pack(client.answer(unpack(line.recv_bytes()))))
 

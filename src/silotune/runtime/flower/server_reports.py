@@ -1,7 +1,7 @@
-"""Progress and outcome of a server app, told to the process that started the engine.
+"""Progress and outcome of a server app, written for the process that started the engine.
 
-Lines of JSON in the engine's private folder: they cost nothing, outlive both processes, and need no
-port. A bug's traceback goes to the engine's log, not here.
+They are lines of JSON in the engine's private folder: these cost nothing, outlive both processes,
+and need no port. A bug's traceback goes to the engine's log, not here.
 """
 
 import json
@@ -19,11 +19,11 @@ from silotune.federation.progress import Progress
 
 PROGRESS, OUTCOME = "progress.jsonl", "outcome.json"
 CLOCK_S = 60.0
-"""By how much the system may come to another time for the same birth, when its clock is set."""
+"""How far the reported start time of one process may move when the system's clock is set."""
 
 
 class FileProgress(Progress):
-    """Writes down what it is told."""
+    """Writes every event to a file."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / PROGRESS).open("a", encoding="utf-8", buffering=1)
@@ -71,17 +71,17 @@ class FileProgress(Progress):
 
 
 class Follower:
-    """Reads what a `FileProgress` writes and tells it to another progress."""
+    """Reads what a `FileProgress` writes and passes it on to another progress."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self._path = folder / PROGRESS
         self._progress = progress
         self._at = 0
         self.process: tuple[int, float | None] | None = None
-        """The server app's process, once it has started: its number, and when it was born."""
+        """The server app's process, once it has started: its number, and when it started."""
 
     def has_ended(self) -> bool:
-        """Whether the server app has started and is not there any more."""
+        """Whether the server app has started and is no longer running."""
         if self.process is None:
             return False
         pid, then = self.process
@@ -115,9 +115,9 @@ class Follower:
 
 
 def born(pid: int) -> float | None:
-    """When a process began; None when there is none of that number, or it has ended.
+    """When a process started; None if there is no process with this number, or it has ended.
 
-    Numbers are given again after a while, and after a start of the machine at once.
+    The system reuses numbers: after a while, and right away after the machine is restarted.
     """
     import psutil
 
@@ -129,7 +129,7 @@ def born(pid: int) -> float | None:
 
 
 def write_outcome(folder: Path, facts: Mapping[str, Any], error: BaseException | None) -> None:
-    """Leave behind how the server app ended. Texts of our own errors hold no rows."""
+    """Record how the server app ended. Texts of our own errors hold no rows."""
     ours = isinstance(error, SilotuneError)
     problem = {"kind": type(error).__name__, "text": str(error) if ours else ""} if error else None
     write_json(folder / OUTCOME, {"error": problem, **facts})
@@ -139,7 +139,7 @@ def read_outcome(folder: Path) -> dict[str, Any] | None:
     """How the server app ended, or None while it runs.
 
     Raises:
-        SilotuneError: The error that ended it, of its own class.
+        SilotuneError: The error that ended it, as an instance of its class.
         EngineError: A bug ended it.
     """
     path = folder / OUTCOME

@@ -1,12 +1,12 @@
-"""Any Flower strategy as an algorithm of ours.
+"""Any Flower strategy as a silotune algorithm.
 
-A recipe names the class, as in "flower:flwr.serverapp.strategy.FedYogi". Each round a fresh
-strategy is built, gets back what it remembers, and combines the clients' replies in memory; nothing
-is sent. Its memory is a value in `ServerState.extra`, so a run can stop anywhere. A strategy whose
-messages are more than the adapter and the round is refused: our clients would not read the rest.
+A recipe names the class, as in "flower:flwr.serverapp.strategy.FedYogi". Each round builds a fresh
+strategy, restores what it remembers, and lets it combine the clients' replies in memory; nothing is
+sent. Its memory is a value in `ServerState.extra`, so a run can stop anywhere. A strategy that
+sends more than the adapter and the round is refused: our clients would not read the rest.
 
-flwr and the class are imported when a recipe is checked and when the server combines, never by
-building the algorithm: a client does that too, and must not run code that a server names.
+flwr and the class are imported when a recipe is checked and when the server combines, never when
+the algorithm is built: clients build it too, and must not run code that a server names.
 """
 
 import contextlib
@@ -27,9 +27,10 @@ from silotune.core.algorithm import Algorithm
 from silotune.core.errors import ConfigError, QuorumError
 from silotune.core.tree import add, layout_of
 from silotune.core.types import AdapterState, Change, ServerState, Update, Updates
+from silotune.core.wording import counted
 from silotune.recipes.algorithm import FlowerStrategyConfig, build_algorithm
 from silotune.runtime.flower.strategy_class import builder_of, refused, text_of
-from silotune.runtime.flower.strategy_memory import memory_of, remind
+from silotune.runtime.flower.strategy_memory import memory_of, restore
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 WAIT_S = 10.0
-"""A strategy that looks for more nodes than there are is given up after this time."""
+"""Seconds after which a strategy that waits for more nodes than there are is given up."""
 
 
 def algorithm_of(cfg: AlgorithmConfig) -> Algorithm:
@@ -50,11 +51,11 @@ def _bridge(cfg: FlowerStrategyConfig) -> Algorithm:
         build = builder_of(cfg)
         with in_memory():
             strategy = build()
-            remind(strategy, state.extra)
+            restore(strategy, state.extra)
             after = aggregate(strategy, cfg, state, updates)
             memory = memory_or_refuse(strategy, build(), cfg)
         # float64: it holds the difference of two float32 exactly, so `step` arrives at the
-        # strategy's own bits; only a weight that shrinks 2^29 times in one round is rounded there
+        # strategy's own bits; only a weight that one round shrinks by a factor of 2^29 is rounded
         return Change({n: t.double() - state.adapter[n].double() for n, t in after.items()}, memory)
 
     def step(state: ServerState, change: Change) -> ServerState:
@@ -74,18 +75,18 @@ def memory_or_refuse(
         raise refused(
             cfg,
             f"keeps memory that cannot be saved: {error}",
-            "Saved are numbers, arrays, lists and dicts of arrays, and ArrayRecords",
+            "Keep numbers, arrays, lists and dicts of arrays, and ArrayRecords only",
         ) from error
 
 
 def aggregate(
     strategy: "Strategy", cfg: FlowerStrategyConfig, state: ServerState, updates: Iterable[Update]
 ) -> dict[str, Tensor]:
-    """The adapter, float32, that the strategy makes of the updates.
+    """The adapter, float32, that the strategy makes from the updates.
 
     Raises:
         ConfigError: It needs messages that our clients do not read, or returns other tensors.
-        QuorumError: It makes nothing of these updates, for instance because they are too few.
+        QuorumError: It cannot combine these updates, for instance because there are too few.
     """
     from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
@@ -110,7 +111,7 @@ def aggregate(
         made, _ = strategy.aggregate_train(state.round + 1, replies)
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "flwr":
-            raise  # a bug of the class, which stays one
+            raise  # a bug in the class; it stays one
         raise _no_result(where, len(answers), text_of(error)) from error
     if not made:
         raise _no_result(where, len(answers), "it returned no arrays")
@@ -126,29 +127,30 @@ def aggregate(
 
 def _no_result(where: str, num: int, why: str) -> QuorumError:
     return QuorumError(
-        f"{where} combined none of {num} updates: {why}.\n"
-        "  Start a new run with more clients per round, other [algorithm.options] or another name."
+        f"{where} could not combine {counted(num, 'update')}: {why}.\n"
+        "  Start a new run with more clients per round, different [algorithm.options] or another "
+        "algorithm.name."
     )
 
 
 def _record(state: AdapterState) -> "ArrayRecord":
-    """In name order, which a saved and loaded state has too; some strategies go by position."""
+    """In name order, as after saving and loading; some strategies depend on the position."""
     from flwr.app import Array, ArrayRecord
 
     return ArrayRecord({name: Array(state[name].cpu().numpy()) for name in sorted(state)})
 
 
 def _node_of(client: str) -> int:
-    """A client's number as a node: the same in every round and run."""
+    """A client's node number: the same in every round and run."""
     return int.from_bytes(hashlib.sha256(client.encode()).digest()[:7], "big")
 
 
 def _nodes(ids: list[int], where: str) -> "Grid":
-    """The round's clients as Flower's `Grid`. It names them and never sends."""
+    """The round's clients as Flower's `Grid`. It lists them and never sends."""
     from flwr.serverapp import Grid
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise ConfigError(f"{where} sends messages by itself.\n  Choose another strategy.")
+        raise ConfigError(f"{where} sends its own messages.\n  Choose another strategy.")
 
     class Nodes(Grid):
         began: float | None = None
@@ -158,7 +160,10 @@ def _nodes(ids: list[int], where: str) -> "Grid":
         def get_node_ids(self) -> list[int]:
             self.began = self.began or time.monotonic()
             if time.monotonic() - self.began > WAIT_S:
-                raise QuorumError(f"{where} waits for more than {len(ids)} clients.\n  Ask more.")
+                raise QuorumError(
+                    f"{where} waits for more than {counted(len(ids), 'client')}.\n"
+                    "  Ask more clients per round."
+                )
             return ids
 
     return Nodes()
@@ -167,7 +172,7 @@ def _nodes(ids: list[int], where: str) -> "Grid":
 def _check_messages(
     cfg: FlowerStrategyConfig, orders: "list[Message]", sent: "ArrayRecord", nodes: set[int]
 ) -> "dict[int, Message]":
-    """The messages by node, when they are nothing but the adapter and the round, to everyone."""
+    """The messages by node, if they hold just the adapter and the round, and go to everyone."""
     strange: list[str] = []
     for order in orders:
         content = order.content
@@ -178,7 +183,8 @@ def _check_messages(
             strange.append("arrays other than the adapter")
     by_node = {order.metadata.dst_node_id: order for order in orders}
     if by_node.keys() != nodes or len(orders) != len(nodes):
-        strange.append(f"{len(orders)} messages to {len(by_node)} of {len(nodes)} clients")
+        clients = counted(len(nodes), "client")
+        strange.append(f"{counted(len(orders), 'message')} to {len(by_node)} of {clients}")
     if not strange:
         return by_node
     what = f"needs its own messages: it sends {', '.join(dict.fromkeys(strange))}"
@@ -186,7 +192,7 @@ def _check_messages(
     if own not in ALGORITHMS:
         raise refused(cfg, what, "Choose another strategy; our clients would not read them")
     keys = ", ".join(ALGORITHMS[own][0].model_fields)
-    raise refused(cfg, what, f'Use our own: algorithm.name = "{own}"; its keys: {keys}')
+    raise refused(cfg, what, f'Use silotune\'s own: algorithm.name = "{own}", with the keys {keys}')
 
 
 @contextlib.contextmanager
@@ -199,7 +205,7 @@ def in_memory() -> Iterator[None]:
     level = logger.level
     ids = {key: vars(TaskIdentity)[key] for key in ("_task_id", "_run_id", "_node_id")}
     logger.setLevel(logging.ERROR)
-    gc.freeze()  # Flower collects garbage for every reply: 0.1 s each beside a loaded model
+    gc.freeze()  # Flower collects garbage for every reply: 0.1 s each with a model loaded
     try:
         for key, value in ids.items():
             setattr(TaskIdentity, key, 1 if value is None else value)

@@ -1,7 +1,7 @@
-"""What `silotune check` says of a Flower strategy: whether it runs here, and what it does quietly.
+"""What `silotune check` says about a Flower strategy: whether it runs, and how it differs.
 
 A rehearsal of two rounds on small tensors, with as many clients as a round of the recipe has, finds
-what would otherwise end a run after the model was loaded and trained.
+what would otherwise end a run after the model has been loaded and trained.
 """
 
 import torch
@@ -10,19 +10,20 @@ from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
 from silotune.core.errors import ConfigError
 from silotune.core.types import ServerState, Update
+from silotune.core.wording import counted
 from silotune.recipes.algorithm import FlowerStrategyConfig
 from silotune.runtime.flower.strategy import aggregate, in_memory, memory_or_refuse
 from silotune.runtime.flower.strategy_class import builder_of, class_of, refused, text_of
-from silotune.runtime.flower.strategy_memory import remind
+from silotune.runtime.flower.strategy_memory import restore
 
-SUMS = "sums run in float32, one reply after the other; here replies are in client-name order"
+SUMS = "it sums in float32, one reply after another; silotune passes replies in client-name order"
 START = "the second moment starts at 0; in the paper it starts at tau squared"
-EXPONENT = "Adam's bias correction is added, with the exponent round + 1; the paper has none"
+EXPONENT = "it adds Adam's bias correction, with the exponent round + 1; the paper has none"
 DISTANCES = (
-    "distances are taken between whole weights in float32, as |x|^2 + |y|^2 - 2xy, so small "
+    "distances are computed between full weights in float32, as |x|^2 + |y|^2 - 2xy, so small "
     "changes of large weights are lost"
 )
-SELECTION = "Multi-Krum chooses once; the paper repeats Krum among those not yet chosen"
+SELECTION = "it runs Multi-Krum once; the paper repeats Krum among those not yet chosen"
 
 TRAPS = {
     "FedAvg": (SUMS,),
@@ -37,31 +38,33 @@ TRAPS = {
     "FedMedian": (),
     "FedTrimmedAvg": (),
 }
-"""What was read in Flower 1.41, by class; a class of one's own inherits from its nearest base."""
+"""As read in Flower 1.41, by class. A user's class gets the notes of its nearest base."""
 
 
 def strategy_warnings(cfg: AlgorithmConfig) -> list[str]:
-    """What a strategy does otherwise than its paper or our own algorithms; a sentence each."""
+    """How a strategy differs from its paper or from our own algorithms, in one sentence each."""
     if not isinstance(cfg, FlowerStrategyConfig):
         return []
     bases = (base.__name__ for base in class_of(cfg).__mro__ if base.__module__[:5] == "flwr.")
     base = next((name for name in bases if name in TRAPS), "")
     found = [f"Flower's {base}: {text}." for text in TRAPS.get(base, ())]
     if found and base.lower() in ALGORITHMS:
-        found.append(f'algorithm.name = "{base.lower()}" is our own {base}, without these.')
-    return [*found, "A Flower strategy holds all updates of a round in memory; ours hold one."]
+        own = f'algorithm.name = "{base.lower()}"'
+        found.append(f"{own} is silotune's own {base}, without these differences.")
+    memory = "A Flower strategy holds all updates of a round in memory; silotune's own hold one."
+    return [*found, memory]
 
 
 def check_algorithm(cfg: AlgorithmConfig, *, num_clients: int) -> None:
-    """Rehearse two rounds of a Flower strategy. Our own algorithms need none.
+    """Rehearse two rounds of a Flower strategy. Our own algorithms do not need it.
 
     Args:
         cfg: The recipe's [algorithm].
         num_clients: How many clients a round of the recipe asks.
 
     Raises:
-        ConfigError: The class cannot be imported or built, needs other messages, fails, or does not
-            go on after a stop as it would have without.
+        ConfigError: The class cannot be imported or built, needs other messages, fails, or gives
+            a different result after a stop than without one.
     """
     if not isinstance(cfg, FlowerStrategyConfig):
         return
@@ -82,21 +85,22 @@ def check_algorithm(cfg: AlgorithmConfig, *, num_clients: int) -> None:
             kept, stopped = build(), build()
             first = aggregate(kept, cfg, ServerState(0, toy), updates)
             memory = memory_or_refuse(kept, build(), cfg)
-            remind(stopped, memory)
+            restore(stopped, memory)
             state = ServerState(1, first)
             through, resumed = (aggregate(s, cfg, state, updates) for s in (kept, stopped))
         except ConfigError:
             raise
-        except Exception as error:  # code of strangers: whatever it raises is explained
+        except Exception as error:  # third-party code: whatever it raises is explained
             raise refused(
                 cfg,
-                f"fails in a rehearsal with {num_clients} clients per round: {text_of(error)}",
+                f"fails in a rehearsal with {counted(num_clients, 'client')} per round: "
+                f"{text_of(error)}",
                 "Change [algorithm.options], ask more clients, or choose another strategy",
             ) from error
     if any(not torch.equal(t, resumed[name]) for name, t in through.items()):
         raise refused(
             cfg,
-            "does not go on after a stop as it would have without: it draws by chance, or keeps "
-            "memory outside its attributes",
+            "gives a different result after a stop than without one: it draws random numbers, or "
+            "keeps memory outside its attributes",
             "Keep memory in attributes, as arrays or numbers, and draw from a seed and the round",
         )

@@ -1,6 +1,6 @@
-"""The class that a recipe names as "flower:<module>.<Class>": imported, checked, built.
+"""Imports, checks and builds the class that a recipe names as "flower:<module>.<Class>".
 
-Importing it runs its module, so this happens where a recipe is checked and where the server runs.
+Importing it runs its module, so this happens only where a recipe is checked and on the server.
 """
 
 import importlib
@@ -25,15 +25,15 @@ OURS = {
 """Arguments that leave the choice of clients to [sampling], for classes that have them."""
 
 
-def refused(cfg: FlowerStrategyConfig, what: str, mend: str) -> ConfigError:
-    """The strategy of a recipe cannot be used: what is wrong, and how to mend it."""
+def refused(cfg: FlowerStrategyConfig, what: str, fix: str) -> ConfigError:
+    """The error for a strategy that cannot be used: what is wrong, and how to fix it."""
     what = what.rstrip(".")
     end = "" if what.endswith("?") else "."
-    return ConfigError(f"algorithm.name: '{cfg.name}' {what}{end}\n  {mend}.")
+    return ConfigError(f"algorithm.name: '{cfg.name}' {what}{end}\n  {fix}.")
 
 
 def text_of(error: Exception) -> str:
-    """What an error of foreign code says, in one line."""
+    """The text of an error from third-party code, in one line."""
     kind = "" if isinstance(error, SilotuneError) else f"{type(error).__name__}: "
     return f"{kind}{error}".partition("\n")[0].rstrip(". ")
 
@@ -42,64 +42,64 @@ def class_of(cfg: FlowerStrategyConfig) -> "type[Strategy]":
     """Import the class that a recipe names. This runs its module.
 
     Raises:
-        ConfigError: Flower, the module or the class is missing, or the class is no strategy.
+        ConfigError: Flower, the module or the class is missing, or the class is not a strategy.
     """
     try:
         from flwr.serverapp.strategy import Strategy
     except ImportError as error:
-        mend = "Install it where the server runs: make env EXTRAS=flower"
-        raise refused(cfg, f"needs Flower: {text_of(error)}", mend) from error
+        fix = "Install it where the server runs: make env EXTRAS=flower"
+        raise refused(cfg, f"needs Flower: {text_of(error)}", fix) from error
     path, _, name = cfg.name.removeprefix("flower:").rpartition(".")
     try:
         module = importlib.import_module(path)
-    except Exception as error:  # a module of strangers: whatever it raises is explained
-        mend = "Mend the path; a module of your own must be on PYTHONPATH"
-        raise refused(cfg, f"cannot be imported: {text_of(error)}", mend) from error
+    except Exception as error:  # a third-party module: whatever it raises is explained
+        fix = "Correct the path; a module of your own must be on PYTHONPATH"
+        raise refused(cfg, f"cannot be imported: {text_of(error)}", fix) from error
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, Strategy):
         return found
     classes = {n: c for n, c in vars(module).items() if isinstance(c, type)}
     there = [n for n, c in classes.items() if issubclass(c, Strategy) and not inspect.isabstract(c)]
     if found is None:
-        what = f"is not there: '{path}' has no '{name}'.{did_you_mean(name, there)}"
-        raise refused(cfg, what, f"Strategies there: {', '.join(there) or 'none'}")
-    mend = "Name a class of the message API; flwr.server.strategy holds the older ones"
-    raise refused(cfg, "is no subclass of flwr.serverapp.strategy.Strategy", mend)
+        what = f"does not exist: '{path}' has no '{name}'.{did_you_mean(name, there)}"
+        raise refused(cfg, what, f"Its strategies: {', '.join(there) or 'none'}")
+    fix = "Name a class of the message API; those in flwr.server.strategy are of the older API"
+    raise refused(cfg, "is not a subclass of flwr.serverapp.strategy.Strategy", fix)
 
 
 def builder_of(cfg: FlowerStrategyConfig) -> "Callable[[], Strategy]":
     """A function that builds a fresh strategy with the recipe's options.
 
     Raises:
-        ConfigError: As `class_of`; or the options are not those of the class.
+        ConfigError: As in `class_of`; or the options are not those of the class.
     """
     cls = class_of(cfg)
     known = _arguments(cls)
     for key in sorted(cfg.options.keys() - known.keys()):
         there = sorted(known.keys() - NOT_OPTIONS.keys())
         what = f"has no option '{key}'.{did_you_mean(key, there)}"
-        raise refused(cfg, what, f"It has: {', '.join(there) or 'none'}")
+        raise refused(cfg, what, f"Its options: {', '.join(there) or 'none'}")
     given = {**{key: value for key, value in OURS.items() if key in known}, **cfg.options}
     missing = [key for key, p in known.items() if p.default is p.empty and key not in given]
     if "strategy" in missing:
-        mend = "Name a strategy that stands alone"
-        raise refused(cfg, "wraps another strategy, which a recipe cannot hold", mend)
+        fix = "Name a strategy that does not wrap another"
+        raise refused(cfg, "wraps another strategy, which a recipe cannot express", fix)
     if missing:
-        mend = f"Set {', '.join(f'algorithm.options.{key}' for key in missing)}"
-        raise refused(cfg, f"cannot be built without {', '.join(missing)}", mend)
+        fix = f"Set {', '.join(f'algorithm.options.{key}' for key in missing)}"
+        raise refused(cfg, f"cannot be built without {', '.join(missing)}", fix)
 
     def build() -> "Strategy":
         try:
             return cls(**given)
         except Exception as error:
-            mend = "Change [algorithm.options]"
-            raise refused(cfg, f"cannot be built: {text_of(error)}", mend) from error
+            fix = "Change [algorithm.options]"
+            raise refused(cfg, f"cannot be built: {text_of(error)}", fix) from error
 
     return build
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
-    """Arguments of a class by name; where it takes **kwargs, those of its base too."""
+    """A class's arguments by name; if it takes **kwargs, those of its base too."""
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if "__init__" in vars(base):

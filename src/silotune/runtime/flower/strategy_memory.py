@@ -1,9 +1,9 @@
 """What a Flower strategy remembers between rounds, as a value that a checkpoint can hold.
 
-Its memory is what its calls changed on it against a fresh object: attributes that hold numbers,
-arrays, dicts and lists of arrays, or an ArrayRecord. An attribute becomes a purpose of
-`ServerState.extra`, `flower.<kind>.<attribute>`; its tensors are named `<position>/<name>`, since
-order counts for strategies and a saved file does not keep it.
+Its memory is every attribute that differs from a fresh object's: numbers, arrays, dicts and lists
+of arrays, or an ArrayRecord. An attribute becomes a purpose of `ServerState.extra`,
+`flower.<kind>.<attribute>`. Its tensors are named `<position>/<name>`, because strategies depend on
+the order and a saved file does not keep it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from silotune.core.types import AdapterState
 
-SIZE = "size"  # keeps an empty dict apart from an absent one
+SIZE = "size"  # distinguishes an empty dict from an absent one
 GONE = object()
 
 
@@ -38,15 +38,15 @@ def memory_of(strategy: object, fresh: object) -> dict[str, AdapterState]:
     return memory
 
 
-def remind(strategy: object, memory: Mapping[str, AdapterState]) -> None:
-    """Put back what `memory_of` took from an earlier object of the class."""
+def restore(strategy: object, memory: Mapping[str, AdapterState]) -> None:
+    """Set the attributes that `memory_of` took from an earlier object of the class."""
     for purpose, tensors in memory.items():
         _, kind, name = purpose.split(".", 2)
         setattr(strategy, name, _unpack(kind, tensors))
 
 
 def _pack(value: Any) -> tuple[str, dict[str, Tensor]] | None:
-    """Kind and tensors of a value; None when it is nothing that can be saved."""
+    """Kind and tensors of a value; None if it cannot be saved."""
     from flwr.app import ArrayRecord
 
     match value:
@@ -54,7 +54,7 @@ def _pack(value: Any) -> tuple[str, dict[str, Tensor]] | None:
             kind, pairs = "none", []
         case bool() | int() | float() if not isinstance(value, np.generic):
             kind, pairs = "number", [("", np.array(value))]
-        case np.generic():  # float64 in NumPy's sense rounds other than a float
+        case np.generic():  # NumPy's float64 rounds differently from a Python float
             kind, pairs = "scalar", [("", np.array(value))]
         case np.ndarray():
             kind, pairs = "array", [("", value)]
@@ -104,8 +104,8 @@ def _unpack(kind: str, tensors: AdapterState) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether a call left an attribute as a fresh object has it."""
-    if a is b or getattr(a, "__code__", a) is getattr(b, "__code__", b):  # functions, by their text
+    """Whether an attribute still equals that of a fresh object."""
+    if a is b or getattr(a, "__code__", a) is getattr(b, "__code__", b):  # functions, by their code
         return True
     one, other = _pack(a), _pack(b)
     if one is None or other is None:

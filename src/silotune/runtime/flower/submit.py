@@ -1,8 +1,8 @@
-"""A run is handed to a SuperLink and followed: what travels, what stays, and how it ends.
+"""Hands a run to a SuperLink and follows it: what is sent, what stays here, and how it ends.
 
-The app that Flower gets is a pyproject whose components point into this package. Clients are told
-the recipe and the run's id; what is the server's alone lies in a file beside it, in the folder that
-the server app finds by its environment.
+The app that Flower gets is just a pyproject whose components point into this package. Clients
+receive the recipe and the run's id. What only the server may know is in a separate file, in the
+folder that the server app finds through its environment.
 """
 
 import json
@@ -31,12 +31,12 @@ from silotune.runtime.payload import PART_BYTES
 from silotune.training.server_training import DistillConfig, ServerConfig
 
 SUBMIT_S = 120.0
-"""Seconds in which the server app has to begin."""
+"""Seconds the server app has to start."""
 RUNS = "SILOTUNE_RUNS"
-"""Environment variable of the server app: the folder in which each run has its own, by its id."""
+"""Environment variable of the server app: the folder with one folder per run, named by its id."""
 SETTINGS = "settings.json"
 CONNECTION = "engine"
-"""How the SuperLink is called in Flower's own configuration."""
+"""The SuperLink's name in Flower's own configuration."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN = "each client's own"
 SERVER = "silotune.runtime.flower.server:app"
@@ -54,23 +54,23 @@ clientapp = "silotune.runtime.flower.client:app"
 
 
 def app_of(server: str) -> str:
-    """The head of a Flower app's pyproject, up to its config: no code, only names of functions."""
+    """The pyproject of a Flower app, up to its config: no code, only names of functions."""
     return APP.format(server=server)
 
 
 def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -> dict[str, str]:
-    """The caller's environment, without what Flower would send home or install.
+    """The caller's environment, set so that Flower sends nothing home and installs nothing.
 
     Args:
         home: Flower's own folder.
-        private: For sockets and other short-lived files.
+        private: Folder for sockets and other short-lived files.
         runs: See `RUNS`.
-        threads: Processor threads of each process.
+        threads: CPU threads of each process.
     """
     asked = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK]
     no_proxy = ",".join(filter(None, asked))
     own = {
-        # a proxy for the world outside would be asked for this machine's own ports too
+        # otherwise a proxy for outgoing traffic would be asked for this machine's own ports too
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
         # Flower starts its own programs by name
@@ -79,7 +79,7 @@ def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        # one after the other: over a slow link two together would take twice as long each
+        # one at a time: over a slow link, two at once would each take twice as long
         "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(PART_BYTES),
         "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
         "TMPDIR": str(private),
@@ -90,7 +90,7 @@ def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -
 
 
 class Link:
-    """A SuperLink that runs, and one job on it. Whoever owns the SuperLink's processes inherits."""
+    """A running SuperLink and one job on it. Subclasses know who owns the SuperLink's processes."""
 
     def __init__(self, job: Job, *, work: Path, log: Path) -> None:
         """Nothing is sent yet.
@@ -107,17 +107,17 @@ class Link:
         raise NotImplementedError
 
     def _options(self) -> list[str]:
-        """Further words of `flwr run`."""
+        """Further arguments of `flwr run`."""
         return []
 
     def _check_alive(self) -> None:
-        """Raise when waiting is of no use any more."""
+        """Raise if there is no point in waiting any longer."""
 
     def submit(self) -> None:
         """Hand the app over.
 
         Raises:
-            EngineError: Flower does not take it.
+            EngineError: Flower does not accept it.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         write_json(self.work / SETTINGS, own_settings(self.job))
@@ -131,10 +131,10 @@ class Link:
         answer = self._flwr(*words, *self._options())
         self.run_id = answer.get("run-id")
         if not answer.get("success") or self.run_id is None:
-            raise self._problem("Flower did not take the run")
+            raise self._problem("Flower did not accept the run")
 
     def follow(self) -> dict[str, Any]:
-        """Pass on progress until the server app has left its outcome.
+        """Pass on progress until the server app has written its outcome.
 
         Raises:
             EngineError: It ended without one.
@@ -145,12 +145,13 @@ class Link:
             self._check_alive()
             gone = follower.has_ended()
             late = follower.process is None and time.monotonic() > deadline
-            ended = (self.work / OUTCOME).exists()  # looked at first: the last lines come before
+            # checked before following: the last lines of progress are written before the outcome
+            ended = (self.work / OUTCOME).exists()
             follower.follow()
             if ended and (outcome := read_outcome(self.work)):
                 return outcome
             if gone or late:
-                what = "ended without a result" if gone else f"did not begin within {SUBMIT_S:g} s"
+                what = "ended without a result" if gone else f"did not start within {SUBMIT_S:g} s"
                 raise self._problem(f"Flower's server app {what} (Flower says: {self._status()})")
             time.sleep(0.1)
 
@@ -164,13 +165,13 @@ class Link:
 
     def _problem(self, what: str) -> EngineError:
         return EngineError(
-            f"{what}.\n  What the engine wrote: {self.job.folder.path / 'engine.log'}\n"
-            "  What was finished is kept; resume the run to go on."
+            f"{what}.\n  See the engine's log: {self.job.folder.path / 'engine.log'}\n"
+            "  Finished rounds are kept: resume the run to continue."
         )
 
 
 def flwr(words: "tuple[str, ...]", *, environment: Mapping[str, str], log: Path) -> dict[str, Any]:
-    """One command of Flower's own, its answer read as JSON; empty where it is none."""
+    """Run one of Flower's commands and read its answer as JSON; empty if it is not JSON."""
     done = subprocess.run(
         [program("flwr"), *words],
         env=dict(environment),
@@ -189,23 +190,23 @@ def flwr(words: "tuple[str, ...]", *, environment: Mapping[str, str], log: Path)
     return answer if isinstance(answer, dict) else {}
 
 
-# --- what is told, and what is not ----------------------------------------------------------------
+# --- what is sent, and what is not ----------------------------------------------------------------
 
 
 def told_settings(job: Job) -> dict[str, str]:
-    """What the server app and every client is told."""
+    """What the server app and every client receive."""
     told = {
         "recipe": travelling(job.run).model_dump_json(serialize_as_any=True),
         "run": job.folder.run_id(),
     }
-    if job.run.runtime.name == "flower-simulation":  # actors are this machine's own
+    if job.run.runtime.name == "flower-simulation":  # actors run on this machine
         folder = str(job.folder.path.absolute())
         told |= {"clients": json.dumps(sorted(job.names)), "folder": folder}
     return told
 
 
 def own_settings(job: Job) -> dict[str, Any]:
-    """What the server app alone is told."""
+    """What only the server app receives."""
     return {
         "clients": sorted(job.names),
         "folder": str(job.folder.path.absolute()),
@@ -222,48 +223,48 @@ def read_settings(run_id: str) -> tuple[Path, dict[str, Any]]:
 
 
 def travelling(run: RunConfig) -> RunConfig:
-    """The recipe as it is sent: whole paths in simulation, no place of rows in deployment."""
+    """The recipe as it is sent: absolute paths in simulation, no location of rows in deployment."""
     if run.runtime.name == "flower":
         place = locate(run.data.path)
         if place is not None and (is_client_folder(place) or is_consortium(place)):
             return without_places(run)
-        # these clients were cut from one data set: their rows are converted and split already
+        # these clients are parts of one data set: their rows are already converted and split
         own, data = without_places(run), run.data
         told = DataConfig(path=OWN, system=data.system, template=data.template, labels=data.labels)
         return own.model_copy(update={"data": told})
-    # what the server does with its own rows is no client's business, but that a part of them is not
-    # the clients' is: actors read the rows anew
+    # clients need not know what the server does with its own rows, except that a part of the data
+    # is not theirs: actors read the rows again
     mine = {
         "server": ServerConfig(data_fraction=run.server.data_fraction),
         "distill": DistillConfig(),
     }
-    return with_whole_paths(run).model_copy(update=mine)
+    return with_absolute_paths(run).model_copy(update=mine)
 
 
-def with_whole_paths(run: RunConfig) -> RunConfig:
+def with_absolute_paths(run: RunConfig) -> RunConfig:
     """The recipe with paths that mean the same in any directory."""
     places = {"data": ("path", "eval_path"), "model": ("name",)}
     places |= {"server": ("data_path",), "distill": ("teacher",)}
     parts = {
         part: (own := getattr(run, part)).model_copy(
-            update={key: _whole(value) for key in keys if (value := getattr(own, key))}
+            update={key: _absolute(value) for key in keys if (value := getattr(own, key))}
         )
         for part, keys in places.items()
     }
     return run.model_copy(update=parts)
 
 
-def _whole(name: str) -> str:
-    """A path from the root, where it is one of this machine's and no name of ours."""
+def _absolute(name: str) -> str:
+    """The absolute path, if `name` is a path on this machine and not a name of ours."""
     place = Path(name).expanduser()
     ours = name in EXAMPLES or name in SOURCES
     return name if ours or not place.exists() else str(place.absolute())
 
 
 def without_places(run: RunConfig) -> RunConfig:
-    """A recipe for real clients: what rows look like stays, where they are does not."""
+    """A recipe for real clients: it says what rows look like, but not where they are."""
     data = run.data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
-    # what the server does with its own rows is no client's business
+    # clients need not know what the server does with its own rows
     mine = {"server": ServerConfig(), "distill": DistillConfig()}
     return run.model_copy(update={"data": data, "partition": None, **mine})
 

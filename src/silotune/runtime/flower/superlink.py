@@ -1,8 +1,8 @@
-"""Flower's SuperLink, more patient with its own database.
+"""Flower's SuperLink, with more patience for its own database.
 
-SQLite lets one request write at a time. Flower 1.41 lets the others wait for five seconds and then
+SQLite allows one write at a time. Flower 1.41 lets other requests wait for five seconds and then
 answers 500, which ends a run's server app. Large adapters that arrive from several clients at once
-keep the database busy for longer than that (make bench-deploy). Started as
+keep the database busy for longer than that (make bench-deploy). Start it as
 `python -m silotune.runtime.flower.superlink`, with the arguments of `flower-superlink`.
 """
 
@@ -11,13 +11,13 @@ from flwr.supercore.constant import SQLITE_PRAGMAS
 
 PRAGMA = "busy_timeout"
 BUSY_MS = 25_000
-"""Below the 30 s after which Flower's own clients give up a request."""
+"""Below the 30 s after which Flower's own clients give up on a request."""
 
 
 def wait_longer() -> None:
-    """Make every connection to the database wait so long for the others."""
+    """Make every connection to the database wait this long for the others."""
     own = {**dict(SQLITE_PRAGMAS), PRAGMA: str(BUSY_MS)}
-    # the module that opens connections has the name from `constant`
+    # the module that opens connections has imported the name from `constant`
     sql_mixin.SQLITE_PRAGMAS = tuple(own.items())  # pyright: ignore[reportPrivateImportUsage]
 
 

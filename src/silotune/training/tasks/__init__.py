@@ -1,4 +1,4 @@
-"""What can be learned, by the name that a recipe uses."""
+"""The tasks that can be learned, by the name that a recipe uses."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ TASKS: dict[str, Callable[[Sequence[str]], Task]] = {
     "instruct": lambda labels: INSTRUCT,
     "classify": classify,
 }
-"""Each is built from the recipe's labels, which only classification has."""
+"""Each is built from the recipe's labels, which only classification uses."""
 
 
 def build_task(name: str, labels: Sequence[str] | None = None) -> Task:

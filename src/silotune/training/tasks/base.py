@@ -1,4 +1,4 @@
-"""What a task is: how rows become tensors, and what is minimised. It knows no client or round."""
+"""What a task is: how rows become tensors, and what is minimised. Knows no clients or rounds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Example:
     ids: Tensor
     """Token ids, shape (length,), int64."""
     trained: Tensor
-    """Which tokens the loss is taken on, shape (length,), bool; never the first token."""
+    """Which tokens the loss is computed on, shape (length,), bool; never the first token."""
     label: int = -1
-    """With the task classify, the class of the row: the number of a label."""
+    """With the task classify: the class of the row, as the index of a label."""
     segments: Tensor | None = None
-    """Which text of a pair a token belongs to, (length,), for families that want to be told."""
+    """Which text of a pair a token belongs to, (length,), for families that use it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Batch:
     """Indices into the flattened (batch * length) positions that predict a target, (num_trained,).
     """
     targets: Tensor
-    """What is to be predicted there, (num_trained,): tokens, or one label a row."""
+    """What to predict there, (num_trained,): tokens, or one label per row."""
     num_real_tokens: int
     """Tokens without padding."""
     mask: Tensor
@@ -43,11 +43,11 @@ class Batch:
     segments: Tensor | None = None
     """As in the examples, (batch, length)."""
     owners: Tensor | None = None
-    """Of packed examples: the example that each position belongs to, (length,); the batch is 1."""
+    """If packed: the example that each position belongs to, (length,); the batch is 1."""
 
     @property
     def num_trained(self) -> int:
-        """Predictions that the loss is taken on."""
+        """Number of predictions in the loss."""
         return self.targets.numel()
 
 
@@ -60,13 +60,13 @@ class Loss:
     logits: Tensor
     """(num_trained, vocabulary or labels), with a graph while training."""
     attentions: tuple[Tensor, ...] = ()
-    """When asked for: of every layer, (batch, heads, length, length)."""
+    """If requested: one per layer, (batch, heads, length, length)."""
 
 
 def row_losses(loss: Loss, batch: Batch) -> Tensor:
     """The mean loss of every row over its own targets, (batch,), with a graph.
 
-    A mean over the targets of all rows together would let one row's length change another's part.
+    A mean over the targets of all rows would let one row's length change another row's weight.
     """
     targets = batch.targets.to(loss.logits.device)
     each = F.cross_entropy(loss.logits, targets, reduction="none")  # (num_trained,)
@@ -78,15 +78,15 @@ def row_losses(loss: Loss, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A client's rows as examples, and what became of the others."""
+    """A client's rows as examples, and what happened to the others."""
 
     examples: tuple[Example, ...]
     num_cut: int
-    """Rows longer than the limit: their end is missing."""
+    """Rows longer than the limit, which were truncated."""
     num_dropped: int
-    """Rows whose trained part lies beyond the limit altogether; not used."""
+    """Rows whose trained part is entirely beyond the limit; not used."""
     rows: tuple[int, ...] = ()
-    """Which row each example comes from."""
+    """Index of the row that each example comes from."""
 
 
 class LossOf(Protocol):
@@ -99,7 +99,7 @@ class LossOf(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, as four functions."""
+    """What is learned, as a few functions."""
 
     prepare: Callable[[Sequence[Any], Any, int], Prepared]
     """(rows, tokenizer, max_length) -> examples."""
@@ -107,8 +107,8 @@ class Task:
     """Examples -> one padded batch."""
     loss: LossOf
     num_tokens: Callable[[Sequence[Any], Any], list[int]]
-    """(rows, tokenizer) -> tokens of each row before anything is cut."""
+    """(rows, tokenizer) -> number of tokens of each row, before truncation."""
     pack: Callable[[Sequence[Example]], Batch] | None = None
-    """Examples -> one batch without padding, where the task can."""
+    """Examples -> one batch without padding, if the task supports it."""
     labels: tuple[str, ...] = ()
-    """The classes, when a row is to be given one of them; empty when it is to be answered."""
+    """The classes, if rows are classified; empty if they are answered."""

@@ -1,6 +1,6 @@
 """Classification of a text, or of a pair of texts, with any encoder or decoder.
 
-One label a row: the loss is a mean over rows, whatever their length. The model is transformers'
+One label per row: the loss is a mean over rows, whatever their length. The model is transformers'
 sequence classification model of the family: an encoder reads its first token, a decoder its last.
 """
 
@@ -44,7 +44,7 @@ def _encode(rows: Sequence[LabelledText], tokenizer: Any, **options: Any) -> Any
 
 
 def num_tokens(rows: Sequence[LabelledText], tokenizer: Any) -> list[int]:
-    """Tokens of each row, with the family's special ones, before anything is cut."""
+    """Number of tokens of each row, including special tokens, before truncation."""
     return [len(ids) for ids in _encode(rows, tokenizer, verbose=False)["input_ids"]]
 
 
@@ -61,7 +61,7 @@ def _prepare(
 def _examples(
     rows: Sequence[LabelledText], tokenizer: Any, max_length: int, labels: Sequence[int]
 ) -> list[Example]:
-    # the tokenizer cuts, not we: what it puts at the end of a text has to stay there
+    # the tokenizer truncates, not us: what it puts at the end of a text has to stay there
     encoded = _encode(rows, tokenizer, truncation=True, max_length=max_length)
     segments = encoded.get("token_type_ids") if "text_pair" in rows[0] else None
     return [
@@ -76,7 +76,7 @@ def _examples(
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad on the right to the longest example. `positions` is the first place of every row."""
+    """Pad on the right to the longest example. `positions` is the first position of every row."""
     length = max(e.ids.numel() for e in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.int64)
     mask = torch.zeros(len(examples), length, dtype=torch.bool)
@@ -99,7 +99,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
     """Negative log-likelihood of the rows' labels."""
     device, mask = loaded.device, batch.mask
-    # a decoder finds a row's last token by the padding id, so the padding has to be that very id
+    # a decoder finds a row's last token by the padding id, so the padding must be exactly that id
     ids = batch.ids.masked_fill(~mask, padding_id(loaded.tokenizer))
     given: dict[str, Tensor] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     if batch.segments is not None:
@@ -130,8 +130,8 @@ def predictions(loaded: LoadedModel, rows: Sequence[LabelledText], max_length: i
 
     Args:
         loaded: In evaluation mode.
-        rows: Labelled texts; their labels are not looked at.
-        max_length: Tokens after which a text is cut.
+        rows: Labelled texts; their labels are ignored.
+        max_length: Maximum length of a text, in tokens.
     """
     examples = _examples(rows, loaded.tokenizer, max_length, [0] * len(rows))
     with torch.inference_mode():

@@ -1,9 +1,8 @@
 """Supervised fine-tuning on conversations: the assistant's turns are learned, the prompts are not.
 
-The text is that of the recipe's template, rendered once per row; the loss mask is placed by
-character offsets, so that ids are those of the template and a prompt at inference has the ids it
-had in training. The end token of each assistant turn is learned, also where it doubles as the
-padding token.
+The recipe's template renders each row once. The loss mask is placed by character offsets, so the
+ids are those of the template, and a prompt has the same ids at inference as in training. The end
+token of each assistant turn is learned, even if it doubles as the padding token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +23,8 @@ from silotune.training.tasks.base import Batch, Example, Loss, Prepared, Task
 def trained_spans(tokenizer: Any, messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation and the character spans that are learned.
 
-    A span runs from the first character of an assistant's answer to the end of the end token behind
-    it, or to the end of the turn where the template writes none.
+    A span runs from the first character of an assistant's answer to the end of the end token after
+    it, or to the end of the turn if the template writes none.
 
     Raises:
         DataError: The template rewrites earlier turns when later ones follow, so no span can be
@@ -55,7 +54,7 @@ def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Pr
     Args:
         rows: Conversations with at least one assistant turn.
         tokenizer: A fast tokenizer with a chat template.
-        max_length: Tokens after which a row is cut, at its end.
+        max_length: Maximum length of a row in tokens; longer rows are truncated at the end.
     """
     rendered = [trained_spans(tokenizer, row) for row in rows]
     encoded = tokenizer(
@@ -82,7 +81,7 @@ def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Pr
 def collate(examples: Sequence[Example]) -> Batch:
     """Pad on the right to the longest example.
 
-    No attention mask is needed: with causal attention no real token sees the padding behind it, and
+    No attention mask is needed: with causal attention no real token sees the padding after it, and
     no padded position is among `positions`. The padding id is arbitrary for the same reason.
     """
     length = max(e.ids.numel() for e in examples)
@@ -104,7 +103,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def pack(examples: Sequence[Example]) -> Batch:
-    """One row of all examples, one behind the other, without padding."""
+    """All examples concatenated into one row, without padding."""
     ids = torch.cat([e.ids for e in examples])
     trained = torch.cat([e.trained for e in examples])
     lengths = torch.tensor([e.ids.numel() for e in examples])
@@ -119,8 +118,8 @@ def pack(examples: Sequence[Example]) -> Batch:
     )
 
 
-def _apart(loaded: LoadedModel, owners: Tensor) -> dict[str, Tensor]:
-    """Positions that begin anew with each example, and a mask in which none sees another."""
+def _separate(loaded: LoadedModel, owners: Tensor) -> dict[str, Tensor]:
+    """Positions that restart with each example, and a mask in which no example sees another."""
     places = torch.arange(owners.numel(), device=owners.device)
     same = owners[:, None] == owners[None, :]
     begins = torch.where(same, places[None, :], owners.numel()).amin(1)
@@ -133,12 +132,12 @@ def check_packing(loaded: LoadedModel, max_length: int = 0) -> None:
     """Refuse to pack for a model in which a row would still see the one before it.
 
     Args:
-        loaded: Nothing is changed.
-        max_length: Tokens of the longest row there may be.
+        loaded: The model. Not modified.
+        max_length: Maximum length of a row, in tokens.
 
     Raises:
-        ModelError: Two rows packed have another loss than alone, or the second another with another
-            first; or attention reaches less far than rows are long.
+        ModelError: Packed rows have other logits than padded ones, the second row depends on the
+            first, or attention does not reach as far as rows are long.
     """
     size = _head(loaded).weight.shape[0]
 
@@ -150,37 +149,36 @@ def check_packing(loaded: LoadedModel, max_length: int = 0) -> None:
         with torch.inference_mode():
             found = [loss(loaded, pack([a, two])).logits for a in (one, other)]
             padded = loss(loaded, collate([one, two])).logits
-    except (RuntimeError, TypeError, ValueError) as error:  # it takes no such mask
+    except (RuntimeError, TypeError, ValueError) as error:  # it does not accept such a mask
         raise ModelError(_UNPACKED) from error
     most = float(padded.abs().max())
-    # in half precision another order of sums moves such senseless texts by some per cent
+    # in half precision, another order of sums changes such senseless texts by a few per cent
     error = 0.01 if loaded.dtype == torch.float32 else 0.3
     same = (found[0] - padded).norm() <= error * padded.norm()
-    # masked attention carries nothing over; what a hybrid model carries may be small
-    apart = torch.allclose(found[0][-4:], found[1][-4:], rtol=0, atol=1e-6 * most)
-    # the mask that keeps rows apart takes the place of a window
+    # masked attention carries nothing over; what a hybrid model carries over may be small
+    independent = torch.allclose(found[0][-4:], found[1][-4:], rtol=0, atol=1e-6 * most)
+    # the mask that separates rows replaces a sliding window
     config = loaded.model.config.get_text_config()
     reach = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    if not same or not apart or (reach or max_length) < max_length:
+    if not same or not independent or (reach or max_length) < max_length:
         raise ModelError(_UNPACKED)
 
 
 _UNPACKED = (
-    "train.packing: in this model packed rows would see one another.\n  Set train.packing = false."
+    "train.packing: in this model, packed rows would see one another.\n  Set train.packing = false."
 )
 
 
 def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
-    """Negative log-likelihood of the trained tokens; only there the vocabulary is scored."""
+    """Negative log-likelihood of the trained tokens; the vocabulary is scored only at these."""
     device = loaded.device
     more: dict[str, Any] = {"output_attentions": True} if attentions else {}
     if batch.owners is not None:
-        more |= _apart(loaded, batch.owners.to(device))
+        more |= _separate(loaded, batch.owners.to(device))
     with only_positions(_head(loaded), batch.positions.to(device), batch.ids.shape[1]):
         out = loaded.model(input_ids=batch.ids.to(device), use_cache=False, **more)
-    logits = (
-        out.logits.float()
-    )  # (num_trained, vocabulary); fp32: bf16 log-sums lose the small classes
+    # (num_trained, vocabulary); fp32: bf16 log-sums lose the small classes
+    logits = out.logits.float()
     nll = F.cross_entropy(logits, batch.targets.to(device), reduction="sum")
     return Loss(nll, logits, tuple(out.attentions) if attentions else ())
 
@@ -190,7 +188,7 @@ def only_positions(head: nn.Module, positions: Tensor, length: int) -> Iterator[
     """Let the output head see only some positions: (batch, length, d) becomes (num_trained, d).
 
     The head is the widest matrix of a small model. What a family does to its logits afterwards
-    (scaling, soft caps) works element by element and is left as it is.
+    (scaling, soft caps) works element by element and is unaffected.
     """
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -212,7 +210,7 @@ def _head(loaded: LoadedModel) -> Any:
 
 
 def num_tokens(rows: Sequence[Conversation], tokenizer: Any) -> list[int]:
-    """Tokens of each conversation, with its template, before anything is cut."""
+    """Number of tokens of each conversation, with its template, before truncation."""
     texts = [render(tokenizer, row, ask=False) for row in rows]
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 

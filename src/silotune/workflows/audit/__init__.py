@@ -1,1 +1,1 @@
-"""`silotune audit`: attacks a private run or recipe, and compares what they show with the claim."""
+"""`silotune audit`: attack a private run or recipe, and compare the result with its claim."""

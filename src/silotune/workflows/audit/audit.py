@@ -1,8 +1,9 @@
-"""Audits: attacks on one's own runs, whose success bounds from below what a run gives away.
+"""Audits: attacks on your own runs, whose success is a lower bound on what a run gives away.
 
-A recipe is trained with canaries in it, clients or rows that are in or out by a coin, and what
-comes out is used to guess which. A finished run is only looked at: whether its losses tell the rows
-that it was trained on. Nothing of it proves privacy: another attack may find more.
+A recipe is trained with canaries, that is clients or rows that a coin puts in or leaves out. The
+attack then guesses from the result which are in. A finished run is not trained again: the attack
+checks whether its losses reveal the rows that it was trained on. An audit never proves privacy,
+because another attack may find more.
 """
 
 import json
@@ -23,7 +24,7 @@ from silotune.core.errors import ConfigError, RunFolderError
 from silotune.core.types import ServerState
 from silotune.data.reading import TaskRow
 from silotune.federation.client import Worker
-from silotune.federation.client_privacy import own_plan, protected
+from silotune.federation.client_privacy import Protection, plan_of_client
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.privacy_statement import statement
 from silotune.federation.progress import Progress
@@ -46,21 +47,22 @@ from silotune.workflows.audit.canary_rows import CanaryRow, draw_canaries, with_
 from silotune.workflows.audit.membership import drawn_rows, infer_membership, losses
 from silotune.workflows.audit.result import claim_of, result_of
 from silotune.workflows.check import Checked, check
+from silotune.workflows.folders import place_for
 from silotune.workflows.provenance import provenance_of
-from silotune.workflows.run import place_for, run_in
+from silotune.workflows.run import run_in
 
 FILE = "audit.json"
 CANARIES, FEWEST = 100, 10
-"""By default, and at least: with ten canaries no guess refutes more than an epsilon of 1.05."""
+"""Default and minimum: with ten canaries, no guesses can refute an epsilon above 1.05."""
 NUM_OTHERS = 200
-"""Secrets beside a canary's own among which it is ranked."""
+"""Other secrets that a canary's own secret is ranked among."""
 NUM_EXPOSED = 8
-"""Canaries of either kind that are ranked: each costs so many losses more."""
-BLACK_BOX = "looks at losses under the last adapter alone, not at what clients sent on the way"
+"""Number of ranked canaries, in and out each: every one costs `NUM_OTHERS` more losses."""
+BLACK_BOX = "uses only losses under the last adapter, not what clients sent before"
 
 
 class AuditFolder(RunFolder):
-    """A run with canaries in it. It is no run: `silotune run --resume` refuses it."""
+    """A run with canaries in it. It is not a normal run: `silotune run --resume` refuses it."""
 
     RECIPE = "audit.toml"
     KIND = "audit"
@@ -75,7 +77,7 @@ class Audit:
 
     @property
     def result(self) -> dict[str, Any]:
-        """audit.json: what was attacked, how, what it shows, and what was claimed."""
+        """audit.json: what was attacked and how, what the attack shows, and what was claimed."""
         return json.loads((self.path / FILE).read_text(encoding="utf-8"))
 
     @property
@@ -95,38 +97,38 @@ def audit(
     """Attack a finished run, or train a recipe with canaries in it and attack that.
 
     Args:
-        target: The folder of a finished run in process, for membership inference; or a recipe.
-        overrides: Dotted `key=value` texts on top of a recipe.
+        target: The folder of a finished in-process run, for membership inference; or a recipe.
+        overrides: Dotted `key=value` strings that change a recipe.
         canaries: How many, at least 10; by default 100. With [privacy] unit = "client" they are
-            clients, else rows.
+            clients, otherwise rows.
         out: The folder to create for a recipe; by default runs/<time>-<recipe>-audit.
-        progress: Told what happens; silent by default.
+        progress: Receives progress messages; silent by default.
 
     Returns:
-        The audit: for a run in a new folder inside its own.
+        The audit. For a run, it is in a new folder inside the run folder.
 
     Raises:
-        ConfigError: Arguments that cannot be, or a recipe that cannot be audited.
-        SilotuneError: See errors.py; nothing half-done stays.
+        ConfigError: Invalid arguments, or a recipe that cannot be audited.
+        SilotuneError: See errors.py; nothing incomplete is left behind.
     """
     progress = progress or Progress()
     if not isinstance(target, RunConfig) and _is_run(target):
         if overrides or canaries is not None or out is not None:
             raise ConfigError(
-                f"{target} is a run, and is audited as it is: keys, canaries and out have no "
-                "place.\n  Leave them out, or give a recipe."
+                f"{target} is a run, and it is audited as it is: keys, canaries and out do not "
+                "apply.\n  Leave them out, or give a recipe."
             )
         return _audit_run(Run(Path(target)), progress)
     count = CANARIES if canaries is None else canaries
     if count < FEWEST:
         raise ConfigError(
-            f"canaries = {count}: so few could hardly show anything.\n  Take {FEWEST} or more."
+            f"canaries = {count}: so few can hardly show anything.\n  Use {FEWEST} or more."
         )
     checked = check(target, overrides)
     _check_auditable(checked.run)
     place = place_for(target, out, "-audit")
-    if place.exists():  # an audit has no --resume that could be offered
-        raise RunFolderError(f"{place} exists and is not overwritten.\n  Give another --out.")
+    if place.exists():  # the folder's own message would offer --resume
+        raise RunFolderError(f"{place} exists and is not overwritten.\n  Choose another --out.")
     folder = AuditFolder.create(place, _bare(checked.run))
     progress.note(f"audit folder: {folder.path}")
     attack = _with_clients if checked.run.privacy.unit == "client" else _with_rows
@@ -134,7 +136,7 @@ def audit(
         with folder.locked():
             found = attack(folder, replace(checked, run=folder.run), progress, count)
             write_json(folder.path / FILE, found)
-    except BaseException:  # half an audit says nothing, and cannot be gone on with
+    except BaseException:  # an incomplete audit shows nothing and cannot be resumed
         folder.remove()
         raise
     finally:
@@ -143,7 +145,7 @@ def audit(
 
 
 def _is_run(target: str | Path) -> bool:
-    """A run folder, or another folder that is not meant for a recipe."""
+    """Whether the target is a run folder, or another folder that cannot be a recipe."""
     path = Path(target)
     return (path / RunFolder.RECIPE).is_file() or (
         path.is_dir() and str(target) not in shipped_recipes()
@@ -153,20 +155,20 @@ def _is_run(target: str | Path) -> bool:
 def _check_auditable(run: RunConfig) -> None:
     if run.runtime.name != "in-process":
         raise ConfigError(
-            f"runtime.name = '{run.runtime.name}': an audit puts canaries among the clients, and "
-            "does so in process.\n  Add runtime.name=in-process."
+            f"runtime.name = '{run.runtime.name}': an audit adds canaries to the clients, which "
+            "only works in process.\n  Add runtime.name=in-process."
         )
     if run.adapter.head == "local" and run.privacy.unit != "client":
         raise ConfigError(
-            "adapter.head = 'local': every client scores with a head of its own, which is no part "
-            "of the result, so canary rows tell little.\n  Choose another adapter.head."
+            "adapter.head = 'local': every client scores with its own head, which is not part of "
+            "the result, so canary rows reveal little.\n  Choose another adapter.head."
         )
 
 
 def _bare(run: RunConfig) -> RunConfig:
-    """The recipe without what it writes for people, for an audit is no result to show.
+    """The recipe without reports, because an audit is not a result to publish.
 
-    And without ceilings: what canaries send would use them up before the promised rounds are done.
+    It also has no budget: the canaries' messages would use it up before the promised rounds end.
     """
     report = run.report.model_copy(update={"page": False, "samples": 0, "tracker": "none"})
     return run.model_copy(update={"report": report, "budget": BudgetConfig()})
@@ -179,7 +181,10 @@ def _audit_run(run: Run, progress: Progress) -> Audit:
     found = infer_membership(run, progress)
     place = free_place(run.path / "audits" / time.strftime("%Y-%m-%d-%H%M%S"))
     place.mkdir(parents=True)
-    notes = ["an attack on the rows as they are: it bounds no epsilon, for nobody tossed for them"]
+    notes = [
+        "an attack on the rows as they are: it does not bound epsilon, because no coin decided "
+        "which rows were trained on"
+    ]
     claim = claim_of(statement(run.config, RunFolder.open(run.path)))
     result = {"attack": "membership inference", "run": run.path.name, "claim": claim, **found}
     write_json(place / FILE, {**result, "notes": notes})
@@ -225,21 +230,21 @@ def _with_clients(
         improve=server and server.improve,
     )
     asked = cohort_size(run.sampling, len(num_rows))
-    notes = [f"the promise is that of {len(num_rows)} clients, canaries counted"]
+    notes = [f"the guarantee is for {len(num_rows)} clients, including canaries"]
     if asked < len(num_rows):
-        notes.append(f"a round asks {asked} of them, so that a canary tells less")
+        notes.append(f"a round asks {asked} of them, so each canary reveals less")
     scores = clients.scores(first, last.adapter)
     told = result_of(clients.coins, scores, statement(run, folder), notes)
     return {"attack": "canary clients", **told}
 
 
 def _own_noise_of(run: RunConfig) -> Protect:
-    """What every client does to its change, as `client.train_round` does it."""
+    """Protect a client's change in the same way as `client.train_round`."""
 
     def protect(delta: dict[str, Tensor], client: str, round_: int) -> dict[str, Tensor]:
-        plan = own_plan(run, 1)
-        assert plan is not None, "asked for with noise at the client only"
-        return protected(run, plan, delta, client=client, round_=round_)
+        plan = plan_of_client(run, 1)
+        assert plan is not None, "called only if the noise is at the client"
+        return Protection(run, client, round_, plan).protect(delta)
 
     return protect
 
@@ -287,23 +292,25 @@ def _check_length(loaded: LoadedModel, rows: Sequence[TaskRow], run: RunConfig) 
     longest = max(task.num_tokens(rows, loaded.tokenizer))
     if longest > run.train.max_length:
         raise ConfigError(
-            f"train.max_length = {run.train.max_length} cuts canary rows, which have up to "
-            f"{longest} tokens.\n  Raise it."
+            f"train.max_length = {run.train.max_length} truncates canary rows, which have up to "
+            f"{longest} tokens.\n  Raise it to {longest} or more."
         )
 
 
 def _not_met(
     run: RunConfig, folder: RunFolder, checked: Checked, canaries: Sequence[CanaryRow]
 ) -> list[str]:
-    """Which canaries no step has met: they cannot be found, and the bound is the lower for it."""
+    """A note on canaries that no step has met: they cannot be found, which lowers the bound."""
     missed, metrics = 0, folder.metrics()
     for name, own in checked.rows.items():
         planted = sum(canary.is_in and canary.client == name for canary in canaries)
-        # canaries are the last train rows; a row of the client's own that was dropped moves them
+        # canaries are the last train rows; every dropped row of the client shifts them
         met = drawn_rows(run, metrics, name, len(own.train) + planted)
         missed += planted - sum(n >= len(own.train) for n in met)
-    of = sum(canary.is_in for canary in canaries)
-    return [f"about {missed} of the {of} canaries that are in were met by no step"] * (missed > 0)
+    if missed <= 0:
+        return []
+    num_in = sum(canary.is_in for canary in canaries)
+    return [f"about {missed} of the {num_in} canaries that are in were not met by any step"]
 
 
 def _exposure(
@@ -314,7 +321,7 @@ def _exposure(
     *,
     is_in: bool,
 ) -> dict[str, Any]:
-    """Bits of the secrets that are in, or as a control of those that are out."""
+    """Exposure in bits of the secrets that are in, or, as a control, of those that are out."""
     pairs = zip(canaries, own_losses, strict=True)
     chosen = [(c, loss) for c, loss in pairs if c.is_in == is_in][:NUM_EXPOSED]
     bits = [exposure(loss, losses(loaded, canary.others, run)) for canary, loss in chosen]

@@ -1,7 +1,7 @@
-"""What an attack shows: a lower bound on epsilon, and how well losses or scores tell members.
+"""What an attack shows: a lower bound on epsilon, and how well losses or scores reveal members.
 
-An attack can only show that something leaks. What it does not find may leak all the same, so a
-lower bound of 0 is no promise, and none of these numbers stands in for an accountant's.
+An attack can only show that something leaks. What it does not find may still leak, so a lower bound
+of 0 guarantees nothing, and none of these numbers replaces an accountant's.
 """
 
 import math
@@ -14,25 +14,25 @@ import numpy as np
 from silotune.core.stats import Interval
 
 STEP = 1e-5
-"""To how much the lower bound is found; it is never more than the exact one."""
+"""Precision of the lower bound, which never exceeds the exact one."""
 
 
 def p_value(
     *, epsilon: float, num_guesses: int, num_correct: int, num_canaries: int, delta: float
 ) -> float:
-    """How likely so many right guesses are, at most, where (epsilon, delta)-DP holds.
+    """Upper bound on the probability of this many right guesses if (epsilon, delta)-DP holds.
 
-    Each canary is in or out by its own fair coin, and all are guessed at once. Where epsilon holds,
-    a guess is right with probability `q = 1 / (1 + exp(-epsilon))` at most, and the number of right
-    ones is below that of as many such coins, up to what delta allows:
+    Each canary is in or out by its own fair coin, and all are guessed at once. If epsilon holds, a
+    guess is right with probability at most `q = 1 / (1 + exp(-epsilon))`. Then the number of right
+    guesses is at most that of as many such coins, up to what delta allows:
     `P[Bin(r, q) >= v] + 2 m delta max_i P[v > Bin(r, q) >= v - i] / i`.
 
     Args:
-        epsilon: The claim that is tested, >= 0.
-        num_guesses: r, canaries that were guessed in or out; decided before looking.
-        num_correct: v, guesses that are right.
-        num_canaries: m, all that had a coin, those without a guess included.
-        delta: Of the claim.
+        epsilon: The tested claim, >= 0.
+        num_guesses: r, canaries that were guessed in or out; fixed before looking at scores.
+        num_correct: v, right guesses.
+        num_canaries: m, all canaries with a coin, including those without a guess.
+        delta: The claim's delta.
 
     Raises:
         ValueError: Not `0 <= num_correct <= num_guesses <= num_canaries`, or no such epsilon or
@@ -63,16 +63,16 @@ def epsilon_lower_bound(
     delta: float,
     confidence: float = 0.95,
 ) -> float:
-    """The largest epsilon that the guesses refute; 0 where they refute none.
+    """The largest epsilon that the guesses refute; 0 if they refute none.
 
-    With so much confidence the mechanism is not (epsilon, delta)-DP for any smaller epsilon. A
+    With this confidence, the mechanism is not (epsilon, delta)-DP for any smaller epsilon. A
     correct mechanism's bound exceeds its true epsilon in at most `1 - confidence` of all audits.
 
     Args:
-        num_guesses: As in `p_value`, also below.
-        num_correct: Of these.
-        num_canaries: All that had a coin.
-        delta: Of the claim; 0 tests pure epsilon-DP.
+        num_guesses: See `p_value`, also for the next two.
+        num_correct: Right guesses.
+        num_canaries: All canaries with a coin.
+        delta: The claim's delta; 0 tests pure epsilon-DP.
         confidence: Below 1.
 
     Raises:
@@ -106,18 +106,18 @@ def epsilon_lower_bound(
 
 
 def auc(members: Sequence[float], others: Sequence[float]) -> Interval:
-    """How often a member scores above another row, ties counted half, with a 95 % interval.
+    """How often a member scores above another row, with ties counted half and a 95 % interval.
 
     Args:
-        members: Scores of rows that were trained on, at least one; higher says member.
-        others: Scores of rows that were not, at least one.
+        members: Scores of rows that were trained on, at least one; a higher score means member.
+        others: Scores of rows that were not trained on, at least one.
 
     Returns:
-        0.5 tells nothing, 1 tells all.
+        0.5 reveals nothing, 1 reveals everything.
 
     Reference:
         Newcombe 2006, "Confidence Intervals for an Effect Size Measure Based on the Mann-Whitney
-        Statistic. Part 2", method 5, which has a width also where members and others part cleanly.
+        Statistic. Part 2", method 5. Its interval has a width even if the groups do not overlap.
     """
     x, y = np.asarray(members, float), np.asarray(others, float)
     ordered = np.sort(y)
@@ -128,7 +128,7 @@ def auc(members: Sequence[float], others: Sequence[float]) -> Interval:
 
 
 def _furthest(mean: float, end: float, num_members: int, num_others: int) -> float:
-    """The truth closest to `end` of which `mean` is still within 1.96 standard errors."""
+    """The true value closest to `end` for which `mean` is still within 1.96 standard errors."""
     near, far, spare = mean, end, (num_members + num_others) / 2 - 1
     for _ in range(50):
         truth = (near + far) / 2
@@ -144,25 +144,25 @@ def _furthest(mean: float, end: float, num_members: int, num_others: int) -> flo
 def true_positive_rate(
     members: Sequence[float], others: Sequence[float], *, false_positive_rate: float
 ) -> Interval | None:
-    """The share of members found where at most so many others are taken for members.
+    """The share of members found if at most this share of the others is taken for members.
 
-    The threshold is the score of an other: as many others as the rate allows lie above it. So few
-    rows that are found for certain count more here than in `auc`.
+    The threshold is the score of one of the others: as many of them as the rate allows score above
+    it. A few rows that are found with certainty count more here than in `auc`.
 
     Args:
-        members: Scores of rows that were trained on; higher says member.
-        others: Scores of rows that were not.
+        members: Scores of rows that were trained on; a higher score means member.
+        others: Scores of rows that were not trained on.
         false_positive_rate: Between 0 and 1.
 
     Returns:
-        The share with its 95 % interval by Clopper and Pearson 1934, for this threshold; that
-        the threshold was drawn too is not in it. None where there are no members, or too few others
-        to allow a single one: a rate of 1 % needs 100.
+        The share with its 95 % interval by Clopper and Pearson 1934 for this threshold. The
+        interval ignores that the threshold is random, too. None if there are no members, or too few
+        others to allow a single false positive: a rate of 1 % needs 100.
 
     Reference:
         Carlini et al. 2022, "Membership Inference Attacks From First Principles". arXiv:2112.03570
     """
-    # 1e-9: 0.07 * 100 is 7.000000000000001 in binary, and others may miss by as little
+    # 1e-9: 0.07 * 100 is 7.000000000000001 in binary, and other products may be slightly too small
     allowed = math.floor(false_positive_rate * len(others) + 1e-9)
     if allowed < 1 or not members:
         return None
@@ -174,15 +174,15 @@ def true_positive_rate(
 
 
 def exposure(loss_of_secret: float, losses_of_others: Sequence[float]) -> float:
-    """How many bits of a secret a model gives away: `log2(candidates) - log2(rank)`.
+    """How many bits of a secret a model reveals: `log2(candidates) - log2(rank)`.
 
     Args:
-        loss_of_secret: Of the secret in its place.
-        losses_of_others: Of other secrets in the same place that were drawn in the same way.
+        loss_of_secret: The loss of the secret in its place.
+        losses_of_others: Losses of other secrets in the same place, drawn in the same way.
 
     Returns:
-        0 where the secret is the least likely of all; `log2(candidates)` where it is the most
-        likely. One that was never seen has 1.44 on average. Of equal losses the secret comes last.
+        0 if the secret is the least likely of all, `log2(candidates)` if it is the most likely. A
+        secret that was never seen has 1.44 on average. In a tie, the secret comes last.
 
     Reference:
         Carlini et al. 2019, "The Secret Sharer", section 4.2. arXiv:1802.08232

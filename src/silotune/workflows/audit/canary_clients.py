@@ -1,17 +1,17 @@
-"""Canaries: planted clients that are in or out by a coin, so that a guess can be right or wrong.
+"""Canaries: planted clients that a coin puts in or leaves out, so a guess can be right or wrong.
 
-Whether a change that only the auditor knows went into the sum must not show in what is released.
-Canary clients take part as any client does, so an audit sees what the guard does and not what it
-says: clipping, weights, denominator and noise.
+The released values must not reveal whether a change that only the auditor knows is in the sum.
+Canary clients take part like any client, so an audit tests what the guard does (clipping, weights,
+denominator and noise) and not what it says.
 
 Steinke, Nasr and Jagielski 2023, "Privacy Auditing with One (1) Training Run", Algorithm 1.
-arXiv:2305.08846. That canaries are clients with random directions is Andrew et al. 2023, "One-shot
-Empirical Privacy Estimation for Federated Learning", arXiv:2302.03098; their estimate by cosines
-bounds nothing, so it is not used.
+arXiv:2305.08846. Canary clients with random directions are from Andrew et al. 2023, "One-shot
+Empirical Privacy Estimation for Federated Learning", arXiv:2302.03098. Their estimate from cosines
+is not a bound, so it is not used.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,32 +34,33 @@ from silotune.core.types import (
 )
 
 SIZE = 10.0
-"""How many clip norms a canary's change is long: that it is scaled down, over all its tensors
-together, is part of what is audited."""
+"""The norm of a canary's change, in clip norms. The audit also tests that such a change is scaled
+down over all its tensors together."""
 NUMBERS = ("train_loss", "num_steps", "num_tokens", "num_targets", "seconds", "seconds_training")
-"""What clients report; a canary has trained on nothing."""
+"""What clients report; a canary reports zeros because it has not trained."""
 
 
 def toss(count: int, seed: int) -> tuple[bool, ...]:
-    """A fair coin for each canary: whether it is in. No mechanism draws from this generator."""
+    """Toss a fair coin for each canary: is it in? No mechanism draws from this generator."""
     drawn = torch.randint(2, (count,), generator=generator(seed, "audit", "coins"))
     return tuple(bool(coin) for coin in drawn)
 
 
 def num_guesses(num_canaries: int) -> int:
-    """How many canaries are guessed, known before any score is: five roots of their number, even.
+    """How many canaries to guess, fixed before any score is known: 5 sqrt(number), rounded to even.
 
-    Who guesses all is wrong on those in the middle; who guesses few has too few to be sure: even if
-    all r are right, the bound is the logit of 0.05^(1/r). For Gaussian noise with signal to noise
-    ratios of 0.5 to 4 the best share was a third to a half of 100 canaries, a fifth to a third of
-    400, and a tenth to a fifth of 1000 and 2000. This gives 50, 100, 158 and 222.
+    Guessing all includes wrong guesses on the uncertain ones in between. Guessing few gives little
+    certainty: even if all r guesses are right, the bound is the logit of 0.05^(1/r). For Gaussian
+    noise with signal-to-noise ratios of 0.5 to 4, the best share was a third to a half of 100
+    canaries, a fifth to a third of 400, and a tenth to a fifth of 1000 and 2000. This function
+    gives 50, 100, 158 and 222.
     """
     return min(num_canaries, math.isqrt(25 * num_canaries)) // 2 * 2
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """What an auditor says of canaries, and how often it is right."""
+    """An auditor's guesses about canaries, and how many are right."""
 
     said: tuple[bool | None, ...]
     """In, out, or no guess, for each canary."""
@@ -68,12 +69,12 @@ class Guesses:
 
 
 def guess(coins: Sequence[bool], scores: Sequence[float], num_guesses: int) -> Guesses:
-    """Say of the highest scores that they are in, and of as many of the lowest that they are out.
+    """Guess that the highest scores are in, and that as many of the lowest are out.
 
     Args:
-        coins: Which canaries are in: looked at to count what is right, and for nothing else.
-        scores: Of each canary; higher says in.
-        num_guesses: How many to guess, even; not chosen by looking at scores.
+        coins: Which canaries are in; used only to count right guesses.
+        scores: The score of each canary; a higher score means in.
+        num_guesses: How many to guess, an even number that does not depend on the scores.
     """
     order = np.argsort(np.asarray(scores, float), kind="stable").tolist()
     half = num_guesses // 2
@@ -87,25 +88,25 @@ def guess(coins: Sequence[bool], scores: Sequence[float], num_guesses: int) -> G
 
 
 Protect = Callable[[dict[str, Tensor], str, int], dict[str, Tensor]]
-"""(change, client, round) -> what leaves the client, clipped and noised by itself."""
+"""(change, client, round) -> what leaves the client, after its own clipping and noise."""
 
 
 class CanaryClients:
-    """Fulfils `Clients`: those of `inner`, and canaries among them.
+    """Implements `Clients`: the clients of `inner`, with canaries among them.
 
-    A canary that is in sends the same secret random direction in every round, one that is out sends
-    zeros: the neighbours of the promise. None is scored, and none has rows.
+    A canary that is in sends the same secret random direction in every round. One that is out sends
+    zeros. These two are neighbours in the guarantee. Canaries have no rows and are not scored.
 
     Args:
-        inner: The real ones.
-        count: How many canaries join them.
-        clip_norm: Of the guard; what a canary sends is `SIZE` times as long.
+        inner: The real clients.
+        count: The number of canaries.
+        clip_norm: The guard's clip norm; a canary's change has `SIZE` times this norm.
         layout: What an update must look like.
-        settings: Of the local rule, which every update echoes.
-        seed: Names the coins and the directions.
-        protect: What a client does to its change before it is sent; then the attack is the
-            server's, which sees each client's own. None: the noise is the server's, and the attack
-            is that of whoever sees the adapters.
+        settings: The local rule's settings, which every update echoes.
+        seed: Seeds the coins and the directions.
+        protect: What a client does to its change before sending it; then the attacker is the
+            server, which sees each client's change. None: the server adds the noise, and the
+            attacker is anyone who sees the adapters.
     """
 
     def __init__(
@@ -126,30 +127,31 @@ class CanaryClients:
         self.canaries = _free_names(count, inner.names())
         self._place = {name: n for n, name in enumerate(self.canaries)}
         self._norm = SIZE * clip_norm
-        self._shapes = {key: _whole(layout[key]) for key in sorted(layout)}
+        self._shapes = {key: _fixed_shape(layout[key]) for key in sorted(layout)}
         self._layout, self._settings, self._seed = layout, settings, seed
 
     def names(self) -> Sequence[str]:
         """All clients, sorted."""
         return sorted([*self.inner.names(), *self.canaries])
 
-    def train(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Arrival]:
+    def train(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         """The real clients' updates, and the canaries'."""
-        real = [name for name in cohort if name not in self._place]
+        real = {name: sent for name, sent in messages.items() if name not in self._place}
         if real:
-            yield from self.inner.train(real, broadcast)
-        for name in cohort:
+            yield from self.inner.train(real)
+        for name, broadcast in messages.items():
             if name in self._place:
                 yield self._update(name, broadcast)
 
-    def evaluate(self, cohort: Sequence[str], broadcast: Broadcast) -> Iterator[Score | Failure]:
+    def evaluate(self, messages: Mapping[str, Broadcast]) -> Iterator[Score | Failure]:
         """The real clients' scores."""
-        yield from self.inner.evaluate([n for n in cohort if n not in self._place], broadcast)
+        real = {name: sent for name, sent in messages.items() if name not in self._place}
+        yield from self.inner.evaluate(real)
 
     def scores(self, first: AdapterState, last: AdapterState) -> list[float]:
-        """Of every canary: what the rounds released along its direction, in clip norms.
+        """For every canary: what the rounds released along its direction, in clip norms.
 
-        Of all together that is how far the adapter moved, as a canary's direction stays.
+        Without `protect`, this is how far the adapter moved, because a canary's direction is fixed.
         """
         if self._protect is not None:
             return list(self._seen)
@@ -162,7 +164,7 @@ class CanaryClients:
         ]
 
     def _direction(self, n: int) -> Tensor:
-        """Of length 1, all tensors in a row; drawn anew each time, for many fill the memory."""
+        """A vector of length 1 over all tensors; drawn again each time to save memory."""
         gen = generator(self._seed, "audit", "direction", n)
         drawn = torch.randn(sum(map(math.prod, self._shapes.values())), generator=gen)
         return drawn / l2_norm({"all": drawn})
@@ -191,7 +193,7 @@ class CanaryClients:
         )
 
 
-def _whole(spec: TensorSpec) -> tuple[int, ...]:
+def _fixed_shape(spec: TensorSpec) -> tuple[int, ...]:
     shape = tuple(size for size in spec.shape if size is not None)
     assert len(shape) == len(spec.shape), "canaries have one rank"
     return shape

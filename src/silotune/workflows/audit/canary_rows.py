@@ -1,4 +1,4 @@
-"""Canary rows: made-up rows with a secret, put among the clients' own or left out, by a coin.
+"""Canary rows: made-up rows with a secret that a coin adds to a client's rows or leaves out.
 
 Carlini et al. 2019, "The Secret Sharer". arXiv:1802.08232.
 """
@@ -16,9 +16,9 @@ from silotune.workflows.audit.canary_clients import toss
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 NUM_PAIRS = 4
-"""Pairs of digits in a secret: of 10^8 candidates nobody guesses one."""
+"""Pairs of digits in a secret: with 10^8 candidates, nobody guesses it."""
 NUM_WORDS = 8
-"""Words of a text to classify."""
+"""Words in a text to classify."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class CanaryRow:
     """A row that is in or out."""
 
     client: str
-    """Whose train rows it belongs to, or would have."""
+    """The client whose train rows it is in, or would be in."""
     row: TaskRow
     is_in: bool
     others: tuple[TaskRow, ...] = ()
-    """instruct: the same question with other secrets, drawn alike and in no client's rows."""
+    """instruct: the same question with other secrets, drawn in the same way; no client has them."""
 
 
 def draw_canaries(
@@ -42,18 +42,18 @@ def draw_canaries(
     system: str | None = None,
     num_others: int = 0,
 ) -> list[CanaryRow]:
-    """Make canary rows, and toss for each.
+    """Make canary rows, and toss a coin for each.
 
-    To be answered: a question with a random name, and random digits for an answer. To be labelled:
-    random words, and a random label.
+    For conversations: a question with a random name, and random digits as the answer. For
+    classification: random words with a random label.
 
     Args:
-        rows: The clients' own, among which they are dealt out one after the other.
-        count: How many.
-        seed: Names the coins and the texts.
-        labels: The classes; empty where rows are conversations.
-        system: What a system turn says, where the recipe has one.
-        num_others: Other secrets for each.
+        rows: The clients' own rows; canaries are dealt to the clients in turn.
+        count: How many canaries.
+        seed: Seeds the coins and the texts.
+        labels: The classes; empty if rows are conversations.
+        system: The system message, if the recipe has one.
+        num_others: How many other secrets for each canary.
     """
     gen, names, seen = generator(seed, "audit", "rows"), sorted(rows), set[str]()
     found: list[CanaryRow] = []
@@ -72,7 +72,7 @@ def draw_canaries(
 def with_canaries(
     rows: Mapping[str, ClientRows], canaries: Sequence[CanaryRow]
 ) -> dict[str, ClientRows]:
-    """The clients' rows, with the canaries that are in behind each client's train rows."""
+    """The clients' rows, with the canaries that are in after each client's train rows."""
     return {name: _joined(own, canaries) for name, own in rows.items()}
 
 

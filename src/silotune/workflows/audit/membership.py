@@ -1,9 +1,9 @@
-"""Membership inference: whether a finished run's losses give away which rows it was trained on.
+"""Membership inference: whether a finished run's losses reveal which rows it was trained on.
 
-A row's score is its loss under the untrained base minus that under the result, per target: rows
-that are easy for any model tell nothing. Yeom et al. 2018, "Privacy Risk in Machine Learning",
-arXiv:1709.01604, with the base's loss as calibration (Watson et al. 2022, arXiv:2111.08440). Rows
-were not cut into trained and held-out by coins, so this bounds no epsilon.
+A row's score is its loss under the untrained base minus its loss under the result, per target: rows
+that are easy for any model reveal nothing. Yeom et al. 2018, "Privacy Risk in Machine Learning",
+arXiv:1709.01604, with the base's loss as calibration (Watson et al. 2022, arXiv:2111.08440). No
+coin decided which rows were trained on and which held out, so this does not bound epsilon.
 """
 
 import itertools
@@ -32,7 +32,7 @@ RATES = (0.01, 0.1)
 
 
 def losses(loaded: LoadedModel, rows: Sequence[TaskRow], run: RunConfig) -> list[float]:
-    """Mean loss of each row's targets, in nats; rows without a target within the limit left out."""
+    """Mean loss of each row's targets, in nats, without rows that have no target in the limit."""
     task = build_task(run.task, run.data.labels)
     examples = task.prepare(rows, loaded.tokenizer, run.train.max_length).examples
     each = score_each(loaded, examples, task, batch_size=run.evaluate.batch_size)
@@ -40,10 +40,10 @@ def losses(loaded: LoadedModel, rows: Sequence[TaskRow], run: RunConfig) -> list
 
 
 def drawn_rows(run: RunConfig, metrics: Sequence[Row], client: str, num_examples: int) -> list[int]:
-    """Which of its train rows a client's training has met: the beginning of its stream.
+    """Which train rows a client has trained on: the beginning of its stream.
 
-    A few short rounds do not come to the end of a client's rows, and a row that no step has met is
-    no member. Where rows are drawn in secret, as for privacy of single rows, all may be.
+    A few short rounds do not reach the end of a client's rows, and a row that no step has met is
+    not a member. If rows are drawn in secret, as for privacy of single rows, all may be members.
     """
     trained = [r for r in metrics if r["event"] == "train" and "num_tokens" in r]
     rounds = sum(row["client"] == client for row in trained)
@@ -56,15 +56,15 @@ def drawn_rows(run: RunConfig, metrics: Sequence[Row], client: str, num_examples
 
 
 def infer_membership(run: Run, progress: Progress) -> dict[str, Any]:
-    """Attack a finished run with its own rows: those it was trained on against those held out.
+    """Attack a finished run with its own rows: trained rows against held-out rows.
 
     Returns:
-        clients: for each, and overall: num_members, num_not_met (train rows that no step has met,
-        left out), num_held_out, auc, and tpr by false positive rate; an interval is mean, low and
-        high, and a rate is None where too few rows are held out for it.
+        For each of the clients, and overall: num_members, num_not_met (train rows that no step has
+        met, which are left out), num_held_out, auc, and tpr by false positive rate. An interval is
+        mean, low and high. A rate is None if too few rows are held out for it.
 
     Raises:
-        ConfigError: The rows, or what the clients score them with, are not at hand.
+        ConfigError: The rows, or the heads that the clients score with, are not on this machine.
         RunFolderError: The run is not finished, or its rows have changed.
         ModelError: The base has changed.
     """
@@ -72,7 +72,7 @@ def infer_membership(run: Run, progress: Progress) -> dict[str, Any]:
     progress.note(f"loading {config.model.name}")
     with untrained(base := load_for(config)):
         before = _all_losses(base, rows, config)
-    del base  # two at once may not fit
+    del base  # two models at once may not fit
     after = _all_losses(run.load(), rows, config)
     metrics, clients = run.metrics, dict[str, Any]()
     pooled: tuple[list[float], list[float]] = ([], [])
@@ -90,23 +90,23 @@ def infer_membership(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _rows_of(run: Run) -> tuple[RunConfig, Mapping[str, ClientRows]]:
-    _ = run.summary  # it has to be finished
+    _ = run.summary  # raises if the run is not finished
     config = run.config
     if config.runtime.name != "in-process":
         raise ConfigError(
-            f"{run.path} ran with runtime.name = '{config.runtime.name}', and only a run in "
-            "process is audited: its rows are here.\n  Run the recipe in process."
+            f"{run.path} ran with runtime.name = '{config.runtime.name}', and only in-process runs "
+            "can be audited, because their rows are on this machine.\n  Run the recipe in process."
         )
     if config.adapter.head == "local":
         raise ConfigError(
-            f"{run.path}: with adapter.head = 'local' every client scores with a head of its own, "
-            "which is no part of the result.\n  Audit a run with another adapter.head."
+            f"{run.path}: with adapter.head = 'local', every client scores with its own head, "
+            "which is not part of the result.\n  Audit a run with another adapter.head."
         )
     rows = check(config).rows
     provenance = RunFolder.open(run.path).read_json("provenance.json")
     if provenance["data"]["sha256"] != fingerprint(rows):
         raise RunFolderError(
-            f"{run.path}: the data has changed since the run, so nobody knows which rows it was "
+            f"{run.path}: the data has changed since the run, so it is unknown which rows it was "
             f"trained on.\n  Restore it ({config.data.path})."
         )
     return config, rows
@@ -115,7 +115,7 @@ def _rows_of(run: Run) -> tuple[RunConfig, Mapping[str, ClientRows]]:
 def _all_losses(
     loaded: LoadedModel, rows: Mapping[str, ClientRows], run: RunConfig
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Of every client: its train rows', and its held-out rows'."""
+    """The losses of every client's train rows and held-out rows."""
     return {
         name: (losses(loaded, own.train, run), losses(loaded, own.evaluation, run))
         for name, own in rows.items()
@@ -141,7 +141,7 @@ def _told(members: Sequence[float], others: Sequence[float], num_not_met: int) -
 
 
 def membership_table(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: a client a line, and all together."""
+    """Header and rows: one line per client, and one for all together."""
     titles = (f"TPR at {r:.0%} FPR" for r in RATES)
     lines: list[tuple[str, ...]] = [("client", "members", "held out", "AUC", *titles)]
     for name, own in (*found["clients"].items(), ("all together", found["overall"])):

@@ -1,4 +1,4 @@
-"""What an audit with canaries shows: guesses, a lower bound, and whether the claim stands."""
+"""The result of an audit with canaries: guesses, a lower bound, and whether the claim holds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from silotune.workflows.audit.canary_clients import guess, num_guesses
 
 CONFIDENCE = 0.95
 LOWER = (
-    "a lower bound: this attack shows at least so much; that it shows no more is no promise",
-    "the adapter of an audit has canaries in it, and its rounds are releases: publish neither",
+    "a lower bound: this attack shows at least this much; it does not show that there is no more",
+    "the audit's adapter was trained on canaries, and its rounds are releases: publish neither",
 )
 
 
@@ -20,16 +20,16 @@ def result_of(
     told: Mapping[str, Any] | None,
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """The guesses, what they show, and whether the claim stands.
+    """Guess which canaries are in, and compare the result with the claim.
 
     Args:
         coins: Which canaries are in.
-        scores: What the attack gives each; higher says in.
-        told: The run's privacy statement, where it has one. Its delta is taken, else 0.
-        notes: Sentences that belong beside the numbers.
+        scores: The attack's score of each; a higher score means in.
+        told: The run's privacy statement, if it has one. It gives delta, which is otherwise 0.
+        notes: Sentences to show with the numbers.
 
     Returns:
-        For audit.json. epsilon_lower_bound_at_most is what it would be, were all guesses right.
+        Values for audit.json. epsilon_lower_bound_at_most is the bound if all guesses were right.
     """
     claim = claim_of(told)
     delta = claim["delta"] if claim else 0.0
@@ -58,7 +58,7 @@ def result_of(
 
 
 def claim_of(told: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """Epsilon that was spent, and its delta; None where nothing was promised."""
+    """The spent epsilon and its delta; None if nothing was promised."""
     if told is None or told["epsilon"]["pld"] is None:
         return None
     return {"epsilon": told["epsilon"]["pld"], "delta": told["promise"]["delta"]}
@@ -70,15 +70,15 @@ def _verdict(lower: float, most: float, claim: Mapping[str, float] | None) -> st
     epsilon = claim["epsilon"]
     if lower > epsilon:
         return (
-            f"REFUTED: epsilon is above {lower:.3f}, and {epsilon:.3f} is claimed. By chance that "
+            f"REFUTED: epsilon is above {lower:.3f}, but {epsilon:.3f} is claimed. By chance, this "
             f"happens to a true claim in at most {1 - CONFIDENCE:.0%} of all audits"
         )
-    reach = f"; with so many canaries no claim above {most:.3f} could have been refuted"
+    reach = f"; with this many canaries, no claim above {most:.3f} could have been refuted"
     return "consistent with the claim" + ("" if most > epsilon else reach)
 
 
 def audit_lines(found: Mapping[str, Any]) -> list[str]:
-    """An audit in words; for the numbers of a finished run's see `membership_table`.
+    """An audit in words. For the numbers of a finished run, see `membership_table`.
 
     Args:
         found: audit.json.
@@ -88,11 +88,11 @@ def audit_lines(found: Mapping[str, Any]) -> list[str]:
     if "epsilon_lower_bound" not in found:
         return [f"claimed: {claimed}", *notes]
     return [
-        f"{found['attack']}: {found['num_canaries']}, of which {found['num_in']} are in; "
+        f"{found['attack']}: {found['num_canaries']}, {found['num_in']} of them in; "
         f"{found['num_correct']} of {found['num_guesses']} guesses right",
         f"epsilon is at least {found['epsilon_lower_bound']:.3f} at delta {found['delta']:g}, with "
-        f"{found['confidence']:.0%} confidence; no more than "
-        f"{found['epsilon_lower_bound_at_most']:.3f} could have been found",
+        f"{found['confidence']:.0%} confidence; this audit could have shown at most "
+        f"{found['epsilon_lower_bound_at_most']:.3f}",
         f"claimed: {claimed}",
         f"verdict: {found['verdict']}",
         *(_exposure_line(name, own) for name, own in found.get("exposure", {}).items()),

@@ -1,1 +1,1 @@
-"""`silotune compare`: trains the arms of a comparison, and says what they show."""
+"""`silotune compare`: train the arms of a comparison, and report what they show."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from silotune.core.wording import counted
 from silotune.recipes.schema import RunConfig
 from silotune.results.card import markdown_table
 from silotune.workflows.compare.statistics import (
@@ -19,13 +20,14 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
     """README.md of a comparison: the report's numbers as Markdown, without rows or answers."""
     up_to = "Up to " if run.budget.bytes or run.budget.hours else ""
     said = [*comparison_verdict(comparison), *worse_off_warnings(comparison), *comparison["notes"]]
+    clients = counted(len(comparison["clients"]), "client")
     lines = [
-        f"# Was it worth joining? {comparison['base_name']}, {len(comparison['clients'])} clients",
+        f"# Was it worth joining? {comparison['base_name']}, {clients}",
         "",
         *(f"- {line}" for line in said),
         "",
         f"Seeds: {', '.join(map(str, comparison['seeds']))}. "
-        f"{up_to}{run.rounds} rounds. All arms are "
+        f"{up_to}{counted(run.rounds, 'round')}. All arms are "
         "scored on the same held-out rows of each client; a difference is arm minus local, with "
         "its 95 % interval.",
     ]
@@ -36,5 +38,5 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
         lines += markdown_table(difference_table(comparison, key))
         if against := against_table(comparison, key):
             lines += ["", f"{AGAINST}:", "", *markdown_table(against)]
-    lines += ["", "## Cost over all seeds", "", *markdown_table(cost_table(comparison))]
+    lines += ["", "## Cost of all seeds", "", *markdown_table(cost_table(comparison))]
     return "\n".join(lines) + "\n"

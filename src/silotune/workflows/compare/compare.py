@@ -1,78 +1,38 @@
-"""Was it worth joining? Trains and scores every arm of a comparison on the same held-out rows.
+"""Was it worth joining? Train and score every arm of a comparison on the same held-out rows.
 
-Arms: the untouched base; each client alone, for exactly the rows and steps that it takes in the
-federated run; the federated run, with one algorithm or several; all rows in one place, for as many
-examples as all clients together. Seeds are paired: one seed gives every arm the same first adapter,
-cohorts and order of rows. All of it runs on one base in memory.
-
-A comparison is a folder of parts. A part that is finished, `part.json` says so, is never trained
-again; one that was interrupted goes on from its last round.
+The arms: the untouched base; each client alone, with exactly the rows and steps that it takes in
+the federated run; the federated run, with one or several algorithms; all rows in one place, with as
+many examples as all clients together. Seeds are paired: with one seed, every arm gets the same
+first adapter, cohorts and order of rows.
 """
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.core.atomic_files import write_atomically, write_json, write_rows
+from silotune.core.atomic_files import write_atomically, write_json
 from silotune.core.errors import ConfigError, RunFolderError
-from silotune.core.types import AdapterState
-from silotune.core.wording import did_you_mean, human_seconds
-from silotune.data.conversations import Conversation
-from silotune.federation.client import ClientData, Worker
-from silotune.federation.client_memory import load_memory
-from silotune.federation.metrics import Row
+from silotune.core.wording import did_you_mean
 from silotune.federation.progress import Progress
-from silotune.federation.run_folder import RunFolder
-from silotune.federation.server_work import build_lesson, is_pretrained, pretrain, server_rows
-from silotune.models.loading import LoadedModel, save_adapter, untrained, write_adapter
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import CompareConfig
-from silotune.results.run import Run
-from silotune.runtime.inprocess import prepare_clients
-from silotune.training.generate import answers
-from silotune.training.scoring import score_each
-from silotune.training.tasks import build_task
-from silotune.training.tasks.base import Example
 from silotune.workflows.check import Checked
+from silotune.workflows.compare.arms import Arms
 from silotune.workflows.compare.card import comparison_card
 from silotune.workflows.compare.folder import (
-    place_alone,
-    place_of,
+    ComparisonFolder,
     places,
     read_costs,
     read_scores,
     results,
     seeds_of,
 )
-from silotune.workflows.compare.local_training import (
-    Cost,
-    Plan,
-    cost_of_run,
-    pooled,
-    rows_trained,
-    train_alone,
-)
+from silotune.workflows.compare.local_training import Plan, pooled, rows_trained
 from silotune.workflows.compare.page import comparison_page
-from silotune.workflows.compare.statistics import Scores, compare_arms
+from silotune.workflows.compare.statistics import compare_arms
 from silotune.workflows.data_overview import describe_split
-from silotune.workflows.evaluate.text_scores import judge, question_of
-from silotune.workflows.provenance import provenance_of
-from silotune.workflows.run import open_folder, run_in
-from silotune.workflows.shared_base import SharedBase
-
-
-class ComparisonFolder(RunFolder):
-    """One comparison on disk. It is no run: `silotune run --resume` refuses it."""
-
-    RECIPE = "comparison.toml"
-    KIND = "comparison"
-    COMMAND = "silotune compare"
+from silotune.workflows.folders import open_folder
 
 
 @dataclass(frozen=True)
@@ -82,7 +42,7 @@ class Comparison:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))  # a text is a path too
+        object.__setattr__(self, "path", Path(self.path))  # strings are accepted too
 
     @property
     def result(self) -> dict[str, Any]:
@@ -90,13 +50,12 @@ class Comparison:
         result = ComparisonFolder.open(self.path).read_json("comparison.json")
         if result is None:
             raise RunFolderError(
-                f"{self.path} is not finished.\n"
-                f"  Go on with it: silotune compare --resume {self.path}"
+                f"{self.path} is not finished.\n  Resume it: silotune compare --resume {self.path}"
             )
         return result
 
     def report(self) -> Path:
-        """Write report.html: the comparison on one page, without a network. Returns its path."""
+        """Write report.html: the comparison on one page that needs no network. Returns its path."""
         folder, result = ComparisonFolder.open(self.path), self.result
         page = comparison_page(
             result,
@@ -117,17 +76,17 @@ def compare(
     resume: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Train and score all arms, or go on with an interrupted comparison.
+    """Train and score all arms, or resume an interrupted comparison.
 
     Args:
-        recipe: A shipped name, a TOML file or a config; its [compare] says what is compared.
-        overrides: Dotted `key=value` texts on top of it, for instance "compare.seeds=5".
+        recipe: A shipped name, a TOML file or a config; its [compare] says what to compare.
+        overrides: Dotted `key=value` strings that change it, for example "compare.seeds=5".
         out: The folder to create; by default runs/<time>-<recipe>. Never overwritten.
-        resume: A comparison to go on with. Its own recipe counts.
-        progress: Told what happens; silent by default.
+        resume: A comparison to resume, with its own recipe.
+        progress: Receives progress messages; silent by default.
 
     Raises:
-        SilotuneError: See errors.py. Whatever was finished stays in the folder.
+        SilotuneError: See errors.py. Finished parts stay in the folder.
     """
     progress = progress or Progress()
     folder, checked = open_folder(ComparisonFolder, recipe, overrides, out=out, resume=resume)
@@ -140,7 +99,7 @@ def compare(
             folder.remove()
         raise
     except BaseException:
-        progress.note(f"go on with: silotune compare --resume {folder.path}")
+        progress.note(f"to continue: silotune compare --resume {folder.path}")
         raise
 
 
@@ -148,8 +107,8 @@ def _check(checked: Checked) -> None:
     run = checked.run
     if run.runtime.name == "flower":
         raise ConfigError(
-            "runtime.name = 'flower' cannot be compared: the local and the centralized arm are "
-            "trained here, on the clients' rows.\n"
+            "runtime.name = 'flower' cannot be compared: the local and the centralized arms are "
+            "trained on this machine, on the clients' rows.\n"
             "  Set runtime.name = 'in-process' or 'flower-simulation'."
         )
     for name in run.compare.only:
@@ -187,7 +146,7 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
         **numbers,
         "notes": [
             *([run.report.note] if run.report.note else []),
-            *_of_privacy(run),
+            *_privacy_notes(run),
             *numbers["notes"],
         ],
         "samples": arms.samples(scores),
@@ -202,246 +161,15 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
     return done
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """A client's held-out rows."""
-
-    examples: tuple[Example, ...]
-    talks: tuple[Conversation, ...]
-    """The same rows as text."""
-
-
-class Arms:
-    """One base in memory, the clients' tokens, and the folder of parts."""
-
-    def __init__(self, folder: ComparisonFolder, checked: Checked, progress: Progress) -> None:
-        self.folder, self.checked, self.progress = folder, checked, progress
-        self.run = run = checked.run
-        self.task = build_task(run.task, run.data.labels)
-        progress.note(f"comparison folder: {folder.path}")
-        progress.note(f"loading {run.model.name}")
-        self.base_model = SharedBase(run, progress)
-        provenance_of(folder, checked, self.loaded)
-        self.data = prepare_clients(checked.rows, self._worker(run))
-        everything = tuple(e for own in self.data.values() for e in own.examples)
-        self.server_rows = server_rows(run)
-        if self.server_rows:  # they are rows like any others, in one place
-            everything += build_lesson(run, self.server_rows, self.loaded.tokenizer).examples
-        self.pool = ClientData("centralized", everything, (), num_eval=0, num_cut=0, num_dropped=0)
-        self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
-        arms = 1 + len(self.data) + len(federated_arms(run))
-        self.num_parts, self.num_done = 1 + arms * run.compare.seeds, 0
-
-    @property
-    def loaded(self) -> LoadedModel:
-        """The base as it is dressed now."""
-        return self.base_model.loaded
-
-    def _worker(self, run: RunConfig) -> Worker:
-        """Trains as one client without a federation does: whatever it learns is the result."""
-        return Worker(self.loaded, self.task, run, fedavg(FedAvgConfig()))
-
-    def _held_out(self, talks: Sequence[Conversation]) -> HeldOut:
-        tokenizer, limit = self.loaded.tokenizer, self.run.train.max_length
-        prepared = self.task.prepare(talks, tokenizer, limit)
-        return HeldOut(prepared.examples, tuple(talks[row] for row in prepared.rows))
-
-    # --- arms
-
-    def base(self) -> None:
-        """Score the base as it came."""
-        first = self.base_model.dress(self._recipe(self.run, self.run.seed))
-        with untrained(self.loaded):
-            self._part("base", "the base", lambda _: (first, Cost()), self.data)
-
-    def federated(self, arm: str, recipe: RunConfig, seed: int) -> Run:
-        """Run an arm's recipe with this seed, as `silotune run` would."""
-        place = place_of(arm, seed)
-        run = self._recipe(recipe, seed)
-        path = self.folder.path / place / "run"
-
-        def train(_: Path) -> tuple[AdapterState, Cost]:
-            taught = self._with_teacher(run)
-            opened = RunFolder.open(path) if path.exists() else RunFolder.create(path, taught)
-            self.base_model.dress(run)  # before `loaded` is looked at: it may be another then
-            with opened.locked():
-                done = run_in(
-                    opened,
-                    replace(self.checked, run=taught),
-                    self.progress,
-                    began=time.perf_counter(),
-                    loaded=self.loaded,
-                    data=self.data,
-                )
-            plan = rows_trained(done.metrics, self.data, run)
-            trained = {n: t for n, t in done.adapter().items() if n in self.loaded.parameters}
-            return trained, cost_of_run(done.metrics, plan, done.summary)
-
-        self._part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
-        return Run(path)
-
-    def alone(self, client: str, seed: int, plan: Mapping[int, int]) -> None:
-        """One client without the others: the same rows, steps and learning rates."""
-        place = place_alone(client, seed)
-        scored = self.data if client in self.run.compare.only else [client]
-        train = self._alone(self.data[client], seed, plan)
-        self._part(place, f"seed {seed}, {client} alone", train, scored)
-
-    def centralized(self, seed: int, plan: Mapping[int, int]) -> None:
-        """All rows in one place."""
-        train = self._alone(self.pool, seed, plan)
-        self._part(place_of("centralized", seed), f"seed {seed}, centralized", train, self.data)
-
-    def _alone(
-        self, data: ClientData, seed: int, plan: Mapping[int, int]
-    ) -> Callable[[Path], tuple[AdapterState, Cost]]:
-        run = self._recipe(self.run, seed)
-
-        def train(place: Path) -> tuple[AdapterState, Cost]:
-            first = self.base_model.dress(run)  # before the worker, which holds what is loaded
-            adapter, cost = train_alone(self._worker(run), data, plan, first, place / "state")
-            if self.loaded.has_adapter:
-                write_adapter(self.loaded, adapter)
-                save_adapter(self.loaded, place / "adapter", base_name=self.run.model.name)
-            return adapter, cost
-
-        return train
-
-    def _recipe(self, recipe: RunConfig, seed: int) -> RunConfig:
-        """An arm's recipe with a seed, on the rows of the first seed."""
-        run = self.run
-        fixed = run.data.split_seed if run.data.split_seed is not None else run.seed
-        # without a history only the end is scored, by the comparison itself; "best" needs each
-        scored = run.compare.history or run.checkpoint.keep == "best"
-        return recipe.model_copy(
-            update={
-                "seed": seed,
-                "data": run.data.model_copy(update={"split_seed": fixed}),
-                "evaluate": run.evaluate
-                if scored
-                else run.evaluate.model_copy(update={"every": 0}),
-                "report": run.report.model_copy(update={"page": False, "samples": 0}),
-                "compare": CompareConfig(),
-            }
-        )
-
-    def _with_teacher(self, run: RunConfig) -> RunConfig:
-        """The recipe with a teacher that has learned: once for all arms of a seed that share it."""
-        how = run.distill
-        asked = run.server.work == "distill" and how.pretrain_epochs > 0
-        if not asked or is_pretrained(how.teacher or ""):
-            return run
-        rate = how.lr or run.server.lr
-        about = [how.teacher, how.pretrain_epochs, rate, run.train.model_dump()]
-        mark = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-        place = self.folder.path / f"seed-{run.seed}" / f"teacher-{mark}"
-        if not place.exists():
-            pretrain(
-                run,
-                place,
-                self.progress,
-                rows=self.server_rows,
-                tokenizer=self.loaded.tokenizer,
-            )
-        taught = how.model_copy(update={"teacher": str(place)})
-        return run.model_copy(update={"distill": taught})
-
-    # --- parts
-
-    def _part(
-        self,
-        place: str,
-        title: str,
-        train: Callable[[Path], tuple[AdapterState, Cost]],
-        clients: Sequence[str] | Mapping[str, Any],
-        memory: Path | None = None,
-    ) -> None:
-        """Train and score a part, unless it is finished.
-
-        Args:
-            place: Its folder, inside the comparison's.
-            title: Its name for people.
-            train: Given the folder, gives the adapter and what it cost.
-            clients: Whose held-out rows it is scored on.
-            memory: The run folder where clients keep personal tensors.
-        """
-        self.num_done += 1
-        folder = self.folder.path / place
-        if (folder / "part.json").is_file():
-            return
-        self.progress.note(f"[{self.num_done}/{self.num_parts}] {title}")
-        folder.mkdir(parents=True, exist_ok=True)
-        adapter, cost = train(folder)
-        rows = [
-            {"client": client, **row}
-            for client in clients
-            for row in self._score(client, {**adapter, **_personal(memory, client)})
-        ]
-        write_rows(folder / "scores.jsonl", rows)
-        write_json(folder / "part.json", asdict(cost))
-        if cost.tokens:
-            words = f"{cost.steps} steps, {cost.tokens} tokens in {human_seconds(cost.seconds)}"
-            self.progress.note(f"  {words}")
-
-    def _score(self, client: str, adapter: AdapterState) -> list[Row]:
-        """One row per held-out row of the client, in their order."""
-        write_adapter(self.loaded, adapter)
-        held, run = self.held[client], self.run
-        each = score_each(self.loaded, held.examples, self.task, batch_size=run.evaluate.batch_size)
-        rows: list[Row] = [asdict(score) for score in each]
-        if self.task.labels:
-            return rows  # there is nothing to answer
-        limit = run.compare.max_new_tokens
-        shown = range(len(rows)) if limit else self._sampled(client)
-        asked = [question_of(held.talks[i]) for i in shown]
-        limit = limit or run.report.max_new_tokens
-        said = answers(self.loaded, [talk for talk, _ in asked], max_new_tokens=limit)
-        for i, one in zip(shown, said, strict=True):
-            rows[i]["answer"] = one.text
-        if run.compare.max_new_tokens:
-            for row, quality in zip(rows, judge(said, [ref for _, ref in asked]), strict=True):
-                row.update(asdict(quality))
-        return rows
-
-    def _sampled(self, client: str) -> Sequence[int]:
-        """Which held-out rows of a client are answered for the report: the first of some."""
-        return range(min(1, list(self.data).index(client) < self.run.report.samples))
-
-    # --- what was found
-
-    def samples(self, scores: Scores) -> list[dict[str, Any]]:
-        """Some held-out questions, and what the first seed's arms answer."""
-        found: list[dict[str, Any]] = []
-        shown = 0 if self.task.labels else self.run.report.samples
-        for client in list(self.data)[:shown]:
-            talk, reference = question_of(self.held[client].talks[0])
-            said = {
-                arm: rows[client][0]["answer"].strip()
-                for arm, by_seed in scores.items()
-                if client in (rows := next(iter(by_seed.values()))) and "answer" in rows[client][0]
-            }
-            question = talk[-1]["content"]
-            found.append(
-                {"client": client, "question": question, "reference": reference, "answers": said}
-            )
-        return found
-
-
-def _of_privacy(run: RunConfig) -> list[str]:
-    """Which arms [privacy] holds for."""
+def _privacy_notes(run: RunConfig) -> list[str]:
+    """Which arms [privacy] protects."""
     if run.privacy.unit == "record":
-        return ["every arm but the base protects its rows, each with noise for its own rows"]
+        return ["every arm except the base protects its rows, each with noise for its own rows"]
     if run.privacy.is_at_client:
-        return ["every arm but the base noises whole holders; the pooled one has a single holder"]
+        return [
+            "in every arm except the base, the noise protects entire holders of rows; the "
+            "centralized arm has a single holder"
+        ]
     if run.privacy.unit == "client":
-        return ["the federated arms protect clients; lone and centralized arms have no noise"]
+        return ["the federated arms protect clients; the local and centralized arms have no noise"]
     return []
-
-
-def _personal(run: Path | None, client: str) -> AdapterState:
-    """What a client of a finished run keeps to itself, under algorithms that let it."""
-    if run is None:
-        return {}
-    opened = RunFolder.open(run)
-    memory = load_memory(opened.client_folder(client), opened.run.rounds + 1)
-    return memory.tensors.get("personal", {})

@@ -1,7 +1,8 @@
-"""The parts of a comparison on disk: where each lies, and what it says.
+"""A comparison on disk: the paths and contents of its parts.
 
-A part is one arm with one seed; of the arm of lone clients, one client's. `part.json` holds its
-costs and says that it is finished, `scores.jsonl` every held-out row's score.
+A part is one arm with one seed; in the arm of lone clients, it is one client with one seed.
+`part.json` holds the part's costs and marks it as finished. `scores.jsonl` holds the score of every
+held-out row.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 from silotune.federation.client_memory import folder_name
 from silotune.federation.metrics import Row, held_out_losses, overall_scores
+from silotune.federation.run_folder import RunFolder
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
 from silotune.results.run import Run
@@ -19,21 +21,29 @@ from silotune.workflows.compare.local_training import Cost
 from silotune.workflows.compare.statistics import LOCAL, Scores
 
 Places = dict[str, dict[int, dict[str, Path]]]
-"""Arm -> seed -> part, by client in the arm of lone clients, else by "" for all."""
+"""Arm -> seed -> part: by client in the arm of lone clients, else under "" for all clients."""
+
+
+class ComparisonFolder(RunFolder):
+    """One comparison on disk. It is not a run: `silotune run --resume` refuses it."""
+
+    RECIPE = "comparison.toml"
+    KIND = "comparison"
+    COMMAND = "silotune compare"
 
 
 def seeds_of(run: RunConfig) -> range:
-    """The recipe's seed and those after it."""
+    """The recipe's seed and the ones that follow it."""
     return range(run.seed, run.seed + run.compare.seeds)
 
 
 def place_of(arm: str, seed: int) -> str:
-    """The folder of an arm's part, inside the comparison's."""
+    """The folder of an arm's part, inside the comparison's folder."""
     return f"seed-{seed}/{folder_name(arm.replace(': ', '-'))}"
 
 
 def place_alone(client: str, seed: int) -> str:
-    """The folder of a lone client's part, inside the comparison's."""
+    """The folder of a lone client's part, inside the comparison's folder."""
     return f"seed-{seed}/local/{folder_name(client)}"
 
 
@@ -41,9 +51,9 @@ def places(root: Path, run: RunConfig, clients: Iterable[str]) -> Places:
     """The folders of all parts.
 
     Args:
-        root: The comparison's.
+        root: The comparison's folder.
         run: Its recipe.
-        clients: All of them.
+        clients: The names of all clients.
     """
     seeds, names = seeds_of(run), list(clients)
     alone = {seed: {client: root / place_alone(client, seed) for client in names} for seed in seeds}
@@ -59,7 +69,7 @@ def places(root: Path, run: RunConfig, clients: Iterable[str]) -> Places:
 
 
 def read_scores(parts: Places) -> Scores:
-    """All parts' rows by arm, seed and client."""
+    """The rows of all parts by arm, seed and client."""
     return {
         arm: {seed: _read_rows(own) for seed, own in by_seed.items()}
         for arm, by_seed in parts.items()
@@ -67,7 +77,7 @@ def read_scores(parts: Places) -> Scores:
 
 
 def read_costs(parts: Places) -> dict[str, dict[str, Any]]:
-    """What each arm took, over all seeds."""
+    """The cost of each arm, summed over all seeds."""
     found: dict[str, dict[str, Any]] = {}
     for arm, by_seed in parts.items():
         total = Cost()
@@ -78,10 +88,10 @@ def read_costs(parts: Places) -> dict[str, dict[str, Any]]:
 
 
 def results(root: Path, run: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:
-    """results.json: the whole experiment as one table for other programs.
+    """results.json: the entire experiment as one table for other programs.
 
-    Its configuration, what each arm took, its scores over all clients after every scored round
-    by seed, and the numbers of the comparison.
+    It holds the configuration, the cost of each arm, the scores over all clients by seed and scored
+    round, and the numbers of the comparison.
     """
     history: dict[str, dict[int, list[Row]]] = {}
     for arm in federated_arms(run):
@@ -99,7 +109,7 @@ def results(root: Path, run: RunConfig, result: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_rows(parts: Mapping[str, Path]) -> dict[str, list[Row]]:
-    """Client -> rows. Of the arm of lone clients, each client's own part counts for it alone."""
+    """Client -> rows. In the arm of lone clients, a part counts only for its own client."""
     found: dict[str, list[Row]] = {}
     for owner, part in parts.items():
         for line in (part / "scores.jsonl").read_text(encoding="utf-8").splitlines():

@@ -1,7 +1,7 @@
-"""Training without a federation, in the same rounds: the arms that a federated run is measured by.
+"""Training without a federation, in the same rounds: the arms to compare a federated run with.
 
-A lone client, or all rows in one place, trains as a client of a federation would that has no other:
-same rounds, learning rates and batches, and what it learns is the result.
+A lone client, or all rows in one place, trains like the only client of a federation: with the same
+rounds, learning rates and batches. Whatever it learns is the result.
 """
 
 import json
@@ -23,7 +23,7 @@ Plan = dict[str, dict[int, int]]
 
 
 def rows_trained(metrics: Sequence[Row], data: Mapping[str, ClientData], run: RunConfig) -> Plan:
-    """What each client really did in a federated run; one that failed in a round did nothing."""
+    """What each client actually did in a federated run; a client that failed did nothing."""
     plan: Plan = {name: {} for name in data}
     for row in metrics:
         if row["event"] == "train" and "num_tokens" in row:
@@ -33,28 +33,28 @@ def rows_trained(metrics: Sequence[Row], data: Mapping[str, ClientData], run: Ru
 
 
 def pooled(plan: Plan) -> dict[int, int]:
-    """Round -> rows of all clients together."""
+    """Round -> number of rows of all clients together."""
     rounds = sorted({r for own in plan.values() for r in own})
     return {r: sum(own.get(r, 0) for own in plan.values()) for r in rounds}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm took."""
+    """The cost of an arm."""
 
     tokens: int = 0
-    """Real tokens that were trained on, prompts included, padding excluded."""
+    """Tokens that were trained on, including prompts and excluding padding."""
     examples: int = 0
     steps: int = 0
     seconds: float = 0.0
-    """Of training alone."""
+    """Only of training."""
     bytes_up: int = 0
     bytes_down: int = 0
     head_bytes_up: int = 0
-    """Of `bytes_up`, what a classification head took."""
+    """The classification head's part of `bytes_up`."""
     head_bytes_down: int = 0
     tokens_server: int = 0
-    """What the server trained on rows of its own, teacher and student both."""
+    """Tokens that the server trained on, for teacher and student."""
     seconds_server: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -69,14 +69,14 @@ def train_alone(
     first: AdapterState,
     place: Path,
 ) -> tuple[AdapterState, Cost]:
-    """Train on one holder's rows, round by round as in a federation, without one.
+    """Train on one holder's rows, in the rounds of a federation but without one.
 
     Args:
         worker: The base in memory and the recipe.
         data: The rows.
-        plan: Round -> rows to train on. Learning rates are those of the rounds.
-        first: Where it begins.
-        place: Where its state is kept after every round; a call with the same place goes on.
+        plan: Round -> number of rows to train on. Each round has its own learning rate.
+        first: The adapter to start from.
+        place: Where the state is saved after every round. A call with the same folder resumes.
     """
     adapter, cost, done, state = first, Cost(), 0, place / "adapter.safetensors"
     place.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ OF_SUMMARY = ("head_bytes_up", "head_bytes_down", "tokens_server", "seconds_serv
 
 
 def cost_of_run(rows: Sequence[Row], plan: Plan, summary: Mapping[str, Any]) -> Cost:
-    """What a federated run took, by its metrics.jsonl and summary.json."""
+    """The cost of a federated run, from its metrics.jsonl and summary.json."""
     trained = [row for row in rows if row["event"] == "train" and "num_tokens" in row]
     return Cost(
         tokens=sum(int(row["num_tokens"]) for row in trained),

@@ -1,8 +1,9 @@
 """A comparison as one HTML page."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from silotune.core.wording import counted
 from silotune.recipes.schema import RunConfig
 from silotune.results import charts
 from silotune.results.charts import Split
@@ -17,18 +18,18 @@ from silotune.results.page import (
     shared_parts,
     typeset,
 )
-from silotune.results.verdicts import gain, interval, num_clients, signed
+from silotune.results.verdicts import gain, interval, signed
 from silotune.workflows.compare.statistics import AGAINST, against_table, cost_table
 from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
 
 MEAN = "mean over clients"
 
 SIGNS = {"gained": "▲", "lost": "▼", "no clear difference": "≈", "too few rows": "?"}
-"""A verdict is told by its sign and its word, not by its colour alone."""
+"""A verdict has a sign and a word, so that it does not depend on colour alone."""
 
 
 class ScoreRow(NamedTuple):
-    """One arm's line in a comparison's table, in words."""
+    """One arm's line in the table of a comparison, as text."""
 
     arm: str
     score: str
@@ -44,7 +45,7 @@ def comparison_page(
     split: Split,
     samples: Samples,
 ) -> str:
-    """The page of a comparison: every arm against training alone.
+    """Build the page of a comparison: every arm compared with training alone.
 
     Args:
         comparison: seeds, base_name, result, metrics, arms, clients, overall, worse_off
@@ -57,44 +58,23 @@ def comparison_page(
     Returns:
         HTML.
     """
-    result, seeds = comparison["result"], comparison["seeds"]
-    # first, and not to be replaced by a client of that name
-    groups = {MEAN: {}, **comparison["clients"]} | {MEAN: comparison["overall"]}
     return render(
         "report.html",
         kind="comparison",
         title=f"Was it worth joining? {comparison['base_name']}, "
-        f"{num_clients(comparison['clients'])}",
-        subtitle=f"{'up to ' if run.budget.bytes or run.budget.hours else ''}{run.rounds} rounds, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} "
-        f"{', '.join(map(str, seeds))}",
+        f"{counted(len(comparison['clients']), 'client')}",
+        subtitle=_subtitle(run, comparison["seeds"]),
         verdict=comparison_verdict(comparison),
         against_title=AGAINST,
-        against=[
-            (metric["label"], table[0], [[n, *map(typeset, cells)] for n, *cells in table[1:]])
-            for key, metric in comparison["metrics"].items()
-            if (table := against_table(comparison, key))
-        ],
+        against=_against(comparison),
         client_verdicts=[
             (name, [gain(c, key, comparison) for key in comparison["metrics"]])
             for name, c in comparison["clients"].items()
         ],
         warnings=worse_off_warnings(comparison),
         notes=comparison["notes"],
-        result=result,
-        metrics=[
-            {
-                "label": capitalised(metric["label"]),
-                "unit": metric["unit"],
-                "better": better(metric),
-                "groups": [
-                    (name, _score_rows(group, key, metric, comparison["arms"]))
-                    for name, group in groups.items()
-                ],
-                "charts": drawn(_score_charts(groups, key, metric, comparison)),
-            }
-            for key, metric in comparison["metrics"].items()
-        ],
+        result=comparison["result"],
+        metrics=_metrics(comparison),
         signs=SIGNS,
         cost_table=[
             [name, *(cell.replace(",", " ") for cell in cells)]
@@ -103,6 +83,40 @@ def comparison_page(
         **shared_parts(run, provenance, split, samples),
         adapter_sha256=None,
     )
+
+
+def _subtitle(run: RunConfig, seeds: Sequence[int]) -> str:
+    up_to = "up to " if run.budget.bytes or run.budget.hours else ""
+    word = "seed" if len(seeds) == 1 else "seeds"
+    return f"{up_to}{counted(run.rounds, 'round')}, {word} {', '.join(map(str, seeds))}"
+
+
+def _against(comparison: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+    """For every metric with other federated arms: its name, the table's header, and its rows."""
+    return [
+        (metric["label"], table[0], [[n, *map(typeset, cells)] for n, *cells in table[1:]])
+        for key, metric in comparison["metrics"].items()
+        if (table := against_table(comparison, key))
+    ]
+
+
+def _metrics(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For every metric: its names, the scores of every arm by client, and its charts."""
+    # the mean comes first, and a client with the same name must not replace it
+    groups = {MEAN: {}, **comparison["clients"]} | {MEAN: comparison["overall"]}
+    return [
+        {
+            "label": capitalised(metric["label"]),
+            "unit": metric["unit"],
+            "better": better(metric),
+            "groups": [
+                (name, _score_rows(group, key, metric, comparison["arms"]))
+                for name, group in groups.items()
+            ],
+            "charts": drawn(_score_charts(groups, key, metric, comparison)),
+        }
+        for key, metric in comparison["metrics"].items()
+    ]
 
 
 def _score_charts(
@@ -114,15 +128,15 @@ def _score_charts(
     note = f"The {len(names) - 1} clients with the most rows, of {len(clients)}. " if some else ""
     arms = list(comparison["arms"])
     lone = {arm for arm in arms if arm.startswith("only ")}
-    if len(arms) > charts.MAX_LINES:  # one more for every client: too many to tell apart
+    if len(arms) > charts.MAX_LINES:  # one arm per client would be too many to distinguish
         shown = [arm for arm in arms if arm not in lone]
-        note += "Adapters of single clients are in the table only. "
+        note += "Adapters of single clients are shown only in the table. "
     else:
         shown = arms
-    # the base is far from all others, which would squeeze their differences into one point
-    apart = [arm for arm in arms if arm != "base" and arm not in lone]
+    # the base is far from all others: drawing it would squeeze their differences into one point
+    near = [arm for arm in arms if arm != "base" and arm not in lone]
     scores = {name: only_finite(groups[name]["scores"].get(key, {}), shown) for name in names}
-    gaps = {name: only_finite(groups[name]["differences"].get(key, {}), apart) for name in names}
+    gaps = {name: only_finite(groups[name]["differences"].get(key, {}), near) for name in names}
     label, unit, title = metric["label"], metric["unit"], capitalised(metric["label"])
     return [
         Drawing(
@@ -131,7 +145,7 @@ def _score_charts(
             f"{note}Dot: mean; line: 95\u00a0% interval; {better(metric)}.",
         ),
         Drawing(
-            f"{title}: difference to training alone",
+            f"{title}: difference from training alone",
             charts.differences(gaps, arms, metric=label, x_label=f"arm minus local ({unit})"),
             f"{note}Left of zero is {'better' if metric['lower_is_better'] else 'worse'}.",
         ),

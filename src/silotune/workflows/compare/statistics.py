@@ -1,7 +1,8 @@
-"""What the arms of a comparison say: means, paired differences, verdicts. Numbers in, numbers out.
+"""The statistics of a comparison: means, paired differences, verdicts. Numbers in, numbers out.
 
-It knows rows' scores by arm, seed and client; not how they were made. An arm is one way to train:
-base (not at all), local (each client alone), federated, centralized (all rows in one place).
+This file knows the scores of rows by arm, seed and client. It does not know how they were made. An
+arm is one way to train: base (not at all), local (each client alone), federated, centralized (all
+rows in one place).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,27 +12,27 @@ from typing import Any
 import numpy as np
 
 from silotune.core.stats import Interval, Labelled, Scored, label_interval, mean_interval
-from silotune.core.wording import human_bytes, human_seconds
+from silotune.core.wording import counted, human_bytes, human_seconds
 
 MIN_ROWS = 20
-"""Held-out rows below which a client gets no verdict."""
+"""A client with fewer held-out rows gets no verdict."""
 MIN_SEEDS = 5
-"""Seeds below which a verdict is called weak."""
+"""With fewer seeds, a note says that the verdicts are weak."""
 LOCAL = "local"
-"""The arm that the others are compared with: not to have joined."""
+"""The arm that the others are compared with: not having joined."""
 RESULT = "federated"
-"""The recipe's own arm. Other federated arms have names that begin so, too."""
+"""The recipe's own arm. The names of other federated arms start with it, too."""
 
 RowScores = Sequence[Mapping[str, Any]]
-"""A client's held-out rows in their order, each with `loss_sum`, `num_tokens` and, where answers
-were generated, the fields of `quality.Quality`."""
+"""A client's held-out rows in order, each with `loss_sum`, `num_tokens` and, if answers were
+generated, the fields of `text_scores.Quality`."""
 Scores = Mapping[str, Mapping[int, Mapping[str, RowScores]]]
 """Arm -> seed -> client -> its rows."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number per row, and how it is read."""
+    """A number per row, and how to read it."""
 
     key: str
     label: str
@@ -40,10 +41,10 @@ class Metric:
     value: str
     """The field of a row that is summed."""
     weight: str | None = None
-    """The field that the sum is divided by; 1 a row when absent."""
+    """The field that the sum is divided by; 1 per row if absent."""
     digits: int = 3
     labels: bool = False
-    """Of a client's rows together, from the labels that they were given: `stats.label_interval`."""
+    """Whether it is computed from the labels of all rows of a client: `stats.label_interval`."""
 
 
 LOSS = Metric("loss", "held-out loss", "nats per token", True, "loss_sum", "num_tokens")
@@ -53,24 +54,24 @@ ANSWERS = (
     Metric("rouge2", "ROUGE-2", "mean F", False, "rouge2"),
     Metric("exact", "exact match", "share of answers", False, "exact"),
 )
-"""Of generated answers."""
+"""Metrics of generated answers."""
 LABELS = (
     replace(LOSS, unit="nats per row"),
     Metric("accuracy", "accuracy", "share of rows", False, "given", labels=True),
     Metric("macro_f1", "macro F1", "of 1", False, "given", labels=True),
     Metric("mcc", "Matthews correlation", "of 1", False, "given", labels=True),
 )
-"""With the task classify."""
+"""Metrics of the task classify."""
 
 
 def compare_arms(scores: Scores, *, num_train: Mapping[str, int], seed: int) -> dict[str, Any]:
-    """The numbers of comparison.json that follow from scored rows.
+    """Compute the numbers of comparison.json that follow from scored rows.
 
     Args:
-        scores: Every arm has every seed; an arm may lack clients. Of one client all arms and seeds
-            score the same rows.
-        num_train: Train rows of every client.
-        seed: Of the bootstrap's draws.
+        scores: Every arm has every seed; an arm may lack clients. All arms and seeds score the same
+            rows of a client.
+        num_train: Number of train rows of every client.
+        seed: Seed of the bootstrap.
 
     Returns:
         metrics, clients, overall, worse_off, notes; see docs/compare.md.
@@ -102,12 +103,12 @@ def compare_arms(scores: Scores, *, num_train: Mapping[str, int], seed: int) -> 
 def _numbers(
     scores: Scores, metrics: Sequence[Metric], names: Sequence[str], *, seed: int, num_rows: int
 ) -> dict[str, Any]:
-    """Means, differences to `local` and verdicts over some clients, each counting once."""
+    """Means, differences from `local` and verdicts over some clients, each counting once."""
     found: dict[str, Any] = {"scores": {}, "differences": {}, "verdicts": {}, "against": {}}
     others = [arm for arm in scores if arm.startswith(f"{RESULT}: ")]
     for metric in metrics:
         interval = _label_interval if metric.labels else _mean_interval
-        means, apart, verdicts = {}, {}, {}
+        means, differences, verdicts = {}, {}, {}
         for arm, by_seed in scores.items():
             if any(name not in next(iter(by_seed.values())) for name in names):
                 continue
@@ -115,13 +116,13 @@ def _numbers(
             if arm == LOCAL:
                 continue
             difference = interval(scores, arm, names, metric, seed, minus=LOCAL)
-            apart[arm] = asdict(difference)
+            differences[arm] = asdict(difference)
             verdicts[arm] = verdict(difference, metric, num_rows=num_rows)
         found["against"][metric.key] = {
             arm: asdict(interval(scores, RESULT, names, metric, seed, minus=arm)) for arm in others
         }
         found["scores"][metric.key] = means
-        found["differences"][metric.key] = apart
+        found["differences"][metric.key] = differences
         found["verdicts"][metric.key] = verdicts
     return found
 
@@ -144,7 +145,7 @@ def _mean_interval(
 def _label_interval(
     scores: Scores, arm: str, names: Sequence[str], metric: Metric, seed: int, *, minus: str | None
 ) -> Interval:
-    """A score of a client's labels together, or the paired difference of two arms."""
+    """A score of all labels of a client, or the paired difference of two arms."""
     num_seeds = len(scores[LOCAL])
     own, others = (
         None if one is None else [_labelled(scores[one], n, num_seeds) for n in names]
@@ -161,7 +162,7 @@ def _labelled(
     if len(given) == 1:
         given = np.repeat(given, num_seeds, axis=0)
     true = np.array([row["true"] for row in next(iter(by_seed.values()))[client]])
-    # labels beyond these occur nowhere, and count nowhere
+    # larger label numbers do not occur, so they do not count
     return Labelled(client, given, true, 1 + max(int(given.max()), int(true.max())))
 
 
@@ -171,7 +172,7 @@ def _scored(
     metric: Metric,
     num_seeds: int,
 ) -> Scored:
-    """One client's rows under one arm, (seeds, rows). The base has no seed: it counts for each."""
+    """One client's rows under one arm, (seeds, rows). The base has no seed: it is repeated."""
     sums = np.array([[row[metric.value] for row in rows[client]] for rows in by_seed.values()])
     if len(sums) == 1:
         sums = np.repeat(sums, num_seeds, axis=0)
@@ -190,7 +191,7 @@ def verdict(difference: Interval, metric: Metric, *, num_rows: int) -> str:
 
 
 def _worse_off(clients: Mapping[str, Any]) -> dict[str, list[str]]:
-    """By arm, the clients whose mean loss is higher than alone, clearly or not."""
+    """By arm, the clients whose mean loss is higher than alone, whether clearly or not."""
     found: dict[str, list[str]] = {}
     for name, client in clients.items():
         for arm, difference in client["differences"][LOSS.key].items():
@@ -202,10 +203,9 @@ def _worse_off(clients: Mapping[str, Any]) -> dict[str, list[str]]:
 def _notes(clients: Mapping[str, Any], *, num_seeds: int) -> list[str]:
     notes: list[str] = []
     if num_seeds < MIN_SEEDS:
-        count = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
         notes.append(
-            f"{count}: fewer than {MIN_SEEDS} say little about how another start of the same "
-            "training would end"
+            f"{counted(num_seeds, 'seed')}: fewer than {MIN_SEEDS} say little about how the same "
+            "training would end with another seed"
         )
     few = [name for name, c in clients.items() if c["num_eval"] < MIN_ROWS]
     if few:
@@ -217,12 +217,12 @@ def _notes(clients: Mapping[str, Any], *, num_seeds: int) -> list[str]:
 
 
 def federated_arms(comparison: Mapping[str, Any]) -> list[str]:
-    """The recipe's own algorithm first."""
+    """The federated arms, the recipe's own algorithm first."""
     return [arm for arm in comparison["arms"] if arm.startswith("federated")]
 
 
 def score_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, ...]]:
-    """Header and rows: a client a line, its mean under every arm."""
+    """Header and rows: one line per client, with its mean under every arm."""
     arms = list(comparison["arms"])
     lines = [("client", "train rows", "held-out rows", *arms)]
     for name, numbers in _lines(comparison):
@@ -240,7 +240,7 @@ def score_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, .
 
 
 def difference_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, ...]]:
-    """Header and rows: a client a line; federated minus local with its interval, and a verdict."""
+    """Header and rows: one line per client; federated minus local, its interval, and a verdict."""
     arms = federated_arms(comparison)
     header = ["client"]
     for arm in arms:
@@ -264,13 +264,13 @@ MORE = {
 """Costs that only some comparisons have."""
 
 
-AGAINST = "The recipe's own arm against the other federated ones, with 95 % intervals"
+AGAINST = "The recipe's own arm minus each other federated arm, with 95 % intervals"
 
 
 def against_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, ...]]:
-    """Header and rows: a client a line; the recipe's own arm minus every other federated one.
+    """Header and rows: one line per client; the recipe's own arm minus every other federated one.
 
-    Empty where there is no other.
+    Empty if there is no other.
     """
     arms = federated_arms(comparison)[1:]
     if not arms or "against" not in comparison["overall"]:  # an older silotune wrote none
@@ -283,7 +283,7 @@ def against_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str,
 
 
 def cost_table(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: an arm a line, over all seeds."""
+    """Header and rows: one line per arm, summed over all seeds."""
     costs = comparison["arms"].values()
     extra = {key: name for key, name in MORE.items() if any(cost.get(key) for cost in costs)}
     more = tuple(extra.values())

@@ -1,1 +1,1 @@
-"""`silotune evaluate`: questions with known answers, asked of a finished run."""
+"""`silotune evaluate`: ask a finished run questions with known answers."""

@@ -1,7 +1,7 @@
-"""Questions with known answers, put to a finished run: its own held-out ones, suites, leaderboards.
+"""Ask a finished run questions with known answers: its held-out rows, suites, leaderboards.
 
-Base and result are asked the same, in the template of training. Every answer is kept as it was
-given, in a folder of its own inside the run folder.
+Base and result get the same questions, in the template of training. Every answer is saved verbatim
+in a new folder inside the run folder.
 """
 
 import contextlib
@@ -41,56 +41,57 @@ from silotune.workflows.evaluate.text_scores import Quality, judge, question_of
 from silotune.workflows.evaluate.text_scores import mean as mean_quality
 
 LM_EVAL = "lm-eval:"
-"""In front of the name of a task of lm-eval."""
+"""Prefix of the name of an lm-eval task."""
 HELD_OUT = "held-out"
 """The run's own held-out questions."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked of a finished run, and how."""
+    """What to ask a finished run, and how."""
 
     suites: Sequence[str] = ()
-    """Names of suites, or "lm-eval:<task>"; the run's own held-out questions when empty."""
+    """Names of suites, or "lm-eval:<task>"; if empty, the run's own held-out questions."""
     data: Mapping[str, Path] = field(default_factory=dict[str, Path])
     """Suite -> a local file with its columns; the others are read from the hub."""
     max_new_tokens: int = 128
-    """Where a generated answer is cut."""
+    """Maximum length of a generated answer, in tokens."""
     batch_size: int = 16
-    """Prompts in one forward pass; but for --leaderboard it changes speed and memory only."""
+    """Prompts in one forward pass; changes only speed and memory. --leaderboard ignores it."""
     limit: int | None = None
-    """At most so many questions of each suite, drawn with the run's seed."""
+    """At most this many questions of each suite, drawn with the run's seed."""
     leaderboard: bool = False
-    """Also by the protocols of FlowerTune's leaderboards, where they have the suite."""
+    """Also use the protocols of FlowerTune's leaderboards, if they have the suite."""
     instructions: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Suite -> the leaderboard's own instruction sentence in place of ours."""
+    """Suite -> the leaderboard's own instruction sentence, to replace ours."""
     base: bool = True
     """Ask the untouched base too."""
     allow_code_execution: bool = False
-    """Programs that the model wrote may run here."""
+    """Allow programs that the model wrote to run on this machine."""
 
 
 def read_questions(cfg: Questions) -> dict[str, list[Any]]:
-    """Read all questions, before a model is loaded.
+    """Read all questions before a model is loaded.
 
     Returns:
-        Suite -> its items, or for code its problems; without the tasks of lm-eval.
+        Suite -> its items, or its problems for code; without the tasks of lm-eval.
 
     Raises:
-        ConfigError: An unknown suite, a file for a suite that is not asked, code without leave.
-        DataError: Questions that cannot be read.
+        ConfigError: An unknown suite, a file for a suite that is not asked, or code execution that
+            is not allowed.
+        DataError: The questions cannot be read.
     """
     known = [*SUITES, code_suite.NAME]
     for name in cfg.suites:
         if not name.startswith(LM_EVAL) and name not in known:
             raise ConfigError(
                 f"there is no suite '{name}'.{did_you_mean(name, known)}\n"
-                f"  There are: {', '.join(known)}; or {LM_EVAL}<task> for a task of lm-eval."
+                f"  Choose from: {', '.join(known)}; or {LM_EVAL}<task> for a task of lm-eval."
             )
     for name in (*cfg.data, *cfg.instructions):
         if name not in cfg.suites:
             raise ConfigError(
-                f"a file or an instruction is given for suite '{name}', which is not asked."
+                f"a file or an instruction is given for suite '{name}', which is not selected."
                 f"{did_you_mean(name, cfg.suites)}\n  Add --suite {name}, or leave it out."
             )
     if any(name.startswith(LM_EVAL) for name in cfg.suites):
@@ -108,10 +109,10 @@ def read_questions(cfg: Questions) -> dict[str, list[Any]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a finished run, and its base, answered: one folder inside the run folder."""
+    """The answers of a finished run and its base, in one folder inside the run folder."""
 
     path: Path
-    """scores.json, and every answer as it was given, as JSONL."""
+    """Holds scores.json, and every answer verbatim as JSONL."""
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -122,12 +123,12 @@ class Evaluation:
 def evaluate(
     run: Run | Path | str, questions: Questions | None = None, *, progress: Progress | None = None
 ) -> Evaluation:
-    """Ask a finished run questions with known answers, and record what it said.
+    """Ask a finished run questions with known answers, and record its answers.
 
     Args:
         run: A finished run, or its folder.
-        questions: What is asked; by default the run's own held-out questions.
-        progress: Told what happens; silent by default.
+        questions: What to ask; by default the run's own held-out questions.
+        progress: Receives progress messages; silent by default.
 
     Returns:
         The scores and answers, in a new folder inside the run folder.
@@ -141,8 +142,8 @@ def evaluate(
     config = run.config
     if config.task == "classify" and cfg.suites:
         raise ConfigError(
-            "suites are questions, and this run gives labels.\n"
-            "  Leave out --suite: its own held-out rows are scored."
+            "suites consist of questions, and this run is a classifier.\n"
+            "  Leave out --suite to score its own held-out rows."
         )
     own = None if cfg.suites else check(config).rows
     progress.note(f"loading {config.model.name}")
@@ -150,8 +151,8 @@ def evaluate(
     place = free_place(run.path / "evaluations" / time.strftime("%Y-%m-%d-%H%M%S"))
     place.mkdir(parents=True)
     scores: dict[str, Any] = {"run": run.path.name, "settings": _plain(cfg), "models": {}}
-    for model, speaking in _models(loaded, cfg):
-        with speaking():
+    for model, activated in _models(loaded, cfg):
+        with activated():
             found: dict[str, Any] = {}
             if own is not None:
                 progress.note(f"{model}: held-out questions")
@@ -170,7 +171,7 @@ def evaluate(
 def _models(
     loaded: LoadedModel, cfg: Questions
 ) -> Iterator[tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]]:
-    """The models that are asked, each with what makes it speak. Of full training, the result."""
+    """The models to ask, each with a context that activates it. After full training, no base."""
     if cfg.base and loaded.has_adapter:
         yield "base", lambda: base_only(loaded)
     yield "federated", contextlib.nullcontext
@@ -219,7 +220,7 @@ def _held_out(
 def _held_out_labels(
     loaded: LoadedModel, config: RunConfig, rows: Mapping[str, ClientRows], cfg: Questions
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Every held-out row's label and the label it was given; scores of each client and over all."""
+    """Every held-out row's true and predicted label; scores for each client and overall."""
     task, labels = build_task(config.task, config.data.labels), config.data.labels or ()
     kept: list[Row] = []
     for client, own in sorted(rows.items()):
@@ -249,7 +250,7 @@ def _label_scores(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, Any]:
 
 
 def label_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: a client and model a line, over the run's own held-out rows."""
+    """Header and rows: one line per client and model, over the run's own held-out rows."""
     lines: list[tuple[str, ...]] = [
         ("client", "model", "rows", "loss", "accuracy", "macro F1", "Matthews")
     ]
@@ -265,7 +266,7 @@ def label_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _drawn(items: Sequence[Any], limit: int | None, seed: int, *labels: str) -> list[Any]:
-    """All of them, or `limit` drawn at random, in their order: files are often sorted."""
+    """All items, or `limit` drawn at random (files are often sorted), in their order."""
     import torch
 
     if limit is None or limit >= len(items):
@@ -284,7 +285,7 @@ def _suite(
     cfg: Questions,
     config: Any,
 ) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
-    """Rows to keep, and scores by the way of answering."""
+    """Rows to save, and scores by way of answering."""
     if name.startswith(LM_EVAL):
         return [], run_lm_eval(loaded, [name.removeprefix(LM_EVAL)], cfg.limit)
     items = _drawn(questions[name], cfg.limit, config.seed, name)
@@ -327,7 +328,7 @@ def _ways(
 
 
 def quality_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: a client and model a line, over the run's own held-out questions."""
+    """Header and rows: one line per client and model, over the run's own held-out questions."""
     keys = {"loss": 3, "rouge1": 3, "rouge2": 3, "rougeL": 3, "exact": 3, "length": 1, "ended": 2}
     names = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "exact", "tokens", "ended")
     lines: list[tuple[str, ...]] = [("client", "model", "questions", "loss", *names)]
@@ -343,7 +344,7 @@ def quality_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def suite_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: a suite, a way and a model a line."""
+    """Header and rows: one line per suite, way of answering and model."""
     header = ("suite", "answered by", "model", "questions", "right", "wrong", "no answer", "guess")
     lines: list[tuple[str, ...]] = []
     for model, found in scores["models"].items():
@@ -383,7 +384,7 @@ def lm_eval_lines(scores: Mapping[str, Any]) -> list[str]:
 
 
 def latest(run: Path) -> dict[str, Any] | None:
-    """The scores of a run's newest evaluation; None without one."""
+    """The scores of a run's latest evaluation; None if there is none."""
     folder = RunFolder.open(run)
     places = sorted((folder.path / "evaluations").glob("*/scores.json"))
     return json.loads(places[-1].read_text(encoding="utf-8")) if places else None

@@ -1,7 +1,7 @@
-"""How good generated answers are, beside what was written: ROUGE, exact match, length, ends.
+"""Score generated answers against references: ROUGE, exact match, length, and whether they ended.
 
-Words that are alike score high here, and facts do not count: an answer can be fluent, wrong and
-well scored. Read some of the answers; they are always kept.
+Similar words score high here, and facts do not count: an answer can be fluent, wrong and well
+scored. Read some of the answers; they are always saved.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from silotune.training.generate import Answer
 
 @dataclass(frozen=True)
 class Quality:
-    """One answer's scores, each from 0 to 1 but for the length."""
+    """One answer's scores, each from 0 to 1 except the length."""
 
     rouge1: float
     """F-measure of shared words, after stemming (Lin 2004, "ROUGE", sections 2 and 3)."""
@@ -22,11 +22,11 @@ class Quality:
     rougeL: float
     """F-measure of the longest common subsequence of words."""
     exact: float
-    """1 where the answer is the reference, blanks at the ends aside."""
+    """1 if the answer equals the reference, apart from blanks at the ends."""
     length: float
-    """Of the answer, in tokens."""
+    """Length of the answer, in tokens."""
     ended: float
-    """1 where the model ended by itself, 0 where it was cut."""
+    """1 if the model ended the answer, 0 if it reached the maximum length."""
 
 
 def question_of(talk: Conversation) -> tuple[Conversation, str]:
@@ -47,9 +47,9 @@ def rouge(
     """F-measures rouge1, rouge2 and rougeL of each text, by Google's rouge_score.
 
     Args:
-        references: What was to be said.
-        texts: What was said.
-        stem: Whether "gene" and "genes" are the same word (Porter's stemmer, English).
+        references: The expected texts.
+        texts: The generated texts.
+        stem: Whether "gene" and "genes" count as the same word (Porter's stemmer, English).
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -63,7 +63,7 @@ def rouge(
 
 
 def judge(answers: Sequence[Answer], references: Sequence[str]) -> list[Quality]:
-    """Score each answer beside its reference."""
+    """Score each answer against its reference."""
     texts = [a.text.strip() for a in answers]
     return [
         Quality(

@@ -1,1 +1,1 @@
-"""`silotune plan`: what a run would cost in bytes, memory and time, before it begins."""
+"""`silotune plan`: what a run would cost in bytes, memory and time, before it starts."""

@@ -1,4 +1,4 @@
-"""Which changes of a recipe fit a limit: a small, named list of them, tried from mild to severe."""
+"""Which changes to a recipe fit a limit: a small, named list, tried from mild to severe."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from silotune.recipes.schema import RunConfig
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run should stay within; None where it does not matter."""
+    """Limits for a run; None where there is no limit."""
 
     memory_bytes: int | None = None
-    """Of the process that trains."""
+    """Memory of the process that trains."""
     size_bytes: int | None = None
-    """Of all messages, both ways."""
+    """All messages, both ways."""
     seconds: float | None = None
 
     def allow(self, needed: "Prediction") -> bool:
-        """Whether a run is known to stay within all of them."""
+        """Whether a run is known to stay within all limits."""
         pairs = (
             (self.memory_bytes, needed.peak_bytes),
             (self.size_bytes, needed.size_bytes),
@@ -31,7 +31,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run needs; None where it is not known."""
+    """What a run needs; None if unknown."""
 
     peak_bytes: int | None
     size_bytes: int
@@ -53,15 +53,15 @@ Option = tuple[tuple[str, Any], ...]
 def find_changes(
     run: RunConfig, limits: Limits, predict: Callable[[RunConfig], Prediction]
 ) -> Iterator[Change]:
-    """Every smallest set of changes that fits, each as mild as it can be.
+    """Find every smallest set of changes that fits, each change as mild as possible.
 
     Args:
         run: The recipe, which does not fit.
-        limits: What it should stay within.
-        predict: What a changed recipe needs.
+        limits: The limits to fit.
+        predict: Returns what a changed recipe needs.
 
     Yields:
-        Single changes first, the cheapest first; then what only several together reach.
+        Single changes first, cheapest first; then sets of changes that only fit together.
     """
     options = _options(run, limits)
     found: list[set[str]] = []
@@ -79,10 +79,10 @@ def find_changes(
 
 
 def _options(run: RunConfig, limits: Limits) -> dict[str, list[Option]]:
-    """By name, what can be changed and to what: the mildest first.
+    """What can be changed, by name, with its possible values: mildest first.
 
     Checkpointing costs a fifth more time. Smaller batches that add up to the same step cost some
-    time. 4 bits cost some quality and time, a lower rank quality, fewer rounds most.
+    time. 4 bits cost some quality and time, a lower rank costs quality, and fewer rounds cost most.
     """
     options: dict[str, list[Option]] = {}
     train, model, adapter = run.train, run.model, run.adapter
@@ -104,7 +104,7 @@ def _options(run: RunConfig, limits: Limits) -> dict[str, list[Option]]:
 
 
 def _halves(number: int) -> list[tuple[int, int]]:
-    """Each half of the one before, down to 1, and how many make up the first.
+    """Repeated halves, down to 1, each with how many of them make up `number`.
 
     >>> _halves(12)
     [(6, 2), (3, 4), (1, 12)]
@@ -118,7 +118,7 @@ def _halves(number: int) -> list[tuple[int, int]]:
 
 
 def changed(run: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """A recipe with other values at dotted keys."""
+    """A recipe with new values for dotted keys."""
     for key, value in overrides.items():
         section, _, name = key.rpartition(".")
         if not section:

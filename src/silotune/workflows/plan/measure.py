@@ -1,9 +1,9 @@
-"""One real step of a recipe's real shapes, in a process of its own: its memory and its seconds.
+"""Run one real step with a recipe's real shapes in a separate process; measure memory and seconds.
 
     python -m silotune.workflows.plan.measure < recipe.toml
 
-A fresh process, because a peak of memory never falls again, and the asking one has its own. The
-rows stay in it: lengths and seconds come out.
+A fresh process is needed because a process's peak memory never falls, and the caller already has
+its own peak. The rows stay in the process: only lengths and seconds come out.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from silotune.core.seeds import generator
 from silotune.core.types import Broadcast
 from silotune.federation.client import ClientData, Worker, train_round
 from silotune.federation.client_memory import ClientMemory
+from silotune.federation.client_privacy import Protection
 from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.federation.sampling import sample
 from silotune.models.allocator import release_memory
@@ -43,49 +44,49 @@ from silotune.workflows.check import check
 from silotune.workflows.plan.memory import BatchShape, widest_batch
 
 TIMED = (0.25, 0.75)
-"""Where among the forward batches, sorted by their tokens, those lie whose seconds are taken."""
+"""Which forward batches are timed: positions among all batches, sorted by their tokens."""
 
 KEPT_SHAPES = 75
-"""For how many shapes of a batch oneDNN keeps its kernels: 1024 kernels, of which a Llama's layers
-with LoRA need about 14 each; seen with SmolLM2-135M in bfloat16, where growth ended at so many."""
+"""For how many batch shapes oneDNN keeps its kernels. It keeps 1024 kernels, and each shape needs
+about 14 for a Llama's layers with LoRA. Seen with SmolLM2-135M in bfloat16: growth ended here."""
 
 TIMEOUT_S = 3600.0
-"""How long the process may take, loading the base included."""
+"""How long the process may take, including loading the base."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process needed for a recipe's widest batch, and how fast it was."""
+    """How much memory a process needed for a recipe's widest batch, and how fast it was."""
 
     device: str
     real_rows: bool
-    """Whether the rows were the clients' own; else made up, as long as the recipe allows."""
+    """Whether the rows were the clients' own; otherwise made-up rows of the maximum length."""
     batch: BatchShape
-    """The widest that the run will meet."""
+    """The widest batch of the run."""
     peak_bytes: int
-    """Largest resident size that a process comes to which trains the whole run: that of this
-    process, and `bytes_per_shape` for every shape that it did not meet, up to `KEPT_SHAPES`. On
-    CUDA the largest allocation."""
+    """Largest resident size of a process that trains the entire run: that of this process, plus
+    `bytes_per_shape` for every shape that it did not meet, up to `KEPT_SHAPES`. On CUDA, the
+    largest allocation."""
     bytes_per_shape: int
-    """What stays for every new shape of a batch: kernels that oneDNN builds for it and keeps."""
+    """Memory that every new batch shape takes and keeps: kernels that oneDNN builds for it."""
     num_shapes: int
-    """Shapes of batches that the run will train on."""
+    """Number of batch shapes that the run will train on."""
     seconds_start: float
-    """Until the first step: libraries, model, rows as tokens."""
+    """Time until the first step: importing libraries, loading the model, tokenizing rows."""
     seconds_per_token: float
-    """Of training on shapes that it met before, padding included."""
+    """Training time on known shapes, per token including padding."""
     seconds_building: float
-    """Of the whole run, for kernels of shapes that it did not meet before."""
+    """Time that the entire run spends building kernels for new shapes."""
     seconds_per_scored_token: float
-    """Of scoring held-out rows, padding included."""
+    """Time to score held-out rows, per token including padding."""
     train_tokens: tuple[int, ...]
-    """For each round the tokens, padding included, of all clients' steps."""
+    """Tokens of all clients' steps for each round, including padding."""
     scored_tokens: Mapping[str, int]
-    """For each client the tokens of its held-out rows, padding included."""
+    """Tokens of each client's held-out rows, including padding."""
 
 
 def is_at_hand(run: RunConfig) -> bool:
-    """Whether the base's weights lie on this machine, so that nothing has to be fetched."""
+    """Whether the base's weights are on this machine, so that nothing has to be downloaded."""
     if run.model.name in SOURCES:
         return is_ready(run.model.name)
     place = resolve(run.model.name)
@@ -99,10 +100,10 @@ def is_at_hand(run: RunConfig) -> bool:
 
 
 def measure(run: RunConfig) -> Measurement | str:
-    """Run one step in a fresh process; or say in one line why that failed.
+    """Run one step in a fresh process, or say in one line why that failed.
 
     Args:
-        run: A recipe without mistakes, whose base is at hand.
+        run: A recipe without mistakes, whose base is on this machine.
     """
     command = [sys.executable, "-m", "silotune.workflows.plan.measure"]
     try:
@@ -115,17 +116,17 @@ def measure(run: RunConfig) -> Measurement | str:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"three steps took longer than {TIMEOUT_S:.0f} s"
+        return f"the steps took longer than {TIMEOUT_S:.0f} s"
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        killed = "it was killed, as happens when memory runs out"
+        killed = "it was killed, probably because memory ran out"
         return lines[-1].strip() if lines and done.returncode > 0 else killed
     table = json.loads(done.stdout.splitlines()[-1])
     table["batch"] = BatchShape(**table["batch"])
     return Measurement(**{**table, "train_tokens": tuple(table["train_tokens"])})
 
 
-# --- in the process of its own --------------------------------------------------------------------
+# --- in the separate process ----------------------------------------------------------------------
 
 
 def main() -> None:
@@ -135,7 +136,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # libraries may print
         try:
             found = _measure(run, began)
-        except SilotuneError as error:  # the line that the asking process passes on
+        except SilotuneError as error:  # the caller passes this line on
             sys.exit(f"{type(error).__name__}: {first_line(str(error))}")
     sys.stdout.write(json.dumps(asdict(found)) + "\n")
 
@@ -152,51 +153,14 @@ def _measure(run: RunConfig, began: float) -> Measurement:
     ordered = sorted(
         (batch for own in rounds for batch in own), key=lambda batch: _num_tokens(batch, run)
     )
-    widest, name = ordered[-1], next(iter(clients))
     scored = [batch for own in clients.values() for batch in own.eval_batches]
-    longest = max(scored, key=lambda batch: batch.ids.numel())
-    adapter = read_adapter(loaded)
-    extra = algorithm.init(adapter, len(clients))
-    broadcast = Broadcast(1, adapter, {key: extra[key] for key in algorithm.broadcasts})
-    broadcast = replace(broadcast, score=run.evaluate.every > 0)
-
-    def message(examples: Sequence[Example], *, score: Batch | None) -> Mapping[str, float]:
-        held_out = () if score is None else (score,)
-        data = replace(clients[name], examples=tuple(examples), eval_batches=held_out, num_eval=1)
-        asked = replace(broadcast, score=broadcast.score and score is not None)
-        update, _ = train_round(worker, data, asked, ClientMemory(), count=len(examples))
-        return update.metrics
-
-    middle = sorted(scored, key=lambda batch: batch.ids.numel())[len(scored) // 2]
-    first, picked = ordered[len(ordered) // 2], [ordered[int(x * len(ordered))] for x in TIMED]
-    message(first, score=longest)  # slower than the others: memory is taken, kernels are chosen
-    message(first, score=middle)
-    before = _held()
-    new = [message(batch, score=middle) for batch in picked]
-    timed = [message(batch, score=middle) for batch in picked]
-    built = sum(m["seconds_training"] for m in new) - sum(m["seconds_training"] for m in timed)
-    num_new = len(_shapes([first, *picked], run)) - 1
-    per_shape = max(0, _held() - before) // num_new if num_new else 0
-    # the widest last, as a client may meet it: what shorter ones freed are holes too small for it
-    message(widest, score=longest)
-    shapes = _shapes(ordered, run)
-    num_met = len(_shapes([first, *picked, widest], run))
-    num_unmet = max(0, min(len(shapes), KEPT_SHAPES) - num_met)
-    num_built = len(shapes) if len(shapes) <= KEPT_SHAPES else len(ordered)
-    num_tokens = sum(m["num_padded_tokens"] for m in timed)
-    beside = sum(m["seconds"] - m["seconds_training"] for m in timed) / len(timed)
+    costs = _measure_steps(_Probe(worker, clients), ordered, scored)
     return Measurement(
         device=str(loaded.device),
         real_rows=real,
-        batch=_shape(widest, task, run),
-        peak_bytes=_peak() + per_shape * num_unmet,
-        bytes_per_shape=per_shape,
-        num_shapes=len(shapes),
+        batch=_shape(ordered[-1], task, run),
         seconds_start=start,
-        seconds_per_token=sum(m["seconds_training"] for m in timed) / num_tokens,
-        seconds_building=max(0.0, built) / num_new * num_built if num_new else 0.0,
-        # what a message costs beside its steps and the score is far less than these
-        seconds_per_scored_token=beside / middle.ids.numel() if broadcast.score else 0.0,
+        **asdict(costs),
         train_tokens=tuple(sum(_num_tokens(b, run) for b in own) for own in rounds),
         scored_tokens={
             name: sum(batch.ids.numel() for batch in own.eval_batches)
@@ -205,8 +169,89 @@ def _measure(run: RunConfig, began: float) -> Measurement:
     )
 
 
+class _Probe:
+    """Trains on one batch and scores another, as the first client does in its first round."""
+
+    def __init__(self, worker: Worker, clients: Mapping[str, ClientData]) -> None:
+        algorithm, adapter = worker.algorithm, read_adapter(worker.loaded)
+        extra = algorithm.init(adapter, len(clients))
+        self.worker, self.run = worker, worker.run
+        self.name, self._data = next(iter(clients.items()))
+        self._broadcast = Broadcast(
+            1,
+            adapter,
+            {key: extra[key] for key in algorithm.broadcasts},
+            score=self.run.evaluate.every > 0,
+        )
+
+    def take_step(self, examples: Sequence[Example], *, score: Batch) -> Mapping[str, float]:
+        """Train on these examples; score the other batch if the recipe scores. Returns metrics."""
+        num = len(examples)
+        data = replace(self._data, examples=tuple(examples), eval_batches=(score,), num_eval=1)
+        protection = Protection.of(
+            self.run, client=self.name, round_=1, num_examples=num, count=num
+        )
+        update, _ = train_round(
+            self.worker, data, self._broadcast, ClientMemory(), protection, count=num
+        )
+        return update.metrics
+
+
+@dataclass(frozen=True)
+class _StepCosts:
+    """The fields of `Measurement` that follow from the steps."""
+
+    peak_bytes: int
+    bytes_per_shape: int
+    num_shapes: int
+    seconds_per_token: float
+    seconds_building: float
+    seconds_per_scored_token: float
+
+
+def _measure_steps(
+    probe: _Probe, ordered: Sequence[list[Example]], scored: Sequence[Batch]
+) -> _StepCosts:
+    """Step on a few batches, first with new shapes and then with known ones.
+
+    Args:
+        probe: Takes the steps.
+        ordered: All forward batches of the run, sorted by their tokens.
+        scored: All held-out batches.
+    """
+    run, step = probe.run, probe.take_step
+    longest = max(scored, key=lambda batch: batch.ids.numel())
+    median = sorted(scored, key=lambda batch: batch.ids.numel())[len(scored) // 2]
+    first, picked = ordered[len(ordered) // 2], [ordered[int(x * len(ordered))] for x in TIMED]
+    step(first, score=longest)  # slower than the others: it allocates memory and chooses kernels
+    step(first, score=median)
+    before = _held()
+    new = [step(batch, score=median) for batch in picked]
+    timed = [step(batch, score=median) for batch in picked]
+    built = sum(m["seconds_training"] for m in new) - sum(m["seconds_training"] for m in timed)
+    num_new = len(_shapes([first, *picked], run)) - 1
+    per_shape = max(0, _held() - before) // num_new if num_new else 0
+    # the widest comes last, as it may at a client: the gaps that shorter ones freed are too small
+    step(ordered[-1], score=longest)
+    num_shapes = len(_shapes(ordered, run))
+    num_met = len(_shapes([first, *picked, ordered[-1]], run))
+    num_unmet = max(0, min(num_shapes, KEPT_SHAPES) - num_met)
+    num_built = num_shapes if num_shapes <= KEPT_SHAPES else len(ordered)
+    num_tokens = sum(m["num_padded_tokens"] for m in timed)
+    other = sum(m["seconds"] - m["seconds_training"] for m in timed) / len(timed)
+    return _StepCosts(
+        peak_bytes=_peak() + per_shape * num_unmet,
+        bytes_per_shape=per_shape,
+        num_shapes=num_shapes,
+        seconds_per_token=sum(m["seconds_training"] for m in timed) / num_tokens,
+        seconds_building=max(0.0, built) / num_new * num_built if num_new else 0.0,
+        # apart from its steps and the score, a message costs far less than they do
+        seconds_per_scored_token=other / median.ids.numel() if run.evaluate.every > 0 else 0.0,
+    )
+
+
 def _clients(run: RunConfig, worker: Worker) -> tuple[dict[str, ClientData], bool]:
-    """The clients' rows as tokens; made-up ones where the data set cannot be reached."""
+    """The clients' rows as tokens; made-up rows if the data set cannot be reached."""
     try:
         return prepare_clients(check(run).rows, worker), True
     except DataError:
@@ -228,7 +273,7 @@ def _clients(run: RunConfig, worker: Worker) -> tuple[dict[str, ClientData], boo
 
 
 def _positions(run: RunConfig, clients: Mapping[str, ClientData]) -> Iterator[dict[str, int]]:
-    """For each round, who takes part and how many rows each has taken before."""
+    """For each round, who takes part, and how many rows each has trained on before."""
     taken = dict.fromkeys(clients, 0)
     again = "same-samples" in run.train.compat
     for r in range(1, run.rounds + 1):
@@ -241,7 +286,7 @@ def _positions(run: RunConfig, clients: Mapping[str, ClientData]) -> Iterator[di
 def _batches(
     run: RunConfig, clients: Mapping[str, ClientData], cohort: Mapping[str, int]
 ) -> Iterator[list[Example]]:
-    """The forward batches of a round, as its clients will cut them, in any order."""
+    """The forward batches of a round, as its clients will form them, in any order."""
     for name, start in cohort.items():
         own = clients[name].examples
         flow = stream(len(own), run.seed, name, start=start)
@@ -257,7 +302,7 @@ def _num_tokens(examples: Sequence[Example], run: RunConfig) -> int:
 
 
 def _shapes(batches: Sequence[Sequence[Example]], run: RunConfig) -> set[tuple[int, int]]:
-    """Rows and length of each batch; packed ones are a single row."""
+    """Number of rows and length of each batch; a packed batch is a single row."""
     return {(1 if run.train.packing else len(batch), _num_tokens(batch, run)) for batch in batches}
 
 
@@ -269,19 +314,19 @@ def _shape(examples: Sequence[Example], task: Task, run: RunConfig) -> BatchShap
 
 
 def _peak() -> int:
-    """The process's own peak. Linux hands `ru_maxrss` of the starting process on to the started."""
+    """This process's peak. On Linux, a child process inherits `ru_maxrss` from its parent."""
     found = None if torch.cuda.is_available() else _status("VmHWM")
     return peak_memory_bytes() if found is None else found
 
 
 def _held() -> int:
-    """What the process holds now, without what is free; 0 where that is not known."""
+    """What the process holds now, without freed memory; 0 if unknown."""
     release_memory()
     return 0 if torch.cuda.is_available() else _status("VmRSS") or 0
 
 
 def _status(key: str) -> int | None:
-    """Bytes by a line of Linux's /proc/self/status; None elsewhere."""
+    """Bytes from a line of Linux's /proc/self/status; None on other systems."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None

@@ -1,7 +1,7 @@
 """How much memory a recipe needs, estimated from shapes alone: no weights, no rows.
 
-What is counted is said beside each part; what a library holds for itself on the way is not. This
-file knows neither messages nor seconds.
+Each part says what it counts. Temporary memory inside libraries is not counted. This file does not
+know messages or seconds.
 """
 
 from dataclasses import dataclass
@@ -25,28 +25,28 @@ from silotune.training.tasks.base import Batch
 from silotune.workflows.plan.shapes import Shapes, first_state
 
 PROCESS_BYTES = 700_000_000
-"""Python with torch, transformers and peft imported, on a processor; measured on Linux."""
+"""Python with torch, transformers and peft imported, on a CPU; measured on Linux."""
 MOMENTS = {"adamw": 8.0, "sgd": 0.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
-"""Bytes that an optimizer keeps per value; 8 for those not named."""
+"""Bytes that an optimizer keeps per value; 8 for any other."""
 SECOND_BLOCK = 256
-"""Scales of 4-bit blocks that share a scale themselves, with double quantisation."""
+"""With double quantisation, how many scales of 4-bit blocks share a second scale."""
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The forward batch that needs most."""
+    """The forward batch that needs the most memory."""
 
     num_rows: int
     length: int
     """Tokens of each row, padding included."""
     num_trained: int
-    """Predictions that the loss is taken on."""
+    """Predictions that count in the loss."""
 
 
 def widest_batch(run: RunConfig) -> BatchShape:
-    """What a recipe allows at most: full rows, and with instruct every token but the first learned.
+    """The largest batch that a recipe allows: full rows; with instruct, all tokens but one learned.
 
-    Rows are shorter, and prompts are not learned, so a run usually stays below.
+    Rows are usually shorter, and prompts are not learned, so a run usually stays below it.
     """
     rows, length = run.train.batch_size, run.train.max_length
     return BatchShape(rows, length, rows if run.task == "classify" else rows * (length - 1))
@@ -57,22 +57,22 @@ class ClientMemory:
     """Bytes of a process that trains one client at a time, by part."""
 
     base: int
-    """The frozen weights, and of a quantised base the largest layer unpacked."""
+    """The frozen weights; for a quantised base, also its largest layer unpacked."""
     adapter: int
-    """What is trained, in float32: values, gradients, and a copy as it was received."""
+    """What is trained, in float32: values, gradients, and a copy of the received adapter."""
     optimizer: int
     """The optimizer's moments."""
     activations: int
     """What the forward pass of one batch keeps for the backward pass."""
     logits: int
-    """Scores of the vocabulary, or of the labels, where the loss is taken, and their gradients; at
-    least what one layer's backward pass takes."""
+    """Scores of the vocabulary, or of the labels, for the loss, and their gradients; at least what
+    one layer's backward pass takes."""
     process: int
-    """The libraries; on a GPU 0, for they are not in its memory."""
+    """The libraries; 0 on a GPU, because they are not in its memory."""
 
     @property
     def total(self) -> int:
-        """All of it, at the moment when most of it is held."""
+        """All parts, at the moment when most of them are held."""
         return sum(vars(self).values())
 
 
@@ -82,10 +82,10 @@ def client_memory(run: RunConfig, shapes: Shapes, batch: BatchShape) -> ClientMe
     Args:
         run: The recipe.
         shapes: Its model.
-        batch: The forward batch that needs most.
+        batch: The forward batch that needs the most memory.
 
     Raises:
-        NotImplementedError: The model does not run without memory, so nothing is known of what its
+        NotImplementedError: The model does not run on the meta device, so it is unknown what its
             forward pass keeps.
     """
     values = sum(p.numel() for p in shapes.parameters.values())
@@ -96,7 +96,7 @@ def client_memory(run: RunConfig, shapes: Shapes, batch: BatchShape) -> ClientMe
     one_layer = (kept - scores) // _num_layers(shapes)
     activations = kept - scores
     if run.model.gradient_checkpointing:
-        # every layer's input, and one layer as it is computed anew
+        # every layer's input, and one layer while it is recomputed
         width = shapes.model.config.get_text_config().hidden_size
         number = 4 if run.model.quantization != "none" else _itemsize(shapes)
         inputs = _num_layers(shapes) * batch.num_rows * batch.length * width * number
@@ -113,27 +113,27 @@ def client_memory(run: RunConfig, shapes: Shapes, batch: BatchShape) -> ClientMe
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Bytes of a process that only combines, by part."""
+    """Bytes of a process that only combines updates, by part."""
 
     base: int
     """The base with its adapter, loaded before the first round and after the last, not between."""
     state: int
-    """The adapter, and what the algorithm remembers."""
+    """The adapter and the algorithm's own state."""
     combining: int
-    """The sum of the updates in float64, one update, their mean, and the state that follows."""
+    """The sum of the updates in float64, one update, their mean, and the next state."""
     process: int
     """The libraries."""
 
     @property
     def total(self) -> int:
-        """The larger of both moments."""
+        """The larger of the two moments."""
         return self.process + self.state + max(self.base, self.combining)
 
 
 def server_memory(
     run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: int
 ) -> ServerMemory:
-    """Estimate the server's process, as far as it does not train itself."""
+    """Estimate the server's process, without the server's own training."""
     state = first_state(shapes, algorithm, num_clients)
     adapter = size_bytes(state.adapter)
     held = adapter + sum(map(size_bytes, state.extra.values()))
@@ -147,11 +147,11 @@ def server_memory(
 
 
 def base_bytes(shapes: Shapes, quantization: Quantization, *, double: bool) -> int:
-    """The weights that are not the adapter's, as they are held.
+    """Bytes of the weights that are not the adapter's, in the format in which they are held.
 
-    4 bits: half a byte per weight and a scale of 4 bytes per block of 64, or with double
-    quantisation of 1 byte and 4 more per 256 blocks. 8 bits: a byte per weight and 4 per row.
-    Output embeddings, embeddings and norms stay float32 beside quantised layers.
+    4 bits: half a byte per weight, and a scale of 4 bytes per block of 64. With double quantisation
+    the scale is 1 byte, plus 4 bytes per 256 blocks. 8 bits: a byte per weight and 4 per row. If
+    layers are quantised, embeddings, output embeddings and norms stay float32.
     """
     trained = {id(p) for p in shapes.parameters.values()} if _has_adapter(shapes) else set[int]()
     packed = {} if quantization == "none" else _packed_layers(shapes)
@@ -178,7 +178,7 @@ def _has_adapter(shapes: Shapes) -> bool:
 
 
 def _packed_layers(shapes: Shapes) -> set[int]:
-    """Weights of linear layers, but for output embeddings and heads."""
+    """Weights of linear layers, except output embeddings and heads."""
     plain = shapes.model.get_base_model() if _has_adapter(shapes) else shapes.model
     within = f"{plain.base_model_prefix}."
     mine = {id(p) for p in shapes.parameters.values()}
@@ -197,10 +197,10 @@ def _packed_layers(shapes: Shapes) -> set[int]:
 
 
 def kept_bytes(run: RunConfig, shapes: Shapes, batch: BatchShape) -> int:
-    """What one forward pass in training keeps for the backward pass, weights not counted.
+    """Bytes that one forward pass in training keeps for the backward pass, without weights.
 
-    The model is run on tensors without memory, and everything that is saved is counted once. As on
-    real devices, attention keeps its inputs, its output and a number per query, no square matrix.
+    The model runs on tensors without memory, and everything that it saves is counted once. As on
+    real devices, attention keeps its inputs, its output and a number per query, not a full matrix.
 
     Raises:
         NotImplementedError: The model does not run on such tensors.
@@ -227,7 +227,7 @@ def kept_bytes(run: RunConfig, shapes: Shapes, batch: BatchShape) -> int:
         raise NotImplementedError(str(error)) from error
     finally:
         shapes.model.eval()
-    del loss  # held until here, so that no place is given twice
+    del loss  # kept until here, so that no address is used twice
     return sum(found.values())
 
 
@@ -235,7 +235,7 @@ def _loss(run: RunConfig, shapes: Shapes, batch: BatchShape) -> Tensor:
     meta = torch.device("meta")
     ids = torch.empty(batch.num_rows, batch.length, dtype=torch.int64, device=meta)
     places = torch.empty(batch.num_trained, dtype=torch.int64, device=meta)
-    if run.task == "classify":  # a mask of ones is no mask, and cannot be looked at here
+    if run.task == "classify":  # no mask: one of ones changes nothing and cannot be read here
         return F.cross_entropy(shapes.model(input_ids=ids).logits.float(), places)
     loaded = LoadedModel(
         shapes.model, None, meta, torch.float32, shapes.parameters, kind=run.adapter.kind
@@ -253,10 +253,10 @@ class _Fused(torch.autograd.Function):
 
 
 class _Shapes(TorchFunctionMode):
-    """What tensors without memory cannot do: ask for a value, and choose attention's short way.
+    """Replaces what tensors without memory cannot do: read a value, and use fused attention.
 
-    Models ask whether a mask hides nothing, or rows are whole: here the answer is yes. And torch
-    would take the way that keeps all pairs of tokens.
+    Models ask whether a mask hides nothing or whether rows have no padding: here the answer is yes.
+    Without this, torch would choose the attention that keeps all pairs of tokens.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,8 @@
-"""What a run is expected to cost, written down before its first round, beside what it did cost.
+"""Predict the cost of a run before its first round, and compare it with the actual cost.
 
-Bytes always; memory and seconds where `plan.measure` is set and the clients train as the measured
-step did. This file says what does not compare, and why; it corrects nothing.
+Bytes are always predicted. Memory and seconds are predicted if `plan.measure` is set and the
+clients train as the measured step did. This file says what cannot be compared and why. It corrects
+nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,36 +13,32 @@ from silotune.core.algorithm import Algorithm
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import ConfigError
 from silotune.core.types import ServerState
+from silotune.core.wording import counted
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.schema import RunConfig
 from silotune.workflows.plan.measure import Measurement, is_at_hand, measure
-from silotune.workflows.plan.plan import (
-    Times,
-    expected_rounds,
-    expected_times,
-    rounds_within,
-    too_short,
-)
+from silotune.workflows.plan.times import Times, expected_times, rounds_within, too_short
+from silotune.workflows.plan.traffic import expected_rounds
 
 FILE = "plan.json"
 
 
 def measure_first(run: RunConfig, folder: RunFolder, progress: Progress) -> Measurement | str:
-    """Take the measured step, before the base is loaded here: memory need not hold it twice.
+    """Measure one step before this process loads the base, so that memory holds it only once.
 
     Returns:
-        What was found, or in one line why there is nothing.
+        The measurement, or one line that says why there is none.
     """
     if not run.plan.measure:
         return "plan.measure is not set"
     if folder.read_json(FILE) is not None or folder.load_state() is not None:
-        return "the run had begun before"
-    progress.note(f"measuring one step of {run.model.name} in a process of its own")
+        return "the run had already started"
+    progress.note(f"measuring one step of {run.model.name} in a separate process")
     if not is_at_hand(run):
-        load_for(run)  # fetched now, so that no seconds of that are the step's
+        load_for(run)  # download it now, so that the measured step does not include it
     return measure(run)
 
 
@@ -54,23 +51,23 @@ def write_prediction(
     num_clients: int,
     measured: Measurement | str,
 ) -> dict[str, Any]:
-    """What the run is expected to cost, as plan.json; what is there already stays.
+    """Write the expected cost of a run to plan.json, unless the file exists.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
         run: Its recipe.
         state: What its first round starts from.
-        algorithm: With the tensors that stay at the clients.
-        num_clients: How many there are.
-        measured: As from `measure_first`.
+        algorithm: Knows the tensors that stay with the clients; see `keep_local`.
+        num_clients: The number of clients.
+        measured: From `measure_first`.
 
     Returns:
-        The contents of plan.json: rounds, num_clients, bytes_down, bytes_up, and where a step was
-        measured peak_bytes, times and the measurement, else why not.
+        The contents of plan.json: rounds, num_clients, bytes_down and bytes_up. If a step was
+        measured, also peak_bytes, times and the measurement; otherwise why there is none.
 
     Raises:
-        ConfigError: Not even one round fits below budget.bytes or, by the measured step, below
-            budget.hours.
+        ConfigError: budget.bytes is too small for even one round, or budget.hours is, judging by
+            the measured step.
     """
     if (known := folder.read_json(FILE)) is not None:
         return known
@@ -105,7 +102,7 @@ def _check_hours(run: RunConfig, times: Times, rounds: int) -> None:
         )
 
 
-# --- beside what it did cost ----------------------------------------------------------------------
+# --- predicted and actual -------------------------------------------------------------------------
 
 
 def compare_with_prediction(
@@ -116,19 +113,19 @@ def compare_with_prediction(
     peak_bytes: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Predicted against actual, for summary.json.
+    """Compare predicted with actual cost, for summary.json.
 
     Args:
         run: The recipe.
         planned: plan.json.
-        rows: metrics.jsonl, the last scores included.
-        peak_bytes: Of the largest process that trained.
-        seconds: Until the last score, without the measured step.
+        rows: metrics.jsonl, including the last scores.
+        peak_bytes: Peak memory of the largest process that trained.
+        seconds: Time until the last score, without the measured step.
 
     Returns:
-        bytes, memory and seconds, each as (predicted, actual, difference), the difference as a
-        share of what was predicted; None where the two do not compare. And notes: why not, or why
-        they differ.
+        bytes, memory and seconds, each with predicted, actual and difference, which is a share of
+        the predicted value; None if the two cannot be compared. And notes that say why they differ
+        or cannot be compared.
     """
     sent = sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows)
     found: dict[str, Any] = {
@@ -143,11 +140,11 @@ def compare_with_prediction(
         return {**found, "notes": notes}
     found["memory"] = _pair(planned["peak_bytes"], peak_bytes)
     if run.server.work != "none":
-        notes.append("the server's own training is not in the predicted memory")
+        notes.append("the predicted memory does not include the server's own training")
     if (why := _why_no_time(run)) is None:
         found["seconds"] = _pair(planned["times"]["total"], seconds)
     else:
-        notes.append(f"predicted time is left out: {why}")
+        notes.append(f"time is not compared: {why}")
     return {**found, "notes": notes}
 
 
@@ -158,19 +155,20 @@ def _pair(predicted: float, actual: float) -> dict[str, float]:
 
 def _why_no_time(run: RunConfig) -> str | None:
     if run.runtime.name != "in-process":
-        return "it is for clients one after the other in one process"
+        return "the prediction is for clients that train one after another in one process"
     if run.server.work != "none":
-        return "the server's own training is not in it"
+        return "the prediction does not include the server's own training"
     return None
 
 
 def _why_other_bytes(planned: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
-    """What a prediction does not know: rounds that a clock ends, and answers that do not come."""
+    """What a prediction cannot know: an early end of the run, and clients that do not answer."""
     done = max((row["round"] for row in rows if row["event"] == "round"), default=0)
     if done < planned["rounds"]:
-        yield f"predicted for {planned['rounds']} rounds, and the run ended after {done}"
+        rounds = counted(planned["rounds"], "round")
+        yield f"the prediction is for {rounds}, and the run ended after {done}"
     failed = [row for row in rows if row.get("status", "ok") not in ("ok", "did not move")]
     if failed:
-        noun = "message" if len(failed) == 1 else "messages"
+        messages = counted(len(failed), "message")
         who = ", ".join(sorted({row["client"] for row in failed}))
-        yield f"{len(failed)} {noun} without a usable answer, so not counted as sent: {who}"
+        yield f"{messages} without a usable answer, so not counted as sent: {who}"

@@ -1,7 +1,7 @@
-"""A recipe's model without its weights: which tensors there are, from config.json alone.
+"""A recipe's model without its weights: which tensors it has, from config.json alone.
 
-The model is built on torch's meta device, where tensors have shapes and no memory. This file knows
-neither bytes on a wire nor seconds.
+The model is built on torch's meta device, where tensors have shapes and no memory. This file does
+not know message sizes or seconds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,9 +17,9 @@ from silotune.core.algorithm import Algorithm
 from silotune.core.errors import ModelError
 from silotune.core.types import ServerState
 from silotune.models.adapters import put_adapter, trained_parameters
+from silotune.models.base import quiet_libraries
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, find_head, set_head
-from silotune.models.loading import quiet_libraries
 from silotune.models.sources import resolve
 from silotune.recipes.schema import RunConfig
 
@@ -29,20 +29,20 @@ class Shapes:
     """A model with its first adapter, on the meta device."""
 
     model: Any
-    """As `LoadedModel.model`; where the base is quantised, its plain layers in float32."""
+    """Like `LoadedModel.model`; if the base is quantised, its plain layers in float32."""
     parameters: Mapping[str, nn.Parameter]
-    """What is trained and sent, by its name."""
+    """What is trained and sent, by name."""
     head: frozenset[str]
-    """Of these, what belongs to a classification head."""
+    """The names that belong to a classification head."""
     notes: tuple[str, ...] = ()
     """What config.json does not say, and what is assumed instead."""
 
 
 def build_shapes(run: RunConfig) -> Shapes:
-    """Build what a recipe trains. No weights are read; a hub id costs its config.json.
+    """Build what a recipe trains. No weights are read; of a hub model, only config.json is fetched.
 
     Args:
-        run: With the task classify, all labels are named.
+        run: With the task classify, it names all labels.
 
     Raises:
         ModelError: There is no such model, or the adapter does not fit it.
@@ -55,7 +55,7 @@ def build_shapes(run: RunConfig) -> Shapes:
         head = find_head(base, fresh)
     with torch.device("meta"), quiet_libraries():
         if kind != "full":
-            # where the factors begin changes no shape, and some beginnings look at the weights
+            # initial values change no shape, and some initializations read the weights
             options = {k: v for k, v in run.adapter.peft.items() if k != "init_lora_weights"}
             base = put_adapter(
                 base, run.adapter.model_copy(update={"peft": options}), run.seed, head
@@ -88,7 +88,7 @@ def _base(run: RunConfig) -> Any:
         kind, more = AutoModelForSequenceClassification, {"num_labels": len(run.data.labels or ())}
     dtype = pick_dtype(cfg.dtype, pick_device(run.runtime.device), whole=run.adapter.kind == "full")
     if cfg.quantization != "none":
-        dtype = torch.float32  # what is not quantised becomes float32, and so what flows through
+        dtype = torch.float32  # unquantised layers become float32, and so do the activations
     with quiet_libraries():
         try:
             config = AutoConfig.from_pretrained(
@@ -106,7 +106,7 @@ def _base(run: RunConfig) -> Any:
 
 
 def _fresh_pooler(base: Any, run: RunConfig) -> tuple[list[str], tuple[str, ...]]:
-    """Tensors of a pooler that the model's files lack, which then learn with the head; notes."""
+    """Pooler tensors that the model's files lack, which are then trained with the head; notes."""
     within = f"{base.base_model_prefix}."
     poolers = [n for n, _ in base.named_parameters() if n.startswith(within) and "pool" in n]
     if not poolers:
@@ -114,7 +114,9 @@ def _fresh_pooler(base: Any, run: RunConfig) -> tuple[list[str], tuple[str, ...]
     place = resolve(run.model.name)
     files = sorted(place.glob("*.safetensors")) if isinstance(place, Path) else []
     if not files:
-        return [], ("the model's files are not here: it is assumed that they hold its pooler",)
+        return [], (
+            "the model's files are not on this machine: they are assumed to contain its pooler",
+        )
     from safetensors import safe_open
 
     held: set[str] = set()
@@ -134,9 +136,9 @@ def _named(model: Any, run: RunConfig) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _places(model: nn.Module) -> Iterator[dict[Tensor, nn.Parameter]]:
-    """Give what learns a place in memory, by which PEFT's names are matched to it.
+    """Give trained parameters a place in memory, by which PEFT's names are matched to them.
 
-    Memory that is never written to costs nothing. Yields the stand-ins' originals.
+    Memory that is never written to costs nothing. Yields the original of each stand-in.
     """
     origin: dict[Tensor, nn.Parameter] = {}
     twins: dict[nn.Parameter, nn.Parameter] = {}

@@ -1,1 +1,1 @@
-"""`silotune sweep`: one recipe many times, and what came out."""
+"""`silotune sweep`: train one recipe many times, and compare the results."""

@@ -1,8 +1,9 @@
-"""A sweep as one HTML page that stands alone: all runs in a table, a loss curve of each."""
+"""A sweep as one self-contained HTML page: a table of all runs, and a loss curve for each."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from silotune.core.wording import counted
 from silotune.recipes.parse import to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.results import charts
@@ -16,13 +17,13 @@ def sweep_page(
     run: RunConfig,
     provenance: Mapping[str, Any],
 ) -> str:
-    """The page of a sweep.
+    """Build the page of a sweep.
 
     Args:
         result: sweep.json.
-        curves: Held-out loss by rounds behind the adapter, by run number.
-        run: The recipe that the runs change.
-        provenance: Of the best run.
+        curves: Run number -> round -> held-out loss.
+        run: The recipe that the runs vary.
+        provenance: The provenance of the best run.
 
     Returns:
         HTML.
@@ -47,8 +48,8 @@ def sweep_page(
         seed=run.seed,
         adapter_sha256=None,
         rows_sha256=rows_sha256(run, provenance),
-        title=f"{len(result['runs'])} runs of {run.model.name}",
-        subtitle=f"changed from run to run: {', '.join(result['keys'])}",
+        title=f"{counted(len(result['runs']), 'run')} of {run.model.name}",
+        subtitle=f"varied: {', '.join(result['keys'])}",
         verdict=[verdict(result)],
         notes=[*([result["note"]] if result["note"] else []), *result["notes"]],
         header=header,

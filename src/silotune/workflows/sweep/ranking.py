@@ -1,9 +1,9 @@
-"""What a sweep found, in order and in words. Numbers in, numbers and tables out."""
+"""The results of a sweep, ranked and in words. Numbers in, numbers and tables out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from silotune.core.wording import human_bytes, human_seconds
+from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.results.summary import unit_of
 
 Result = Mapping[str, Any]
@@ -14,12 +14,12 @@ def ranked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The parts of sweep.json that follow from its runs.
 
     Args:
-        rows: A run each: number, path, keys, failed, and unless it failed task, base_loss, loss,
+        rows: One per run: number, path, keys, failed; and unless it failed, task, base_loss, loss,
             scores, num_scored, bytes, seconds.
 
     Returns:
-        runs, the lowest loss first and failed ones last; keys, all that any run changes; unit of
-        the losses; notes.
+        runs, lowest loss first and failed ones last; keys, all that any run changes; unit of the
+        losses; notes.
     """
     done = [row for row in rows if row["failed"] is None]
     keys = dict.fromkeys(key for row in rows for key in row["keys"])
@@ -35,27 +35,27 @@ def ranked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _notes(done: Sequence[Mapping[str, Any]], *, num_failed: int) -> list[str]:
     notes: list[str] = []
     if num_failed:
-        notes.append(f"{num_failed} run(s) failed and are tried again with --resume")
+        notes.append(f"{counted(num_failed, 'run')} failed; --resume tries again")
     if len({(row["task"], row["num_scored"]) for row in done}) > 1:
         notes.append(
             "the runs were scored on different rows or tokens (rows, tokenizer, template or "
-            "train.max_length differ), so their losses do not rank them"
+            "train.max_length differ), so their losses are not comparable"
         )
     if any(row.get("epsilon") is not None for row in done):
         notes.append(
-            "each private run has spent its own epsilon, and choosing among them by held-out loss "
-            "is covered by none"
+            "each private run has spent its own epsilon, and none of them covers choosing among "
+            "the runs by held-out loss"
         )
     if len(done) > 1:
         notes.append(
-            f"the best of {len(done)} runs looks better than it is, since the rows that rank it "
-            "chose it: confirm it with another seed and, better, on other rows"
+            f"the best of {len(done)} runs looks better than it is, because the same rows chose "
+            "it: confirm it with another seed or, better, on other rows"
         )
     return notes
 
 
 def sweep_table(result: Result) -> list[tuple[str, ...]]:
-    """Header and rows: a run a line, the best first."""
+    """Header and rows: one line per run, best first."""
     labels = any(own.get("scores") for own in result["runs"])
     more = ("accuracy", "macro F1") if labels else ()
     keys: list[str] = result["keys"]
@@ -74,7 +74,7 @@ def sweep_table(result: Result) -> list[tuple[str, ...]]:
 
 
 def shown(text: str) -> str:
-    """A value as a table shows it.
+    """A value, shortened for a table.
 
     >>> shown("0.00031622776601683794"), shown("bfloat16")
     ('0.0003162', 'bfloat16')
@@ -92,13 +92,15 @@ def title_of(run: Mapping[str, Any]) -> str:
 
 
 def verdict(result: Result) -> str:
-    """One sentence: which run was best, and against which span."""
+    """One sentence: which run was best, and how far the others reach."""
     done = [own for own in result["runs"] if own["failed"] is None]
     if not done:
-        return "No run was finished."
+        return "No run has finished."
     best, worst = done[0], done[-1]
     keys = " ".join(f"{key}={text}" for key, text in best["keys"].items())
     sentence = f"Lowest held-out loss: {best['loss']:.3f} {result['unit']} with {keys}"
     if len(done) == 1:
         return f"{sentence}."
-    return f"{sentence}; the other {len(done) - 1} run(s) end at up to {worst['loss']:.3f}."
+    if len(done) == 2:
+        return f"{sentence}; the other run ended at {worst['loss']:.3f}."
+    return f"{sentence}; the other {len(done) - 1} runs ended at up to {worst['loss']:.3f}."

@@ -1,8 +1,8 @@
-"""The values of a sweep's next run, chosen by Optuna from what came before.
+"""Choose the values of a sweep's next run with Optuna, from the results so far.
 
 Reference:
     Akiba et al. 2019, "Optuna: A Next-generation Hyperparameter Optimization Framework".
-    arXiv:1907.10902. The choice is its tree-structured Parzen estimator (Bergstra et al. 2011,
+    arXiv:1907.10902. It uses the tree-structured Parzen estimator (Bergstra et al. 2011,
     "Algorithms for Hyper-Parameter Optimization").
 """
 
@@ -14,11 +14,11 @@ from silotune.core.errors import ConfigError
 from silotune.recipes.sweep_grid import Axis, Range
 
 TRIES = 50
-"""How often Optuna is asked before its values are taken to be all that there are."""
+"""How often Optuna is asked for new values before the search space counts as exhausted."""
 
 
 class Search:
-    """Proposes overrides, and is told the loss that each led to. The folder remembers, not this."""
+    """Proposes overrides and is told the loss of each. Only the sweep's folder is persistent."""
 
     def __init__(self, axes: Sequence[Axis], *, seed: int) -> None:
         try:
@@ -32,7 +32,7 @@ class Search:
         self._axes = axes
         self._space = {axis.key: _distribution(axis) for axis in axes}
         with warnings.catch_warnings():
-            # constant_liar, so that runs at the same time differ, may change with Optuna's versions
+            # constant_liar makes concurrent runs differ; it may change with Optuna's versions
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
@@ -40,11 +40,11 @@ class Search:
         self._known: dict[tuple[str, ...], float | None] = {}
 
     def remember(self, keys: tuple[str, ...], loss: float | None) -> None:
-        """A run of an earlier process.
+        """Add a run of an earlier process.
 
         Args:
             keys: Its overrides.
-            loss: What it led to; None where it failed.
+            loss: Its loss; None if it failed.
         """
         from optuna.trial import TrialState, create_trial
 
@@ -58,7 +58,7 @@ class Search:
         self._known[keys] = loss
 
     def propose(self) -> tuple[str, ...] | None:
-        """Overrides that were not tried before; None where there seem to be no more."""
+        """Overrides that were not tried before; None if there seem to be no more."""
         for _ in range(TRIES):
             trial = self._study.ask(self._space)
             keys = tuple(f"{axis.key}={trial.params[axis.key]}" for axis in self._axes)
@@ -69,7 +69,7 @@ class Search:
         return None
 
     def tell(self, keys: tuple[str, ...], loss: float | None) -> None:
-        """What a proposal led to; None where its run failed."""
+        """Report the loss of a proposal; None if its run failed."""
         self._known[keys] = loss
         self._tell(self._open.pop(keys), loss)
 
@@ -98,7 +98,7 @@ def _distribution(axis: Axis) -> Any:
 
 
 def _number(axis: Axis, override: str) -> Any:
-    """The value of an override as Optuna's space has it."""
+    """The value of an override in Optuna's search space."""
     text = override.removeprefix(f"{axis.key}=")
     if not isinstance(axis.values, Range):
         return text

@@ -1,8 +1,8 @@
-"""Many runs of one recipe, each with other values of some keys, ranked by held-out loss.
+"""Train a recipe many times with different values for some keys; rank the runs by held-out loss.
 
-A sweep is a folder of run folders. A run that is finished is never trained again, one that was
-interrupted goes on from its last round, and one that failed is tried again when the sweep is
-resumed. Every run is what `silotune run` with the same keys would give, bit for bit.
+A sweep is a folder of run folders. When a sweep is resumed, finished runs are never trained again,
+interrupted runs continue after their last round, and failed runs are tried again. Every run equals
+that of `silotune run` with the same keys, bit for bit.
 """
 
 import threading
@@ -21,7 +21,7 @@ from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import usable_threads
 from silotune.recipes.sweep_grid import read_axes
 from silotune.results.run import Run
-from silotune.workflows.run import place_for
+from silotune.workflows.folders import place_for
 from silotune.workflows.shared_base import Bench, attempt, needs
 from silotune.workflows.sweep.page import sweep_page
 from silotune.workflows.sweep.ranking import ranked
@@ -39,7 +39,7 @@ from silotune.workflows.sweep.worker import WorkerProcess
 
 
 class SweepFolder(RunFolder):
-    """One sweep on disk. It is no run: `silotune run --resume` refuses it."""
+    """One sweep on disk. It is not a run: `silotune run --resume` refuses it."""
 
     RECIPE = "sweep.toml"
     KIND = "sweep"
@@ -53,19 +53,18 @@ class Sweep:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))  # a text is a path too
+        object.__setattr__(self, "path", Path(self.path))  # strings are accepted too
 
     @property
     def result(self) -> dict[str, Any]:
-        """sweep.json: every run's keys, losses, bytes and seconds, the best first; failures last.
+        """sweep.json: every run's keys, losses, bytes and seconds, best first; failures last.
 
         See docs/sweep.md.
         """
         result = SweepFolder.open(self.path).read_json("sweep.json")
         if result is None:
             raise RunFolderError(
-                f"{self.path} is not finished.\n"
-                f"  Go on with it: silotune sweep --resume {self.path}"
+                f"{self.path} is not finished.\n  Resume it: silotune sweep --resume {self.path}"
             )
         return result
 
@@ -75,7 +74,7 @@ class Sweep:
         return Run(self.path / self.result["runs"][0]["path"])
 
     def report(self) -> Path:
-        """Write report.html: all runs on one page, without a network. Returns its path."""
+        """Write report.html: all runs on one page that needs no network. Returns its path."""
         result = self.result
         curves = {
             own["number"]: held_out_losses(Run(self.path / own["path"]).metrics)
@@ -101,35 +100,35 @@ def sweep(
     resume: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Train a recipe with every combination of some keys' values, or go on with a sweep.
+    """Train a recipe with every combination of some keys' values, or resume a sweep.
 
     Args:
-        recipe: A shipped name, a TOML file or a config; its [sweep] counts too.
-        overrides: Dotted `key=value` texts. One with several values, "train.lr=1e-4,1e-3", is
-            swept; with `search` also a range, "train.lr=1e-5..1e-3,log". Others hold for all runs.
-        runs: Instead of combinations the runs themselves, each with its overrides in one text.
-        search: Train so many runs whose values Optuna chooses.
-        jobs: Runs at the same time, each in a process with a base of its own; by default as many
-            as processors and memory allow, and on a GPU one.
+        recipe: A shipped name, a TOML file or a config; its [sweep] applies too.
+        overrides: Dotted `key=value` strings. A key with several values, "train.lr=1e-4,1e-3", is
+            swept; with `search`, so is a range, "train.lr=1e-5..1e-3,log". Others apply to all.
+        runs: The runs themselves instead of combinations, each with its overrides in one string.
+        search: Train this many runs, with values that Optuna chooses.
+        jobs: Number of concurrent runs, each in a process with its own base; by default as many as
+            processors and memory allow, and one on a GPU.
         out: The folder to create; by default runs/<time>-<recipe>-sweep. Never overwritten.
-        resume: A sweep to go on with. Its own recipe and keys count.
-        progress: Told what happens; silent by default.
+        resume: A sweep to resume, with its own recipe and keys.
+        progress: Receives progress messages; silent by default.
 
     Raises:
-        SilotuneError: See errors.py. A mistake in any of the runs is found before the first one
-            begins. A run that fails later does not: it is in the result with its reason.
+        SilotuneError: See errors.py. A mistake in any run is found before the first run starts. A
+            run that fails later raises nothing: the result lists it with the reason.
     """
     progress = progress or Progress()
     if resume is not None:
         if recipe is not None or overrides or runs or search or out is not None:
             raise ConfigError(
-                "a resumed sweep keeps its recipe and its keys, so nothing else has a place.\n"
-                "  Give --resume and, if you like, --jobs; or start a new sweep."
+                "a resumed sweep keeps its recipe and its keys, so it takes no others.\n"
+                "  Give --resume and optionally --jobs, or start a new sweep."
             )
         folder = SweepFolder.open(Path(resume))
         trials = trials_of(folder.run)
     elif recipe is None:
-        raise ConfigError("give a recipe, or --resume with the folder of a sweep.")
+        raise ConfigError("there is no recipe.\n  Give a recipe, or --resume SWEEP-FOLDER.")
     else:
         base = read_sweep(recipe, overrides, runs, search)
         trials = trials_of(base)
@@ -148,7 +147,7 @@ def sweep(
         with folder.locked():
             return _sweep(folder, trials, jobs, progress)
     except BaseException:
-        progress.note(f"go on with: silotune sweep --resume {folder.path}")
+        progress.note(f"to continue: silotune sweep --resume {folder.path}")
         raise
 
 
@@ -159,33 +158,33 @@ class Source(Protocol):
     """Where the next run comes from. Used by one thread at a time."""
 
     def take(self, last: Trial | None) -> Trial | None:
-        """The next run for a process that did `last` before; None where no more are needed."""
+        """The next run for a process whose previous run was `last`; None if there are no more."""
         ...
 
     def tell(self, trial: Trial, loss: float | None) -> None:
-        """A run ended; without a loss it failed."""
+        """Report the end of a run; without a loss, it failed."""
         ...
 
 
 class Listed:
-    """Runs that are known from the beginning."""
+    """Runs that are known from the start."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self._left = list(trials)
 
     def take(self, last: Trial | None) -> Trial | None:
-        """Runs that need the same base follow each other, so that it is not loaded again."""
+        """The next run, if possible one that needs the same base, so that it is not reloaded."""
         if not self._left:
             return None
         same = (i for i, t in enumerate(self._left) if last and needs(t.run) == needs(last.run))
         return self._left.pop(next(same, 0))
 
     def tell(self, trial: Trial, loss: float | None) -> None:
-        """Nothing follows from it."""
+        """Ignore the loss: the list does not depend on it."""
 
 
 class Searched:
-    """Runs that Optuna chooses; runs.jsonl in the folder remembers which."""
+    """Runs that Optuna chooses; runs.jsonl in the folder records them."""
 
     FILE = "runs.jsonl"
 
@@ -207,7 +206,7 @@ class Searched:
         self._tried_again = {trial.number for trial in again}
 
     def take(self, last: Trial | None) -> Trial | None:
-        """First what an earlier process left, then a proposal."""
+        """First the runs that an earlier process left, then proposals."""
         left = self._again.take(last)
         if left is not None or len(self.trials) >= self._folder.run.sweep.search:
             return left
@@ -221,7 +220,7 @@ class Searched:
         return trial
 
     def tell(self, trial: Trial, loss: float | None) -> None:
-        """What the next proposals stand on."""
+        """Report the loss, which the next proposals depend on."""
         if trial.number in self._tried_again:
             self._search.remember(trial.keys, loss)
         else:
@@ -229,7 +228,7 @@ class Searched:
 
 
 def loss_of(trial: Trial, folder: SweepFolder) -> float | None:
-    """A finished run's held-out loss; None where it is not finished."""
+    """A run's held-out loss; None if the run is not finished."""
     place = trial.place(folder)
     summary = RunFolder.open(place).read_json("summary.json") if place.exists() else None
     return summary and summary["overall"]["federated_loss"]
@@ -255,7 +254,7 @@ def _sweep(
 
 
 class _Work:
-    """Runs of a sweep under way: who trains what, and what was told about it."""
+    """The running sweep: distributes its runs to processes, and collects failures."""
 
     def __init__(
         self, folder: SweepFolder, source: Source, num_runs: int, progress: Progress
@@ -266,7 +265,7 @@ class _Work:
         self._lock = threading.Lock()
 
     def do(self, at_once: int) -> Mapping[int, str]:
-        """Train all. Returns why some failed, by number."""
+        """Train all runs. Returns why some failed, by run number."""
         if at_once == 1:
             bench = Bench(self.progress)
             self._follow(lambda place: attempt(bench, RunFolder.open(place)))
@@ -277,7 +276,7 @@ class _Work:
             try:
                 for ended in [pool.submit(self._follow, worker.train) for worker in workers]:
                     ended.result()
-            finally:  # an error or a signal here must not wait for the others' runs
+            finally:  # after an error or a signal, do not wait for the other runs
                 with self._lock:
                     self.source = Listed([])
                 for worker in workers:
@@ -285,7 +284,7 @@ class _Work:
         return self.failed
 
     def _follow(self, train: Callable[[Path], str | None]) -> None:
-        """Train one run after the other until there are no more."""
+        """Train one run after another until there are no more."""
         trial: Trial | None = None
         while True:
             with self._lock:

@@ -1,11 +1,11 @@
-"""The runs of a sweep: which keys each changes, whether they are recipes, how many fit at once."""
+"""The runs of a sweep: which keys each changes, whether it is valid, and how many fit at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from silotune.core.errors import ConfigError, SilotuneError
-from silotune.core.wording import human_bytes
+from silotune.core.wording import counted, human_bytes
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.models.devices import available_memory_bytes, pick_device
@@ -17,7 +17,7 @@ from silotune.workflows.check import check
 from silotune.workflows.plan.plan import plan
 
 MEMORY_SHARE = 0.8
-"""Of the free memory that runs at the same time may take together."""
+"""Share of the free memory that concurrent runs may use together."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Trial:
 
     number: int
     keys: tuple[str, ...]
-    """What it changes, as overrides."""
+    """Its overrides."""
     run: RunConfig
 
     def place(self, folder: RunFolder) -> Path:
@@ -35,7 +35,7 @@ class Trial:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Its name in progress messages."""
         return " ".join(self.keys)
 
 
@@ -45,7 +45,7 @@ def read_sweep(
     runs: Sequence[str],
     search: int,
 ) -> RunConfig:
-    """The recipe with its [sweep], from the recipe's own and what was asked."""
+    """The recipe with its [sweep]: the recipe's own, combined with the arguments."""
     given = [text for text in overrides if is_swept(text)]
     fixed = [text for text in overrides if not is_swept(text)]
     if isinstance(recipe, RunConfig):
@@ -58,34 +58,35 @@ def read_sweep(
     listed = tuple(runs) or (() if given or search else run.sweep.runs)
     if runs and given:
         raise ConfigError(
-            f"{given[0]}: the runs are listed already.\n"
-            "  Give combinations, or a list of runs, not both."
+            f"{given[0]}: the runs are already listed.\n"
+            "  Give either combinations or a list of runs, not both."
         )
     wanted = SweepConfig(
         keys=() if listed else keys, runs=listed, search=search or run.sweep.search
     )
     if not wanted.keys and not wanted.runs:
         raise ConfigError(
-            "there is nothing to sweep.\n  Give a key several values, as in train.lr=1e-4,1e-3, or "
-            "list the runs."
+            "there is nothing to sweep.\n  Give a key several values, for example "
+            "train.lr=1e-4,1e-3, or list the runs."
         )
     if wanted.search and wanted.runs:
         raise ConfigError(
             "a search chooses its runs itself.\n"
-            "  Give keys with values or ranges, as in train.lr=1e-5..1e-3,log, or list the runs."
+            "  Either give keys with values or ranges, for example train.lr=1e-5..1e-3,log, or "
+            "list the runs without a search."
         )
     return run.model_copy(update={"sweep": wanted})
 
 
 def chooses_threads(recipe: str | Path | RunConfig, overrides: Sequence[str]) -> bool:
-    """Whether somebody said how many threads a run has."""
+    """Whether the recipe or an override sets the number of threads."""
     run = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe)
     named = (text.partition("=")[0].strip() for text in overrides)
     return "threads" in run.runtime.model_fields_set or "runtime.threads" in named
 
 
 def trials_of(base: RunConfig) -> list[Trial]:
-    """All runs; of a search the two at the ends of every key, which are there to be checked."""
+    """All runs; for a search, two runs with the extreme values of every key, only for checking."""
     given = base.sweep
     axes = read_axes(given.keys, search=given.search > 0)
     if given.search:
@@ -100,7 +101,7 @@ def trials_of(base: RunConfig) -> list[Trial]:
             if trial.run == other.run and not given.search:
                 raise ConfigError(
                     f"runs {other.number} and {trial.number} are the same: {trial.title}.\n"
-                    "  Take one out."
+                    "  Remove one."
                 )
     return trials
 
@@ -114,10 +115,10 @@ def _ends(axes: Sequence[Axis], at: int) -> tuple[str, ...]:
 
 
 def trial_of(base: RunConfig, number: int, keys: tuple[str, ...]) -> Trial:
-    """A run of a sweep.
+    """Build a run of a sweep.
 
     Raises:
-        ConfigError: The keys make no recipe; the run is named.
+        ConfigError: The keys do not give a valid recipe; the message names the run.
     """
     plain = base.model_copy(update={"sweep": SweepConfig()})
     run = with_overrides(plain, keys, name=f"run {number}: {' '.join(keys)}")
@@ -128,7 +129,7 @@ def trial_of(base: RunConfig, number: int, keys: tuple[str, ...]) -> Trial:
 
 
 def check_trials(trials: Sequence[Trial]) -> None:
-    """Find every mistake before the first run begins."""
+    """Find every mistake before the first run starts."""
     for trial in trials:
         if trial.run.runtime.name == "flower":
             raise ConfigError(
@@ -138,7 +139,7 @@ def check_trials(trials: Sequence[Trial]) -> None:
         if trial.run.evaluate.every == 0:
             raise ConfigError(
                 "evaluate.every = 0: a sweep ranks its runs by their held-out loss.\n"
-                f"  Set evaluate.every={trial.run.rounds} to score the base and the end only."
+                f"  Set evaluate.every={trial.run.rounds} to score only the base and the result."
             )
         try:
             check(trial.run)
@@ -147,7 +148,7 @@ def check_trials(trials: Sequence[Trial]) -> None:
 
 
 def num_jobs(trials: Sequence[Trial], num_runs: int, progress: Progress) -> int:
-    """How many runs may go on at the same time: as processors and memory allow."""
+    """How many runs can be trained at the same time: as many as processors and memory allow."""
     cores, device = usable_threads(), pick_device(trials[0].run.runtime.device)
     free = available_memory_bytes(device)
     here = all(trial.run.runtime.name == "in-process" for trial in trials)
@@ -162,7 +163,7 @@ def num_jobs(trials: Sequence[Trial], num_runs: int, progress: Progress) -> int:
     most = max(size for size in needed if size is not None)
     at_once = max(1, min(cores, num_runs, int(MEMORY_SHARE * free / most)))
     progress.note(
-        f"{at_once} run(s) at the same time, on {cores} processors: each takes at most "
-        f"{human_bytes(most)} of {human_bytes(free)} of free memory"
+        f"{counted(at_once, 'run')} at a time on {cores} processors: each needs at most "
+        f"{human_bytes(most)} of {human_bytes(free)} free memory"
     )
     return at_once

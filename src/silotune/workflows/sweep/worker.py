@@ -1,10 +1,10 @@
-"""A sweep's worker: trains the run folders that it is told, one after the other, on one base.
+"""A sweep's worker: trains the run folders that it is given, one after another, on one base.
 
-    python -m silotune.workflows.sweep.worker LOG
+    python -m silotune.workflows.sweep.worker
 
 A line on standard input names a run folder; a line of JSON on standard output says how it ended.
-The worker ends with its input, in the middle of a run too: whoever asked is gone then, and the run
-goes on from its last round when the sweep is resumed.
+When its input closes, the worker exits, even during a run: then the sweep's process is gone. The
+run continues after its last round when the sweep is resumed.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from silotune.workflows.shared_base import Bench, attempt
 
 
 class WorkerProcess:
-    """The asking side: starts a worker when there is something to do, and again if it was killed.
+    """The sweep's side: starts a worker when there is something to do, and again if it was killed.
 
     Args:
-        log: Where the worker writes what happens.
+        log: The file for the worker's messages.
     """
 
     def __init__(self, log: Path) -> None:
@@ -35,7 +35,7 @@ class WorkerProcess:
         self._stopped = False
 
     def train(self, place: Path) -> str | None:
-        """Let the worker do what is left of a run. Returns why it failed, else None."""
+        """Let the worker finish a run. Returns why it failed, or None."""
         process = self._started()
         line = ""
         with contextlib.suppress(BrokenPipeError):
@@ -45,7 +45,7 @@ class WorkerProcess:
         if line:
             return json.loads(line)["failed"]
         self._process = None
-        return f"its process ended with {_code_of(process)}; see {self.log}"
+        return f"its process exited with code {_code_of(process)}; see {self.log}"
 
     def stop(self) -> None:
         """End the worker now."""
@@ -64,13 +64,13 @@ class WorkerProcess:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    start_new_session=True,  # Ctrl-C is for the asking process
+                    start_new_session=True,  # Ctrl-C is for the parent process
                 )
         return self._process
 
 
 def _code_of(process: subprocess.Popen[str]) -> int:
-    """The exit code of a process that ends; its pipes are closed."""
+    """Wait for a process to exit, close its pipes, and return its exit code."""
     with contextlib.suppress(BrokenPipeError):
         _pipe(process.stdin).close()
     code = process.wait()
@@ -83,11 +83,11 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-# --- in the process of its own --------------------------------------------------------------------
+# --- in the worker process ------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Train what standard input names."""
+    """Train the run folders that standard input names."""
     replies, asked = sys.stdout, queue.SimpleQueue[str]()
     threading.Thread(target=_listen, args=[asked], daemon=True).start()
     bench = Bench(PlainProgress())

@@ -1,4 +1,4 @@
-"""Who is in a consortium, and how it is proven: keys, requests, kits, the folder, the gates."""
+"""Who is in a consortium, and how a client proves it: keys, requests, kits, folder and gates."""
 
 import datetime
 import json
@@ -44,7 +44,7 @@ def consortium(tmp_path):
 
 @pytest.fixture
 def north(tmp_path):
-    """A client's folder with key and request."""
+    """A client's folder with its key and request."""
     init("north", tmp_path / "north")
     return tmp_path / "north"
 
@@ -58,7 +58,7 @@ def problem(call, *args, **keys) -> str:
 # --- keys and certificates -----------------------------------------------------------------------
 
 
-def test_a_private_key_is_its_owners_alone_and_never_overwritten(tmp_path):
+def test_a_private_key_is_readable_only_by_its_owner_and_never_overwritten(tmp_path):
     path, key = tmp_path / "key.pem", new_key()
     write_key(path, key)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -69,8 +69,8 @@ def test_a_private_key_is_its_owners_alone_and_never_overwritten(tmp_path):
 
 
 @needs_openssl
-def test_openssl_finds_the_certificates_good_for_their_use_and_no_other(tmp_path):
-    """An independent judge: certificates that only we believe in are worth nothing."""
+def test_openssl_accepts_the_certificates_for_their_use_and_no_other(tmp_path):
+    """An independent judge: certificates that only we accept are worth nothing."""
     signer, key = new_key(), new_key()
     authority = new_authority("hospitals", signer)
     made = {
@@ -104,7 +104,7 @@ def test_a_certificate_of_another_authority_of_the_same_name_is_not_ours():
 
 
 @needs_openssl
-def test_fingerprints_are_what_openssl_says_of_the_key(tmp_path):
+def test_fingerprints_are_what_openssl_says_about_the_key(tmp_path):
     key = new_key()
     write_key(tmp_path / "key.pem", key)
     der = subprocess.run(
@@ -122,7 +122,7 @@ def test_fingerprints_are_what_openssl_says_of_the_key(tmp_path):
 # --- requests and kits ---------------------------------------------------------------------------
 
 
-def test_approval_makes_a_kit_that_fits_the_clients_key_and_holds_no_secret(
+def test_approval_makes_a_kit_that_matches_the_clients_key_and_holds_no_secret(
     consortium, north, tmp_path
 ):
     kit, told = consortium.approve(north / "request.toml")
@@ -135,13 +135,13 @@ def test_approval_makes_a_kit_that_fits_the_clients_key_and_holds_no_secret(
     assert (joined.kit.host, joined.kit.port) == ("fl.example.org", 8443)
     for path in (kit, north / "request.toml"):
         assert "PRIVATE" not in path.read_text()
-    # the second time nothing has to be said, and what its people wrote is kept
+    # the second time --data is not needed, and what the operators wrote is kept
     own = north / "client.toml"
     own.write_text(own.read_text().replace("# max_rounds = 20", "max_rounds = 20"))
     assert take_kit(kit, north).own.limits.max_rounds == 20
 
 
-def test_a_kit_does_not_fit_another_key(consortium, north, tmp_path):
+def test_a_kit_does_not_match_another_key(consortium, north, tmp_path):
     kit, _ = consortium.approve(north / "request.toml")
     init("south", tmp_path / "south")
     assert "is for another key" in problem(take_kit, kit, tmp_path / "south")
@@ -152,8 +152,8 @@ def test_a_kit_does_not_fit_another_key(consortium, north, tmp_path):
     ("change", "text"),
     [
         (lambda r, k: r.model_copy(update={"name": "south"}), "was signed for 'north'"),
-        (lambda r, k: r.model_copy(update={"request": "nonsense"}), "is no certificate request"),
-        (lambda r, k: k, "is no silotune request"),
+        (lambda r, k: r.model_copy(update={"request": "nonsense"}), "is not a certificate request"),
+        (lambda r, k: k, "is not a silotune request"),
     ],
 )
 def test_a_request_that_is_not_as_its_client_made_it_is_refused(
@@ -165,8 +165,8 @@ def test_a_request_that_is_not_as_its_client_made_it_is_refused(
     assert text in problem(consortium.approve, tmp_path / "changed.toml")
 
 
-def test_a_request_whose_key_was_exchanged_on_its_way_is_refused(consortium, north, tmp_path):
-    """The signature is the old key's: whoever puts in another key cannot make it."""
+def test_a_request_whose_key_was_exchanged_in_transit_is_refused(consortium, north, tmp_path):
+    """The signature is the old key's: whoever inserts another key cannot make it."""
     asked = read_request_file(north / "request.toml")
     lines = asked.request.splitlines()
     middle = list(lines[2])
@@ -199,10 +199,12 @@ def test_a_kit_whose_parts_do_not_belong_together_is_refused(consortium, north, 
     other, _ = Consortium.open(tmp_path / "other").approve(north / "request.toml")
     mixed = read_kit(kit).model_copy(update={part: getattr(read_kit(other), part)})
     write_file(tmp_path / "mixed.toml", mixed)
-    assert "Ask the server's people for the kit again" in problem(read_kit, tmp_path / "mixed.toml")
+    assert "Ask the server's operators for the kit again" in problem(
+        read_kit, tmp_path / "mixed.toml"
+    )
 
 
-def test_what_is_no_file_of_ours_is_refused_unread(tmp_path):
+def test_a_file_that_is_not_ours_is_refused_unread(tmp_path):
     for name, text in {"a": "x" * 200_000, "b": "[[[", "c": "name = 1", "d": "\x00"}.items():
         (tmp_path / name).write_text(text)
         assert str(tmp_path / name) in problem(read_kit, tmp_path / name)
@@ -227,7 +229,7 @@ def test_adding_and_removing_a_client_changes_no_other_file(consortium, north, t
     consortium.revoke("south")
     assert list(consortium.members()) == ["north"]
     assert {k: v for k, v in files().items() if "south" not in k} == before
-    assert "In it: north." in problem(consortium.revoke, "south")
+    assert "Its members: north." in problem(consortium.revoke, "south")
 
 
 def test_a_name_is_taken_until_it_is_revoked(consortium, north, tmp_path):
@@ -246,7 +248,7 @@ def test_one_key_is_one_client(consortium, north, tmp_path):
     write_file(
         tmp_path / "second.toml", Request(name="second", request=pem(new_request("second", key)))
     )
-    assert "is in already, as 'north'" in problem(consortium.approve, tmp_path / "second.toml")
+    assert "is already in, as 'north'" in problem(consortium.approve, tmp_path / "second.toml")
 
 
 def test_approving_again_renews_the_certificate(consortium, north):
@@ -262,7 +264,7 @@ def test_approving_again_renews_the_certificate(consortium, north):
     assert name_of(member.certificate) == "north"
 
 
-def test_the_authoritys_key_is_readable_by_its_owner_alone(consortium):
+def test_the_authoritys_key_is_readable_only_by_its_owner(consortium):
     for path in consortium.folder.rglob("key.pem"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(consortium.folder.stat().st_mode) == 0o700
@@ -282,8 +284,8 @@ def test_addresses_are_read(address, read):
 
 
 @pytest.mark.parametrize("address", ["", ":1", "a b", "host:0", "host:70000", "host:x", "http://a"])
-def test_what_is_no_address_is_refused(address):
-    assert "is no address" in problem(read_address, address)
+def test_what_is_not_an_address_is_refused(address):
+    assert "is not an address" in problem(read_address, address)
 
 
 def test_the_roster_follows_who_comes_and_goes(tmp_path):
@@ -300,7 +302,7 @@ def test_the_roster_follows_who_comes_and_goes(tmp_path):
 # --- the gates -----------------------------------------------------------------------------------
 
 
-def test_caddy_takes_both_configurations(consortium, north, tmp_path):
+def test_caddy_accepts_both_configurations(consortium, north, tmp_path):
     kit, _ = consortium.approve(north / "request.toml")
     leaves = tmp_path / "leaves"
     assert write_leaves(leaves, consortium.members())
@@ -335,7 +337,7 @@ def test_nobody_is_let_in_when_nobody_is_approved(consortium, tmp_path):
     assert list((tmp_path / "leaves").iterdir()) == []
 
 
-def test_a_proxy_that_is_not_there_is_named_with_its_extra(monkeypatch):
+def test_a_missing_proxy_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(Path, "exists", lambda self: False)
     assert "make env EXTRAS=deploy" in problem(find_caddy)

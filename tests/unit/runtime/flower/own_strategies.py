@@ -1,4 +1,4 @@
-"""Strategies as a user may write them; test_flower_strategy names them by this module's path."""
+"""Strategies as a user may write them; test_strategy names them by this module's path."""
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -25,7 +25,7 @@ class Remembers(FedAvg):
         self.emptied = None
         self.nothing = 1
         self.number = 1
-        self.grow = lambda a, push: a + np.float32(push)  # made anew, and no memory
+        self.grow = lambda a, push: a + np.float32(push)  # created for every object, and not memory
 
     def aggregate_train(self, server_round, replies):
         arrays, metrics = super().aggregate_train(server_round, replies)
@@ -42,7 +42,7 @@ class Remembers(FedAvg):
         self.record = moved(arrays, lambda a: a * 0.75)
         self.emptied = {}
         self.nothing = None
-        self.number = 1.0  # equal, and another type
+        self.number = 1.0  # equal, but of another type
         total = sum(float(np.abs(a).sum()) for a in (self.array, *self.by_name.values()))
         total += float(self.in_order[0].flat[0]) + float(
             next(iter(self.record.values())).numpy().flat[0]
@@ -58,7 +58,7 @@ class Rolls(FedAvg):
 
 
 class Hides(FedAvg):
-    """Memory where no copy of the object finds it."""
+    """Memory where a copy of the object does not find it."""
 
     seen: list = []  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""What the engine is told and given, and how its failures end: named, with a log, nothing left."""
+"""What the engine receives, and how its failures end: with a name and a log, and nothing left."""
 
 import ast
 import http.server
@@ -109,39 +109,49 @@ REFUSED = {
         "flower",
         {"host": "0.0.0.0"},
         "host",
-        "beyond loopback the engine's control",
+        "outside loopback, the engine's control",
     ),
     "a name": (
         "flower",
         {"host": "server.example"},
         "host",
-        "beyond loopback the engine's control",
+        "outside loopback, the engine's control",
     ),
-    "host in simulation": ("flower-simulation", {"host": "localhost"}, "host", "'flower' only"),
-    "cpus in deployment": ("flower", {"client_cpus": 2}, "client_cpus", "'flower-simulation' only"),
+    "host in simulation": (
+        "flower-simulation",
+        {"host": "localhost"},
+        "host",
+        "only has an effect with runtime.name = 'flower'",
+    ),
+    "cpus in deployment": (
+        "flower",
+        {"client_cpus": 2},
+        "client_cpus",
+        "only has an effect with runtime.name = 'flower-simulation'",
+    ),
     "gpus in deployment": (
         "flower",
         {"client_gpus": 0.5},
         "client_gpus",
-        "'flower-simulation' only",
+        "only has an effect with runtime.name = 'flower-simulation'",
     ),
     "ray in deployment": (
         "flower",
         {"ray_address": "a:1"},
         "ray_address",
-        "'flower-simulation' only",
+        "only has an effect with runtime.name = 'flower-simulation'",
     ),
     "joining in process": (
         "in-process",
         {"join_timeout_s": 5},
         "join_timeout_s",
-        "'flower-simulation' or 'flower' only",
+        "only has an effect with runtime.name = 'flower-simulation' or 'flower'",
     ),
     "cpus in process": (
         "in-process",
         {"client_cpus": 2},
         "client_cpus",
-        "'flower-simulation' only",
+        "only has an effect with runtime.name = 'flower-simulation'",
     ),
     "gpus for the processor": (
         "flower-simulation",
@@ -163,7 +173,7 @@ def test_a_contradiction_is_refused_with_its_reason(kind):
     assert reason in line
 
 
-def test_all_contradictions_are_told_together():
+def test_all_contradictions_are_reported_together():
     keys = {"host": "10.0.0.1", "client_cpus": 2, "client_gpus": 1.0, "ray_address": "a:1"}
     with pytest.raises(ConfigError) as caught:
         recipe(runtime={"name": "in-process", **keys})
@@ -173,14 +183,14 @@ def test_all_contradictions_are_told_together():
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_loopback_is_taken(host):
+def test_loopback_is_accepted(host):
     assert recipe("flower", runtime__host=host).runtime.host == host
 
 
 # --- the recipe as it is sent --------------------------------------------------------------------
 
 
-def test_in_simulation_paths_are_whole(tmp_path, monkeypatch):
+def test_in_simulation_paths_are_absolute(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "rows.jsonl", hospital_rows())
     (tmp_path / "held").mkdir()
     (tmp_path / "models" / "tiny").mkdir(parents=True)
@@ -211,7 +221,7 @@ def test_in_simulation_the_home_folder_is_spelt_out(tmp_path, monkeypatch):
     ("path", "model"),
     [("medquad_mini", "smollm2-135m-instruct"), ("owner/rows", "owner/model")],
 )
-def test_in_simulation_names_stay_names_also_beside_folders_that_are_called_so(
+def test_in_simulation_names_stay_names_even_next_to_folders_of_that_name(
     tmp_path, monkeypatch, path, model
 ):
     """A named example or model wins over a folder of its name, here as everywhere."""
@@ -237,12 +247,12 @@ def test_in_deployment_no_path_of_the_server_is_sent(tmp_path):
     assert str(tmp_path) not in text
     assert sent.partition is None
     assert sent.data.path == OWN
-    # the clients get rows that are converted and cut already: nothing may be done twice
+    # the clients get rows that are already converted and truncated: nothing may be done twice
     assert sent.data.model_dump(exclude_defaults=True) == {"path": OWN, "system": "S"}
     assert sent.train == run.train
 
 
-def test_in_deployment_with_own_configurations_formats_are_sent_and_places_are_not(tmp_path):
+def test_in_deployment_with_real_clients_formats_are_sent_and_places_are_not(tmp_path):
     (tmp_path / "north.toml").write_text('name = "north"\n[data]\npath = "rows.jsonl"\n')
     run = recipe(
         "flower",
@@ -288,7 +298,7 @@ def engine_of(job, tmp_path) -> _Engine:
         ),
     ],
 )
-def test_resources_are_told_in_flowers_words(job, tmp_path, keys, text):
+def test_resources_are_given_in_flowers_words(job, tmp_path, keys, text):
     run = recipe(runtime={"name": "flower-simulation", "threads": 3, **keys})
     assert engine_of(job(run), tmp_path)._resources() == text
 
@@ -306,7 +316,7 @@ def test_addresses_are_written_as_flower_reads_them(job, tmp_path, host, address
     assert table["superlink"]["engine"] == {"address": engine.address, "insecure": True}
 
 
-def test_the_environment_is_the_callers_without_messages_home(job, tmp_path, monkeypatch):
+def test_the_environment_is_the_callers_and_sends_nothing_home(job, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/somewhere")
     monkeypatch.setenv("RAY_ADDRESS", "stale:1")
     run = recipe(runtime__ray_address="10.0.0.1:6379")
@@ -378,7 +388,7 @@ def test_the_app_is_a_folder_that_points_into_this_package(job, tmp_path, monkey
     folder = str(the_job.folder.path.absolute())
     assert json.loads(told["clients"]) == ["north", "south"]
     assert told["folder"] == folder
-    assert told["run"].isalnum(), "a client makes a folder of it"
+    assert told["run"].isalnum(), "a client names a folder after it"
     assert json.loads(told["recipe"])["rounds"] == 1
     assert Path(engine._environment()[RUNS]) / told["run"] == engine.work
     own = json.loads((engine.work / SETTINGS).read_text())
@@ -407,10 +417,10 @@ def test_the_app_is_a_folder_that_points_into_this_package(job, tmp_path, monkey
 
 
 @pytest.mark.parametrize("answer", [{}, {"success": False, "run-id": 7}, {"success": True}])
-def test_a_run_that_flower_does_not_take_is_an_engine_error(job, tmp_path, monkeypatch, answer):
+def test_a_run_that_flower_does_not_accept_is_an_engine_error(job, tmp_path, monkeypatch, answer):
     engine = engine_of(job(), tmp_path)
     monkeypatch.setattr(engine, "_flwr", lambda *words: answer)
-    with pytest.raises(EngineError, match=r"Flower did not take the run\.[\s\S]*engine\.log"):
+    with pytest.raises(EngineError, match=r"Flower did not accept the run\.[\s\S]*engine\.log"):
         engine.submit()
 
 
@@ -435,7 +445,7 @@ def script(tmp_path, code) -> str:
 
 @pytest.fixture
 def folders(monkeypatch):
-    """The private folders of engines, and after the test: none is left, nor a process in them."""
+    """The private folders of engines; after the test none is left, and no process in them."""
     made: list[Path] = []
     real = flower_engine.private_folder
 
@@ -480,8 +490,8 @@ def test_a_superlink_that_ends_at_once_is_named_with_its_log(
         drive(the_job, monkeypatch, program)
     log = the_job.folder.path / "engine.log"
     assert str(caught.value) == (
-        f"Flower's superlink ended with exit status 1.\n  What the engine wrote: {log}\n"
-        "  What was finished is kept; resume the run to go on."
+        f"Flower's superlink ended with exit status 1.\n  See the engine's log: {log}\n"
+        "  Finished rounds are kept: resume the run to continue."
     )
     assert "the port is taken" in log.read_text()
     assert len(folders) == 1
@@ -521,7 +531,7 @@ def test_an_interrupt_leaves_nothing_behind(job, tmp_path, monkeypatch, folders)
 def test_a_keeper_that_is_killed_is_named_and_the_users_own_children_live_on(
     job, tmp_path, monkeypatch, folders
 ):
-    """Ending the engine in its keeper's place, the run used to end every child of its process."""
+    """When the run ended the engine in its keeper's place, it used to end all its own children."""
     mine = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
     ended = subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(7)"])
     program = script(tmp_path, "import time; time.sleep(600)")
@@ -549,7 +559,7 @@ FACTS = {"num_rows": {}, "processes": []}
 
 
 class Alive:
-    """A keeper that says that these have ended, and nothing more."""
+    """A keeper that reports only that these have ended."""
 
     mark = "a mark"
 
@@ -610,7 +620,7 @@ def test_a_server_app_that_is_gone_without_a_word_is_named(engine, monkeypatch):
 def test_a_server_app_that_does_not_begin_is_given_up(engine, monkeypatch):
     monkeypatch.setattr(submit, "SUBMIT_S", 0.2)
     monkeypatch.setattr(engine, "_status", lambda: "pending")
-    with pytest.raises(EngineError, match=r"did not begin within 0\.2 s \(Flower says: pending\)"):
+    with pytest.raises(EngineError, match=r"did not start within 0\.2 s \(Flower says: pending\)"):
         engine.follow()
 
 

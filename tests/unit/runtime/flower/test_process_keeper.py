@@ -120,7 +120,7 @@ def all_end(pids):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts keepers; ends by force what a test that fails leaves behind."""
+    """Starts keepers; kills what a failed test leaves behind."""
     kept: list[Kept] = []
 
     def start(command=("-c", SHORT)):
@@ -178,7 +178,7 @@ def test_a_tree_of_hidden_and_deaf_processes_ends_when_the_pipe_closes(start, by
     names = ("simple", "deaf", "hidden", "parent", "orphan", "hydra")
     pids = {name: kept.pid(name) for name in names}
     hidden = psutil.Process(pids["hidden"])
-    assert MARK not in hidden.environ(), "it is found as an adopted child alone"
+    assert MARK not in hidden.environ(), "it is found only as an adopted child"
     assert hidden.ppid() == kept.process.pid
     assert os.getsid(hidden.pid) != os.getsid(kept.process.pid)
     began = time.monotonic()
@@ -191,7 +191,7 @@ def test_a_tree_of_hidden_and_deaf_processes_ends_when_the_pipe_closes(start, by
 
 
 def test_everything_ends_when_the_starter_is_killed(start, tmp_path, bystanders):
-    """kill -9 of a run: nobody is left to tidy up but the keeper."""
+    """kill -9 of a run: only the keeper is left to tidy up."""
     kept = start()  # only for its folders and its end
     starter = f"""
 import json, subprocess, sys, time
@@ -230,7 +230,7 @@ def test_a_process_of_the_engine_that_was_started_elsewhere_ends_by_its_mark(sta
     assert kept.process.wait(timeout=ENDED_S) == 0
 
 
-def test_what_ends_by_itself_is_reported_with_its_status(start):
+def test_a_program_that_ends_by_itself_is_reported_with_its_status(start):
     kept = start()
     kept.order("good", "pass")
     kept.order("bad", "import sys; print('its last words', file=sys.stderr); sys.exit(3)")
@@ -295,7 +295,7 @@ def test_a_program_that_is_not_there_is_reported_and_the_others_go_on(start):
 
 
 def test_a_keeper_that_fails_ends_all_and_leaves_the_log_to_its_starter(start):
-    """The log lies in the folder that it removes when all went well."""
+    """The log is in the folder that it removes if all went well."""
     kept = start()
     kept.order("deaf", DEAF)
     pid = kept.pid("deaf")
@@ -307,9 +307,7 @@ def test_a_keeper_that_fails_ends_all_and_leaves_the_log_to_its_starter(start):
     assert b"JSONDecodeError" in kept.process.stderr.read()
 
 
-def test_whoever_calls_it_in_its_own_process_keeps_its_own_children(
-    monkeypatch, tmp_path, bystanders
-):
+def test_a_process_that_calls_it_directly_keeps_its_own_children(monkeypatch, tmp_path, bystanders):
     """The engine does when its keeper was killed. It used to end every child of the user's process,
     and to take away their exit statuses."""
     monkeypatch.setattr(process_keeper, "GRACE_S", GRACE_S)
@@ -322,11 +320,11 @@ def test_whoever_calls_it_in_its_own_process_keeps_its_own_children(
     wait_until(lambda: not runs(ends.pid), "it to end")
     process_keeper.end_all(mark, adopted=False)
     assert deaf.wait(timeout=ENDED_S) == -signal.SIGKILL
-    assert ends.wait() == 7, "its status is its starter's to take"
+    assert ends.wait() == 7, "its status belongs to the process that started it"
     assert bystanders[0].poll() is None
 
 
-def test_what_cannot_be_ended_is_not_waited_for_without_end(monkeypatch):
+def test_a_process_that_cannot_be_ended_is_not_waited_for_forever(monkeypatch):
     monkeypatch.setattr(process_keeper, "GRACE_S", 0.1)
     told = []
 

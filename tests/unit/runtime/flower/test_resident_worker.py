@@ -1,7 +1,7 @@
 """The resident worker: one per client, found again, ended when idle, never waited for in vain.
 
 One test starts the real worker. The others start it without its heavy half: the real `main`, with a
-stand-in for what reads the configuration and for what answers, so that it is up in a fraction of a
+stub for what reads the configuration and for what answers, so that it is up in a fraction of a
 second.
 """
 
@@ -87,7 +87,7 @@ def short():
 
 @contextlib.contextmanager
 def light_workers():
-    """Workers that are up at once take the place of real ones. Gives those that were started."""
+    """Light workers replace real ones and start at once. Returns those that were started."""
     processes: list[subprocess.Popen] = []
 
     def start(config):
@@ -113,13 +113,13 @@ def light():
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory):
-    """The configuration of a client whose worker is up, for tests that leave it so."""
+    """The configuration of a client whose worker is up, for tests that leave it up."""
     config = configure(tmp_path_factory.mktemp("up"))
     with light_workers() as processes:
         assert ask(config)["pid"] == processes[0].pid
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                resident_worker, "_start", lambda _: pytest.fail("a worker is up already")
+                resident_worker, "_start", lambda _: pytest.fail("a worker is already up")
             )
             yield config
 
@@ -138,7 +138,7 @@ def failure_of(about) -> Failure:
     failure = wire.decode_answer(Parcel(about), "north", bytes_down=0)
     assert isinstance(failure, Failure)
     assert failure.round == 3
-    assert failure.mend == "this client has the reason in its log"
+    assert failure.fix == "the reason is in this client's log"
     return failure
 
 
@@ -149,7 +149,7 @@ def wait_until(true, seconds=30.0):
         time.sleep(0.01)
 
 
-# --- found again, ended, started anew ------------------------------------------------------------
+# --- found again, ended, started again -----------------------------------------------------------
 
 
 def test_the_same_process_answers_until_it_is_idle(tmp_path, light):
@@ -169,31 +169,31 @@ def test_numbers_travel_both_ways(up):
     assert answer.about["kind"] == "train"
 
 
-def test_each_client_has_a_worker_of_its_own(tmp_path, light, up):
+def test_each_client_has_its_own_worker(tmp_path, light, up):
     assert ask(configure(tmp_path))["pid"] == light[0].pid != ask(up)["pid"]
 
 
-def test_the_socket_lies_in_a_folder_of_this_user_alone(up):
+def test_the_socket_is_in_a_folder_that_only_this_user_can_enter(up):
     sock = resident_worker._socket(up)
     assert sock.is_socket()
     assert sock.parent.stat().st_mode & 0o777 == 0o700
     assert sock.parent.stat().st_uid == os.getuid()
 
 
-def test_what_the_worker_writes_lies_beside_the_clients_own_state(up, capfd):
+def test_the_workers_output_is_in_the_clients_state_folder(up, capfd):
     ask(up, word="hello")
     assert "hello" in (up.parent / "state" / "worker.log").read_text()
     assert "hello" not in "".join(capfd.readouterr())
 
 
-def test_a_second_worker_of_a_client_ends_and_the_first_goes_on(up):
+def test_a_second_worker_of_a_client_ends_and_the_first_continues(up):
     first = ask(up)["pid"]
     second = subprocess.run([sys.executable, "-c", LIGHT, str(up)], timeout=30)
     assert second.returncode == 0
     assert ask(up)["pid"] == first
 
 
-def test_who_asks_together_finds_one_worker(tmp_path, light):
+def test_processes_that_ask_together_find_one_worker(tmp_path, light):
     """The second worker to start ends at once; its starter must not take that for a failure."""
     config, answers = configure(tmp_path, '{"loads": 0.3}'), []
     threads = [threading.Thread(target=lambda: answers.append(ask(config))) for _ in range(3)]
@@ -207,7 +207,7 @@ def test_who_asks_together_finds_one_worker(tmp_path, light):
 
 
 def test_a_worker_that_holds_the_lock_and_is_ending_is_waited_for(tmp_path, light):
-    """Its socket is gone already; the worker started in its place ended, and none was left."""
+    """Its socket was already gone; the worker started in its place ended, and none was left."""
     import fcntl
 
     config = configure(tmp_path)
@@ -266,7 +266,7 @@ def test_a_worker_that_ends_in_the_middle_of_its_answer_is_a_failure(tmp_path, s
         thread.join(30)
 
 
-def test_a_worker_that_cannot_begin_is_a_failure_whose_reason_stays_here(tmp_path, light, capfd):
+def test_a_worker_that_cannot_start_is_a_failure_whose_reason_stays_here(tmp_path, light, capfd):
     config, began = configure(tmp_path, '{"exit": 3}'), time.monotonic()
     about = ask(config)
     assert time.monotonic() - began < 30, "it is seen to have ended"
@@ -283,7 +283,7 @@ def test_a_worker_that_hangs_at_its_start_is_given_up(tmp_path, light, monkeypat
     assert time.monotonic() - began < 10
 
 
-def test_who_ends_in_the_middle_of_a_question_does_not_end_the_worker(up):
+def test_a_process_that_ends_in_the_middle_of_a_question_does_not_end_the_worker(up):
     """It was started by Flower, and Flower may end it at any time."""
     first = ask(up)["pid"]
     address = str(resident_worker._socket(up))
@@ -292,7 +292,7 @@ def test_who_ends_in_the_middle_of_a_question_does_not_end_the_worker(up):
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(address)
             line.sendall(part)
-    with socket.socket(socket.AF_UNIX) as line:  # asks, and does not wait for the answer
+    with socket.socket(socket.AF_UNIX) as line:  # asks without waiting for the answer
         line.connect(address)
         line.sendall(len(data).to_bytes(4, "big") + data)
     assert ask(up)["pid"] == first
@@ -309,7 +309,7 @@ def test_a_question_waits_for_the_one_before_it(up):
     assert answers[0]["asked"] == last - 1
 
 
-def test_an_answer_that_is_no_parcel_is_our_own_error(tmp_path):
+def test_an_answer_that_is_not_a_parcel_is_our_own_error(tmp_path):
     config = configure(tmp_path)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(resident_worker._socket(config)))
@@ -383,7 +383,7 @@ def test_a_path_that_is_too_long_for_a_socket_is_named(tmp_path, light, short, c
     assert "Set TMPDIR to a shorter path" in capfd.readouterr().err
 
 
-def test_the_longest_path_that_is_taken_works(tmp_path, light, short):
+def test_the_longest_path_that_is_accepted_works(tmp_path, light, short):
     tail = len(f"/silotune-{os.getuid()}/") + len("0" * 16 + ".sock")
     folder = short / ("x" * (resident_worker.MAX_PATH - len(str(short)) - 1 - tail))
     folder.mkdir()
@@ -411,7 +411,7 @@ sys.exit(f"who asks imports {heavy}" if heavy else 0)
 
 @pytest.fixture(scope="module", autouse=True)
 def real(tmp_path_factory, tiny_model, short):
-    """A process that asks a real worker, as Flower's would. It starts while others are tested."""
+    """A process that asks a real worker, as Flower's would. It starts during the other tests."""
     place = tmp_path_factory.mktemp("real")
     run = load_recipe(write_tiny_recipe(place, tiny_model))
     rows = [{"question": f"What is a{i}?", "answer": f"It is a{i}."} for i in range(8)]

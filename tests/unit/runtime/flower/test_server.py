@@ -1,7 +1,7 @@
-"""The server's side of Flower on a grid in memory: who joins, who fails, what is late, named each.
+"""The server's side of Flower on a grid in memory: who joins, who fails, and what is late.
 
-Nodes are plain functions, so every disorder of a network can be played without one: silence,
-lateness, other orders, other identities, nonsense. No model, no Ray, no SuperLink.
+Nodes are plain functions, so everything that goes wrong in a network can be simulated without one:
+silence, delays, other orders, other identities, nonsense. No model, no Ray, no SuperLink.
 """
 
 import io
@@ -33,6 +33,7 @@ from silotune.federation.sampling import sample
 from silotune.recipes.parse import parse
 from silotune.runtime import wire
 from silotune.runtime.client_host import guarded
+from silotune.runtime.flower import mailbox, members
 from silotune.runtime.flower import server as flower_server
 from silotune.runtime.flower.records import from_record, to_record
 from silotune.runtime.flower.server import FlowerClients
@@ -45,7 +46,7 @@ START = {"lora_A": torch.zeros(2, 3), "lora_B": torch.ones(3, 2)}
 NUM_FLOATS = 12
 BASE = "ab" * 32
 SECRET = "patient 4711 has measles"
-"""A row's text; it may stand nowhere at the server."""
+"""A row's text; it must not appear anywhere at the server."""
 
 
 # --- a grid in memory ----------------------------------------------------------------------------
@@ -63,7 +64,8 @@ def task_identity(monkeypatch):
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(flower_server, "POLL_S", (0.001, 0.01))
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # nothing here loses its power
+    monkeypatch.setattr(members, "POLL_S", 0.01)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is lost here
 
 
 Answer = RecordDict | Error | None
@@ -90,7 +92,7 @@ class Nodes(Grid):
     def push_messages(self, messages):
         ids = []
         for message in messages:
-            assert message.metadata.ttl == flower_server.TTL_S
+            assert message.metadata.ttl == mailbox.TTL_S
             ids.append(f"message-{next(self._ids)}")
             message.metadata.__dict__["_message_id"] = ids[-1]
             self.messages.append(message)
@@ -151,7 +153,7 @@ REPORT = {
 
 @dataclass
 class Client:
-    """A node's function: what an honest client answers, and in its place what a test wants."""
+    """A node's function: what an honest client answers, or what a test wants instead."""
 
     name: str
     report: dict | Answer = field(default_factory=dict)
@@ -184,7 +186,7 @@ class Client:
 
 
 class Heard(Progress):
-    """Everything that a person would see."""
+    """Records everything that a person would see."""
 
     def __init__(self):
         self.notes, self.failures, self.done = [], [], []
@@ -223,7 +225,7 @@ def clients_by(**own) -> dict[int, Client]:
 
 
 class Played:
-    """A run on a grid, and what it left."""
+    """A run on a grid, and what it leaves."""
 
     def __init__(self, tmp_path, grid, run=None, names=NAMES, *, join=True, window=None):
         self.grid, self.run, self.heard = grid, run or recipe(), Heard()
@@ -274,12 +276,12 @@ class Plain:
     def names(self):
         return self._names
 
-    def train(self, cohort, broadcast):
-        for name in cohort:
+    def train(self, messages):
+        for name, broadcast in messages.items():
             if (broadcast.round, name) not in self.absent:
                 yield update_of(name, broadcast)
 
-    def evaluate(self, cohort, broadcast):
+    def evaluate(self, messages):
         return ()
 
 
@@ -310,7 +312,7 @@ def test_messages_give_the_bits_of_a_plain_loop_and_their_bytes_are_counted(tmp_
         "num_rows": {name: {"num_train": 3, "num_eval": 2} for name in NAMES},
         "processes": [
             {"id": name, "base_loads": 1, "peak_memory_bytes": 100}
-            for name in played.clients.processes
+            for name in played.clients.mailbox.processes
         ],
     }
 
@@ -370,17 +372,17 @@ def test_memory_holds_sixteen_answers_however_many_clients_there_are(tmp_path):
 
     grid.order = count
     played = play(tmp_path, grid, recipe(rounds=1, sampling__timeout_s=20), names=names)
-    assert max(map(len, grid.pulled)) == flower_server.AT_ONCE == 16
-    # of the last batch one may still be looked at while the next is fetched
-    assert most[0] <= 2 * flower_server.AT_ONCE
+    assert max(map(len, grid.pulled)) == mailbox.AT_ONCE == 16
+    # one of the last batch may still be in use while the next is fetched
+    assert most[0] <= 2 * mailbox.AT_ONCE
     assert set(played.status(1).values()) == {"ok"}
     assert sha256(played.state.adapter) == oracle(tmp_path, recipe(rounds=1), names=names)
 
 
 @pytest.mark.parametrize(("adapters", "at_once"), [(0.5, 1), (1, 1), (3, 3)])
-def test_of_large_answers_fewer_are_fetched_at_once(tmp_path, monkeypatch, adapters, at_once):
+def test_fewer_large_answers_are_fetched_at_once(tmp_path, monkeypatch, adapters, at_once):
     """Sixteen adapters of 500 MB would be eight gigabytes."""
-    monkeypatch.setattr(flower_server, "AT_ONCE_BYTES", adapters * 4 * NUM_FLOATS)
+    monkeypatch.setattr(mailbox, "AT_ONCE_BYTES", adapters * 4 * NUM_FLOATS)
     grid = Nodes({100 + i: Client(name) for i, name in enumerate(NAMES)})
     played = play(tmp_path, grid, recipe(rounds=1, sampling__timeout_s=20))
     training = {m.metadata.message_id for m in grid.messages if m.metadata.message_type == "train"}
@@ -388,9 +390,9 @@ def test_of_large_answers_fewer_are_fetched_at_once(tmp_path, monkeypatch, adapt
     assert set(played.status(1).values()) == {"ok"}
 
 
-def test_a_large_answer_is_let_go_before_the_next_is_fetched(tmp_path, monkeypatch):
-    """One adapter more or less for each place that still holds the last one: gigabytes."""
-    monkeypatch.setattr(flower_server, "AT_ONCE", 1)
+def test_a_large_answer_is_released_before_the_next_is_fetched(tmp_path, monkeypatch):
+    """Every place that still holds the last adapter costs one more of them: gigabytes."""
+    monkeypatch.setattr(mailbox, "AT_ONCE", 1)
     made, left = [], []
 
     def watched(module, name):
@@ -402,13 +404,13 @@ def test_a_large_answer_is_let_go_before_the_next_is_fetched(tmp_path, monkeypat
 
         monkeypatch.setattr(module, name, noting)
 
-    watched(flower_server, "from_record")
+    watched(mailbox, "from_record")
     watched(flower_server, "_decode")
     watched(acceptance, "check_update")
     grid = Nodes(clients_by())
 
     def look(replies):
-        if grid.sent("train"):  # reports before that are small
+        if grid.sent("train"):  # earlier reports are small
             left.append([type(found()).__name__ for found in made if found() is not None])
         return replies
 
@@ -453,7 +455,7 @@ def test_a_silent_node_does_not_keep_later_ones_from_joining(tmp_path):
     assert played.status(1) == {**others, "east": "not connected"}
 
 
-def test_a_missing_client_is_named_with_the_key_and_the_run_goes_on(tmp_path):
+def test_a_missing_client_is_named_with_the_key_and_the_run_continues(tmp_path):
     nodes = clients_by()
     del nodes[13]
     played = play(tmp_path, nodes)
@@ -464,7 +466,7 @@ def test_a_missing_client_is_named_with_the_key_and_the_run_goes_on(tmp_path):
     assert sha256(played.state.adapter) == oracle(tmp_path, absent=absent)
 
 
-def test_nobody_there_ends_in_a_quorum_error_that_names_all(tmp_path):
+def test_a_run_without_clients_ends_in_a_quorum_error_that_names_all(tmp_path):
     with pytest.raises(QuorumError) as caught:
         play(tmp_path, {})
     assert all(f"{name}: not connected: it has not reported" in str(caught.value) for name in NAMES)
@@ -488,10 +490,10 @@ def test_a_client_that_appears_during_the_run_takes_part_from_then_on(tmp_path):
     ]
 
 
-def test_a_start_says_for_whom_it_waits(tmp_path, monkeypatch):
-    """A run that was resumed while a client was away stood still for minutes, and said nothing."""
-    monkeypatch.setattr(flower_server, "TELL_S", 0.01)
-    monkeypatch.setattr(flower_server, "TOLD", 1)
+def test_a_start_names_the_clients_it_is_waiting_for(tmp_path, monkeypatch):
+    """A run that was resumed while a client was away waited for minutes without saying so."""
+    monkeypatch.setattr(members, "TELL_S", 0.01)
+    monkeypatch.setattr(members, "TOLD", 1)
     grid = Nodes({100: Client("east"), 101: Client("north")})
     played = play(tmp_path, grid, recipe(rounds=1))
     waited = "waiting for south, ... to report, at most 0.05 s (runtime.join_timeout_s)"
@@ -499,7 +501,7 @@ def test_a_start_says_for_whom_it_waits(tmp_path, monkeypatch):
 
 
 def test_a_node_that_reports_after_the_deadline_of_join_takes_part_later(tmp_path):
-    """Its model took long to load: the report comes when nobody waits for it any more."""
+    """Its model took long to load: the report comes when nobody is waiting for it any longer."""
     grid, held = Nodes(clients_by()), []
     south = grid.nodes[13]
     grid.nodes[13] = lambda message: held.append(message) if not held else south(message)
@@ -538,8 +540,8 @@ def test_a_second_node_under_one_name_is_refused(tmp_path):
 
 
 def test_the_second_node_under_a_name_takes_over_when_the_first_is_gone(tmp_path):
-    """A client that was killed is listed until Flower misses its heartbeats; its new node is not
-    the name's second owner for ever."""
+    """A client that was killed is listed until Flower misses its heartbeats; its new node must
+    not remain the name's second owner."""
     grid = Nodes({**clients_by(), 99: Client("north")})
 
     def east(broadcast):
@@ -570,7 +572,7 @@ def failing(error, round_=0, name="south"):
     return guarded(work, client=name, round_=round_)
 
 
-def test_a_client_that_cannot_begin_gives_code_and_place_and_no_text(tmp_path, capsys):
+def test_a_client_that_cannot_start_gives_code_and_place_and_no_text(tmp_path, capsys):
     broken = Client("south", report=failing(DataError(f"row 3: {SECRET}")))
     broken.report = to_record(broken.report)
     played = play(tmp_path, clients_by(south=broken))
@@ -613,7 +615,7 @@ def test_a_report_without_a_name_is_named_by_its_node(tmp_path, name):
     assert played.status(1)["south"] == "not connected"
 
 
-def test_a_reply_that_is_no_parcel_at_join_is_named_by_its_node(tmp_path):
+def test_a_reply_that_is_not_a_parcel_at_join_is_named_by_its_node(tmp_path):
     played = play(tmp_path, clients_by(south=Client("south", report=RecordDict())))
     assert played.heard.notes[0].startswith("node 13: unreadable: a message has no readable text.")
     assert played.status(1)["south"] == "not connected"
@@ -633,14 +635,14 @@ def test_a_node_that_is_not_reachable_at_first_is_asked_again(tmp_path):
     assert played.heard.notes == ["node 13: not reachable: Flower's error code 5"]
 
 
-def test_rows_that_are_cut_are_told_once(tmp_path):
+def test_truncated_rows_are_reported_once(tmp_path):
     cut = Client("north", report={"num_cut": 4, "num_dropped": 1})
     short = Client("south", report={"num_cut": 2})
     played = play(tmp_path, clients_by(north=cut, south=short))
     assert played.heard.notes == [
-        "north: 4 rows are longer than train.max_length and lose their end, "
-        "1 of them with the whole answer: these are left out",
-        "south: 2 rows are longer than train.max_length and lose their end",
+        "north: 4 rows truncated to train.max_length, "
+        "1 of them left out because none of the answer remains",
+        "south: 2 rows truncated to train.max_length",
     ]
 
 
@@ -656,7 +658,7 @@ def test_rows_that_are_cut_are_told_once(tmp_path):
         {"id": ["x"], "base_loads": 1, "peak_memory_bytes": 1},
     ],
 )
-def test_what_a_process_says_of_itself_is_left_out_when_it_cannot_be_read(tmp_path, process):
+def test_what_a_process_says_about_itself_is_left_out_if_it_cannot_be_read(tmp_path, process):
     def train(broadcast):
         parcel = wire.encode_update(update_of("south", broadcast))
         return to_record(Parcel({**parcel.about, "process": process}, parcel.values))
@@ -671,7 +673,7 @@ def test_what_a_process_says_of_itself_is_left_out_when_it_cannot_be_read(tmp_pa
 # --- a client that does not deliver --------------------------------------------------------------
 
 
-def test_a_silent_client_is_named_with_the_key_and_the_others_go_on(tmp_path):
+def test_a_silent_client_is_named_with_the_key_and_the_others_continue(tmp_path):
     silent = Client("south", train=lambda b: None if b.round == 1 else honest("south", b))
     began = time.monotonic()
     played = play(tmp_path, clients_by(south=silent))
@@ -688,7 +690,7 @@ def honest(name, broadcast):
 
 
 def late_by_a_round(grid, node, name):
-    """Its answer to round 1 arrives while round 2 goes on."""
+    """Its answer to round 1 arrives during round 2."""
     held = []
     inner = grid.nodes[node]
 
@@ -830,11 +832,11 @@ def test_flowers_codes_are_those_of_the_installed_flower():
         ErrorCode.NODE_UNAVAILABLE: "not reachable",
         ErrorCode.INVALID_FAB: "client app refused",
         ErrorCode.CLIENT_APP_CRASHED: "client app ended",
-    } == flower_server.ENGINE_CODES
-    assert flower_server.NOT_REACHABLE == ErrorCode.NODE_UNAVAILABLE
+    } == mailbox.ENGINE_CODES
+    assert mailbox.NOT_REACHABLE == ErrorCode.NODE_UNAVAILABLE
 
 
-def test_a_message_that_flower_does_not_take_is_named(tmp_path):
+def test_a_message_that_flower_does_not_accept_is_named(tmp_path):
     class Refuses(Nodes):
         def push_messages(self, messages):
             ids = super().push_messages(messages)
@@ -845,7 +847,7 @@ def test_a_message_that_flower_does_not_take_is_named(tmp_path):
     assert played.status(1) == {**dict.fromkeys(NAMES, "ok"), "east": "message lost"}
 
 
-def test_when_flower_takes_no_message_at_all_everyone_is_named(tmp_path):
+def test_if_flower_accepts_no_message_at_all_everyone_is_named(tmp_path):
     class Refuses(Nodes):
         def push_messages(self, messages):
             kinds = {m.metadata.message_type for m in messages}
@@ -874,7 +876,7 @@ def test_a_node_that_is_gone_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("new_id", [99, 13])
-def test_a_client_that_was_started_again_is_found_under_its_new_node(tmp_path, new_id):
+def test_a_restarted_client_is_found_under_its_new_node(tmp_path, new_id):
     grid = Nodes(clients_by())
     south = grid.nodes[13]
 
@@ -891,7 +893,7 @@ def test_a_client_that_was_started_again_is_found_under_its_new_node(tmp_path, n
     assert [played.status(r)["south"] for r in (2, 3)] == ["not connected", "ok"]
 
 
-def test_a_client_that_was_started_again_between_two_rounds_misses_none(tmp_path):
+def test_a_client_that_was_restarted_between_two_rounds_misses_none(tmp_path):
     grid = Nodes(clients_by())
 
     def west(broadcast):
@@ -899,7 +901,7 @@ def test_a_client_that_was_started_again_between_two_rounds_misses_none(tmp_path
             grid.nodes[99] = grid.nodes.pop(13)
         return honest("west", broadcast)
 
-    grid.nodes[14].train = west  # the last that is asked
+    grid.nodes[14].train = west  # the last one that is asked
     played = play(tmp_path, grid)
     assert played.status(1) == played.status(2) == dict.fromkeys(NAMES, "ok")
     assert sha256(played.state.adapter) == oracle(tmp_path)
@@ -961,8 +963,8 @@ def holding(value):
 
 
 REFUSED = {
-    "NaN": ({"delta": holding(float("nan"))}, "'lora_B' holds NaN or infinity"),
-    "infinity": ({"delta": holding(float("-inf"))}, "'lora_B' holds NaN or infinity"),
+    "NaN": ({"delta": holding(float("nan"))}, "'lora_B' contains NaN or infinity"),
+    "infinity": ({"delta": holding(float("-inf"))}, "'lora_B' contains NaN or infinity"),
     "another rank": (
         {"delta": {"lora_A": torch.zeros(4, 3), "lora_B": torch.ones(3, 2)}},
         "'lora_A' has shape (4, 3), the server expects (2, 3)",
@@ -970,7 +972,7 @@ REFUSED = {
     "a missing tensor": ({"delta": {"lora_A": torch.zeros(2, 3)}}, "tensor 'lora_B' is missing"),
     "no examples": ({"num_examples": 0}, "no examples"),
     "another mu": ({"settings": {"mu": 9.0}}, "trained with {'mu': 9.0}"),
-    "more than asked for": ({"extra": {"controls": START}}, "brings ['controls']"),
+    "more than asked for": ({"extra": {"controls": START}}, "sends ['controls']"),
 }
 
 
@@ -1039,12 +1041,12 @@ def test_clients_that_do_not_score_in_time_are_named(tmp_path):
         "east": ("ok", None),
         "north": ("timeout", "no answer within 0.05 s (sampling.timeout_s)"),
         "south": ("client app failed", "Flower's error code 2"),
-        "west": ("unreadable", "it is no answer to the evaluate message"),
+        "west": ("unreadable", "it is not an answer to the evaluate message"),
     }
     assert SECRET not in played.everything()
 
 
-def test_a_score_that_comes_late_is_not_taken_for_that_of_another_round(tmp_path):
+def test_a_late_score_is_not_taken_for_that_of_another_round(tmp_path):
     """A score does not say its round: the message that it answers does."""
     run = recipe(rounds=2, evaluate={"every": 1}, sampling__num_clients=2)
     cohorts = [sample(NAMES, run.sampling, generator(run.seed, "sampling", r)) for r in (1, 2)]
@@ -1073,7 +1075,7 @@ def test_a_score_that_comes_late_is_not_taken_for_that_of_another_round(tmp_path
     assert len(rows) == len(set(rows)), "nobody is named twice"
 
 
-def test_a_late_score_of_an_earlier_adapter_is_not_one_of_the_last(tmp_path):
+def test_a_late_score_of_an_earlier_adapter_is_not_taken_for_the_last_ones(tmp_path):
     run = recipe(rounds=1, evaluate={"every": 1}, sampling__num_clients=2)
     cohort = sample(NAMES, run.sampling, generator(run.seed, "sampling", 1))
     name = min(set(NAMES) - set(cohort))
@@ -1182,7 +1184,7 @@ def test_a_bug_in_the_app_leaves_its_kind_and_no_text(tmp_path, monkeypatch, cap
         assert SECRET not in path.read_text()
 
 
-def test_the_app_goes_on_where_a_checkpoint_ended(tmp_path, monkeypatch):
+def test_the_app_continues_where_a_checkpoint_ended(tmp_path, monkeypatch):
     run = recipe(rounds=3)
     context = context_of(tmp_path, monkeypatch, run)
     grid = Nodes(clients_by())
@@ -1195,7 +1197,7 @@ def test_the_app_goes_on_where_a_checkpoint_ended(tmp_path, monkeypatch):
     assert not again.sent("train"), "all rounds are done"
 
 
-def test_with_a_window_everybody_is_asked_and_few_at_once(tmp_path):
+def test_with_a_window_everybody_is_asked_but_few_at_once(tmp_path):
     class Counting(Nodes):
         most = under_way = 0
 
@@ -1217,3 +1219,33 @@ def test_with_a_window_everybody_is_asked_and_few_at_once(tmp_path):
     assert played.status(1) == dict.fromkeys(NAMES, "ok")
     whole = play(tmp_path / "all", clients_by(), run)
     assert sha256(played.state.adapter) == sha256(whole.state.adapter)
+
+
+# --- a message of its own for each client ---------------------------------------------------------
+
+
+def test_each_client_receives_its_own_message_and_one_that_all_share_is_encoded_once(
+    tmp_path, monkeypatch
+):
+    encoded, encode = [], wire.encode_broadcast
+    monkeypatch.setattr(wire, "encode_broadcast", lambda sent: encoded.append(sent) or encode(sent))
+    received = {}
+
+    def node(name):
+        def train(broadcast):
+            received[name] = broadcast.adapter
+            return wire.encode_update(update_of(name, broadcast))
+
+        return Client(name, train=train)
+
+    grid = Nodes({11 + i: node(name) for i, name in enumerate(NAMES)})
+    clients = Played(tmp_path, grid).clients
+    own = {name: Broadcast(1, {n: t + i for n, t in START.items()}) for i, name in enumerate(NAMES)}
+    answers = list(clients.train(own))
+    assert {answer.client for answer in answers} == set(NAMES)
+    for name, adapter in received.items():
+        assert sha256(adapter) == sha256(own[name].adapter)
+    assert len(encoded) == len(NAMES)
+    encoded.clear()
+    list(clients.train(dict.fromkeys(NAMES, Broadcast(2, START))))
+    assert len(encoded) == 1

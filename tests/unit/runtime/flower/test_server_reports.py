@@ -1,4 +1,4 @@
-"""Progress and outcome between two processes: nothing is lost, doubled, or told in full text."""
+"""Progress and outcome between two processes: nothing is lost, doubled or reported in full."""
 
 import inspect
 import json
@@ -83,7 +83,7 @@ def tell(progress, calls=CALLS):
 
 
 def plain(calls):
-    """Calls as values: an update without its tensors, which stay where the sums are made."""
+    """Calls as values: an update without its tensors, which stay where they are summed."""
     return [
         (
             name,
@@ -96,11 +96,11 @@ def plain(calls):
     ]
 
 
-def test_all_that_progress_can_be_told_is_in_this_test():
+def test_every_event_of_progress_is_in_this_test():
     assert {name for name, _ in CALLS} | {"end"} == set(NAMES)
 
 
-def test_what_is_told_is_heard_on_the_other_side_in_order_and_once(tmp_path, written):
+def test_events_arrive_on_the_other_side_in_order_and_once(tmp_path, written):
     tell(written)
     heard = Recording()
     follower = Follower(tmp_path, heard)
@@ -117,7 +117,7 @@ def test_what_is_told_is_heard_on_the_other_side_in_order_and_once(tmp_path, wri
     assert len(heard.calls) == len(CALLS) + 1
 
 
-def test_each_event_is_heard_at_once(tmp_path, written):
+def test_each_event_arrives_at_once(tmp_path, written):
     heard = Recording()
     follower = Follower(tmp_path, heard)
     for n, call in enumerate(CALLS, start=1):
@@ -126,7 +126,7 @@ def test_each_event_is_heard_at_once(tmp_path, written):
         assert len(heard.calls) == n, call[0]
 
 
-def test_the_process_that_tells_is_known(tmp_path):
+def test_the_process_that_writes_is_known(tmp_path):
     follower = Follower(tmp_path, Recording())
     follower.follow()
     assert follower.process is None, "nothing is there yet"
@@ -171,7 +171,7 @@ def test_the_lines_are_json_and_hold_no_tensor(tmp_path, written):
     }
 
 
-def test_a_server_app_that_is_resumed_goes_on_below_the_old_lines(tmp_path):
+def test_a_resumed_server_app_continues_below_the_old_lines(tmp_path):
     for text in ("one", "two"):
         progress = FileProgress(tmp_path)
         progress.note(text)
@@ -210,7 +210,7 @@ def test_our_own_error_is_raised_again_with_class_and_text(tmp_path, cls):
 
 
 class Own(QuorumError):
-    """Of a class that errors.py does not know."""
+    """A class that errors.py does not have."""
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ class Own(QuorumError):
         (ZeroDivisionError(), "ZeroDivisionError"),
         (KeyboardInterrupt("patient 4711"), "KeyboardInterrupt"),
         (SystemExit("patient 4711"), "SystemExit"),
-        # a class of that name exists in errors.py, but is no error of ours
+        # errors.py has a class of that name, but it is not one of our errors
         (type("Exception", (ValueError,), {})("patient 4711"), "Exception"),
         (type("__doc__", (ValueError,), {})("patient 4711"), "__doc__"),
     ],
@@ -239,7 +239,7 @@ def test_an_error_of_a_class_that_is_not_known_here_is_still_an_error(tmp_path):
         read_outcome(tmp_path)
 
 
-def test_an_outcome_is_there_whole_or_not_at_all(tmp_path):
+def test_an_outcome_is_there_completely_or_not_at_all(tmp_path):
     (tmp_path / (OUTCOME + ".part")).write_text('{"error": nu')
     assert read_outcome(tmp_path) is None
     write_outcome(tmp_path, FACTS, None)

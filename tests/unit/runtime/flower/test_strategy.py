@@ -228,7 +228,7 @@ def test_bulyan_averages_what_is_nearest_to_the_median_of_its_selection():
     assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-def test_qfedavg_weighs_clients_by_their_training_loss():
+def test_qfedavg_weights_clients_by_their_training_loss():
     lr, q = 0.1, 2.0
     losses = np.array([1.0, 2.0, 3.0, 4.0])
     state = ServerState(0, START)
@@ -246,7 +246,7 @@ def test_qfedavg_weighs_clients_by_their_training_loss():
     st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=2),
     st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=2),
 )
-def test_a_step_arrives_at_the_very_bits_that_the_strategy_returned(old, new):
+def test_a_step_arrives_at_exactly_the_bits_that_the_strategy_returned(old, new):
     # a weight that shrinks more than 2^29 times in one round is the one that is rounded
     old, new = (torch.where(t.abs() < 1e-5, 0.0, t) for t in (torch.tensor(old), torch.tensor(new)))
     delta = {"x": new.double() - old.double()}
@@ -268,7 +268,7 @@ def test_what_the_strategy_returned_is_what_the_run_holds(monkeypatch):
     assert sha256(state.adapter) == sha256(returned)
 
 
-def test_a_combined_change_says_that_it_is_no_sum_of_deltas():
+def test_a_combined_change_says_that_it_is_not_a_sum_of_deltas():
     assert bridge("FedAvg").linear is False
     assert bridge("FedAvg").local.penalty is None
 
@@ -305,7 +305,7 @@ def flowers_log():
     logger.setLevel(level)
 
 
-def test_flower_keeps_quiet_during_the_calls_and_only_then(flowers_log):
+def test_flower_is_quiet_during_the_calls_and_only_then(flowers_log):
     play(bridge("FedAvg"), rounds=1)
     check_algorithm(config("FedAvg"), num_clients=3)
     logging.getLogger("flwr").info("as before")
@@ -345,14 +345,14 @@ class StandInClients:
     def names(self):
         return list(NAMES)
 
-    def train(self, cohort, broadcast):
-        assert not broadcast.extra  # a strategy's memory stays at the server
-        for client in cohort:
+    def train(self, messages):
+        for client, broadcast in messages.items():
+            assert not broadcast.extra  # a strategy's memory stays at the server
             facts = {"num_tokens": 5, "seconds": 1, "seconds_training": 1}
             plain = update(client, broadcast.round)
             yield replace(plain, metrics={**plain.metrics, **facts})
 
-    def evaluate(self, cohort, broadcast):
+    def evaluate(self, messages):
         return []
 
 
@@ -415,7 +415,7 @@ def test_every_kind_of_memory_is_kept_with_its_type():
 
 
 @pytest.mark.parametrize("name", ["FedYogi", "FedAvgM", "own_strategies.Remembers"])
-def test_without_its_memory_a_strategy_would_go_elsewhere(name):
+def test_without_its_memory_a_strategy_would_give_another_result(name):
     algorithm = bridge(name)
     state = play(algorithm, rounds=1)
     forgot = play(algorithm, rounds=1, state=replace(state, extra={}))
@@ -427,11 +427,11 @@ def test_without_its_memory_a_strategy_would_go_elsewhere(name):
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("num_clients", [3, 20])
-def test_the_check_lets_these_pass(name, num_clients):
+def test_the_check_accepts_these(name, num_clients):
     check_algorithm(config(name, **NEEDS.get(name, {})), num_clients=num_clients)
 
 
-def test_the_check_lets_own_classes_and_own_algorithms_pass():
+def test_the_check_accepts_a_users_classes_and_our_own_algorithms():
     check_algorithm(own("Remembers", share=0.25), num_clients=5)
     check_algorithm(own("OwnKeys"), num_clients=5)
     check_algorithm(FedAvgConfig(), num_clients=5)
@@ -460,22 +460,23 @@ PROX = f"algorithm.name: 'flower:{FLWR}.FedProx' needs its own messages: it send
         (
             config("FedProx", proximal_mu=0.1),
             f"{PROX} 'proximal-mu'.\n"
-            '  Use our own: algorithm.name = "fedprox"; its keys: weights, server_lr, mu.',
+            '  Use silotune\'s own: algorithm.name = "fedprox", with the keys weights, server_lr, '
+            "mu.",
         ),
         (
             config("FedXgbCyclic"),
-            "needs its own messages: it sends 1 messages to 1 of 7 clients.\n"
+            "needs its own messages: it sends 1 message to 1 of 7 clients.\n"
             "  Choose another strategy; our clients would not read them.",
         ),
         (
             config("FedXgbBagging"),
-            "fails in a rehearsal with 7 clients per round: round 1: FedXgbBagging combined none "
-            "of 7 updates: InconsistentMessageReplies: Expected exactly one Array",
+            "fails in a rehearsal with 7 clients per round: round 1: FedXgbBagging could not "
+            "combine 7 updates: InconsistentMessageReplies: Expected exactly one Array",
         ),
         (
             config("DifferentialPrivacyServerSideFixedClipping", noise_multiplier=1.0),
-            "wraps another strategy, which a recipe cannot hold.\n"
-            "  Name a strategy that stands alone.",
+            "wraps another strategy, which a recipe cannot express.\n"
+            "  Name a strategy that does not wrap another.",
         ),
         (
             config("QFedAvg"),
@@ -485,7 +486,7 @@ PROX = f"algorithm.name: 'flower:{FLWR}.FedProx' needs its own messages: it send
         (
             config("FedYogi", etta=0.1),
             "has no option 'etta'. Did you mean 'eta'?\n"
-            "  It has: arrayrecord_key, beta_1, beta_2, configrecord_key, eta, eta_l, ",
+            "  Its options: arrayrecord_key, beta_1, beta_2, configrecord_key, eta, eta_l, ",
         ),
         (
             config("FedTrimmedAvg", beta=0.7),
@@ -498,44 +499,45 @@ PROX = f"algorithm.name: 'flower:{FLWR}.FedProx' needs its own messages: it send
         ),
         (
             config("Bulyan", num_malicious_nodes=2),
-            "fails in a rehearsal with 7 clients per round: round 1: Bulyan combined none of 7 "
+            "fails in a rehearsal with 7 clients per round: round 1: Bulyan could not combine 7 "
             "updates: it returned no arrays.\n"
             "  Change [algorithm.options], ask more clients, or choose another strategy.",
         ),
         (
             config("FedYogy"),
-            f"is not there: '{FLWR}' has no 'FedYogy'. Did you mean 'FedYogi'?\n"
-            "  Strategies there: Bulyan, ",
+            f"does not exist: '{FLWR}' has no 'FedYogy'. Did you mean 'FedYogi'?\n"
+            "  Its strategies: Bulyan, ",
         ),
-        (config("Result"), f"is no subclass of {FLWR}.Strategy.\n  Name a class of the message"),
+        (config("Result"), f"is not a subclass of {FLWR}.Strategy.\n  Name a class of the message"),
         (config("Strategy"), "cannot be built: TypeError: Can't instantiate abstract class"),
         (
             config("flwr.server.strategy.FedAvg"),
-            "Name a class of the message API; flwr.server.strategy holds the older ones.",
+            "Name a class of the message API; those in flwr.server.strategy are of the older API.",
         ),
         (
             config("nowhere_at_all.Mine"),
             "cannot be imported: ModuleNotFoundError: No module named 'nowhere_at_all'.\n"
-            "  Mend the path; a module of your own must be on PYTHONPATH.",
+            "  Correct the path; a module of your own must be on PYTHONPATH.",
         ),
         (
             own("Rolls"),
-            "does not go on after a stop as it would have without: it draws by chance, or keeps "
-            "memory outside its attributes.\n  Keep memory in attributes, as arrays or numbers",
+            "gives a different result after a stop than without one: it draws random numbers, or "
+            "keeps memory outside its attributes.\n"
+            "  Keep memory in attributes, as arrays or numbers",
         ),
-        (own("Hides"), "does not go on after a stop as it would have without"),
+        (own("Hides"), "gives a different result after a stop than without one"),
         (
             own("Journal"),
             "keeps memory that cannot be saved: 'journal' (list).\n"
-            "  Saved are numbers, arrays, lists and dicts of arrays, and ArrayRecords.",
+            "  Keep numbers, arrays, lists and dicts of arrays, and ArrayRecords only.",
         ),
-        (own("Sends"), "sends messages by itself.\n  Choose another strategy."),
+        (own("Sends"), "sends its own messages.\n  Choose another strategy."),
         (own("SendsOther"), "needs its own messages: it sends arrays other than the adapter"),
         (own("AsksHalf"), "needs its own messages: it sends 3 messages to 3 of 7 clients"),
         (own("AsksOneTwice"), "needs its own messages: it sends 7 messages to 6 of 7 clients"),
         (own("Renames"), "returns other tensors than it received.\n  Choose another strategy."),
         (own("Breaks"), "fails in a rehearsal with 7 clients per round: RuntimeError: boom.\n"),
-        (own("Divides"), "Divides combined none of 7 updates: 'a' holds NaN or infinity"),
+        (own("Divides"), "Divides could not combine 7 updates: 'a' holds NaN or infinity"),
     ],
     ids=lambda value: value.name.rpartition(".")[2] if hasattr(value, "name") else "",
 )
@@ -543,7 +545,7 @@ def test_what_cannot_run_is_refused_by_the_check(cfg, text):
     found = mistake(cfg)
     assert text in found
     assert cfg.name in found or found.startswith("round 1: ")
-    assert "\n  " in found  # how to mend it
+    assert "\n  " in found  # how to fix it
 
 
 def test_a_module_that_fails_to_import_is_explained(tmp_path, monkeypatch):
@@ -578,8 +580,9 @@ def test_too_few_updates_end_the_run_with_the_round_named():
     with pytest.raises(QuorumError) as caught:
         play(algorithm)
     assert str(caught.value) == (
-        "round 1: Bulyan combined none of 4 updates: it returned no arrays.\n"
-        "  Start a new run with more clients per round, other [algorithm.options] or another name."
+        "round 1: Bulyan could not combine 4 updates: it returned no arrays.\n"
+        "  Start a new run with more clients per round, different [algorithm.options] or another "
+        "algorithm.name."
     )
 
 
@@ -596,27 +599,32 @@ def test_flowers_own_errors_name_the_round_and_bugs_stay_bugs():
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
-        ("FedAdam", ["moment starts at 0", "exponent round + 1", '"fedadam" is our own FedAdam']),
-        ("FedYogi", ["moment starts at 0", '"fedyogi" is our own FedYogi']),
-        ("FedAdagrad", ["moment starts at 0", '"fedadagrad" is our own']),
-        ("Krum", ["distances are taken between whole weights in float32"]),
-        ("MultiKrum", ["distances are taken", "sums run in float32"]),
-        ("Bulyan", ["Multi-Krum chooses once", "distances are taken"]),
-        ("FedAvg", ["sums run in float32", '"fedavg" is our own FedAvg']),
-        ("FedAvgM", ["sums run in float32", '"fedavgm" is our own FedAvgM']),
+        (
+            "FedAdam",
+            ["moment starts at 0", "exponent round + 1", '"fedadam" is silotune\'s own FedAdam'],
+        ),
+        ("FedYogi", ["moment starts at 0", '"fedyogi" is silotune\'s own FedYogi']),
+        ("FedAdagrad", ["moment starts at 0", '"fedadagrad" is silotune\'s own']),
+        ("Krum", ["distances are computed between full weights in float32"]),
+        ("MultiKrum", ["distances are computed", "it sums in float32"]),
+        ("Bulyan", ["runs Multi-Krum once", "distances are computed"]),
+        ("FedAvg", ["it sums in float32", '"fedavg" is silotune\'s own FedAvg']),
+        ("FedAvgM", ["it sums in float32", '"fedavgm" is silotune\'s own FedAvgM']),
         ("FedMedian", []),
     ],
 )
 def test_known_traps_are_named(name, texts):
     found = strategy_warnings(config(name, **NEEDS.get(name, {})))
-    assert found[-1] == "A Flower strategy holds all updates of a round in memory; ours hold one."
+    assert found[-1] == (
+        "A Flower strategy holds all updates of a round in memory; silotune's own hold one."
+    )
     assert all(any(text in line for line in found) for text in texts)
     assert bool(texts) == (len(found) > 1)
     assert all(line.endswith(".") and "\n" not in line for line in found)
     assert ("exponent" in " ".join(found)) == (name == "FedAdam")
 
 
-def test_a_class_of_ones_own_inherits_the_traps_of_its_base():
+def test_a_users_class_inherits_the_traps_of_its_base():
     assert strategy_warnings(own("Remembers")) == strategy_warnings(config("FedAvg"))
 
 
@@ -651,40 +659,41 @@ def test_a_recipe_with_options_is_read_and_written_back():
     [
         (
             {"eta": 0.1},
-            "algorithm.eta: unknown key. The strategy's are in algorithm.options.",
+            "algorithm.eta: unknown key. Put the strategy's arguments in algorithm.options.",
         ),
         (
             {"option": {}},
             "algorithm.option: unknown key. Did you mean 'options'? "
-            "The strategy's are in algorithm.options.",
+            "Put the strategy's arguments in algorithm.options.",
         ),
         (
             {"options": {"fraction_train": 0.5}},
-            "algorithm.options: 'fraction_train' is no option: [sampling] rules who takes part.",
+            "algorithm.options: 'fraction_train' is not an option: [sampling] decides which "
+            "clients take part.",
         ),
         (
             {"options": {"weighted_by_key": "x"}},
-            "algorithm.options: 'weighted_by_key' is no option: algorithm.weights rules how "
-            "clients are weighted.",
+            "algorithm.options: 'weighted_by_key' is not an option: algorithm.weights "
+            "decides how clients are weighted.",
         ),
         (
             {"options": {"eta": [1]}},
-            "algorithm.options: 'eta' should be a number, a text, true or false.",
+            "algorithm.options: 'eta' should be a number, a string, true or false.",
         ),
         ({"options": {"eta": float("nan")}}, "algorithm.options: 'eta' should be a finite number."),
         (
             {"options": 3},
-            "algorithm.options: is a section; set single keys of it, as in algorithm.options.key = "
-            "value.",
+            "algorithm.options: is a section; set individual keys in it, for example "
+            "algorithm.options.key = value.",
         ),
         (
             {"name": FLOWER},
-            "algorithm.name: is not the path of a class. A strategy is named as in "
+            "algorithm.name: is not the path of a class. Name a strategy like this: "
             "flower:flwr.serverapp.strategy.FedYogi.",
         ),
         ({"name": "fedavg", "options": {}}, f"algorithm.options: is a key of {FLOWER}, not of "),
         ({"name": "flower:FedYogi"}, "there is no algorithm 'flower:FedYogi'. Did you mean 'fed"),
-        ({"name": f"{FLWR}.FedYogi"}, "A strategy is named as in flower:flwr.serverapp."),
+        ({"name": f"{FLWR}.FedYogi"}, "Name a strategy like this: flower:flwr.serverapp."),
     ],
 )
 def test_mistakes_in_the_section_are_explained(section, text):
@@ -698,12 +707,12 @@ def test_mistakes_in_the_section_are_explained(section, text):
 
 
 def test_the_check_of_a_recipe_finds_it_and_the_command_prints_the_warnings(capsys):
-    def section(name: str, more: str = "") -> str:  # in place of the recipe's, server_lr and all
+    def section(name: str, more: str = "") -> str:  # replaces the recipe's, server_lr included
         return f'algorithm={{name="flower:{FLWR}.{name}"{more}}}'
 
     with pytest.raises(ConfigError, match="needs its own messages"):
         silotune.check("hospitals", [section("FedProx")])
-    with pytest.raises(ConfigError, match=r"Bulyan combined none of 5 updates"):
+    with pytest.raises(ConfigError, match=r"Bulyan could not combine 5 updates"):
         silotune.check("hospitals", [section("Bulyan", ", options={num_malicious_nodes=1}")])
     checked = silotune.check("hospitals", [section("FedYogi"), "algorithm.options.eta=0.02"])
     assert checked.warnings == strategy_warnings(checked.run.algorithm) != []

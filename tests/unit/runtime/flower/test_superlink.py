@@ -1,4 +1,4 @@
-"""What we change of Flower: how long the SuperLink waits for its database, what one part is."""
+"""What we change in Flower: how long the SuperLink waits for its database, how large a part is."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def pragmas(path) -> dict[str, str]:
 
 
 def test_a_request_waits_for_others_longer_than_flower_lets_it(tmp_path, monkeypatch):
-    """Regression: of three clients with adapters of 500 MB, `database is locked` ended the run."""
+    """Regression: with three clients and adapters of 500 MB, `database is locked` ended the run."""
     monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", SQLITE_PRAGMAS)
     flowers = pragmas(tmp_path / "flowers.db")
     assert flowers["busy_timeout"] == "5000"
@@ -31,14 +31,14 @@ def test_a_request_waits_for_others_longer_than_flower_lets_it(tmp_path, monkeyp
 
 
 @pytest.mark.timeout(120)
-def test_it_takes_flowers_own_arguments():
+def test_it_accepts_flowers_own_arguments():
     words = [sys.executable, "-m", "silotune.runtime.flower.superlink", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "--enable-supernode-auth" in done.stdout
 
 
-def test_a_part_is_as_large_as_we_say_and_they_go_one_after_the_other(tmp_path):
+def test_a_part_is_as_large_as_we_say_and_parts_are_sent_one_at_a_time(tmp_path):
     """Regression: at 1 Mbit/s no part of 4.5 MB arrived within the 30 s that Flower waits."""
     own = engine_environment(tmp_path, private=tmp_path, runs=tmp_path, threads=1)
     code = (

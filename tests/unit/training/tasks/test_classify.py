@@ -1,4 +1,4 @@
-"""Classification: what a row becomes, its loss and scores, and the head that gives the labels."""
+"""Classification: what a row becomes, its loss and scores, and the head that gives labels."""
 
 import json
 import math
@@ -21,13 +21,12 @@ from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.errors import ConfigError, ModelError
 from silotune.core.tree import sha256
 from silotune.models.adapters import AdapterConfig
+from silotune.models.base import ModelConfig, quiet_libraries
 from silotune.models.heads import Head, draw_head
 from silotune.models.loading import (
     LoadedModel,
-    ModelConfig,
     base_only,
     load_model,
-    quiet_libraries,
     read_adapter,
     renew_adapter,
     save_adapter,
@@ -60,7 +59,7 @@ PAIRS = [{"text": r["text"], "text_pair": "why " + r["text"][::-1], "label": "no
 
 @dataclass(frozen=True)
 class Shelf:
-    """Tiny models on disk, each built when it is first asked for."""
+    """Tiny models on disk, each built on first use."""
 
     place: Path
 
@@ -159,7 +158,7 @@ def test_no_rows_make_no_examples(models):
     assert (found.examples, found.num_cut, found.rows) == ((), 0, ())
 
 
-def test_a_pair_tells_bert_which_token_is_of_which_text():
+def test_a_pair_tells_bert_which_text_a_token_belongs_to():
     (example,) = TASK.prepare(PAIRS[:1], build_encoder_tokenizer("bert"), 128).examples
     first, second = len(PAIRS[0]["text"]) + 2, len(PAIRS[0]["text_pair"]) + 1
     assert example.segments is not None
@@ -183,9 +182,9 @@ def test_a_pair_in_a_batch_has_the_logits_of_transformers_own_encoding(models):
 def test_the_order_of_a_pair_and_its_segments_matter_to_bert(models):
     batch = collate(prepared(models["bert"], PAIRS))
     with torch.no_grad():
-        told = loss(models["bert"], batch).logits
-        untold = loss(models["bert"], collate([unsegmented(e) for e in batch_of(PAIRS)])).logits
-    assert not torch.allclose(told, untold, atol=1e-3)
+        marked = loss(models["bert"], batch).logits
+        unmarked = loss(models["bert"], collate([unsegmented(e) for e in batch_of(PAIRS)])).logits
+    assert not torch.allclose(marked, unmarked, atol=1e-3)
 
 
 def batch_of(rows) -> tuple[Example, ...]:
@@ -207,7 +206,7 @@ def text_of(length: int, paired: bool) -> dict[str, str]:
     paired=st.booleans(),
 )
 @settings(max_examples=40)
-def test_long_rows_are_cut_by_the_tokenizer_and_keep_their_last_special_token(
+def test_long_rows_are_truncated_by_the_tokenizer_and_keep_their_last_special_token(
     lengths, limit, paired
 ):
     tokenizer = build_encoder_tokenizer()
@@ -360,11 +359,11 @@ def test_rows_scored_one_by_one_add_up_to_the_evaluation(models):
     assert [counts[0] for counts in whole.label_counts] == right
 
 
-# --- where the head is, and what it begins with
+# --- where the head is, and what it starts with
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_is_what_lies_outside_the_encoder_or_decoder(models, family):
+def test_the_head_is_what_is_outside_the_encoder_or_decoder(models, family):
     loaded = models[family]
     assert loaded.head_modules is not None
     assert loaded.head_modules.modules == HEADS[family]
@@ -401,7 +400,7 @@ def test_files_that_lack_a_layer_are_refused_and_the_tensor_is_named(shelf, fami
     config = json.loads((folder / "config.json").read_text())
     key = "n_layers" if family == "distilbert" else "num_hidden_layers"
     (folder / "config.json").write_text(json.dumps(config | {key: 2}))
-    with pytest.raises(ModelError, match=rf"lack '{tensor}[\s\S]*holds all weights"):
+    with pytest.raises(ModelError, match=rf"the first is '{tensor}[\s\S]*contains all weights"):
         load(folder, family)
 
 
@@ -522,7 +521,7 @@ def check_same(ours: LoadedModel, wanted: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_head_that_the_checkpoint_brought_is_its_own_again_when_renewed(with_head, dtype):
+def test_a_head_from_the_checkpoint_is_restored_when_renewed(with_head, dtype):
     renewed = load(with_head, "distilbert", dtype=dtype)
     learn(renewed, 2)
     renewed = renew_adapter(renewed, lora("distilbert"), seed=2)
@@ -530,7 +529,7 @@ def test_a_head_that_the_checkpoint_brought_is_its_own_again_when_renewed(with_h
 
 
 @pytest.mark.parametrize("labels", [LABELS, ("no", "yes")])
-def test_half_a_head_that_the_checkpoint_brought_is_renewed_too(with_head, labels):
+def test_half_a_head_from_the_checkpoint_is_renewed_too(with_head, labels):
     rows = [row for row in ROWS if row["label"] in labels]
     task = classify(labels)
     renewed = load(with_head, "distilbert", labels=labels)
@@ -628,7 +627,7 @@ def test_a_saved_adapter_gives_a_plain_model_our_logits(shelf, family, tmp_path)
 
 
 def check_peft_folder(loaded: LoadedModel, base: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """PEFT alone, on a plain model with a head of its own, gives what ours gives."""
+    """PEFT alone, on a plain model with its own head, gives the same logits as ours."""
     from peft import PeftModel
 
     save_adapter(loaded, folder, base_name="a-base")
@@ -740,7 +739,7 @@ def test_gradient_checkpointing_changes_no_step(shelf, family):
 
 @pytest.fixture(scope="module", params=["lora", "full"])
 def finished(request, shelf, tmp_path_factory):
-    """A whole run whose head stays as it was drawn."""
+    """A complete run whose head keeps its initial values."""
     place = tmp_path_factory.mktemp("frozen")
     rows = [{**row, "site": f"site-{n % 2}"} for n, row in enumerate(ROWS * 2)]
     table = {

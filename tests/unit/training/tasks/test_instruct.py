@@ -1,4 +1,4 @@
-"""What is learned of a conversation, and what the loss of a batch is."""
+"""What is learned from a conversation, and the loss of a batch."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_several_answers()
         trained_spans(forgetful, talk("a", "b", "c", "d"))
 
 
-def test_long_rows_are_cut_at_their_end_and_counted(tokenizer):
+def test_long_rows_are_truncated_at_their_end_and_counted(tokenizer):
     rows = [talk("q", "a" * 50), talk("q" * 100, "a"), talk("q", "a")]
     prepared = prepare(rows, tokenizer, 60)
     assert (prepared.num_cut, prepared.num_dropped, len(prepared.examples)) == (2, 1, 2)

@@ -1,4 +1,4 @@
-"""What an attack shows: lower bounds on epsilon, rates of membership inference, exposure."""
+"""Lower bounds on epsilon, rates of membership inference, exposure."""
 
 import math
 from fractions import Fraction
@@ -50,7 +50,7 @@ def test_even_if_every_guess_is_right_their_number_limits_the_bound(r):
 
 
 def exact_p(q: Fraction, r: int, v: int, m: int, delta: Fraction) -> Fraction:
-    """Theorem 5.2 in whole numbers: every probability is a fraction, every sum is spelt out."""
+    """Theorem 5.2 in exact arithmetic: probabilities are fractions, sums are written out."""
 
     def probability(k: int) -> Fraction:
         return math.comb(r, k) * q**k * (1 - q) ** (r - k)
@@ -97,7 +97,7 @@ def test_the_bound_rises_with_right_guesses_and_falls_with_confidence_and_delta(
 
 
 @given(r=st.integers(1, 100), data=st.data(), delta=st.sampled_from([0.0, 1e-5, 1e-3]))
-def test_what_lies_below_the_bound_is_refuted_and_what_lies_above_is_not(r, data, delta):
+def test_an_epsilon_below_the_bound_is_refuted_and_one_above_is_not(r, data, delta):
     v = data.draw(st.integers(0, r))
     lower = bound(r, v, delta=delta)
     for epsilon in np.linspace(0, lower + 3, 40):
@@ -119,7 +119,7 @@ def test_randomised_response_exceeds_its_own_epsilon_in_one_audit_of_twenty_at_m
 
 
 @pytest.mark.parametrize(("r", "v", "m"), [(10, 11, 20), (10, -1, 20), (30, 5, 20)])
-def test_counts_that_cannot_be_are_refused(r, v, m):
+def test_impossible_counts_are_refused(r, v, m):
     with pytest.raises(ValueError, match="guesses"):
         bound(r, v, m=m)
 
@@ -203,7 +203,7 @@ def test_exposure_is_the_rank_among_all_candidates_in_bits():
     assert exposure(0.5, others) == 8.0
     assert exposure(1.5, others) == 7.0
     assert exposure(300.0, others) == 0.0
-    assert exposure(1.0, others) == 7.0, "of equal losses the secret comes last"
+    assert exposure(1.0, others) == 7.0, "in a tie, the secret comes last"
 
 
 def test_a_secret_that_was_never_seen_has_an_exposure_of_one_and_a_half_bits():

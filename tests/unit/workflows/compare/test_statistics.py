@@ -1,4 +1,4 @@
-"""What scored rows say about the arms: means, pairs, verdicts, words."""
+"""The statistics of scored rows: means, pairs, verdicts, words."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def rows(losses, tokens=4):
 
 
 def scores(federated_shift: float, num_rows: int = 24, seeds=(1, 2)):
-    """Two clients whose losses lie around 2 and 3; federated is local plus a shift."""
+    """Two clients with losses around 2 and 3; federated is local plus a shift."""
     spread = [i / num_rows for i in range(num_rows)]
 
     def arm(shift):
@@ -79,7 +79,7 @@ def test_a_client_that_is_worse_off_is_named_even_when_the_loss_is_small():
     assert worse_off_warnings(found) == ["With “federated”, worse off than alone: north, south."]
 
 
-def test_few_rows_and_few_seeds_are_said():
+def test_few_rows_and_few_seeds_are_noted():
     found = result(federated_shift=-0.1, num_rows=19)
     assert found["clients"]["north"]["verdicts"]["loss"]["federated"] == "too few rows"
     assert found["overall"]["verdicts"]["loss"]["federated"] == "gained"  # 38 rows together
@@ -125,7 +125,7 @@ def test_an_arm_that_lacks_clients_is_left_out_where_they_are_needed():
     assert "only north" not in found["overall"]["scores"]["loss"]
 
 
-def test_tables_have_a_line_per_client_and_one_over_all():
+def test_tables_have_one_line_per_client_and_one_overall():
     found = result(federated_shift=-0.1)
     table = score_table(found, "loss")
     assert [line[0] for line in table] == ["client", "north", "south", "mean over clients"]
@@ -138,7 +138,7 @@ def test_tables_have_a_line_per_client_and_one_over_all():
     )  # fmt: skip
 
 
-def test_the_recipes_own_arm_is_set_against_every_other_federated_one():
+def test_the_recipes_own_arm_is_compared_with_every_other_federated_one():
     arms = scores(federated_shift=-0.1)
     arms["federated: other"] = scores(federated_shift=-0.3)["federated"]
     found = compare_arms(arms, num_train=NUM_TRAIN, seed=3)

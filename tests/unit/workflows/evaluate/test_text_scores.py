@@ -1,4 +1,4 @@
-"""Scores of generated answers, and the published ROUGE of the workshop's own predictions."""
+"""Scores of generated answers, and the published ROUGE of the workshop's predictions."""
 
 import json
 from pathlib import Path

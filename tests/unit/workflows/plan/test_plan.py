@@ -1,4 +1,4 @@
-"""A plan's bytes are those of published systems; its estimates follow from shapes; what fits."""
+"""Bytes of published systems, estimates from shapes, and changes that fit a limit."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from tests.published import published_config
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Folders that hold config.json and no weights."""
+    """Folders with a config.json but no weights."""
 
     def folder(size: str):
         place = tmp_path_factory.mktemp("configs") / size
@@ -89,7 +89,7 @@ def test_what_metrics_count_is_values_alone_and_scores_too(published):
 
 def test_a_plan_ends_where_the_budget_ends_the_run(published):
     name, one = f"model.name={published('smollm2_135m')}", 460_800 * 4
-    three = 3 * 10 * one + 5 * one  # evaluate.every is 5: only the base, with round 1, and the end
+    three = 3 * 10 * one + 5 * one  # evaluate.every is 5: only the base (with round 1) and the end
     found = silotune.plan("hospitals", [name, f"budget.bytes={three}"], measured=False)
     assert (found.traffic.rounds, found.traffic.total) == (3, three)
     assert "budget.bytes ends the run after round 3 of 5" in found.notes
@@ -99,13 +99,13 @@ def test_a_plan_ends_where_the_budget_ends_the_run(published):
         silotune.plan("hospitals", [name, "budget.bytes=1"], measured=False)
 
 
-def test_a_model_without_a_configuration_is_a_mistake(tmp_path):
+def test_a_model_without_a_configuration_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(ModelError, match=r"its config\.json cannot be read"):
         silotune.plan("hospitals", [f"model.name={tmp_path}"], measured=False)
 
 
-def test_rows_that_are_needed_and_missing_are_a_mistake(tmp_path, published):
+def test_missing_rows_that_are_needed_are_an_error(tmp_path, published):
     with pytest.raises(DataError, match="there is no such file"):
         silotune.plan(
             "hospitals",
@@ -121,7 +121,7 @@ def shapes_of(place, *overrides):
     return run, build_shapes(run)
 
 
-def test_a_base_weighs_its_weights_by_the_numbers_it_is_held_in(published):
+def test_the_size_of_a_base_follows_from_the_format_of_its_weights(published):
     place = published("smollm2_135m")
     _, shapes = shapes_of(place, "runtime.device=cpu")
     embeddings, norms = 2 * 49_152 * 576, 61 * 576  # input and output
@@ -129,7 +129,7 @@ def test_a_base_weighs_its_weights_by_the_numbers_it_is_held_in(published):
     assert base_bytes(shapes, "none", double=True) == 4 * (embeddings + norms + 30 * layer)
     largest = 2 * 576 * 1536
     blocks = 30 * layer // 64
-    # one group of scales per layer may be begun, so double quantisation is counted layer by layer
+    # the last group of scales in a layer may be incomplete, so count double quantisation by layer
     per_matrix = [n // 64 for n in (576 * 576, 576 * 192, 576 * 192, 576 * 576, *[576 * 1536] * 3)]
     groups = 30 * sum(math.ceil(n / 256) for n in per_matrix)
     rest = 4 * (embeddings + norms) + largest
@@ -140,7 +140,7 @@ def test_a_base_weighs_its_weights_by_the_numbers_it_is_held_in(published):
 
 
 @pytest.mark.parametrize(("optimizer", "per_value"), [("adamw", 8), ("sgd", 0), ("adamw_8bit", 2)])
-def test_an_optimizer_weighs_its_moments(published, optimizer, per_value):
+def test_the_size_of_an_optimizer_is_that_of_its_moments(published, optimizer, per_value):
     run, shapes = shapes_of(published("smollm2_135m"), f"train.optimizer={optimizer}")
     found = client_memory(run, shapes, BatchShape(1, 8, 7))
     assert found.optimizer == per_value * 460_800
@@ -148,7 +148,7 @@ def test_an_optimizer_weighs_its_moments(published, optimizer, per_value):
 
 
 def test_what_a_forward_pass_keeps_is_what_autograd_keeps(tiny_model):
-    # an oracle: the same model in memory, with everything that autograd saves counted by its place
+    # an oracle: the same model in memory, counting everything that autograd saves by its address
     from silotune.models.loading import load_model
     from silotune.training.tasks.base import Example
     from silotune.training.tasks.instruct import INSTRUCT
@@ -194,7 +194,7 @@ def test_the_widest_batch_is_what_the_recipe_allows():
     assert widest_batch(run) == BatchShape(3, 100, 297)
 
 
-def test_a_folder_without_weights_is_not_at_hand(published, tiny_model):
+def test_a_folder_without_weights_is_not_available(published, tiny_model):
     assert not is_at_hand(load_recipe("hospitals", [f"model.name={published('smollm2_135m')}"]))
     assert is_at_hand(load_recipe("hospitals", [f"model.name={tiny_model}"]))
     assert not is_at_hand(load_recipe("hospitals", ["model.name=nobody/nothing-of-the-kind"]))
@@ -234,7 +234,7 @@ def test_single_changes_come_first_each_as_mild_as_it_can_be():
     ]
 
 
-def test_what_one_change_cannot_do_several_do_together():
+def test_changes_that_fit_only_together_are_found():
     smallest = {"train.batch_size": 1, "train.accumulation": 8, "model.quantization": "nf4"}
     # 25 + 4 + 8, or without checkpointing 25 + 10 + 2; no two changes come below 43
     assert found_for(memory_bytes=37) == [
@@ -250,7 +250,7 @@ def test_bytes_fall_with_rank_or_rounds_and_hours_with_rounds():
     assert found_for(memory_bytes=1) == []
 
 
-def test_what_is_not_known_fits_no_limit():
+def test_an_unknown_value_fits_no_limit():
     assert not Limits(memory_bytes=10).allow(Prediction(None, 1, None))
     assert not Limits(seconds=10).allow(Prediction(1, 1, None))
     assert Limits(size_bytes=10).allow(Prediction(None, 10, None))
@@ -282,7 +282,7 @@ def test_a_plan_says_what_would_fit(published):
     assert found.fits is False
     first = found.changes[0]
     assert dict(first.overrides) == {"adapter.rank": 4}
-    # the predicted figures are those of a plan with these keys
+    # the predicted figures equal those of a plan with these keys
     again = silotune.plan("hospitals", [name, "adapter.rank=4"], measured=False)
     assert first.needed == Prediction(again.peak_bytes, again.traffic.total, None)
     with_time = silotune.plan("hospitals", [name], measured=False, limits=Limits(seconds=1e9))

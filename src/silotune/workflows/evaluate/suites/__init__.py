@@ -8,4 +8,4 @@ from silotune.workflows.evaluate.suites.mmlu import MMLU
 SUITES: dict[str, Suite] = {
     suite.name: suite for suite in (PUBMEDQA, MEDQA, MEDMCQA, CAREQA, MMLU, FPB, FIQA, TFNS)
 }
-"""Every suite of questions by name; `code.py` has the one that runs programs."""
+"""All question suites by name; the suite that runs programs is in `code.py`."""

@@ -1,7 +1,8 @@
 """What a benchmark suite is, and how its rows become items.
 
-A suite names where its rows come from and which columns it can read; this file loads them, from the
-hub or from a local file. It knows no model and no way of answering (scoring.py, leaderboard.py).
+A suite names where its rows come from and which columns it can read. This file loads them from the
+hub or from a local file. It does not know models or ways of answering: see scoring.py and
+leaderboard.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,8 @@ Kind = Literal["choice", "boolean", "sentiment"]
 LETTERS = "ABCDE"
 
 EXPORT = "refs/convert/parquet"
-"""The branch where the hub keeps a copy, as plain files, of a set that is made by a script. Scripts
-are remote code: they are never run, here or by `datasets` from version 4 on."""
+"""The hub's branch with a plain copy of a data set that a script builds. Scripts are remote code:
+neither silotune nor `datasets` from version 4 on runs them."""
 
 
 @dataclass(frozen=True)
@@ -35,50 +36,50 @@ class Item:
     gold: str
     """The right label."""
     leaderboard: str = ""
-    """The whole prompt of the FlowerTune protocol; empty where there is none for this item."""
+    """The full prompt of the FlowerTune protocol; empty if it has none for this item."""
     group: str = ""
-    """A part of the suite that is reported on its own, such as a group of subjects."""
+    """A part of the suite that is reported separately, such as a group of subjects."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where rows lie on the Hugging Face hub."""
+    """Where rows are on the Hugging Face hub."""
 
     path: str
     name: str | None
     split: str
-    """"all" puts the splits behind each other."""
+    """"all" concatenates the splits."""
     revision: str | None = None
     exported: bool = False
-    """Whether the set is made by a script, so that the hub's plain copy is read (`EXPORT`)."""
+    """Whether a script builds the data set, so that the hub's plain copy is read (`EXPORT`)."""
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Columns to add to every row: what the set says only by its name."""
+    """Columns to add to every row: facts that only the name of the data set states."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which the rows of a suite are laid out."""
+    """One layout of a suite's rows."""
 
     columns: tuple[str, ...]
     """Required columns; others are ignored or optional."""
     read: Callable[[Row, str], Item]
-    """(row, place for messages) -> item. Raises DataError."""
+    """(row, location for messages) -> item. Raises DataError."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark: where its rows are and how they are read."""
+    """A benchmark: where its rows are and how to read them."""
 
     name: str
     title: str
     hub: tuple[Hub, ...]
-    """Read one after the other; usually one."""
+    """Where to read rows; usually one place. Several are read in order."""
     layouts: tuple[Layout, ...]
-    """The hub's layout first. A row is read by the first whose columns are all there."""
+    """The hub's layout first. A row is read by the first layout whose columns it has."""
     kind: Kind
     held_out: float | None = None
-    """Share of the hub's rows that is the test part, drawn with seed 42; None: all of them. A local
-    file is always used whole."""
+    """Share of the hub's rows that is the test part, drawn with seed 42; None: all of them. All
+    rows of a local file are used."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -89,7 +90,7 @@ class Suite:
         """One row as an item.
 
         Raises:
-            DataError: No layout fits, or a value cannot be used; the message names the place.
+            DataError: No layout fits, or a value is invalid; the message names the location.
         """
         for layout in self.layouts:
             if all(column in row for column in layout.columns):
@@ -98,10 +99,10 @@ class Suite:
 
 
 def find_suite(name: str, suites: Mapping[str, Suite]) -> Suite:
-    """The suite of that name.
+    """Return the suite with this name.
 
     Raises:
-        ConfigError: There is none; the message offers the nearest and lists all.
+        ConfigError: There is none; the message suggests the closest and lists all.
     """
     if name in suites:
         return suites[name]
@@ -115,8 +116,8 @@ def load_items(suite: Suite, path: str | Path | None = None) -> list[Item]:
     """The items of a suite, in the order of its rows.
 
     Args:
-        suite: Which.
-        path: A local file with the suite's columns; without one the hub is asked.
+        suite: The suite.
+        path: A local file with the suite's columns; by default the hub.
 
     Raises:
         DataError: Rows cannot be found, read or understood.
@@ -126,7 +127,7 @@ def load_items(suite: Suite, path: str | Path | None = None) -> list[Item]:
 
 
 def read_file(path: Path) -> list[PlacedRow]:
-    """The rows of one local file, with their places."""
+    """The rows of one local file, with their locations."""
     if not path.is_file():
         raise no_such_file(path)
     return read_place(path)[0].rows
@@ -138,11 +139,11 @@ def _hub_rows(suite: Suite) -> list[PlacedRow]:
 
 
 def read_hub(name: str, hub: Hub, columns: tuple[str, ...]) -> list[PlacedRow]:
-    """The rows of one place on the hub; suite and columns are named in messages."""
+    """The rows of one place on the hub. Suite and columns are for messages."""
     import datasets
 
-    # Not files.read_hub: that one's messages speak of a recipe's [data], and it cannot name a
-    # folder, which is what a config has become in an exported copy.
+    # Not files.read_hub: its messages mention a recipe's [data], and it cannot name a folder. In an
+    # exported copy, a config is a folder.
     try:
         found: Any = datasets.load_dataset(
             hub.path,
@@ -152,18 +153,18 @@ def read_hub(name: str, hub: Hub, columns: tuple[str, ...]) -> list[PlacedRow]:
             revision=hub.revision or (EXPORT if hub.exported else None),
         )
         rows = [{**row, **hub.columns} for row in found]
-    except Exception as error:  # the libraries below raise dozens of kinds, all meaning this
+    except Exception as error:  # the libraries raise dozens of types, which all mean this
         raise DataError(
             f"suite '{name}': '{hub.path}' ({hub.name or 'default'}, split '{hub.split}') "
             f"could not be read from the hub ({type(error).__name__}).\n"
-            f"  Check the network, or give a file with the columns {list_columns(columns)} by "
+            f"  Check the network, or pass a file with the columns {list_columns(columns)} with "
             "--data FILE."
         ) from error
     return [PlacedRow(f"{hub.path}, {hub.split}, row {n}", row) for n, row in enumerate(rows, 1)]
 
 
 def _test_part(rows: list[PlacedRow], share: float) -> list[PlacedRow]:
-    """The test part that `train_test_split` draws with seed 42; it depends on their number only."""
+    """The test part that `train_test_split` draws with seed 42; depends only on the row count."""
     import datasets
 
     numbers = datasets.Dataset.from_dict({"row": list(range(len(rows)))})
@@ -173,13 +174,13 @@ def _test_part(rows: list[PlacedRow], share: float) -> list[PlacedRow]:
 def missing_columns(
     suite: str, layouts: Sequence[tuple[str, ...]], row: Row, where: str
 ) -> DataError:
-    """The error for a row that none of the layouts' columns fit."""
-    # the layout that most columns fit is the one that was meant
+    """The error for a row that no layout fits."""
+    # probably the layout that shares most columns with the row was meant
     meant = max(layouts, key=lambda columns: sum(c in row for c in columns) / len(columns))
     missing = [column for column in meant if column not in row]
     ways = "; or ".join(list_columns(columns) for columns in layouts)
     return DataError(
-        f"{where}: suite '{suite}' needs column {list_columns(missing)}, which is not there."
+        f"{where}: suite '{suite}' needs column {list_columns(missing)}, which is missing."
         f"{did_you_mean(missing[0], row)}\n"
         f"  The columns are {list_columns(row)}. Rename them to {ways}."
     )

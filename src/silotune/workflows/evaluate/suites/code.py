@@ -1,10 +1,10 @@
-"""HumanEval: write the body of a function; right is what passes the problem's own tests.
+"""HumanEval: write the body of a function; it is right if it passes the problem's own tests.
 
 Chen et al. 2021, "Evaluating Large Language Models Trained on Code". arXiv:2107.03374
 
-Greedy, one sample a problem: the share that passes is pass@1. The prompt is the beginning of a
+Greedy, one sample per problem: the share that passes is pass@1. The prompt is the beginning of a
 Python file, which the model continues as text, without a chat template. Programs run in
-`sandbox.py`, and only when the caller allows it.
+`sandbox.py`, and only if the caller allows it.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ HUB = Hub("openai/openai_humaneval", None, "test")
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a completion ends: the paper's list. What follows is no longer the function."""
+"""Where a completion ends: the paper's list. The text after it is no longer the function."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class CodeResult:
     num_timeouts: int
     pass_at_1: Interval
     note: str
-    """What a reader must know about the sandbox; empty where there is nothing."""
+    """What a reader must know about the sandbox; may be empty."""
     rows: Sequence[dict[str, Any]] = ()
     """Every problem with its completion and outcome, for a JSONL file."""
 
     def summary(self) -> dict[str, Any]:
-        """All but the rows, as plain data for JSON."""
+        """Everything except the rows, as plain data for JSON."""
         held = asdict(self)
         del held["rows"]
         return held
 
 
 def load_problems(path: str | Path | None = None) -> list[Problem]:
-    """The problems of a local file, or of the hub.
+    """The problems from a local file or from the hub.
 
     Raises:
         DataError: Rows cannot be found, read or understood.
@@ -88,18 +88,18 @@ def _problem(row: PlacedRow) -> Problem:
     if not problem.entry_point.isidentifier():
         raise DataError(
             f"{row.where}: column 'entry_point' is not the name of a function.\n"
-            "  Mend it, or remove the row."
+            "  Fix it, or remove the row."
         )
     return problem
 
 
 def program_of(problem: Problem, completion: str) -> str:
-    """The whole program: it ends without an exception if the completion is right."""
+    """The complete program: it ends without an exception if the completion is right."""
     return f"{problem.prompt}{completion}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
 
 
 def cut(completion: str) -> str:
-    """The completion up to where the function ends."""
+    """The completion up to the end of the function."""
     ends = (completion.find(stop) for stop in STOPS)
     return completion[: min((end for end in ends if end >= 0), default=None)]
 
@@ -116,19 +116,19 @@ def run_code(
     """Let the model write the functions, and run them.
 
     Args:
-        loaded: The model as it stands.
+        loaded: The model in its current state.
         problems: At least one.
-        allow_code_execution: That programs which the model wrote may run on this machine.
-        max_new_tokens: Where a function is cut.
-        batch_size: Prompts in one forward pass; speed and memory only.
-        limits: What a program may use up.
+        allow_code_execution: Whether programs that the model wrote may run on this machine.
+        max_new_tokens: Maximum length of a completion, in tokens.
+        batch_size: Prompts in one forward pass; changes only speed and memory.
+        limits: What a program may use.
 
     Raises:
         ConfigError: Running programs was not allowed, or the sandbox does not work here.
     """
     check_allowed(allow_code_execution)
     check_sandbox(limits)
-    # with special tokens: a file starts like any document the base was trained on
+    # with special tokens: the file starts like any document in the base's training data
     prompts = encode(loaded, [problem.prompt for problem in problems], special=True)
     said = complete(loaded, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     completions = [cut(one.text) for one in said]
@@ -140,16 +140,16 @@ def run_code(
 
 
 def check_allowed(allow_code_execution: bool) -> None:
-    """Refuse to go on where programs may not run.
+    """Refuse to continue if programs may not run.
 
     Raises:
-        ConfigError: They may not.
+        ConfigError: Programs may not run.
     """
     if not allow_code_execution:
         raise ConfigError(
             f"suite '{NAME}' runs programs that the model wrote, which was not allowed.\n"
-            "  Pass --allow-code-execution (allow_code_execution=True) on a machine where a "
-            "mistake of the model does no harm, such as a container."
+            "  Pass --allow-code-execution (allow_code_execution=True) on a machine where the "
+            "model's mistakes do no harm, such as a container."
         )
 
 

@@ -1,7 +1,7 @@
 """Finance suites: the sentiment of news (FPB), of headlines and posts (FiQA) and of tweets (TFNS).
 
-From the hub the test parts are those of the leaderboard: of FPB and FiQA a quarter drawn with seed
-42, of TFNS the validation split.
+The hub's test parts are those of the leaderboard: for FPB and FiQA a quarter drawn with seed 42,
+for TFNS the validation split.
 
 Malo et al. 2014, "Good Debt or Bad Debt", arXiv:1307.5336 (FPB); Maia et al. 2018, "WWW'18 Open
 Challenge: Financial Opinion Mining and Question Answering" (FiQA).
@@ -39,7 +39,7 @@ def _layout(text: str, label: str, gold: Gold) -> Layout:
 
 
 def fiqa_label(score: float) -> str:
-    """FiQA's score, -1 to 1, as a class."""
+    """The class of a FiQA score between -1 and 1."""
     return "negative" if score < -0.1 else "neutral" if score < 0.1 else "positive"
 
 

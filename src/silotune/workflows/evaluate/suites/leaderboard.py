@@ -1,14 +1,14 @@
-"""The FlowerTune leaderboard's protocols: prompts, generation and parsing, for comparison only.
+"""The FlowerTune leaderboard's protocols: prompts, generation and parsing, only for comparison.
 
-Medical and MMLU: the score measures how well a model hits the format as much as what it knows.
-Whatever is not understood counts as wrong, so that scores below chance are common. Finance:
-whatever is not understood counts as neutral, the commonest class of one of its sets. `scoring.py`
-is the honest way.
+Medical and MMLU: the score measures how well a model follows the format as much as what it knows.
+Unrecognized outputs count as wrong, so scores below chance are common. Finance: unrecognized
+outputs count as neutral, the most common class of one of its data sets. For an honest score, see
+`scoring.py`.
 
-Facts of the protocol: the study of the reference systems, and 595 + 2,092 published model outputs
-whose published scores the tests reproduce. The wording of the instructions is our own (the
-published sentences are not ours to copy); `instruction` of the two functions below puts other words
-in. The model answers as it is loaded; the published protocol loads the base in 4-bit.
+Sources for the protocol: our study of the reference systems, and 595 + 2,092 published model
+outputs whose published scores the tests reproduce. The wording of the instructions is ours, because
+we may not copy the published sentences; the argument `instruction` below replaces it. The model
+answers as it is loaded; the published protocol loads the base in 4-bit.
 """
 
 import re
@@ -33,7 +33,7 @@ INSTRUCTIONS: dict[str, str] = {
     "finance": "Here is a piece of financial news. "
     "Name its sentiment as one of {negative/neutral/positive}.",
 }
-"""Suite (finance: all three) -> the sentence its prompts begin with."""
+"""Suite (finance: all three) -> the sentence that its prompts start with."""
 
 ANSWER_MARK = "Answer: "
 FINANCE_LENGTH = 512  # tokens of prompt and answer together
@@ -44,20 +44,20 @@ PARSED = {*LETTERS.lower(), "yes", "no"}
 
 
 def choice_body(question: str, options: Mapping[str, str]) -> str:
-    """Question and options; a question mark is added to what ends in neither that nor a dot."""
+    """Question and options; a question without "?" or "." at its end gets a question mark."""
     mark = "" if question.endswith(("?", ".")) else "?"
     lines = "\n".join(f"{label}. {text}" for label, text in options.items())
     return f"Question: {question}{mark}\n\nOptions:\n{lines}"
 
 
 def medical_prompt(suite: str, body: str) -> str:
-    """The whole prompt of the medical suites and MMLU. The markers are literal text."""
+    """The full prompt of the medical suites and MMLU. The markers are literal text."""
     asked = f"{INSTRUCTIONS[suite]}\n{body}\nThe answer is:\n"
     return f"<|im_start|>question\n{asked}<|im_end|>\n<|im_start|>answer\n"
 
 
 def finance_prompt(text: str) -> str:
-    """The whole prompt of the finance suites; the blank at the end belongs to it."""
+    """The full prompt of the finance suites, including the blank at the end."""
     return f"Instruction: {INSTRUCTIONS['finance']}\nInput: {text}\n{ANSWER_MARK}"
 
 
@@ -65,36 +65,36 @@ def finance_prompt(text: str) -> str:
 
 
 def parse_medical(output: str, kind: Kind) -> str:
-    """What an output is taken for: "a" to "e", "yes" or "no"; the raw output where none of these.
+    """How an output is read: "a" to "e", "yes" or "no"; otherwise the raw output.
 
-    Lower case; of an output with a line that begins with "##" only the rest of that line; every
-    character but letters and digits becomes a blank. Then a boolean suite takes the whole text,
-    with yesyes, nono, yesno and noyes taken for their first word, and a choice suite takes the
-    first character: "An" and "Answer" are A, "The" is nothing.
+    The output is lowercased. If a line starts with "##", only the rest of that line counts. All
+    characters except letters and digits become blanks. Then a boolean suite reads the entire text,
+    where yesyes, nono, yesno and noyes count as their first word. A choice suite reads the first
+    character: "An" and "Answer" are A, "The" is nothing.
     """
     text = output.lower()
     if "\n##" in text:
         text = text.split("\n##")[1].split("\n")[0]
-    # the ends are stripped: "(b)" counts as b. No published output tells whether that is so.
+    # the ends are stripped: "(b)" counts as b. No published output shows whether this is right.
     text = " ".join(re.sub(r"[^a-z0-9]", " ", text).split())
     text = re.sub(r"\b(yes|no)(?:yes|no)\b", r"\1", text) if kind == "boolean" else text[:1]
     return text if text in PARSED else output
 
 
 def is_correct_medical(output: str, gold: str) -> bool:
-    """Whether an output counts as right. "maybe" does where it is the output to the letter."""
+    """Whether an output counts as right. "maybe" must match the output exactly."""
     parsed = parse_medical(output, "boolean" if gold in ("yes", "no", "maybe") else "choice")
     return parsed == (gold.lower() if parsed in PARSED else gold)
 
 
 def parse_finance(text: str) -> str:
-    """The sentiment that a text, prompt and output together, is taken for.
+    """The sentiment that is read from a text: the prompt and the output together.
 
-    What stands behind the first "Answer: " counts, also where the news itself holds that word; a
-    text without it (the protocol does not say) counts whole.
+    Everything after the first "Answer: " counts, even if the news itself contains it. In a text
+    without it, everything counts; the protocol does not define this case.
     """
-    _, mark, behind = text.partition(ANSWER_MARK)
-    said = (behind if mark else text).lower()
+    _, mark, after = text.partition(ANSWER_MARK)
+    said = (after if mark else text).lower()
     return next((label for label in ("positive", "negative") if label in said), "neutral")
 
 
@@ -109,28 +109,28 @@ def run_medical(
     batch_size: int = 16,
     instruction: str | None = None,
 ) -> list[Answered]:
-    """Answer by the medical and MMLU protocol.
+    """Answer with the medical and MMLU protocol.
 
     The score depends on `batch_size`: an answer may have as many tokens as the first gold answer of
-    its batch, so that in PubMedQA a "maybe" of several tokens gives its whole batch room. 16 is the
-    leaderboard's.
+    its batch. In PubMedQA, a "maybe" of several tokens therefore gives its entire batch more room.
+    The leaderboard uses 16.
 
     Args:
-        loaded: The model as it stands.
+        loaded: The model in its current state.
         items: Items of one suite, with `leaderboard` prompts, in the suite's order.
         suite: Its name.
-        batch_size: Items that share a length of answer.
-        instruction: Put in place of the suite's sentence in INSTRUCTIONS.
+        batch_size: Items that share a maximum answer length.
+        instruction: Replaces the suite's sentence in INSTRUCTIONS.
     """
     answered: list[Answered] = []
     for at in range(0, len(items), batch_size):
         batch = items[at : at + batch_size]
-        # Golds without special tokens: a letter is one token, as the published outputs are.
+        # Golds without special tokens: a letter is one token, as in the published outputs.
         room = len(encode(loaded, [batch[0].gold])[0])
-        # Prompts with them: the marks are literal text, so a begin token can come from nowhere
-        # else. Where the tokenizer knows the marks, they become their own tokens.
+        # Prompts with them: the markers are literal text, so only this can add a begin token. If
+        # the tokenizer knows the markers, they become its special tokens.
         prompts = encode(loaded, _worded(batch, INSTRUCTIONS[suite], instruction), special=True)
-        # one prompt at a time, as the protocol does: not even padding can change a token
+        # one prompt at a time, like the protocol: not even padding can change a token
         outputs = complete(loaded, prompts, max_new_tokens=max(room, 1), batch_size=1)
         answered += [
             _medical(item, output.text) for item, output in zip(batch, outputs, strict=True)
@@ -154,11 +154,11 @@ def run_finance(
     batch_size: int = 32,
     instruction: str | None = None,
 ) -> list[Answered]:
-    """Answer by the finance protocol: 512 tokens in all, counted from the longest of the batch.
+    """Answer with the finance protocol: 512 tokens in total, for the longest prompt of the batch.
 
-    The score depends on `batch_size`, as a longer neighbour leaves less room; 32 is the
-    leaderboard's. Padding is on the left (the protocol leaves the side to the tokenizer). A prompt
-    that fills the 512 alone is not cut, and gets one token.
+    The score depends on `batch_size`, because a longer neighbour leaves less room. The leaderboard
+    uses 32. Padding is on the left; the protocol leaves the side to the tokenizer. A prompt that
+    fills all 512 tokens is not truncated and gets one token for its answer.
     """
     answered: list[Answered] = []
     for at in range(0, len(items), batch_size):

@@ -1,7 +1,7 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, on a model that is loaded here. Needs lm-eval.
+"""Tasks of EleutherAI's lm-evaluation-harness, on a model that is already loaded. Needs lm-eval.
 
-Everything about a task (rows, prompts, metrics) is the harness's own; this file only hands the
-model over. Code of data sets or models is never run.
+The harness defines everything about a task: rows, prompts, metrics. This file only passes it the
+model. Code from data sets or models is never run.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ def run_lm_eval(
     """Evaluate with the harness. It sets the global seeds of Python, NumPy and torch.
 
     Args:
-        loaded: The model as it stands.
+        loaded: The model in its current state.
         tasks: Names of tasks, groups or tags of the harness, at least one.
-        limit: Rows of each task; None: all.
+        limit: Maximum number of rows of each task; None: all.
         batch_size: Rows in one forward pass.
-        chat: Whether prompts go through the model's chat template. Off, as published scores mostly
-            are.
-        system: A system text for them; needs `chat`.
+        chat: Whether prompts go through the model's chat template. Off by default, as in most
+            published scores.
+        system: A system message; needs `chat`.
         include_path: A folder with more tasks in the harness's YAML.
 
     Returns:
@@ -40,7 +40,7 @@ def run_lm_eval(
         `lm_eval`, the harness's version. Plain data.
 
     Raises:
-        ConfigError: lm-eval is not installed, or a task is not known.
+        ConfigError: lm-eval is not installed, or a task is unknown.
     """
     evaluator, manager_class, model_class, version = _lm_eval()
     manager = manager_class(include_path=None if include_path is None else str(include_path))
@@ -69,7 +69,7 @@ def check_lm_eval(tasks: Sequence[str], include_path: str | Path | None = None) 
     """Refuse tasks that cannot be asked, before a model is loaded.
 
     Raises:
-        ConfigError: lm-eval is not installed, or a task is not known.
+        ConfigError: lm-eval is not installed, or a task is unknown.
     """
     _, manager_class, _, _ = _lm_eval()
     _check_names(
@@ -83,12 +83,12 @@ def _check_names(tasks: Sequence[str], manager: Any) -> None:
         near = "".join(f"\n  '{name}':{did_you_mean(name, manager.all_tasks)}" for name in unknown)
         raise ConfigError(
             f"lm-eval has no such task: {', '.join(unknown) or 'none was named'}.{near}\n"
-            f"  `lm-eval ls tasks` lists the {len(manager.all_tasks)} that it has."
+            f"  Choose one of its {len(manager.all_tasks)} tasks; `lm-eval ls tasks` lists them."
         )
 
 
 def _lm_eval() -> tuple[Any, Any, Any, str]:
-    """Its evaluator, its task manager, its model class and its version."""
+    """The evaluator, task manager and model class of lm-eval, and its version."""
     try:
         from importlib.metadata import version
 
@@ -97,6 +97,7 @@ def _lm_eval() -> tuple[Any, Any, Any, str]:
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
-            "the tasks of lm-eval need lm-eval, which is not installed.\n  pip install lm-eval"
+            "tasks of lm-eval need lm-eval, which is not installed.\n"
+            "  Install it: pip install lm-eval"
         ) from None
     return evaluator, TaskManager, HFLM, version("lm-eval")

@@ -1,7 +1,7 @@
 """Medical suites: PubMedQA, MedQA, MedMCQA and CareQA.
 
-Each reads the layout of its set on the hub, and a plain one for local files: a question, its
-options by letter and the letter of the right one.
+Each reads the layout of its data set on the hub, and a plain layout for local files: a question,
+its options by letter and the letter of the right one.
 
 Jin et al. 2019, "PubMedQA", arXiv:1909.06146; Jin et al. 2020, "What Disease does this Patient
 Have?", arXiv:2009.13081; Pal et al. 2022, "MedMCQA", arXiv:2203.14371; Arias-Duart et al. 2025,
@@ -30,7 +30,7 @@ def choice_prompt(question: str, options: Mapping[str, str]) -> str:
 def choice_item(
     suite: str, row: Row, where: str, *, options: Mapping[str, str], gold: str, group: str = ""
 ) -> Item:
-    """A multiple-choice item of a row that has a `question`."""
+    """A multiple-choice item from a row with a `question`."""
     question = text_of(row, "question", where).strip()
     return Item(
         id=id_of(row, where),
@@ -52,13 +52,13 @@ def options_of(row: Row, where: str) -> dict[str, str]:
             f"{where}: column 'options' is of type {type(held).__name__}.\n"
             '  Write {"A": "...", "B": "..."} in a .jsonl, .json or .parquet file.'
         )
-    # a parquet file fills the letters that a row lacks with nothing
+    # in a parquet file, the letters that a row lacks have empty values
     options = {str(label): str(text) for label, text in held.items() if not is_missing(text)}
     wrong = not set(options) <= set(LETTERS) or any(not text.strip() for text in options.values())
     if wrong or len(options) < 2:
         raise DataError(
             f"{where}: column 'options' does not hold two to five texts by letter.\n"
-            f"  Use the letters {', '.join(LETTERS)}; mend the row, or remove it."
+            f"  Use the letters {', '.join(LETTERS)}; fix the row, or remove it."
         )
     return dict(sorted(options.items()))
 
@@ -75,7 +75,7 @@ def plain_layout(suite: str) -> Layout:
 
 
 def columns_layout(suite: str, columns: tuple[str, ...], *, first: int) -> Layout:
-    """One column an option, and the number of the right one in `cop`, counted from `first`."""
+    """One column per option, and the number of the right one in `cop`, counted from `first`."""
 
     def read(row: Row, where: str) -> Item:
         options = dict(zip(LETTERS, (text_of(row, c, where) for c in columns), strict=False))
@@ -87,7 +87,7 @@ def columns_layout(suite: str, columns: tuple[str, ...], *, first: int) -> Layou
 
 
 def _read_medqa(row: Row, where: str) -> Item:
-    """The gold letter is that of the option with the answer's text."""
+    """The gold letter belongs to the option with the answer's text."""
     options = options_of(row, where)
     answer = text_of(row, "answer", where)
     gold = next((label for label, text in options.items() if text == answer), "")

@@ -1,10 +1,10 @@
-"""Classification metrics, where an answer may also be none."""
+"""Classification metrics for outputs that may not be an answer."""
 
 from collections.abc import Sequence
 from typing import Any
 
 UNPARSABLE = "(unparsable)"
-"""The class of outputs that are no answer. It is predicted, and never gold."""
+"""The class of outputs that are not an answer. It can be predicted, but is never gold."""
 
 
 def classification(
@@ -12,18 +12,18 @@ def classification(
 ) -> dict[str, float]:
     """Accuracy, macro F1 and Matthews correlation.
 
-    Outputs that are no answer are a class of their own. What that does:
+    Outputs that are not an answer form an extra class, with these effects:
 
     - accuracy: they count as wrong;
-    - macro F1 (the mean over `labels`, without that class): they lower the recall of the gold
-      class and the precision of none. A label that is neither gold nor predicted counts 0;
-    - Matthews correlation: one more predicted class, which no gold has. It lowers the correlation,
-      as a rule less so than a wrong label that other items bear. Where golds and predictions
-      together have one label only it is not defined, and 0 is given.
+    - macro F1 (the mean over `labels`, without the extra class): they lower the recall of the gold
+      class, but no precision. A label that is neither gold nor predicted counts as 0;
+    - Matthews correlation: an additional predicted class that is never gold. It lowers the
+      correlation, usually less than a wrong label that other items have. If golds and predictions
+      together have only one label, the correlation is undefined and 0 is returned.
 
     Args:
         golds: The right label of each item; at least one item.
-        predictions: The label given, or None.
+        predictions: The predicted label, or None.
         labels: All labels of the suite.
 
     Example:
@@ -34,7 +34,7 @@ def classification(
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     given = [UNPARSABLE if label is None else label for label in predictions]
-    none: Any = 0  # the type stubs know only the text "warn"
+    none: Any = 0  # the type stubs allow only the string "warn"
     f1 = f1_score(golds, given, labels=list(labels), average="macro", zero_division=none)
     defined = len({*golds, *given}) > 1
     return {

@@ -1,7 +1,7 @@
 """MMLU: 57 subjects in four groups, four options.
 
 Hendrycks et al. 2021, "Measuring Massive Multitask Language Understanding". arXiv:2009.03300. The
-groups are those of the leaderboard, which puts anatomy under STEM: 19 + 12 + 13 subjects, and 13
+groups are those of the leaderboard, which counts anatomy as STEM: 19 + 12 + 13 subjects, and 13
 others that it leaves out.
 """
 
@@ -48,15 +48,15 @@ LEADERBOARD_GROUPS = ("STEM", "social", "humanities")
 
 
 def _group(row: Row, where: str) -> str:
-    """The group of the row's subject; empty where rows do not say their subject."""
+    """The group of the row's subject; empty if the row has no subject."""
     subject = row.get("subject")
     if is_missing(subject):
         return ""
     if subject not in GROUP_OF:
         raise DataError(
-            f"{where}: column 'subject' is none of MMLU's 57 subjects."
+            f"{where}: column 'subject' is not one of MMLU's 57 subjects."
             f"{did_you_mean(str(subject), GROUP_OF)}\n"
-            "  Write it as in 'college_biology', or remove the column."
+            "  Write it like 'college_biology', or remove the column."
         )
     return GROUP_OF[subject]
 
@@ -69,12 +69,12 @@ def _read_hub(row: Row, where: str) -> Item:
 
 
 def _read_choices(row: Row, where: str) -> Item:
-    """As the authors publish it (cais/mmlu): a list of choices and the number of the right one."""
+    """The authors' layout (cais/mmlu): a list of choices and the number of the right one."""
     held = row["choices"]
     if not isinstance(held, list) or not 2 <= len(held) <= len(LETTERS):
         raise DataError(
             f"{where}: column 'choices' is not a list of two to five texts.\n"
-            "  Mend the row, or remove it."
+            "  Fix the row, or remove it."
         )
     options = dict(zip(LETTERS, map(str, held), strict=False))
     gold = pick(dict(enumerate(options)), row, "answer", where)
@@ -88,7 +88,7 @@ def _read_plain(row: Row, where: str) -> Item:
 
 
 def _hubs() -> tuple[Hub, ...]:
-    # this set says the subject only by the name of its config
+    # in this data set, only the name of the config states the subject
     return tuple(
         Hub("lukaemon/mmlu", subject, "test", exported=True, columns={"subject": subject})
         for subject in sorted(GROUP_OF)

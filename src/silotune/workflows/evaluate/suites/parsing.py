@@ -1,16 +1,16 @@
-"""What a generated text answers: the strict parser of honest scoring.
+"""Read the answer from a generated text: the strict parser for honest scoring.
 
-An answer is one of these, and nothing else is:
+Only these count as an answer:
 
-- a label at the start, alone or closed by punctuation: "B", "(B)", "B.", "**B**", "B) Aspirin",
+- a label at the start, alone or followed by punctuation: "B", "(B)", "B.", "**B**", "B) Aspirin",
   "yes, because ...";
-- the same behind a lead: "Answer: B", "The correct answer is (B)", "The sentiment is positive.";
-- the full text of exactly one option, with or without a lead or its own label: "Aspirin",
+- the same after a lead-in: "Answer: B", "The correct answer is (B)", "The sentiment is positive.";
+- the full text of exactly one option, with or without a lead-in or its own label: "Aspirin",
   "The answer is Aspirin.", "B Aspirin".
 
 Not an answer: "A patient should ..." (an article), "No evidence was found" (a sentence), "A or B",
 "A, B", "yes/no", "(A) and (B)" (more than one), "A. ... so the answer is B" (a contradiction), or a
-label somewhere in a text. Letters count in lower case only where nothing follows them ("b.").
+label somewhere in a text. Lower-case letters count only if nothing follows them ("b.").
 """
 
 import re
@@ -22,14 +22,14 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _OPEN = r"[\s(\[{\"'*_`]*"
-_CLOSE = r"(?=\s*(?:$|\n)|[)\]}.,:;!?\"'*_`])"  # what may stand behind a label
+_CLOSE = r"(?=\s*(?:$|\n)|[)\]}.,:;!?\"'*_`])"  # what may follow a label
 
 
 def parse_answer(output: str, options: Mapping[str, str]) -> str | None:
-    """The label that an output names, or None where it names none or more than one.
+    """The label that an output names, or None if it names none or more than one.
 
     Args:
-        output: As generated.
+        output: The generated text.
         options: Label -> text. Labels are letters, or words that are their own texts.
 
     Example:
@@ -38,15 +38,15 @@ def parse_answer(output: str, options: Mapping[str, str]) -> str | None:
         ['B', 'A', None, None]
     """
     said = _LEAD.sub("", output.strip(), count=1) if _LEAD.match(output.strip()) else output.strip()
-    whole = _whole_text(said, options)
-    if whole is not None:
-        return whole
+    full = _full_text(said, options)
+    if full is not None:
+        return full
     found = _label(said, options)
     if found is None:
         return None
     label, rest = found
     second = _label(re.sub(r"^[\W_]*(?:and\b|or\b)?", "", rest), options)
-    later = {name for text in _behind_leads(rest) if (name := _named(text, options))}
+    later = {name for text in _after_leads(rest) if (name := _named(text, options))}
     if (second is not None and second[0] != label) or later - {label}:
         return None
     return label
@@ -64,8 +64,8 @@ def _label(text: str, options: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def _whole_text(text: str, options: Mapping[str, str]) -> str | None:
-    """The one option whose text this is, with or without its own label in front."""
+def _full_text(text: str, options: Mapping[str, str]) -> str | None:
+    """The only option that has this text, with or without its own label before it."""
     said = _folded(text)
     meant = [
         label
@@ -75,7 +75,7 @@ def _whole_text(text: str, options: Mapping[str, str]) -> str | None:
     return meant[0] if len(meant) == 1 else None
 
 
-def _behind_leads(text: str) -> list[str]:
+def _after_leads(text: str) -> list[str]:
     return [text[match.end() :] for match in _LEAD.finditer(text)]
 
 
@@ -85,5 +85,5 @@ def _named(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _folded(text: str) -> str:
-    """Case, runs of blanks and punctuation at the ends do not tell options apart."""
+    """Normalize a text: case, repeated blanks and punctuation at the ends do not matter."""
     return " ".join(text.casefold().split()).strip(" .,:;!?\"'*_`()[]")

@@ -1,4 +1,4 @@
-"""Answers to a suite's items -> its counts, shares and intervals. Knows no model."""
+"""Count the answers to a suite's items: shares and intervals. This file does not know models."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ Way = Literal["likelihood", "generation", "leaderboard"]
 
 @dataclass(frozen=True)
 class Answered:
-    """An item and what the model said to it."""
+    """An item and the model's answer to it."""
 
     item: Item
     predicted: str | None
-    """A label; None where the output is no answer."""
+    """A label; None if the output is not an answer."""
     output: str | None = None
-    """What was generated, as it came."""
+    """The generated text, verbatim."""
     scores: Mapping[str, float] | None = None
-    """Label -> log-probability in nats, where options were scored."""
+    """Label -> log-probability in nats, if options were scored."""
 
     @property
     def correct(self) -> bool:
@@ -32,7 +32,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Share:
-    """How many of how many were right."""
+    """How many items out of how many were right."""
 
     num_items: int
     num_correct: int
@@ -48,9 +48,9 @@ class Result:
     num_items: int
     num_correct: int
     num_wrong: int
-    """Answers that are understood, and not right."""
+    """Recognized answers that are not right."""
     num_unparsable: int
-    """Outputs that are no answer."""
+    """Outputs that are not an answer."""
     accuracy: Interval
     """Correct out of all items."""
     unparsable: Interval
@@ -58,22 +58,22 @@ class Result:
     wrong: Interval
     """Wrong out of all items."""
     accuracy_parsable: float | None
-    """Correct out of those that are understood; None where none is."""
+    """Correct out of the recognized answers; None if there are none."""
     chance: float
-    """What guessing gives: the mean of 1 / options."""
+    """Accuracy of guessing: the mean of 1 / options."""
     majority: float
-    """What always naming the commonest gold label gives."""
+    """Accuracy of always naming the most common gold label."""
     per_class: Mapping[str, Share]
     """Gold label -> share right (the class's recall)."""
     per_group: Mapping[str, Share]
-    """Group -> share right; empty where the suite has no groups."""
+    """Group -> share right; empty if the suite has no groups."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Accuracy, macro F1 and Matthews correlation, of boolean and sentiment suites."""
+    """Accuracy, macro F1 and Matthews correlation; only for boolean and sentiment suites."""
     rows: Sequence[Mapping[str, Any]] = ()
     """Every item with its output or its scores, for a JSONL file."""
 
     def summary(self) -> dict[str, Any]:
-        """All but the rows, as plain data for JSON."""
+        """Everything except the rows, as plain data for JSON."""
         held = asdict(self)
         del held["rows"]
         return held
@@ -85,7 +85,7 @@ def summarise(suite: str, kind: Kind, way: Way, answered: Sequence[Answered]) ->
     Args:
         suite: Its name.
         kind: What its labels are.
-        way: How the answers were come by.
+        way: How the answers were obtained.
         answered: At least one.
     """
     num, correct = len(answered), sum(one.correct for one in answered)

@@ -1,13 +1,13 @@
-"""Run a program that a model wrote, so that it can do little harm. Linux and macOS.
+"""Run a program that a model wrote so that it can do little harm. Linux and macOS.
 
-What holds it: a process of its own (Python without site packages and without our environment, in an
-empty folder, stdin closed, output thrown away); kernel limits on CPU time, memory, files and
-processes; an audit hook that refuses other processes, the network, and every file but Python's own
-library; and where `unshare` works, a user, network and process namespace of its own. At the
-deadline its whole process group is killed.
+The program runs in a separate process: Python without site packages and without our environment, in
+an empty folder, with stdin closed and output discarded. Kernel limits restrict CPU time, memory,
+files and processes. An audit hook refuses other processes, the network, and every file except
+Python's own library. If `unshare` works, the process also has its own user, network and process
+namespaces. At the deadline, its entire process group is killed.
 
-What it is not: a wall against code that is written to break out. It guards a machine from what
-models write by accident. Give programs of people you do not trust a virtual machine.
+This does not stop code that is written to break out. It protects a machine from what models write
+by accident. Run programs of people you do not trust in a virtual machine.
 """
 
 import contextlib
@@ -25,21 +25,27 @@ from typing import Literal
 from silotune.core.errors import ConfigError
 
 CHILD = Path(__file__).with_name("sandboxed.py")
-PASSED = 86  # not 0, which a program reaches by leaving early
+PASSED = 86  # not 0, because a program can exit early with 0
 ISOLATION = (
-    ("--user", "--net", "--pid", "--fork", "--kill-child"),  # also kills what left the group
+    (
+        "--user",
+        "--net",
+        "--pid",
+        "--fork",
+        "--kill-child",
+    ),  # also kills processes that left the group
     ("--user", "--net"),
 )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use up."""
+    """What a program may use."""
 
     wall_s: float = 10.0
     cpu_s: int = 8
     memory_bytes: int = 1 << 30
-    """Address space, Python's own included."""
+    """Address space, including Python's own."""
 
 
 Outcome = Literal["passed", "failed", "timeout"]
@@ -47,7 +53,7 @@ Outcome = Literal["passed", "failed", "timeout"]
 
 @functools.cache
 def isolation() -> tuple[str, ...]:
-    """The command that cuts the network off, found by trying it; empty where none works."""
+    """The command that cuts off the network, found by trying it; empty if none works."""
     unshare = shutil.which("unshare")
     for flags in ISOLATION if unshare else ():
         command = (str(unshare), *flags)
@@ -63,39 +69,39 @@ def isolation() -> tuple[str, ...]:
 
 
 def network_note() -> str:
-    """What a report must say about the network; empty where it was cut off."""
+    """What a report must say about the network; empty if it was cut off."""
     if isolation():
         return ""
     return (
-        "unshare --user --net does not work here: the network was reachable for the programs, "
-        "but for an audit hook."
+        "unshare --user --net does not work here: only an audit hook kept the programs from "
+        "using the network."
     )
 
 
 def check_sandbox(limits: Limits | None = None) -> None:
-    """Make sure that a harmless program passes; otherwise all would seem to fail by themselves.
+    """Check that a harmless program passes; otherwise every program would seem to fail.
 
     Raises:
-        ConfigError: It does not, or this system has no kernel limits (Windows).
+        ConfigError: It does not pass, or this system has no kernel limits (Windows).
     """
     if os.name != "posix" or run_program("import math, typing", limits) != "passed":
         raise ConfigError(
             "the sandbox for programs does not work on this machine: its Python cannot be started, "
-            "or the kernel does not know the limits.\n"
-            "  Run the suite on Linux, for instance in a container, or allow more memory and time."
+            "or the kernel does not support the limits.\n"
+            "  Run the suite on Linux, for example in a container, or allow more memory and time."
         )
 
 
 def run_program(source: str, limits: Limits | None = None) -> Outcome:
-    """Run a program of Python in the sandbox.
+    """Run a Python program in the sandbox.
 
     Args:
         source: Its text.
-        limits: What it may use up.
+        limits: What it may use.
 
     Returns:
-        "passed" if it ran through to its end, "timeout" if it was killed at the deadline, and
-        "failed" for everything else: an exception, an early exit, a limit, a crash.
+        "passed" if it ran to its end, "timeout" if it was killed at the deadline, and "failed" for
+        everything else: an exception, an early exit, a limit, a crash.
     """
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="silotune-sandbox-") as folder:
@@ -114,14 +120,14 @@ def _run(program: Path, limits: Limits) -> Outcome:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a group of its own, to be killed as a whole
+        start_new_session=True,  # its own process group, so that all of it can be killed
     )
     try:
         code = child.wait(limits.wall_s)
     except subprocess.TimeoutExpired:
         return "timeout"
     finally:
-        # also after a proper end: what it may have left behind must not live on
+        # also after a normal end: processes that it left behind must not keep running
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()

@@ -1,7 +1,8 @@
-"""What runs inside the sandbox: limits first, then the program. Started by sandbox.py as a script.
+"""The script that runs inside the sandbox: it sets limits, then runs the program.
 
-It imports only Python's own library, as it runs without site packages, and nothing of silotune.
-Arguments: the program's file, CPU seconds, bytes of memory, the exit code that means "passed".
+sandbox.py starts it. It imports only Python's own library and nothing from silotune, because it
+runs without site packages. Arguments: the program's file, CPU seconds, bytes of memory, the exit
+code that means "passed".
 """
 
 import os
@@ -11,22 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 NO_WAY_OUT = ("ctypes.", "os.", "pty.", "resource.", "shutil.", "socket.", "subprocess.", "syslog.")
-"""Beginnings of audit events that a program of this kind has no use for: other processes, files
-that are made, moved or removed, the network, limits."""
+"""Prefixes of audit events that such a program does not need: other processes, creating, moving or
+removing files, the network, limits."""
 HARMLESS = {"os.listdir", "os.scandir", "os.walk"}
 NO_IMPORT = {"_ctypes", "_posixsubprocess"}
-"""Ways past the audit events."""
+"""Modules that bypass the audit events."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def set_limits(*, cpu_s: int, memory_bytes: int) -> None:
-    """Hard limits of the kernel; nothing later in this process can raise them."""
+    """Set hard kernel limits; nothing later in this process can raise them."""
     for name, limit in (
         ("RLIMIT_CORE", 0),
         ("RLIMIT_CPU", cpu_s),
-        ("RLIMIT_FSIZE", 0),  # no file may hold a byte
+        ("RLIMIT_FSIZE", 0),  # no file may contain a byte
         ("RLIMIT_NOFILE", 64),
-        ("RLIMIT_NPROC", 0),  # no process or thread more; the kernel exempts root, see `watch`
+        ("RLIMIT_NPROC", 0),  # no more processes or threads; the kernel exempts root, see `watch`
         ("RLIMIT_AS", memory_bytes),
     ):
         if hasattr(resource, name):
@@ -34,7 +35,7 @@ def set_limits(*, cpu_s: int, memory_bytes: int) -> None:
 
 
 def watch(readable: tuple[str, ...]) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that refuses what a limit cannot: it cannot be taken off again.
+    """An audit hook that refuses what limits cannot. It cannot be removed again.
 
     Args:
         readable: Folders that may be read: Python's own library, for imports.
@@ -58,7 +59,7 @@ def watch(readable: tuple[str, ...]) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 def run(path: str, cpu_s: int, memory_bytes: int, passed: int) -> None:
-    """Run the program; only one that runs through to its end leaves with the code `passed`."""
+    """Run the program; only one that runs to its end exits with the code `passed`."""
     with open(path, encoding="utf-8") as file:
         source = file.read()
     leave = os._exit
@@ -66,7 +67,7 @@ def run(path: str, cpu_s: int, memory_bytes: int, passed: int) -> None:
     sys.addaudithook(watch((sys.base_prefix, sys.base_exec_prefix)))
     try:
         exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})  # noqa: S102 - its whole purpose
-    except BaseException:  # SystemExit too: a program that leaves early has not passed
+    except BaseException:  # including SystemExit: a program that exits early has not passed
         leave(1)
     leave(passed)
 

@@ -1,9 +1,9 @@
 """Two honest ways to answer a suite, both in the model's own chat template.
 
-Likelihood: which label would the model most likely have said. It always yields an answer, so it
-tells what the model knows of the options, not whether it would answer in that form.
-Generation: what the model does say, read by the strict parser of `parsing.py`; what is no answer is
-counted apart from what is wrong.
+Likelihood: which label is most likely according to the model. It always gives an answer, so it
+shows what the model knows about the options, but not whether it would answer in that form.
+Generation: what the model generates, read by the strict parser of `parsing.py`. Outputs that are
+not an answer are counted separately from wrong answers.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from silotune.workflows.evaluate.suites.results import Answered
 
 
 def conversation_of(item: Item, system: str | None) -> Conversation:
-    """The item as a chat that waits for the assistant."""
+    """The item as a conversation that waits for the assistant."""
     before = () if system is None else ({"role": "system", "content": system},)
     return (*before, {"role": "user", "content": item.prompt})
 
@@ -35,13 +35,13 @@ def score_generation(
     max_new_tokens: int = 32,
     batch_size: int = 16,
 ) -> list[Answered]:
-    """Let the model answer, greedily, and parse what it says.
+    """Generate answers greedily, and parse them.
 
     Args:
-        loaded: The model as it stands.
+        loaded: The model in its current state.
         items: Questions.
         system: The run's system text.
-        max_new_tokens: Where an answer is cut. A text cut there is parsed like any other.
+        max_new_tokens: Maximum length of an answer. A truncated text is parsed like any other.
         batch_size: Prompts in one forward pass; the answers do not depend on it beyond rounding.
     """
     talks = [conversation_of(item, system) for item in items]
@@ -59,19 +59,19 @@ def score_likelihood(
     system: str | None = None,
     batch_size: int = 16,
 ) -> list[Answered]:
-    """Choose the label with the highest sum of log-probabilities behind the prompt.
+    """Choose the label with the highest sum of log-probabilities after the prompt.
 
-    The sum is over the label's own tokens, in nats, from a float32 log-softmax; no end token is
-    asked for, and sums are not divided by lengths. Equal sums go to the first label.
+    The sum is over the label's own tokens, in nats, from a float32 log-softmax. It does not include
+    an end token, and it is not divided by the length. In a tie, the first label wins.
 
     Args:
-        loaded: The model as it stands.
+        loaded: The model in its current state.
         items: Questions.
         system: The run's system text.
         batch_size: Sequences in one forward pass; scores do not depend on it beyond rounding.
     """
     asked = [_continuations(loaded, item, system) for item in items]
-    # Labels of one token each share their input, the prompt: one pass then scores all of them.
+    # Labels of one token share their input, the prompt: one pass scores all of them.
     inputs = sorted({one.input for some in asked for one in some}, key=lambda ids: (-len(ids), ids))
     wanted: dict[tuple[int, ...], list[_Continuation]] = {ids: [] for ids in inputs}
     for one in (one for some in asked for one in some):
@@ -87,22 +87,22 @@ def score_likelihood(
 
 @dataclass(frozen=True)
 class _Continuation:
-    """A label as tokens that follow others."""
+    """A label as tokens that follow other tokens."""
 
     before: tuple[int, ...]
     label: tuple[int, ...]
 
     @property
     def input(self) -> tuple[int, ...]:
-        """What the model reads: the last token is only predicted."""
+        """What the model reads: everything except the last token, which is only predicted."""
         return self.before + self.label[:-1]
 
 
 def _continuations(loaded: LoadedModel, item: Item, system: str | None) -> list[_Continuation]:
-    """One for each label, all behind the same tokens.
+    """One continuation per label, all after the same tokens.
 
-    Text is tokenised as a whole, as it was in training. Where a label melts into the end of the
-    prompt, what is scored begins before it, and so it does for all labels of the item.
+    Prompt and label are tokenised together, as in training. If a label merges with the end of the
+    prompt into one token, scoring starts before that token, for all labels of the item.
     """
     prompt = render(loaded.tokenizer, conversation_of(item, system), ask=True)
     bare, *full = encode(loaded, [prompt, *(prompt + label for label in item.options)])
@@ -111,7 +111,7 @@ def _continuations(loaded: LoadedModel, item: Item, system: str | None) -> list[
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same, leaving at least one of `other` behind them."""
+    """Length of the common prefix, which leaves at least one token of `other`."""
     pairs = zip(one, other[:-1], strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other) - 1))
 
@@ -119,7 +119,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 def _score(
     loaded: LoadedModel, batch: Sequence[Sequence[_Continuation]]
 ) -> dict[_Continuation, float]:
-    """Sums of one batch; each entry's continuations share their input."""
+    """The sums of one batch; the continuations of each entry share their input."""
     length = max(len(some[0].input) for some in batch)
     # Padding is on the right: with causal attention no real token sees it. See tasks/instruct.py.
     ids = torch.zeros(len(batch), length, dtype=torch.int64)
@@ -140,7 +140,7 @@ def _score(
 def _log_probabilities(
     loaded: LoadedModel, ids: torch.Tensor, places: Sequence[int], targets: Sequence[int]
 ) -> torch.Tensor:
-    """(num_places,), float32, on the CPU; the vocabulary is scored at those places only."""
+    """(num_places,), float32, on the CPU; the vocabulary is scored only at these places."""
     model = loaded.model.get_base_model() if loaded.has_adapter else loaded.model
     where = torch.tensor(places, device=loaded.device)
     wanted = torch.tensor(targets, device=loaded.device)

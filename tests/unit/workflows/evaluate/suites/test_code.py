@@ -1,4 +1,4 @@
-"""Programs in the sandbox: right ones pass, harmful ones fail fast and leave nothing behind."""
+"""Programs in the sandbox: correct ones pass, harmful ones fail fast and leave nothing behind."""
 
 import json
 import sys
@@ -9,7 +9,8 @@ import pytest
 
 from silotune.core.errors import ConfigError, DataError
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig, load_model
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model
 from silotune.workflows.evaluate.suites import code, sandbox
 from silotune.workflows.evaluate.suites.code import cut, load_problems, program_of, run_code
 from silotune.workflows.evaluate.suites.sandbox import Limits, isolation, network_note, run_program
@@ -31,7 +32,7 @@ PROBLEM = {
 
 @pytest.fixture(params=["isolated", "bare"])
 def either_way(request, monkeypatch):
-    """With the namespaces that this machine has, and as on a machine without any."""
+    """With the namespaces that this machine has, and without any."""
     if request.param == "bare":
         monkeypatch.setattr(sandbox, "isolation", lambda: ())
 
@@ -68,7 +69,7 @@ def test_a_harmful_program_fails_quickly(source, either_way):
     assert time.monotonic() - start < 10
 
 
-def test_a_program_beyond_the_deadline_is_called_so():
+def test_a_program_that_passes_the_deadline_is_a_timeout():
     assert run_program(HARMFUL["long sleep"], QUICK) == "timeout"
 
 
@@ -89,7 +90,7 @@ def test_no_secret_of_the_environment_is_there(monkeypatch, either_way):
     assert run_program(of_parent, QUICK) == "failed"
 
 
-def test_a_process_that_left_the_group_does_not_live_on():
+def test_a_process_that_left_the_group_does_not_keep_running():
     """The audit hook forbids it; the namespace must hold without the hook, too."""
     if "--pid" not in isolation():
         pytest.skip("no process namespace on this machine")
@@ -102,14 +103,14 @@ def test_a_process_that_left_the_group_does_not_live_on():
     assert done.stdout.strip() == "1"
 
 
-def test_where_the_network_cannot_be_cut_off_the_result_says_so(monkeypatch):
+def test_the_result_says_if_the_network_could_not_be_cut_off(monkeypatch):
     monkeypatch.setattr(sandbox, "isolation", lambda: ())
-    assert "the network was reachable" in network_note()
+    assert "only an audit hook kept the programs from using the network" in network_note()
     monkeypatch.setattr(sandbox, "isolation", lambda: ("unshare",))
     assert network_note() == ""
 
 
-def test_a_machine_without_unshare_is_found_out(monkeypatch):
+def test_a_machine_without_unshare_is_detected(monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     assert isolation.__wrapped__() == ()
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: "/bin/false")

@@ -1,4 +1,4 @@
-"""The leaderboard's protocol: prompts to the letter, parsing, and the published scores."""
+"""The leaderboard's protocol: exact prompts, parsing, and the published scores."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig, load_model
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model
 from silotune.training.generate import complete, encode
 from silotune.workflows.evaluate.suites import SUITES, leaderboard
 from silotune.workflows.evaluate.suites.leaderboard import (
@@ -60,7 +61,7 @@ def test_published_scores_come_out_to_every_printed_digit(name):
         ("42", "42"),
         ("text\n## Answer: b", "a"),
         ("text\n##b\nmore", "b"),
-        ("## b", "b"),  # not behind a new line, but the marks are only blanks
+        ("## b", "b"),  # not after a line break, but the marks are only blanks
     ],
 )
 def test_a_choice_is_read_from_the_first_character(output, parsed):
@@ -114,7 +115,7 @@ def test_what_counts_as_right(output, gold, correct):
         ("negative", "negative"),
     ],
 )
-def test_a_sentiment_is_read_behind_the_first_mark(text, label):
+def test_a_sentiment_is_read_after_the_first_mark(text, label):
     assert parse_finance(text) == label
 
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a tiny model; without lm-eval, what the user is told."""
+"""Tasks of lm-eval on a tiny model; without lm-eval, what the message says."""
 
 import importlib.util
 
@@ -6,7 +6,8 @@ import pytest
 
 from silotune.core.errors import ConfigError
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig, load_model
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model
 from silotune.workflows.evaluate.suites.lm_eval_tasks import run_lm_eval
 from tests.conftest import write_jsonl
 

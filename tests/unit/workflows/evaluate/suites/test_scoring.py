@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from silotune.data.chat_templates import render
 from silotune.models.adapters import AdapterConfig
-from silotune.models.loading import ModelConfig, load_model
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model
 from silotune.workflows.evaluate.suites import scoring
 from silotune.workflows.evaluate.suites.base import Item
 from silotune.workflows.evaluate.suites.metrics import classification
@@ -53,7 +54,7 @@ def items(*, words: bool = True) -> list[Item]:
 
 
 def oracle(loaded, item: Item, system: str | None) -> dict[str, float]:
-    """One label after the other, no batch, no shared prompt, the whole vocabulary everywhere."""
+    """One label after another: no batch, no shared prompt, the full vocabulary everywhere."""
     prompt = render(loaded.tokenizer, conversation_of(item, system), ask=True)
     start = len(loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"])
     scores = {}
@@ -67,7 +68,7 @@ def oracle(loaded, item: Item, system: str | None) -> dict[str, float]:
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_likelihood_is_that_of_a_plain_loop_whatever_the_batch(loaded, batch_size, system):
+def test_likelihood_equals_a_plain_loop_for_every_batch_size(loaded, batch_size, system):
     asked = items()
     for one in score_likelihood(loaded, asked, system=system, batch_size=batch_size):
         assert one.scores is not None
@@ -87,7 +88,7 @@ def test_labels_of_one_token_share_one_forward_pass(loaded, monkeypatch):
     assert [rows for rows, _ in shapes] == [10]
 
 
-def test_a_label_that_melts_into_the_prompt_is_scored_from_before_it(tmp_path):
+def test_a_label_that_merges_with_the_prompt_is_scored_from_before_it(tmp_path):
     """A tokenizer that joins the prompt's last character with one label, not with the others."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
@@ -208,7 +209,7 @@ def test_sentiments_are_read_the_same_way(output, label):
     assert parse_answer(output, SENTIMENTS) == label
 
 
-def test_two_options_with_the_same_text_cannot_be_told_apart_by_it():
+def test_two_options_with_the_same_text_cannot_be_distinguished_by_it():
     assert parse_answer("Aspirin", {"A": "Aspirin", "B": "aspirin"}) is None
     assert parse_answer("B) aspirin", {"A": "Aspirin", "B": "aspirin"}) == "B"
 
@@ -289,7 +290,7 @@ def test_nothing_parsable_has_no_accuracy_among_the_parsable():
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def test_an_output_that_is_no_answer_lowers_recall_and_no_precision():
+def test_an_output_that_is_not_an_answer_lowers_recall_but_no_precision():
     golds, labels = ["yes", "yes", "no", "no"], ["yes", "no"]
     found = classification(golds, ["yes", None, "no", "no"], labels)
     # yes: precision 1, recall 1/2, F1 2/3; no: 1
@@ -310,9 +311,9 @@ def test_matthews_with_an_unparsable_class_by_hand():
     assert found["mcc"] == pytest.approx(expected)
 
 
-def test_one_label_in_all_has_no_correlation():
+def test_a_single_label_has_no_correlation():
     assert classification(["yes", "yes"], ["yes", "yes"], ["yes", "no"])["mcc"] == 0.0
 
 
-def test_a_label_that_nobody_has_counts_nought_in_macro_f1():
+def test_a_label_that_nobody_has_counts_zero_in_macro_f1():
     assert classification(["yes"], ["yes"], [*WORDS])["macro_f1"] == pytest.approx(1 / 3)

@@ -1,4 +1,4 @@
-"""Rows of benchmark suites become items: layouts of the hub and of files, and what can be wrong."""
+"""Rows of benchmark suites become items: layouts on the hub and in files, and what can go wrong."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there"
 OPTIONS = {"A": "Aspirin", "B": "Ibuprofen", "C": "Codeine", "D": "Insulin"}
 LOCAL = {"id": "q1", "question": "What lowers sugar?", "options": OPTIONS, "answer": "D"}
 SECRET = "Ibuprofen"
-"""A value of a row; no message may hold it."""
+"""A value of a row; no message may contain it."""
 
 
 def read(name: str, row: dict) -> Item:
@@ -34,7 +34,7 @@ def error_of(call, *args, kind=DataError):
         call(*args)
     text = str(caught.value)
     assert SECRET not in text
-    assert "\n  " in text, "the mend is missing"
+    assert "\n  " in text, "the message does not say how to fix it"
     return text
 
 
@@ -130,7 +130,7 @@ def test_fiqa_scores_become_classes():
 
 
 def write_hub(folder: Path, num_rows: int) -> Path:
-    """A folder laid out like the hub's plain copy of a set made by a script."""
+    """A folder with the layout of the hub's plain copy of a data set that a script builds."""
     rows = [{"text": f"tweet {n}", "label": n % 3} for n in range(num_rows)]
     place = folder / "hub" / "config" / "test"
     place.mkdir(parents=True)
@@ -162,7 +162,9 @@ def test_the_held_out_quarter_is_that_of_train_test_split_with_seed_42(tmp_path,
     assert len(items) == 10
 
 
-def test_a_set_that_the_hub_does_not_give_names_the_suite_and_offers_a_file(tmp_path):
+def test_a_set_that_the_hub_does_not_have_is_an_error_that_names_the_suite_and_offers_a_file(
+    tmp_path,
+):
     text = error_of(load_items, hub_suite(tmp_path / "nothing"))
     assert "suite 'tiny'" in text
     assert "--data FILE" in text
@@ -191,13 +193,13 @@ def test_real_files_are_read_whole(name, file, golds):
     assert all(item.prompt and item.leaderboard for item in items)
 
 
-def test_a_row_without_an_id_is_called_by_its_place(tmp_path):
+def test_a_row_without_an_id_is_named_by_its_location(tmp_path):
     rows = [{k: v for k, v in LOCAL.items() if k != "id"}] * 2
     items = load_items(SUITES["medqa"], write_jsonl(tmp_path / "q.jsonl", rows))
     assert [item.id for item in items] == ["q.jsonl:1", "q.jsonl:2"]
 
 
-def test_an_option_that_a_parquet_file_filled_up_with_nothing_is_left_out():
+def test_an_empty_option_of_a_parquet_file_is_left_out():
     assert dict(read("medqa", {**LOCAL, "options": {**OPTIONS, "E": None}}).options) == OPTIONS
 
 
@@ -208,7 +210,7 @@ def test_a_missing_column_is_named_with_the_nearest_and_all_that_are_there(tmp_p
     row = {"questions": "Q?", "options": OPTIONS, "answer": "B"}
     path = write_jsonl(tmp_path / "mine.jsonl", [row])
     text = error_of(load_items, SUITES["medqa"], path)
-    assert text.startswith(f"{path}:1: suite 'medqa' needs column 'question', which is not there.")
+    assert text.startswith(f"{path}:1: suite 'medqa' needs column 'question', which is missing.")
     assert "Did you mean 'questions'?" in text
     assert "The columns are 'questions', 'options', 'answer'." in text
 
@@ -220,7 +222,7 @@ def test_a_missing_column_is_named_with_the_nearest_and_all_that_are_there(tmp_p
         ("medqa", {"answer": "Ibuprofen"}, "column 'answer' is none of the options"),
         ("medqa", {"question": "  "}, "column 'question' is empty"),
         ("medqa", {"question": None}, "column 'question' is empty"),
-        ("medqa", {"question": "half \ud800"}, "half of a character"),
+        ("medqa", {"question": "half \ud800"}, "half a character"),
         ("medqa", {"options": "A: Aspirin"}, "column 'options' is of type str"),
         ("medqa", {"options": {"A": "Aspirin"}}, "two to five texts"),
         ("medqa", {"options": {**OPTIONS, "X": "x"}}, "Use the letters A, B, C, D, E"),

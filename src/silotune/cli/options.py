@@ -1,0 +1,44 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")]
+OptionalRecipe = Annotated[
+    str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Keys to change, such as train.lr=5e-4", metavar="[KEY=VALUE]..."),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder to create; by default runs/<time>-<recipe>.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
+AsSummary = Annotated[bool, typer.Option("--json", help="Print summary.json instead of tables.")]
+
+
+def recipe_and_overrides(
+    recipe: str | None, overrides: list[str] | None, resume: Path | None
+) -> tuple[str | None, list[str]]:
+    """Tell the recipe from the overrides: with --resume, the first word may be an override.
+
+    Raises:
+        ConfigError: There is neither a recipe nor a folder to resume.
+    """
+    import silotune
+    from silotune.core.errors import ConfigError
+
+    changed = list(overrides or ())
+    if recipe is not None and "=" in recipe and not Path(recipe).is_file():
+        recipe, changed = None, [recipe, *changed]
+    if recipe is None and resume is None:
+        shipped = ", ".join(silotune.shipped_recipes())
+        raise ConfigError(
+            "there is no recipe.\n"
+            f"  Give a TOML file or a shipped name ({shipped}), or --resume FOLDER."
+        )
+    return recipe, changed

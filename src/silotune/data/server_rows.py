@@ -1,0 +1,79 @@
+"""The rows that the server owns and trains on itself. No client has them.
+
+Reads the server's own file, or draws a share of the train rows. Knows no clients and no models.
+"""
+
+from silotune.core.errors import ConfigError, DataError
+from silotune.core.seeds import generator
+from silotune.core.wording import counted
+from silotune.data.files import Part, PlacedRow
+from silotune.data.partition import draw_rows
+from silotune.data.reading import (
+    DataConfig,
+    TaskRow,
+    convert,
+    read_all,
+    read_parts,
+    seed_of_split,
+    without_empty,
+)
+
+
+def load_server_rows(
+    cfg: DataConfig, *, seed: int, task: str, fraction: float, path: str | None
+) -> tuple[TaskRow, ...]:
+    """Read the rows that the server owns and trains on itself. No client has them.
+
+    Args:
+        cfg: Where the rows are and what they look like.
+        seed: The run's seed.
+        task: As in `load_clients`.
+        fraction: Share of the train rows, drawn with the seed; ignored if `path` is given.
+        path: The server's own file or folder, with the same columns.
+
+    Raises:
+        DataError: Files, rows or columns cannot be used, or the share rounds to no row.
+        ConfigError: A share is requested of data that belongs to the clients.
+    """
+    if path is not None:
+        rows = without_empty(Part(read_all(path)), cfg, task).rows
+    else:
+        everything, _ = read_parts(cfg, task)
+        rows = set_aside_server_rows(everything, fraction, cfg, seed=seed_of_split(cfg, seed))[1]
+    return tuple(convert(rows, cfg, task))
+
+
+def set_aside_server_rows(
+    train: Part, fraction: float, cfg: DataConfig, *, seed: int
+) -> tuple[Part, list[PlacedRow]]:
+    """Draw the server's share of the train rows at random, because files are often sorted.
+
+    Args:
+        train: All train rows.
+        fraction: The server's share; 0 for none.
+        cfg: Where the rows are, for messages.
+        seed: Seed of the split.
+
+    Returns:
+        The train rows without the server's, and the server's, both in file order.
+
+    Raises:
+        DataError: The server or the clients would have no rows.
+        ConfigError: There is one file per client.
+    """
+    if fraction == 0:
+        return train, []
+    if train.files:
+        raise ConfigError(
+            f"server.data_fraction: '{cfg.path}' holds one file per client, and those rows belong "
+            "to the clients.\n  Give the server its own rows: server.data_path."
+        )
+    size = round(fraction * len(train.rows))
+    if not 0 < size < len(train.rows):
+        raise DataError(
+            f"server.data_fraction = {fraction:g} of {counted(len(train.rows), 'row')} leaves the "
+            "server or the clients without rows.\n  Choose another fraction, or add rows."
+        )
+    everything = list(range(len(train.rows)))
+    drawn, rest = draw_rows(everything, size, generator(seed, "server-rows"))
+    return Part([train.rows[n] for n in rest]), [train.rows[n] for n in drawn]

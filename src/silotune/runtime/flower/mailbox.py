@@ -1,0 +1,158 @@
+"""Messages on their way over Flower's Grid: sent, kept as open questions, and read when answered.
+
+Does not know who takes part (`members.py`) or what an answer means (`server.py`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from silotune.core.errors import UpdateError
+from silotune.core.types import Broadcast, Failure
+from silotune.runtime import wire
+from silotune.runtime.flower.records import from_record, to_record
+from silotune.runtime.payload import Parcel
+
+TTL_S = 30 * 86400.0
+"""Flower silently drops replies older than this, so it is longer than any run."""
+AT_ONCE, AT_ONCE_BYTES = 16, 64e6
+"""Most replies to fetch in one call, and most bytes, but always at least one reply. This bounds
+memory, no matter how many clients answer."""
+NOT_REACHABLE = 5
+ENGINE_CODES = {
+    1: "client app not loaded",
+    2: "client app failed",
+    3: "message lost",
+    4: "reply lost",
+    5: "not reachable",
+    7: "client app refused",
+    8: "client app ended",
+}
+"""What Flower's error codes mean. Its texts are not passed on: they may hold exception texts."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A message on its way."""
+
+    kind: str
+    """query, train or evaluate."""
+    node: int
+    client: str
+    round: int
+    bytes_down: int = 0
+
+
+Answer = tuple[Question, Parcel | Failure]
+"""What came back, or why nothing usable did, with the question it belongs to."""
+
+
+class Contents:
+    """The records of a round's messages. A message that all clients share is encoded once."""
+
+    def __init__(self, messages: Mapping[str, Broadcast]) -> None:
+        """Encode what all clients share; a separate message is encoded when it is sent."""
+        self._messages = messages
+        shared = {id(broadcast): broadcast for broadcast in messages.values()}
+        self._common: RecordDict | None = None
+        if len(shared) == 1:
+            self._common = to_record(wire.encode_broadcast(*shared.values()))
+
+    def record(self, client: str) -> RecordDict:
+        """What this client receives."""
+        if self._common is not None:
+            return self._common
+        return to_record(wire.encode_broadcast(self._messages[client]))
+
+    def size_bytes(self, client: str) -> int:
+        """Bytes of the tensors in this client's message."""
+        broadcast = self._messages[client]
+        states = (broadcast.adapter, *broadcast.extra.values())
+        # a parcel holds float32, whatever the tensors are
+        return 4 * sum(tensor.numel() for state in states for tensor in state.values())
+
+
+class Mailbox:
+    """Owns the Grid and the open questions."""
+
+    def __init__(self, grid: Grid, *, window: int | None = None) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            grid: Flower's connection to the nodes.
+            window: Most messages on their way at once; None for any number.
+        """
+        self.processes: dict[str, dict[str, Any]] = {}
+        """What each process that answered reports about itself, by its id."""
+        self._grid, self._window = grid, window
+        self._open: dict[str, Question] = {}
+
+    def nodes(self) -> set[int]:
+        """The nodes that are connected now."""
+        return set(self._grid.get_node_ids())
+
+    def room(self) -> int | None:
+        """How many messages may be sent now; None for any number."""
+        return None if self._window is None else max(0, self._window - len(self._open))
+
+    def is_open(self, message: str) -> bool:
+        """Whether a message has had no answer so far."""
+        return message in self._open
+
+    def unanswered(self, kind: str) -> set[int]:
+        """The nodes that have not answered a question of this kind."""
+        return {question.node for question in self._open.values() if question.kind == kind}
+
+    def send(
+        self, questions: Sequence[Question], record_of: Callable[[str], RecordDict]
+    ) -> tuple[dict[str, Question], list[Answer]]:
+        """Send each question's client its record.
+
+        Returns:
+            The questions sent, by the id of their message; and those that could not be sent, each
+            with its failure.
+        """
+        messages = [
+            Message(record_of(q.client), q.node, q.kind, ttl=TTL_S, group_id=str(q.round))
+            for q in questions
+        ]
+        # Flower returns an empty list if it could send nothing, and None for a message it could not
+        ids: list[str | None] = list(self._grid.push_messages(messages)) or [None] * len(questions)
+        pairs = list(zip(ids, questions, strict=True))
+        sent = {message: question for message, question in pairs if message}
+        self._open.update(sent)
+        return sent, [(q, _engine_failure(q, 3)) for message, q in pairs if not message]
+
+    def take(self) -> Iterator[Answer]:
+        """Yield the answers that have arrived, fetched a few at a time."""
+        ids = list(self._open)
+        # an answer is about as large as its question
+        largest = max((question.bytes_down for question in self._open.values()), default=0)
+        some = max(1, min(AT_ONCE, int(AT_ONCE_BYTES // max(largest, 1))))
+        for at in range(0, len(ids), some):
+            for reply in self._grid.pull_messages(ids[at : at + some]):
+                question = self._open.pop(reply.metadata.reply_to_message_id, None)
+                if question is not None:  # otherwise it has been read before
+                    yield question, self._read(reply, question)
+            reply = None  # release it before the next one is fetched: it may be large
+
+    def _read(self, reply: Message, question: Question) -> Parcel | Failure:
+        if reply.has_error():
+            return _engine_failure(question, reply.error.code)
+        try:
+            parcel = from_record(reply.content)
+        except UpdateError as error:
+            return Failure(question.client, question.round, "unreadable", str(error))
+        with contextlib.suppress(UpdateError):
+            process = wire.decode_process(parcel)
+            self.processes[process["id"]] = process
+        return parcel
+
+
+def _engine_failure(question: Question, code: int) -> Failure:
+    meaning = ENGINE_CODES.get(code, "engine error")
+    return Failure(question.client, question.round, meaning, f"Flower's error code {code}")
