@@ -47,6 +47,7 @@ def runs(recipe, tmp_path_factory):
     }
 
 
+@pytest.mark.slow  # in tests/unit/runtime/flower/test_server.py without an engine
 def test_private_noise_is_added_at_the_server_of_an_engine_too(recipe, tmp_path):
     keys = [
         *(*SHORT, "algorithm.weights=uniform", "privacy.unit=client", "privacy.delta=0.1"),
@@ -161,10 +162,10 @@ def test_rows_of_a_rehearsal_do_not_stay_on_disk(runs):
     ("engine", "name"),
     [
         (ENGINES[0], "SIGTERM"),
-        # test_deployment.py kills a server under the same keeper in every run of the tests
-        pytest.param(ENGINES[1], "SIGKILL", marks=pytest.mark.slow),
+        (ENGINES[1], "SIGKILL"),
     ],
 )
+@pytest.mark.slow  # test_resume.py sends signals, test_process_keeper.py kills a starter
 def test_an_ended_run_takes_its_engine_along_and_resumes_to_the_same_bytes(
     recipe, runs, tmp_path, engine, name
 ):
@@ -188,6 +189,7 @@ def test_an_ended_run_takes_its_engine_along_and_resumes_to_the_same_bytes(
     assert (out / ADAPTER).read_bytes() == (runs["in-process"].path / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow  # in tests/unit/runtime/flower/test_server.py without an engine
 def test_a_run_without_quorum_fails_and_saves_no_adapter(recipe, tmp_path):
     """Flower itself ends such a run with exit status 0 and an untrained adapter."""
     out = tmp_path / "run"

@@ -153,6 +153,7 @@ def train_round(
     Raises:
         UpdateError: Training ended in NaN or infinity; nothing is sent or kept.
     """
+    # One function, though a long one: it reads top to bottom, like the round itself.
     began = time.perf_counter()
     run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
     count = num_rows(run.train, len(data.examples)) if count is None else count

@@ -57,6 +57,8 @@ def run_rounds(
     Raises:
         QuorumError: Too few usable updates; what was done so far is kept and can be resumed.
     """
+    # One function, though a long one: the protocol is these seven steps. A test keeps the body
+    # within one screen.
     num_labels = len(run.data.labels or ())
     ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
     while ended_by is None and state.round < run.rounds:

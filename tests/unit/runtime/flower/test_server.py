@@ -26,6 +26,7 @@ from silotune.core.seeds import generator
 from silotune.core.tree import sha256
 from silotune.core.types import Broadcast, Score, ServerState, Update
 from silotune.federation import acceptance
+from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
@@ -36,7 +37,7 @@ from silotune.runtime.client_host import guarded
 from silotune.runtime.flower import mailbox, members
 from silotune.runtime.flower import server as flower_server
 from silotune.runtime.flower.records import from_record, to_record
-from silotune.runtime.flower.server import FlowerClients
+from silotune.runtime.flower.server import FlowerClients, run_remaining
 from silotune.runtime.flower.server_reports import Follower, read_outcome
 from silotune.runtime.flower.submit import RUNS, SETTINGS
 from silotune.runtime.payload import Parcel
@@ -1249,3 +1250,37 @@ def test_each_client_receives_its_own_message_and_one_that_all_share_is_encoded_
     encoded.clear()
     list(clients.train(dict.fromkeys(NAMES, Broadcast(2, START))))
     assert len(encoded) == 1
+
+
+# --- private noise --------------------------------------------------------------------------------
+
+
+def test_private_noise_is_added_at_the_server_of_an_engine_as_in_one_process(tmp_path):
+    private = {"unit": "client", "delta": 0.1, "noise_multiplier": 1.0, "noise": "seeded"}
+    run = recipe(
+        privacy=private,
+        algorithm={"weights": "uniform"},
+        sampling={"timeout_s": 5},
+        runtime={"name": "flower-simulation"},
+    )
+    cfg, build = ALGORITHMS["fedavg"]
+    plain = build(cfg(weights="uniform"))
+    num_examples = dict.fromkeys(NAMES, REPORT["num_train"])
+    folder = RunFolder.create(tmp_path / "here" / "run", run)
+    noisy = with_privacy(plain, run, folder, num_examples)
+    first = ServerState(0, START, noisy.init(START, len(NAMES)))
+    parts = {"clients": Plain(), "progress": Progress()}
+    here = run_rounds(run, first, algorithm=noisy, folder=folder, **parts)
+
+    played = Played(tmp_path / "there", Nodes(clients_by()), run)
+    played.folder.save(first, last=False)
+    run_remaining(played.clients, played.folder, local=())
+    there = played.folder.load_state()
+    assert there is not None
+    assert there.round == run.rounds
+    assert sha256(there.adapter) == sha256(here.adapter)
+    assert len((played.folder.path / "privacy.jsonl").read_text().splitlines()) == run.rounds
+
+    other = RunFolder.create(tmp_path / "plain" / "run", run)
+    noiseless = run_rounds(run, ServerState(0, START), algorithm=plain, folder=other, **parts)
+    assert sha256(noiseless.adapter) != sha256(here.adapter)
