@@ -120,7 +120,7 @@ def check_command(line: str) -> None:
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group)
     above = click.Context(group, info_name="silotune")
-    if words[0] == "--help":
+    if words[0] in ("--help", "--version"):
         return
     command = group.get_command(above, words[0])
     if command is None:
