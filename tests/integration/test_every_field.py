@@ -102,9 +102,9 @@ ELSEWHERE = {
     "data.labels": "test_classify, test_labelled",
     "data.text": "test_labelled",
     "data.text_pair": "test_labelled",
-    "server.data_path": "test_server_rows, test_teaching",
+    "server.data_path": "test_server_rows, test_server_work",
     **{
-        f"{section}.{key}": "test_teaching"
+        f"{section}.{key}": "test_server_work"
         for section, keys in {
             "server": ("epochs", "lr", "weight"),
             "distill": (

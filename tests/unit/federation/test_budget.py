@@ -141,7 +141,7 @@ class SlowClients(Clients):
 
 
 def go_slowly(folder, clients, *, progress=None):
-    """As launch.py begins a part of a run, on a folder that may hold an earlier one."""
+    """As workflows/run.py begins a part of a run, on a folder that may hold an earlier one."""
     begin_part(folder, clients.clock())
     state = folder.load_state() or ServerState(0, START, {})
     folder.rewind(state.round)

@@ -58,6 +58,7 @@ class Contents:
         """Encode what all clients share; a separate message is encoded when it is sent."""
         self._messages = messages
         shared = {id(broadcast): broadcast for broadcast in messages.values()}
+        self._bytes = {key: _parcel_bytes(broadcast) for key, broadcast in shared.items()}
         self._common: RecordDict | None = None
         if len(shared) == 1:
             self._common = to_record(wire.encode_broadcast(*shared.values()))
@@ -70,10 +71,13 @@ class Contents:
 
     def size_bytes(self, client: str) -> int:
         """Bytes of the tensors in this client's message."""
-        broadcast = self._messages[client]
-        states = (broadcast.adapter, *broadcast.extra.values())
-        # a parcel holds float32, whatever the tensors are
-        return 4 * sum(tensor.numel() for state in states for tensor in state.values())
+        return self._bytes[id(self._messages[client])]
+
+
+def _parcel_bytes(broadcast: Broadcast) -> int:
+    states = (broadcast.adapter, *broadcast.extra.values())
+    # a parcel holds float32, whatever the tensors are
+    return 4 * sum(tensor.numel() for state in states for tensor in state.values())
 
 
 class Mailbox:
