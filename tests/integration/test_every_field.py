@@ -1,6 +1,8 @@
 """Every field of a recipe acts: moved from its default it changes the result or is refused."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -90,18 +92,18 @@ ELSEWHERE = {
     "model.double_quantization": "test_quantization",
     "train.packing": "test_packing: it changes speed and memory only",
     "model.name": "below",
-    "data.eval_path": "test_data",
-    "data.eval_split": "test_data",
-    "data.name": "test_data",
-    "data.split": "test_data",
-    "data.skip_empty": "test_data",
-    "data.revision": "test_data",
+    "data.eval_path": "test_clients",
+    "data.eval_split": "test_clients",
+    "data.name": "test_clients",
+    "data.split": "test_clients",
+    "data.skip_empty": "test_clients",
+    "data.revision": "test_clients",
     "report.max_new_tokens": "below",
     "task": "test_classify",
     "adapter.head": "test_classify",
-    "data.labels": "test_classify, test_labelled",
-    "data.text": "test_labelled",
-    "data.text_pair": "test_labelled",
+    "data.labels": "test_classify, test_labelled_texts",
+    "data.text": "test_labelled_texts",
+    "data.text_pair": "test_labelled_texts",
     "server.data_path": "test_server_rows, test_server_work",
     **{
         f"{section}.{key}": "test_server_work"
@@ -114,7 +116,7 @@ ELSEWHERE = {
         }.items()
         for key in keys
     },
-    "compare.arms": "test_classify, test_arm_recipes",
+    "compare.arms": "test_classify, test_arms",
     "compare.history": "test_classify",
     "compare.seeds": "test_compare",
     "compare.algorithms": "test_compare",
@@ -127,7 +129,8 @@ ELSEWHERE = {
     "privacy.max_participations": "test_private_records",
     "privacy.noise_at": "test_private_records",
     **{
-        f"privacy.{key}": "test_privacy" for key in ("clip_norm", "clipping", "quantile", "clip_lr")
+        f"privacy.{key}": "test_client_level"
+        for key in ("clip_norm", "clipping", "quantile", "clip_lr")
     },
     "sweep.keys": "test_sweep",
     "sweep.runs": "test_sweep",
@@ -160,6 +163,13 @@ def plain(place, tmp_path_factory):
 def words(overrides: str) -> list[str]:
     """Overrides that belong together are written in one line, with semicolons between them."""
     return overrides.split("; ")
+
+
+def test_the_tests_that_cover_a_key_elsewhere_exist():
+    named = {name for text in ELSEWHERE.values() for name in re.findall(r"\btest_\w+", text)}
+    there = {path.stem for path in Path(__file__).parents[1].rglob("test_*.py")}
+    assert named
+    assert named <= there
 
 
 def test_every_key_is_covered_by_this_file_or_named_elsewhere():
