@@ -140,10 +140,10 @@ ELSEWHERE = {
     "evaluate.batch_size": "below: it changes speed and memory only",
     "runtime.threads": "below: it may change the last bits only",
     "runtime.name": "test_runtimes",
-    "runtime.client_cpus": "test_runtimes, test_flower_engine",
-    "runtime.client_gpus": "test_flower_engine: there is no GPU here",
+    "runtime.client_cpus": "test_runtimes, test_engine",
+    "runtime.client_gpus": "test_engine: there is no GPU here",
     "runtime.ray_address": "test_ray_cluster, in the slow tier",
-    "runtime.join_timeout_s": "test_flower_server",
+    "runtime.join_timeout_s": "test_server",
     "sampling.quorum": "test_rounds",
     "checkpoint.every": "test_rounds: it shows only when a run is interrupted",
 }
