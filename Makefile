@@ -20,9 +20,10 @@ $(VENV)/.with-%: $(VENV)/.installed
 	touch $@
 
 dev: $(VENV)/.developing
-$(VENV)/.developing: $(VENV)/.installed
+$(VENV)/.developing: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 demo: env
 	$(BIN)/silotune demo

@@ -17,7 +17,7 @@ import torch
 import silotune
 from silotune.recipes.parse import parse
 from tests.conftest import hospital_rows, write_jsonl
-from tests.unit.results.test_export import build_llama, make_run
+from tests.integration.results.test_export import build_llama, make_run
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="not installed: pip install xllamacpp")
 pytestmark = pytest.mark.slow

@@ -62,7 +62,7 @@ def predictions(draw, max_rows=30):
 # --- scores ---
 
 
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(predictions())
 def test_scores_are_those_of_scikit_learn(rows):
     assert label_scores(counts_of(*rows)) == pytest.approx(oracle(*rows), abs=1e-12)

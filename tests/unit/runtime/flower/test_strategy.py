@@ -556,7 +556,7 @@ def test_a_module_that_fails_to_import_is_explained(tmp_path, monkeypatch):
 
 
 def test_a_strategy_that_waits_for_more_clients_is_given_up(monkeypatch):
-    monkeypatch.setattr(flower_strategy, "WAIT_S", 0.5)
+    monkeypatch.setattr(flower_strategy, "WAIT_S", 0.1)
     assert "Waits waits for more than 7 clients" in mistake(own("Waits"))
     check_algorithm(own("Waits"), num_clients=20)
     with pytest.raises(QuorumError, match=r"^round 1: Waits waits for more than 4 clients\.\n  A"):
