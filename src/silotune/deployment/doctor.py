@@ -20,7 +20,7 @@ from typing import Literal
 from silotune.core.errors import SilotuneError
 from silotune.core.wording import counted, human_bytes
 from silotune.data.partition import PartitionConfig
-from silotune.deployment.consortium.gate import find_caddy
+from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.kit import certificate_of
 from silotune.deployment.join import KEY, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
@@ -111,11 +111,14 @@ def _certificate(joined: Joined) -> Finding:
 def _programs() -> Finding:
     versions = f"silotune {VERSION}, Python {platform.python_version()}"
     try:
-        find_caddy()
+        proxy = find_caddy()
         flower = importlib.metadata.version("flwr")
-    except (SilotuneError, importlib.metadata.PackageNotFoundError) as error:
+    except importlib.metadata.PackageNotFoundError as error:
         return Finding("programs", "FAIL", f"{versions}; {error}", "make env EXTRAS=deploy")
-    return Finding("programs", "ok", f"{versions}, Flower {flower}, the proxy caddy")
+    except SilotuneError as error:
+        first, _, rest = str(error).partition("\n")
+        return Finding("programs", "FAIL", f"{versions}; {first}", rest.strip())
+    return Finding("programs", "ok", f"{versions}, Flower {flower}, the proxy {proxy}")
 
 
 def _server(joined: Joined) -> tuple[Notice, float] | Finding:

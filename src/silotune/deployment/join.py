@@ -17,6 +17,7 @@ from pathlib import Path
 
 from silotune.core.atomic_files import write_atomically, write_json
 from silotune.core.errors import ConfigError
+from silotune.deployment.consortium.caddy import gate_command
 from silotune.deployment.consortium.certificates import (
     fingerprint,
     new_key,
@@ -28,7 +29,7 @@ from silotune.deployment.consortium.certificates import (
     write_own_certificate,
     write_ssh_key,
 )
-from silotune.deployment.consortium.gate import LOOPBACK, client_gate, find_caddy
+from silotune.deployment.consortium.gate import LOOPBACK, client_gate
 from silotune.deployment.consortium.kit import (
     Kit,
     Request,
@@ -233,7 +234,7 @@ def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
         authority=private / "authority.pem",
     )
     write_json(private / "gate.json", config)
-    supervisor.keep("gate", [find_caddy(), "run", "--config", str(private / "gate.json")])
+    supervisor.keep("gate", gate_command(private / "gate.json"))
     node = [
         "flower-supernode",
         *("--root-certificates", str(trusted)),

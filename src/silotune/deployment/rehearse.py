@@ -15,8 +15,9 @@ from silotune.core.errors import ConfigError, EngineError
 from silotune.core.wording import counted
 from silotune.data.clients import ClientRows
 from silotune.data.reading import DataConfig
+from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.folder import Consortium
-from silotune.deployment.consortium.gate import LOOPBACK, find_caddy
+from silotune.deployment.consortium.gate import LOOPBACK
 from silotune.deployment.join import init
 from silotune.deployment.queue import DONE, FAILED, LOG, STOPPED, state_of, submit
 from silotune.deployment.supervisor import Note
