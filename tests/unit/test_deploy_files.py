@@ -15,6 +15,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 
 from silotune.runtime.flower.kept_processes import program
 
@@ -133,6 +134,13 @@ def test_what_ends_is_started_again_and_looked_after(side):
     assert container["livenessProbe"]
     assert unit(side)["Restart"] == "always"
     assert unit(side)["RestartSec"] == "15", "docs/deploy.md says so"
+
+
+def test_the_engine_counts_a_killed_client_as_present_for_as_long_as_the_page_says():
+    """The page said 15 s, which is only the pause before systemd restarts it."""
+    assert HEARTBEAT_DEFAULT_INTERVAL * HEARTBEAT_PATIENCE == 60
+    page = " ".join((DEPLOY.parent / "docs" / "deploy.md").read_text().split())
+    assert "the engine counts a killed SuperNode as present for up to a minute" in page
 
 
 def test_the_server_opens_one_port_and_the_client_none():

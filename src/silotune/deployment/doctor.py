@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from silotune.core.atomic_files import make_folder, write_atomically
 from silotune.core.errors import SilotuneError
 from silotune.core.wording import counted, human_bytes
 from silotune.data.partition import PartitionConfig
@@ -132,8 +133,8 @@ def _server(joined: Joined) -> tuple[Notice, float] | Finding:
     try:
         context = ssl.create_default_context(cadata=kit.authority)
         certificate = Path(joined.own.state) / "certificate.pem"
-        certificate.parent.mkdir(parents=True, exist_ok=True)
-        certificate.write_text(kit.certificate, encoding="ascii")
+        make_folder(certificate.parent)
+        write_atomically(certificate, kit.certificate.encode("ascii"))
         context.load_cert_chain(certificate, joined.folder / KEY)
         return read_notice(kit, context), time.monotonic() - began
     except urllib.error.HTTPError as error:
@@ -174,7 +175,7 @@ def _versions(notice: Notice) -> Finding:
 
 def _disk(joined: Joined) -> Finding:
     state = Path(joined.own.state)
-    state.mkdir(parents=True, exist_ok=True)
+    make_folder(state)
     free = shutil.disk_usage(state).free
     text = f"{human_bytes(free)} free in {state}"
     if free >= FREE_BYTES:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from silotune.core.atomic_files import make_folder
 from silotune.core.errors import ConfigError, EngineError
 from silotune.core.wording import counted
 from silotune.data.clients import ClientRows
@@ -90,7 +91,7 @@ def consortium_of(
     find_caddy()
     if place.exists():
         raise ConfigError(f"{place} already exists.\n  Choose another --out.")
-    place.mkdir(parents=True)
+    make_folder(place)
     note(f"rehearsal: {place}")
     folder = place / "consortium"
     address = f"{LOOPBACK}:{free_port()}"
