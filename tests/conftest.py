@@ -175,3 +175,9 @@ def largest_file(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def open_to_others(place: Path) -> list[Path]:
+    """Everything in a folder, itself included, that another user may enter or read."""
+    found = [place, *place.rglob("*")]
+    return [p for p in found if not p.is_symlink() and p.stat().st_mode & 0o077]

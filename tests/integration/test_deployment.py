@@ -22,7 +22,7 @@ from silotune.deployment.consortium.certificates import client_certificate, new_
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.consortium.kit import read_kit
 from silotune.runtime.flower.engine import free_port
-from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
+from tests.conftest import hospital_rows, open_to_others, write_jsonl, write_tiny_recipe
 from tests.forked import run_typed
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.engine]
@@ -185,6 +185,15 @@ def test_a_client_has_a_list_of_everything_that_left_it(first, place):
     assert set(answers[0]["said"]) == {"report", "process", "client"}
     text = json.dumps(shown)
     assert not any(row["question"] in text for row in rows_of(name))
+
+
+def test_nobody_else_on_either_machine_can_read_what_a_server_or_a_client_keeps(first, place):
+    """Logs, the outbound list and the run folders were readable by all users."""
+    assert (place.folder / CLIENTS[0] / "state" / "worker.log").is_file()
+    assert first.is_relative_to(place.server)
+    assert os.umask(0o022) & 0o077 == 0o022, "otherwise this test shows nothing"
+    for folder in (place.server, *(place.folder / name for name in CLIENTS[:2])):
+        assert open_to_others(folder) == []
 
 
 def test_the_doctor_finds_nothing_wrong_and_says_what_it_checked(first, place):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tomllib
 
 import pytest
@@ -14,7 +15,13 @@ from silotune.core.tree import l2_norm, sha256, subtract
 from silotune.models.loading import num_base_loads, read_adapter
 from silotune.recipes.parse import parse, to_toml
 from silotune.workflows import write_results
-from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl
+from tests.conftest import (
+    build_tiny_model,
+    changed,
+    hospital_rows,
+    open_to_others,
+    write_jsonl,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,19 @@ def go(tmp_path, tiny_model, hospital_file):
 
 
 # --- what a run leaves
+
+
+def test_nobody_else_can_read_a_runs_folder_or_any_file_in_it(tmp_path, tiny_model, hospital_file):
+    """samples.json and metrics.jsonl were readable by everybody on a shared machine."""
+    before = os.umask(0o002)
+    try:
+        recipe = recipe_of(tiny_model, hospital_file, report__page=True, report__samples=1)
+        done = silotune.run(recipe, out=tmp_path / "runs" / "run")
+    finally:
+        os.umask(before)
+    assert (done.path / "samples.json").is_file()
+    assert (done.path / "report.html").is_file()
+    assert open_to_others(tmp_path / "runs") == []
 
 
 def test_the_base_is_loaded_once(finished):

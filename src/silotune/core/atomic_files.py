@@ -1,4 +1,7 @@
-"""Atomic files: written to a temporary file next to their place, then renamed into it."""
+"""Atomic files: written to a temporary file next to their place, then renamed into it.
+
+They hold what a run or a client knows, so they and their folders are readable by their owner only.
+"""
 
 # safetensors ships no type stubs, so strict checking would report every value from it
 # pyright: standard
@@ -11,14 +14,35 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from silotune.core.errors import DiskError, RunFolderError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # torch is imported where it is used: most files hold no tensors
+
+OWNER_FILE, OWNER_FOLDER = 0o600, 0o700
+"""Modes of files and folders. The umask is not changed: it would also apply to the caches of models
+that libraries keep, which people who work on one machine share."""
+
+
+def owner_only(path: str, flags: int) -> int:
+    """An `opener` for `open`: a file that is created is readable by its owner only."""
+    return os.open(path, flags, OWNER_FILE)
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder and the missing ones above it, for their owner only; others stay as they are.
+
+    Returns:
+        The path.
+    """
+    for missing in [place for place in path.parents if not place.exists()][::-1]:
+        missing.mkdir(mode=OWNER_FOLDER, exist_ok=True)
+    path.mkdir(mode=OWNER_FOLDER, exist_ok=True)
+    return path
 
 
 @contextlib.contextmanager
@@ -51,6 +75,8 @@ def _whole(path: Path) -> Iterator[Path]:
     """A temporary file next to `path` that replaces it, or is removed on failure."""
     part = path.with_name(path.name + ".part")
     with writing(path, part):
+        part.touch()
+        part.chmod(OWNER_FILE)
         yield part
         part.replace(path)
 
@@ -91,20 +117,24 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, str]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, about: Mapping[str, str]) -> None:
     """Write a safetensors file completely or not at all."""
+    from safetensors.torch import save_file
+
     with _whole(path) as part:
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata=dict(about))
         with part.open("rb+") as file:
             os.fsync(file.fileno())
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """Read a safetensors file and its metadata.
 
     Raises:
         RunFolderError: The file is damaged.
     """
+    from safetensors.torch import load_file
+
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(file.metadata() or {})
@@ -119,7 +149,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # --- many tensors as a few flat arrays --------------------------------------------------------
 
 
-def save_rows(path: Path, tensors: Mapping[str, Tensor], *, about: str, sync: bool) -> None:
+def save_rows(path: Path, tensors: Mapping[str, "Tensor"], *, about: str, sync: bool) -> None:
     """Write tensors completely or not at all, as one flat array per dtype in a safetensors file.
 
     For files written by the thousand: an adapter has hundreds of small tensors, and each of them
@@ -132,6 +162,9 @@ def save_rows(path: Path, tensors: Mapping[str, Tensor], *, about: str, sync: bo
         sync: Wait until it is on disk. Otherwise the file survives the end of this process, however
             it ends, but not a power failure; see `boot_id`.
     """
+    import torch
+    from safetensors.torch import save_file
+
     layout: dict[str, list[tuple[str, list[int]]]] = {}
     parts: dict[str, list[Tensor]] = {}
     for name in sorted(tensors):
@@ -147,7 +180,7 @@ def save_rows(path: Path, tensors: Mapping[str, Tensor], *, about: str, sync: bo
                 os.fsync(file.fileno())
 
 
-def load_rows(path: Path) -> tuple[dict[str, Tensor], str]:
+def load_rows(path: Path) -> "tuple[dict[str, Tensor], str]":
     """Undo `save_rows`.
 
     Raises:
@@ -184,8 +217,11 @@ def build_folder(final: Path, build: Callable[[Path], None]) -> Path:
     part = final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with writing(final, part):
-        part.mkdir(parents=True)
+        make_folder(part)
         build(part)
+        for path in part.rglob("*"):  # whatever a library wrote with its modes
+            if not path.is_symlink():
+                path.chmod(path.stat().st_mode & OWNER_FOLDER)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
     return final

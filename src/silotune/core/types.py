@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
-AdapterState = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+AdapterState = Mapping[str, "Tensor"]
 """The trained tensors by name.
 
 For LoRA: PEFT's saved names. For full fine-tuning: the model's own.
@@ -34,7 +36,7 @@ class TensorSpec:
     """What the server expects of one tensor. A dimension of None accepts any size (mixed ranks)."""
 
     shape: tuple[int | None, ...]
-    dtype: torch.dtype
+    dtype: "torch.dtype"
 
 
 Layout = Mapping[str, TensorSpec]

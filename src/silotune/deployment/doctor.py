@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from silotune.core.atomic_files import make_folder, write_atomically
 from silotune.core.errors import SilotuneError
 from silotune.core.wording import counted, human_bytes
 from silotune.data.partition import PartitionConfig
-from silotune.deployment.consortium.gate import find_caddy
+from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.kit import certificate_of
 from silotune.deployment.join import KEY, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
@@ -111,11 +112,14 @@ def _certificate(joined: Joined) -> Finding:
 def _programs() -> Finding:
     versions = f"silotune {VERSION}, Python {platform.python_version()}"
     try:
-        find_caddy()
+        proxy = find_caddy()
         flower = importlib.metadata.version("flwr")
-    except (SilotuneError, importlib.metadata.PackageNotFoundError) as error:
+    except importlib.metadata.PackageNotFoundError as error:
         return Finding("programs", "FAIL", f"{versions}; {error}", "make env EXTRAS=deploy")
-    return Finding("programs", "ok", f"{versions}, Flower {flower}, the proxy caddy")
+    except SilotuneError as error:
+        first, _, rest = str(error).partition("\n")
+        return Finding("programs", "FAIL", f"{versions}; {first}", rest.strip())
+    return Finding("programs", "ok", f"{versions}, Flower {flower}, the proxy {proxy}")
 
 
 def _server(joined: Joined) -> tuple[Notice, float] | Finding:
@@ -129,8 +133,8 @@ def _server(joined: Joined) -> tuple[Notice, float] | Finding:
     try:
         context = ssl.create_default_context(cadata=kit.authority)
         certificate = Path(joined.own.state) / "certificate.pem"
-        certificate.parent.mkdir(parents=True, exist_ok=True)
-        certificate.write_text(kit.certificate, encoding="ascii")
+        make_folder(certificate.parent)
+        write_atomically(certificate, kit.certificate.encode("ascii"))
         context.load_cert_chain(certificate, joined.folder / KEY)
         return read_notice(kit, context), time.monotonic() - began
     except urllib.error.HTTPError as error:
@@ -171,7 +175,7 @@ def _versions(notice: Notice) -> Finding:
 
 def _disk(joined: Joined) -> Finding:
     state = Path(joined.own.state)
-    state.mkdir(parents=True, exist_ok=True)
+    make_folder(state)
     free = shutil.disk_usage(state).free
     text = f"{human_bytes(free)} free in {state}"
     if free >= FREE_BYTES:

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.core.atomic_files import write_atomically, write_json
+from silotune.core.atomic_files import make_folder, write_atomically, write_json
 from silotune.core.errors import ConfigError
+from silotune.deployment.consortium.caddy import gate_command
 from silotune.deployment.consortium.certificates import (
     fingerprint,
     new_key,
@@ -28,7 +29,7 @@ from silotune.deployment.consortium.certificates import (
     write_own_certificate,
     write_ssh_key,
 )
-from silotune.deployment.consortium.gate import LOOPBACK, client_gate, find_caddy
+from silotune.deployment.consortium.gate import LOOPBACK, client_gate
 from silotune.deployment.consortium.kit import (
     Kit,
     Request,
@@ -46,7 +47,8 @@ from silotune.runtime.flower.submit import engine_environment
 
 KEY, REQUEST, KIT, OWN = "key.pem", "request.toml", "kit.toml", "client.toml"
 REST_S = 15.0
-"""Seconds before a SuperNode is restarted: until then the engine counts the old one as present."""
+"""Shortest pause before a SuperNode is restarted. The engine counts one that was killed as present
+for up to a minute: two of Flower's heartbeats, 30 s each."""
 TELL_S = 30.0
 """Seconds without a connection after which a note says how to find out why."""
 TICK_S = 0.5
@@ -103,7 +105,7 @@ def init(name: str, folder: Path) -> tuple[Path, str]:
         ConfigError: A key already exists, or the name is invalid.
     """
     check_name(name)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder)
     key = new_key()
     write_key(folder / KEY, key)
     request = Request(name=name, request=pem(new_request(name, key)))
@@ -185,7 +187,7 @@ def stay_joined(joined: Joined, note: Note) -> None:
         ConfigError: This client is already running, or the proxy is not installed.
     """
     state = Path(joined.own.state)
-    (state / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(state / "logs")
     busy = f"client '{joined.own.name}' has already joined"
     with only_one(state / "join.lock", what=busy), private_folder() as private:
         home = private / "flwr"
@@ -233,7 +235,7 @@ def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
         authority=private / "authority.pem",
     )
     write_json(private / "gate.json", config)
-    supervisor.keep("gate", [find_caddy(), "run", "--config", str(private / "gate.json")])
+    supervisor.keep("gate", gate_command(private / "gate.json"))
     node = [
         "flower-supernode",
         *("--root-certificates", str(trusted)),

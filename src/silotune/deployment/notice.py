@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from silotune.core.atomic_files import write_json
+from silotune.core.atomic_files import make_folder, write_json
 from silotune.deployment.consortium.gate import NOTICE, host_of
 from silotune.deployment.consortium.kit import Kit
 from silotune.deployment.queue import DONE, runs_of, state_of
@@ -56,7 +56,7 @@ def write_notice(place: Path, folder: Path) -> None:
     target = place / NOTICE.lstrip("/")
     text = json.dumps(about)
     if not target.is_file() or json.loads(target.read_text(encoding="utf-8")) != json.loads(text):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         write_json(target, about)
 
 

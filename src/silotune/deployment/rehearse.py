@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from silotune.core.atomic_files import make_folder
 from silotune.core.errors import ConfigError, EngineError
 from silotune.core.wording import counted
 from silotune.data.clients import ClientRows
 from silotune.data.reading import DataConfig
+from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.folder import Consortium
-from silotune.deployment.consortium.gate import LOOPBACK, find_caddy
+from silotune.deployment.consortium.gate import LOOPBACK
 from silotune.deployment.join import init
 from silotune.deployment.queue import DONE, FAILED, LOG, STOPPED, state_of, submit
 from silotune.deployment.supervisor import Note
@@ -89,7 +91,7 @@ def consortium_of(
     find_caddy()
     if place.exists():
         raise ConfigError(f"{place} already exists.\n  Choose another --out.")
-    place.mkdir(parents=True)
+    make_folder(place)
     note(f"rehearsal: {place}")
     folder = place / "consortium"
     address = f"{LOOPBACK}:{free_port()}"

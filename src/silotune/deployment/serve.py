@@ -18,13 +18,14 @@ from typing import Any
 
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import EngineError
+from silotune.deployment.consortium.caddy import gate_command
 from silotune.deployment.consortium.certificates import (
     fingerprint,
     ssh_public,
     write_own_certificate,
 )
 from silotune.deployment.consortium.folder import Consortium, Member
-from silotune.deployment.consortium.gate import LOOPBACK, find_caddy, server_gate, write_leaves
+from silotune.deployment.consortium.gate import LOOPBACK, server_gate, write_leaves
 from silotune.deployment.notice import write_notice
 from silotune.deployment.queue import Queue
 from silotune.deployment.supervisor import Note, Supervisor, only_one
@@ -111,8 +112,7 @@ class _Server:
             public=self.private / "public",
         )
         write_json(self.private / "gate.json", config)
-        gate = [find_caddy(), "run", "--config", str(self.private / "gate.json")]
-        self.supervisor.keep(GATE, gate)
+        self.supervisor.keep(GATE, gate_command(self.private / "gate.json"))
         about = self.consortium.about
         self.note(f"{about.name}: clients reach it at {about.host}, port {about.port}")
         self.note(f"fingerprint, to be compared by telephone: {self.consortium.fingerprint()}")

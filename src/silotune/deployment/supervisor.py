@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from silotune.core.atomic_files import owner_only
 from silotune.core.errors import ConfigError, EngineError
 from silotune.runtime.flower.kept_processes import KEEPER, Kept
 
@@ -46,7 +47,8 @@ class Supervisor:
             environment: For all programs.
             note: Told what ends and is restarted.
         """
-        self._kept = Kept(private, log=logs / "keeper.log", environment=environment)
+        # its programs write nowhere else than into the folders of a server or a client
+        self._kept = Kept(private, log=logs / "keeper.log", environment=environment, umask=0o077)
         self._logs, self._note = logs, note
         self._programs: dict[str, _Kept] = {}
         self._once: set[str] = set()
@@ -127,7 +129,7 @@ def only_one(path: Path, *, what: str) -> Iterator[None]:
     Raises:
         ConfigError: Another process holds it.
     """
-    with path.open("a") as file:
+    with open(path, "a", opener=owner_only) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, model_validator
 
+from silotune.core.atomic_files import make_folder, write_atomically
 from silotune.core.errors import ConfigError, Declined
 from silotune.core.toml_file import read_table
 from silotune.core.types import Config
@@ -341,10 +342,10 @@ def write_client_configs(
         data["template"] = run.data.template
     for name, own in sorted(rows.items()):
         place = folder / folder_name(name)
-        place.mkdir(parents=True)
+        make_folder(place)
         for part, part_rows in (("train", own.train), ("eval", own.evaluation)):
             lines = [_line(row) for row in part_rows]
-            (place / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_atomically(place / f"{part}.jsonl", "".join(lines).encode())
         table: dict[str, Any] = {
             "name": name,
             "state": str(state(name).absolute()),
@@ -358,5 +359,5 @@ def write_client_configs(
         if model is not None:
             table["model"] = model
         paths[name] = place / "client.toml"
-        paths[name].write_text(tomli_w.dumps(table), encoding="utf-8")
+        write_atomically(paths[name], tomli_w.dumps(table).encode())
     return paths

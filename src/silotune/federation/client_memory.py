@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from silotune.core.atomic_files import load_tensors, save_tensors
+from silotune.core.atomic_files import load_tensors, make_folder, save_tensors
 from silotune.core.types import AdapterState
 
 
@@ -56,7 +56,7 @@ def save_memory(folder: Path, round_: int, memory: ClientMemory, *, keep_from: i
         memory: What to keep.
         keep_from: The newest memory before this round, and all later ones, are kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     flat = {f"{purpose}/{n}": t for purpose, s in memory.tensors.items() for n, t in s.items()}
     about = {"position": str(memory.position)}
     save_tensors(folder / f"round-{round_:05d}.safetensors", flat, about=about)

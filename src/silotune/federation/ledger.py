@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from silotune.core.atomic_files import writing
+from silotune.core.atomic_files import make_folder, owner_only, writing
 
 FILE = "privacy.jsonl"
 """Its file name, in a run folder or in a client's own folder."""
@@ -21,8 +21,8 @@ def write_down(path: Path, row: Mapping[str, Any]) -> None:
     Raises:
         DiskError: The disk is full, or writing is not permitted.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path), path.open("a", encoding="utf-8") as file:
+    make_folder(path.parent)
+    with writing(path), open(path, "a", encoding="utf-8", opener=owner_only) as file:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             file.write("\n")  # a crash truncated the last line: keep it as a separate line
         file.write(json.dumps(row) + "\n")

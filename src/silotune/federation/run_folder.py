@@ -22,6 +22,8 @@ from silotune.core.atomic_files import (
     build_folder,
     load_rows,
     load_tensors,
+    make_folder,
+    owner_only,
     save_rows,
     save_tensors,
     write_atomically,
@@ -67,7 +69,7 @@ class Spool:
         """Write an update to the spool; from then on, a crash does not lose it."""
         here = boot_id()
         if not self._boot.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._boot.write_text(here, encoding="ascii")
         tensors = {f"delta/{name}": t for name, t in update.delta.items()}
         for key, state in update.extra.items():
@@ -152,8 +154,9 @@ class RunFolder:
         part = path.with_name(f".{path.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         try:
-            part.mkdir(parents=True)
-            (part / cls.RECIPE).write_text(to_toml(run), encoding="utf-8")
+            make_folder(part)
+            with open(part / cls.RECIPE, "w", encoding="utf-8", opener=owner_only) as file:
+                file.write(to_toml(run))
             part.rename(path)
         except OSError as error:
             raise RunFolderError(
@@ -208,7 +211,7 @@ class RunFolder:
             # Windows has no advisory locks: the user must not run two processes on one folder
             yield
             return
-        with (self.path / "run.lock").open("w") as file:
+        with open(self.path / "run.lock", "w", opener=owner_only) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -267,7 +270,7 @@ class RunFolder:
         final = self.path / "checkpoints" / f"round-{state.round:05d}"
         part = final.with_name(f".{final.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        make_folder(part)
         about = {"round": str(state.round)}
         save_tensors(part / "adapter.safetensors", state.adapter, about=about)
         flat = {f"{key}/{n}": t for key, s in state.extra.items() for n, t in s.items()}
@@ -316,7 +319,7 @@ class RunFolder:
         if not lines:
             return
         path = self._metrics_path
-        with writing(path), path.open("a", encoding="utf-8") as file:
+        with writing(path), open(path, "a", encoding="utf-8", opener=owner_only) as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())

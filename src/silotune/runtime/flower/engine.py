@@ -19,6 +19,7 @@ from typing import Any
 
 import tomli_w
 
+from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import ConfigError
 from silotune.data.files import locate
 from silotune.federation.client_config import (
@@ -223,7 +224,7 @@ class _Engine(Link):
         if self.run_id is not None:
             self._flwr("log", str(self.run_id), CONNECTION, "--show")
         if self.log.exists() and self.job.folder.path.is_dir():
-            shutil.copyfile(self.log, self.job.folder.path / LOG)
+            write_atomically(self.job.folder.path / LOG, self.log.read_bytes())
 
     def _check_alive(self) -> None:
         """Raise if a process of the engine has ended unexpectedly."""
@@ -240,7 +241,7 @@ class _Engine(Link):
 def write_connection(home: Path, connection: Mapping[str, Any]) -> None:
     """Tell Flower's commands where the SuperLink is."""
     table = {"superlink": {"default": CONNECTION, CONNECTION: dict(connection)}}
-    (home / "config.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+    write_atomically(home / "config.toml", tomli_w.dumps(table).encode())
 
 
 def free_port() -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from silotune.core.atomic_files import owner_only
 from silotune.runtime.flower.process_keeper import end_all
 
 KEEPER = "keeper"
@@ -20,7 +21,13 @@ class Kept:
     """A keeper process: takes orders to start programs, and reports which ones have ended."""
 
     def __init__(
-        self, private: Path, *, log: Path, environment: Mapping[str, str], lock: int | None = None
+        self,
+        private: Path,
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        lock: int | None = None,
+        umask: int = -1,
     ) -> None:
         """Start the keeper.
 
@@ -29,9 +36,10 @@ class Kept:
             log: Where the keeper writes its own errors.
             environment: For the keeper and everything it starts.
             lock: A locked file; it stays locked until the last of the processes is gone.
+            umask: For the keeper and everything it starts; -1: this process's.
         """
         self.mark = secrets.token_hex(16)
-        with log.open("ab") as file:
+        with open(log, "ab", opener=owner_only) as file:
             self._keeper = subprocess.Popen(
                 [
                     sys.executable,
@@ -46,6 +54,7 @@ class Kept:
                 env=dict(environment),
                 start_new_session=True,  # Ctrl-C reaches only this process
                 pass_fds=() if lock is None else (lock,),
+                umask=umask,
             )
         assert self._keeper.stdout is not None
         os.set_blocking(self._keeper.stdout.fileno(), False)

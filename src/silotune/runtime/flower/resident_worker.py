@@ -114,12 +114,14 @@ def _socket(config: Path) -> Path:
 
 def main(config: Path) -> None:
     """Serve until nobody has asked for a while."""
+    from silotune.core.atomic_files import make_folder, owner_only
     from silotune.federation.client_config import load_client_config
 
     own = load_client_config(config)
     state = Path(own.state)
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "worker.log").open("a", buffering=1, encoding="utf-8") as log, _alone(config):
+    make_folder(state)
+    path = state / "worker.log"
+    with open(path, "a", 1, encoding="utf-8", opener=owner_only) as log, _alone(config):
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         address = _socket(config)

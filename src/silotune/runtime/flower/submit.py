@@ -16,7 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from silotune.core.atomic_files import write_json
+from silotune.core.atomic_files import owner_only, write_json
 from silotune.core.errors import EngineError
 from silotune.data.files import EXAMPLES, locate
 from silotune.data.reading import DataConfig
@@ -179,12 +179,12 @@ def flwr(words: "tuple[str, ...]", *, environment: Mapping[str, str], log: Path)
         capture_output=True,
         text=True,
     )
-    with log.open("a", encoding="utf-8") as file:
+    with open(log, "a", encoding="utf-8", opener=owner_only) as file:
         file.write(done.stderr)
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        with log.open("a", encoding="utf-8") as file:
+        with open(log, "a", encoding="utf-8", opener=owner_only) as file:
             file.write(done.stdout)
         return {}
     return answer if isinstance(answer, dict) else {}

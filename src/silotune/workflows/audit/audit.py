@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from silotune.core.algorithm import expected_layout, keep_local
-from silotune.core.atomic_files import free_place, write_json
+from silotune.core.atomic_files import free_place, make_folder, write_json
 from silotune.core.errors import ConfigError, RunFolderError
 from silotune.core.types import ServerState
 from silotune.data.reading import TaskRow
@@ -180,7 +180,7 @@ def _bare(run: RunConfig) -> RunConfig:
 def _audit_run(run: Run, progress: Progress) -> Audit:
     found = infer_membership(run, progress)
     place = free_place(run.path / "audits" / time.strftime("%Y-%m-%d-%H%M%S"))
-    place.mkdir(parents=True)
+    make_folder(place)
     notes = [
         "an attack on the rows as they are: it does not bound epsilon, because no coin decided "
         "which rows were trained on"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.core.atomic_files import write_json, write_rows
+from silotune.core.atomic_files import make_folder, write_json, write_rows
 from silotune.core.types import AdapterState
 from silotune.core.wording import human_seconds
 from silotune.data.conversations import Conversation
@@ -217,7 +217,7 @@ class Arms:
         if (folder / "part.json").is_file():
             return
         self.progress.note(f"[{self.num_done}/{self.num_parts}] {title}")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         adapter, cost = train(folder)
         rows = [
             {"client": client, **row}

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from silotune.core.atomic_files import load_tensors, save_tensors
+from silotune.core.atomic_files import load_tensors, make_folder, save_tensors
 from silotune.core.tree import add
 from silotune.core.types import AdapterState, Broadcast
 from silotune.federation.client import ClientData, Worker, take_part
@@ -79,7 +79,7 @@ def train_alone(
         place: Where the state is saved after every round. A call with the same folder resumes.
     """
     adapter, cost, done, state = first, Cost(), 0, place / "adapter.safetensors"
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     if state.is_file():
         adapter, about = load_tensors(state)
         done, cost = int(about["round"]), Cost(**json.loads(about["cost"]))

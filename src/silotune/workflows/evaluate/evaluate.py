@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from silotune.core.atomic_files import free_place, write_json, write_rows
+from silotune.core.atomic_files import free_place, make_folder, write_json, write_rows
 from silotune.core.errors import ConfigError
 from silotune.core.seeds import generator
 from silotune.core.stats import Interval, Labelled, label_scores, wilson
@@ -149,7 +149,7 @@ def evaluate(
     progress.note(f"loading {config.model.name}")
     loaded = run.load()
     place = free_place(run.path / "evaluations" / time.strftime("%Y-%m-%d-%H%M%S"))
-    place.mkdir(parents=True)
+    make_folder(place)
     scores: dict[str, Any] = {"run": run.path.name, "settings": _plain(cfg), "models": {}}
     for model, activated in _models(loaded, cfg):
         with activated():

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
+from silotune.core.atomic_files import owner_only
 from silotune.federation.progress import PlainProgress
 from silotune.federation.run_folder import RunFolder
 from silotune.workflows.shared_base import Bench, attempt
@@ -57,7 +58,7 @@ class WorkerProcess:
     def _started(self) -> subprocess.Popen[str]:
         assert not self._stopped
         if self._process is None:
-            with self.log.open("a", encoding="utf-8") as log:
+            with open(self.log, "a", encoding="utf-8", opener=owner_only) as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "silotune.workflows.sweep.worker"],
                     stdin=subprocess.PIPE,

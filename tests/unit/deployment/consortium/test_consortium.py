@@ -5,11 +5,11 @@ import json
 import shutil
 import stat
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from silotune.core.errors import ConfigError
+from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.certificates import (
     client_certificate,
     fingerprint,
@@ -25,7 +25,7 @@ from silotune.deployment.consortium.certificates import (
     write_key,
 )
 from silotune.deployment.consortium.folder import Consortium, read_address
-from silotune.deployment.consortium.gate import client_gate, find_caddy, server_gate, write_leaves
+from silotune.deployment.consortium.gate import client_gate, server_gate, write_leaves
 from silotune.deployment.consortium.kit import Request, read_kit, read_request_file, write_file
 from silotune.deployment.join import init, server_fingerprint, take_kit
 from silotune.federation.roster import MEMBERS, Roster, is_consortium, names_in, write_members
@@ -335,9 +335,3 @@ def test_caddy_accepts_both_configurations(consortium, north, tmp_path):
 def test_nobody_is_let_in_when_nobody_is_approved(consortium, tmp_path):
     assert not write_leaves(tmp_path / "leaves", consortium.members())
     assert list((tmp_path / "leaves").iterdir()) == []
-
-
-def test_a_missing_proxy_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(Path, "exists", lambda self: False)
-    assert "make env EXTRAS=deploy" in problem(find_caddy)
