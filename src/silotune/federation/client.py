@@ -21,6 +21,7 @@ from silotune.core.types import Broadcast, Score, Update
 from silotune.core.wording import counted
 from silotune.data.clients import ClientRows
 from silotune.data.reading import TaskRow
+from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
 from silotune.federation.ledger import FILE as LEDGER
@@ -122,6 +123,8 @@ def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     limit, tokenizer = worker.run.train.max_length, worker.loaded.tokenizer
     try:
         return worker.task.prepare(rows, tokenizer, limit)
+    except TemplateLimitError:
+        raise  # row by row it would take as many times as long
     except Exception:  # a template is a program and can fail in any way
         if not worker.quiet:
             raise
@@ -130,6 +133,8 @@ def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     for row in rows:
         try:
             one = worker.task.prepare([row], tokenizer, limit)
+        except TemplateLimitError:
+            raise
         except Exception as problem:
             error = problem
             continue

@@ -39,6 +39,7 @@ from silotune.training.server_training import DistillConfig, ServerConfig
 
 LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
 """Keys of [data] that say where the rows are. A client never takes them from a recipe."""
+REVISION = r"(\w[\w./-]*)?"
 CLIP_NORMS = (1e-9, 1e9)
 """Smallest and largest accepted value. float32 rounds much smaller values to zero, and sums of much
 larger values are infinite: the norm would then bound nothing."""
@@ -204,6 +205,9 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     refused += against_consent(run, own.data, columns=limits.columns, tasks=limits.tasks)
     if own.model is None and not is_public(run.model.name):
         refused.append("model.name is a path on the server; set model to this client's own copy")
+    revision = run.model.revision or ""
+    if not re.fullmatch(REVISION, revision) or ".." in revision:
+        refused.append("model.revision is not a branch, a tag or a commit")
     if run.adapter.kind == "full":
         if own.runtime.quantization not in (None, "none"):
             refused.append(
