@@ -12,9 +12,14 @@ from pydantic import Field, model_validator
 from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.types import Config
 from silotune.core.wording import counted
-from silotune.data.conversations import Conversation, conversation, parse_template
+from silotune.data.conversations import (
+    CONVERSATIONS,
+    Conversation,
+    conversation,
+    parse_template,
+)
 from silotune.data.files import Part, PlacedRow, locate, no_such_file, read_hub, read_place
-from silotune.data.labelled_texts import LabelledText, check_all_pairs, labelled_text
+from silotune.data.labelled_texts import FORMATS, LabelledText, check_all_pairs, labelled_text
 
 HUB_ONLY = ("name", "split", "eval_split", "revision")
 """Settings that only apply to a data set on the hub."""
@@ -312,6 +317,14 @@ def convert_quietly(
                 one = None
         found.append(one)
     return found, problems[0] if problems else ""
+
+
+def usual_columns(columns: Collection[str]) -> list[str]:
+    """Those of a file's columns that a known format uses; none if no format fits."""
+    answered = [names for names in CONVERSATIONS if {*names} - {"input"} <= {*columns}]
+    labelled = [names for names in FORMATS if {*names, "label"} <= {*columns}]
+    names = answered[0] if answered else (*max(labelled, key=len), "label") if labelled else ()
+    return [column for column in names if column in columns]
 
 
 def _as_conversation(row: PlacedRow, cfg: DataConfig) -> Conversation:

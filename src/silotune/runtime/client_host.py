@@ -116,8 +116,8 @@ class Station:
         result = score(self.worker, data, broadcast, memory)
         if not is_large_enough(result, self.place.min_count):
             raise Declined(
-                f"client '{client}' does not send this score: it counts fewer rows of one kind "
-                f"than limits.min_count = {self.place.min_count}"
+                f"client '{client}' does not send this score: it is about fewer rows, or counts "
+                f"fewer of one kind, than limits.min_count = {self.place.min_count}"
             )
         return self._signed(wire.encode_score(result, broadcast.round))
 
