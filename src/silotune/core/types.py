@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +25,56 @@ Accuracy, F1 and Matthews correlation need nothing else, and it adds up exactly 
 """
 
 
+SCALARS = (bool, int, float, str)
+
+
+def _scalars(annotation: Any) -> set[Any]:
+    """The scalar types that an annotation mentions at any depth; Any for what it leaves open."""
+    if get_origin(annotation) is Literal:
+        return {type(choice) for choice in get_args(annotation)}
+    if inner := get_args(annotation):
+        return set[Any]().union(*(_scalars(part) for part in inner))
+    if annotation in SCALARS:
+        return {annotation}
+    if annotation in (None, type(None), Ellipsis):
+        return set()
+    return {Any}  # a section checks its own fields
+
+
+def _check_scalars(given: Any, wanted: set[Any]) -> None:
+    """Raise a ValueError for a scalar that only a conversion would fit to the wanted types."""
+    if isinstance(given, Mapping):
+        given = list(cast(Mapping[Any, Any], given).values())
+    if isinstance(given, (list, tuple)):
+        for item in cast(Sequence[Any], given):
+            _check_scalars(item, wanted)
+        return
+    numbers = wanted & {int, float}
+    if isinstance(given, bool) and numbers and bool not in wanted:
+        raise ValueError(f"should be a number, got {given}")
+    if isinstance(given, str) and str not in wanted and wanted:
+        kind = "a number" if numbers else "true or false"
+        raise ValueError(f"should be {kind}, got {given!r:.60}")
+    if isinstance(given, (int, float)) and wanted == {bool} and not isinstance(given, bool):
+        raise ValueError(f"should be true or false, got {given}")
+
+
 class Config(BaseModel):
-    """Base of every part's configuration: frozen, no unknown keys, help text from docstrings."""
+    """Base of every part's configuration: frozen, no unknown keys, help text from docstrings.
+
+    A value has the type that its field says: true is no number, and "1" is none either. Where a
+    limit is meant, pydantic's conversions would turn a slip into a wrong limit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_conversion(cls, given: Any, info: ValidationInfo) -> Any:
+        wanted = _scalars(cls.model_fields[str(info.field_name)].annotation)
+        if Any not in wanted:
+            _check_scalars(given, wanted)
+        return given
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ from typing import Any
 from silotune.core.errors import ConfigError, ModelError
 from silotune.core.wording import did_you_mean
 from silotune.data.conversations import Conversation
+from silotune.data.template_limits import (
+    TemplateLimitError,
+    check_operations,
+    render_within_limits,
+)
 
 END = "{{ eos_token }}"
 """What the templates in this file write after each answer."""
@@ -142,15 +147,21 @@ def _check_text(text: str) -> None:
     """Try a template without a tokenizer, so that no model is fetched just to find a typo."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    check_operations(text)
     # placeholders for what a tokenizer passes to its template
     special: Any = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+
+    def rendered(messages: Conversation, *, ask: bool) -> str:
+        (found,), _ = render_jinja_template(
+            [list(messages)], chat_template=text, add_generation_prompt=ask, **special
+        )
+        return found
+
     try:
-        (asked,), _ = render_jinja_template(
-            [list(PROBE[:1])], chat_template=text, add_generation_prompt=True, **special
-        )
-        (full,), _ = render_jinja_template(
-            [list(PROBE)], chat_template=text, add_generation_prompt=False, **special
-        )
+        asked = render_within_limits(lambda: rendered(PROBE[:1], ask=True))
+        full = render_within_limits(lambda: rendered(PROBE, ask=False))
+    except TemplateLimitError:
+        raise
     except Exception as error:  # a template is a program and can fail in any way
         raise ConfigError(
             f"data.template: not a Jinja chat template: {error}\n"
@@ -202,6 +213,7 @@ def set_template(tokenizer: Any, template: str = "auto", *, end_token: bool = Tr
     if has_none:
         text = PLAIN
     if text is None:
+        check_operations(str(tokenizer.chat_template))
         _check_answer(render(tokenizer, PROBE[:1], ask=True), render(tokenizer, PROBE, ask=False))
     else:
         tokenizer.chat_template = text if end_token else text.replace(END, "")
@@ -214,6 +226,9 @@ def render(tokenizer: Any, messages: Conversation, *, ask: bool) -> str:
     It ends before the space that some templates write in front of the answer: most tokenizers join
     the space to the answer's first word, so the model must generate it as it did in training.
     """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-    assert isinstance(text, str)
+    text = render_within_limits(
+        lambda: tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=ask
+        )
+    )
     return text.rstrip(" ") if ask else text

@@ -8,7 +8,7 @@ which come from columns.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from silotune.data.reading import (
     DataConfig,
     TaskRow,
     convert_parts,
+    convert_quietly,
     read_parts,
     seed_of_split,
 )
@@ -41,6 +42,10 @@ class ClientRows:
     labels: tuple[str, ...] = ()
     """The label of each train row: its class, or its value in the column that data.label, or else
     partition.label, names. Empty if there is none."""
+    num_unused: int = 0
+    """Train rows that cannot be used but count, see `load_client`."""
+    num_unused_eval: int = 0
+    """The same for held-out rows."""
 
 
 def load_clients(
@@ -118,17 +123,31 @@ def cut_clients(
     return clients, _unused(everything, held, len(train.rows), shares, partition)
 
 
-def load_client(cfg: DataConfig, name: str, *, seed: int, task: str = "instruct") -> ClientRows:
+def load_client(
+    cfg: DataConfig,
+    name: str,
+    *,
+    seed: int,
+    task: str = "instruct",
+    columns: Collection[str] | None = None,
+) -> ClientRows:
     """Read the rows of one real client, which owns the entire data set.
 
     The held-out part is drawn as in `load_clients`, so a real client gets the same split as in its
     simulation.
 
+    Args:
+        cfg: Where the rows are and what they look like.
+        name: The client.
+        seed: Seed of the split.
+        task: What rows become.
+        columns: The only columns that anything may see; None for all.
+
     Raises:
         DataError: Files, rows or columns cannot be used.
         ConfigError: The settings do not fit the layout of the files.
     """
-    train, held = read_parts(cfg, task)
+    train, held = read_parts(cfg, task, columns)
     converted, held_converted = convert_parts(train, held, cfg, task)
     shares = {name: list(range(len(converted)))}
     held_shares = None if held_converted is None else {name: list(range(len(held_converted)))}
@@ -137,6 +156,50 @@ def load_client(cfg: DataConfig, name: str, *, seed: int, task: str = "instruct"
         converted, shares, held_converted, held_shares, cfg, seed=seed, labels=labels
     )
     return clients[name]
+
+
+def load_client_quietly(
+    cfg: DataConfig,
+    name: str,
+    *,
+    seed: int,
+    task: str = "instruct",
+    columns: Collection[str] | None = None,
+) -> tuple[ClientRows, str]:
+    """Like `load_client`, but rows are counted and split before anything looks into them.
+
+    What a recipe makes of the rows then decides neither their number nor whether this succeeds: a
+    row that cannot be used is left out, and counts.
+
+    Args:
+        cfg: Where the rows are and what they look like. `skip_empty` has no effect.
+        name: The client.
+        seed: Seed of the split.
+        task: What rows become.
+        columns: The only columns that anything may see; None for all.
+
+    Returns:
+        The rows, and what is wrong with the first one that cannot be used; "" if nothing is.
+
+    Raises:
+        DataError: Files cannot be read, or hold too few rows.
+        ConfigError: The settings do not fit the layout of the files.
+    """
+    train, held = read_parts(cfg.model_copy(update={"skip_empty": False}), task, columns)
+    converted, problem = convert_quietly(train.rows, cfg, task)
+    held_converted, other = convert_quietly(held.rows, cfg, task) if held else (None, "")
+    shares = {name: list(range(len(converted)))}
+    held_shares = None if held_converted is None else {name: list(range(len(held_converted)))}
+    clients = _assemble(
+        *(converted, shares, held_converted, held_shares, cfg),
+        seed=seed_of_split(cfg, seed),
+        labels=(),
+    )
+    every = clients[name]
+    own = tuple(row for row in every.train if row is not None)
+    held_out = tuple(row for row in every.evaluation if row is not None)
+    unused = len(every.train) - len(own), len(every.evaluation) - len(held_out)
+    return ClientRows(name, own, held_out, (), *unused), problem or other
 
 
 def fingerprint(clients: Mapping[str, ClientRows]) -> str:

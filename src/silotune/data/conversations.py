@@ -23,6 +23,14 @@ Row = Mapping[str, Any]
 
 FIX_EMPTY = "  Fill it in, remove the row, or skip all such rows: data.skip_empty = true."
 
+CONVERSATIONS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("instruction", "input", "output"),
+    ("question", "answer"),
+)
+"""The columns of the known formats, in the order in which they are tried; input is optional."""
+
 ROLES = ("system", "user", "assistant")
 
 

@@ -3,7 +3,7 @@
 Reads files and the hub, and converts row by row. Knows neither clients nor what they hold out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,14 @@ from pydantic import Field, model_validator
 from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.types import Config
 from silotune.core.wording import counted
-from silotune.data.conversations import Conversation, conversation, parse_template
+from silotune.data.conversations import (
+    CONVERSATIONS,
+    Conversation,
+    conversation,
+    parse_template,
+)
 from silotune.data.files import Part, PlacedRow, locate, no_such_file, read_hub, read_place
-from silotune.data.labelled_texts import LabelledText, check_all_pairs, labelled_text
+from silotune.data.labelled_texts import FORMATS, LabelledText, check_all_pairs, labelled_text
 
 HUB_ONLY = ("name", "split", "eval_split", "revision")
 """Settings that only apply to a data set on the hub."""
@@ -117,15 +122,33 @@ def seed_of_split(cfg: DataConfig, seed: int) -> int:
     return cfg.split_seed if cfg.split_seed is not None else seed
 
 
-def read_parts(cfg: DataConfig, task: str) -> tuple[Part, Part | None]:
+def read_parts(
+    cfg: DataConfig, task: str, columns: Collection[str] | None = None
+) -> tuple[Part, Part | None]:
     """The train rows, and the held-out rows if these are stored separately.
+
+    Args:
+        cfg: Where the rows are.
+        task: What rows become.
+        columns: The only columns that are kept; None for all.
 
     Raises:
         DataError: Files or the hub cannot be read.
         ConfigError: The settings do not fit where the rows are.
     """
     train, held = _read_both(cfg)
+    if columns is not None:
+        train, held = _only_columns(train, columns), held and _only_columns(held, columns)
     return without_empty(train, cfg, task), held and without_empty(held, cfg, task)
+
+
+def _only_columns(part: Part, columns: Collection[str]) -> Part:
+    """The same rows with only these columns."""
+    rows = [
+        PlacedRow(row.where, {k: v for k, v in row.columns.items() if k in columns})
+        for row in part.rows
+    ]
+    return Part(rows, part.files, part.num_empty)
 
 
 def without_empty(part: Part, cfg: DataConfig, task: str) -> Part:
@@ -266,6 +289,42 @@ def convert(rows: Sequence[PlacedRow], cfg: DataConfig, task: str) -> list[TaskR
     if task == "classify":
         check_all_pairs(found, [row.where for row in rows])
     return found
+
+
+def convert_quietly(
+    rows: Sequence[PlacedRow], cfg: DataConfig, task: str
+) -> tuple[list[TaskRow | None], str]:
+    """Convert rows one by one. None stands for a row that cannot be used.
+
+    Whether a row can be used depends on that row alone, so that it changes nothing for the others:
+    a text without its pair is left out if `text_pair` is set, and a pair if it is not.
+
+    Returns:
+        The rows, and what is wrong with the first that cannot be used; "" if nothing is.
+    """
+    read, problems = READERS[task], list[str]()
+    found: list[TaskRow | None] = []
+    for row in rows:
+        try:
+            one = read(row, cfg)
+        except DataError as error:
+            problems.append(str(error))
+            one = None
+        if task == "classify" and one is not None:
+            is_pair = "text_pair" in one
+            if is_pair != (cfg.text_pair is not None):
+                problems.append(f"{row.where}: a pair needs data.text and data.text_pair.")
+                one = None
+        found.append(one)
+    return found, problems[0] if problems else ""
+
+
+def usual_columns(columns: Collection[str]) -> list[str]:
+    """Those of a file's columns that a known format uses; none if no format fits."""
+    answered = [names for names in CONVERSATIONS if {*names} - {"input"} <= {*columns}]
+    labelled = [names for names in FORMATS if {*names, "label"} <= {*columns}]
+    names = answered[0] if answered else (*max(labelled, key=len), "label") if labelled else ()
+    return [column for column in names if column in columns]
 
 
 def _as_conversation(row: PlacedRow, cfg: DataConfig) -> Conversation:

@@ -199,7 +199,7 @@ def _agree(joined: Joined, recipe: RunConfig) -> Generator[Finding, None, RunCon
 
 def _rows(joined: Joined, run: RunConfig) -> Finding:
     rows = own_rows(run, joined.own)
-    check_steps(run, joined.own, len(rows.train))
+    check_steps(run, joined.own, len(rows.train) + rows.num_unused)
     tokenizer = load_tokenizer(run.model)
     give_template(tokenizer, run)
     task, name = build_task(run.task, run.data.labels), joined.own.name
@@ -209,6 +209,9 @@ def _rows(joined: Joined, run: RunConfig) -> Finding:
     text += f"at most {most:.0f}"
     if told.train.trained_share is not None:
         text += f"; the loss covers {100 * told.train.trained_share:.0f} % of the tokens"
+    if unused := rows.num_unused + rows.num_unused_eval:
+        text += f"; {counted(unused, 'further row')} cannot be used"
+        return Finding("rows", "look", text, "Compare the recipe's [data] with these rows.")
     if told.train.num_cut or told.train.num_dropped:
         text += f"; {told.train.num_cut} truncated, {told.train.num_dropped} left out"
         fix = f"They are longer than train.max_length = {run.train.max_length}."

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from silotune.core.atomic_files import make_folder, write_atomically, write_json
-from silotune.core.errors import ConfigError
+from silotune.core.errors import ConfigError, SilotuneError
+from silotune.data.reading import read_all, usual_columns
 from silotune.deployment.consortium.caddy import gate_command
 from silotune.deployment.consortium.certificates import (
     fingerprint,
@@ -52,6 +53,8 @@ for up to a minute: two of Flower's heartbeats, 30 s each."""
 TELL_S = 30.0
 """Seconds without a connection after which a note says how to find out why."""
 TICK_S = 0.5
+MOST_NAMES = 50
+"""Most columns that a new client.toml lists as not allowed."""
 CONNECTED = "SuperNode ID"
 """What a SuperNode writes when the server has let it in."""
 TEMPLATE = """\
@@ -64,8 +67,11 @@ path = {data}
 # What the rows look like, if the recipe says otherwise: prompt, completion, text, label, ...
 
 [limits]                      # a recipe that asks for more is refused, with the key as the reason
+{columns}
+min_count = 5                 # nothing sent is about fewer rows; not a budget: see epsilon
+# tasks = ["instruct"]        # or "classify", whose scores count the rows of every label
 # max_rounds = 20             # in one run
-# max_steps = 200             # optimizer steps in one round
+# max_steps = 200             # forward passes for training in one round
 # max_epochs = 3              # passes over the rows in one round
 # max_hours = 10              # of training in one run
 # max_bytes = 500_000_000     # sent in one run; state/outbound.jsonl lists all that was sent
@@ -167,8 +173,28 @@ def _write_own(path: Path, name: str, data: Path, model: Path | None) -> None:
     if not data.exists():
         raise ConfigError(f"{data} does not exist.\n  Give the file or folder of the rows: --data.")
     line = f"model = {json.dumps(str(model.absolute()))}\n" if model is not None else ""
-    text = TEMPLATE.format(name=json.dumps(name), data=json.dumps(str(data.absolute())), model=line)
+    text = TEMPLATE.format(
+        name=json.dumps(name),
+        data=json.dumps(str(data.absolute())),
+        model=line,
+        columns=_columns_line(data),
+    )
     write_atomically(path, text.encode())
+
+
+def _columns_line(data: Path) -> str:
+    """limits.columns with the columns of the format that the rows have, and no others."""
+    try:
+        found = dict.fromkeys(column for row in read_all(str(data)) for column in row.columns)
+    except SilotuneError:  # `doctor` reports it
+        return '# columns = ["..."]          # the columns that a recipe may use'
+    usual = usual_columns(found)
+    others = [column for column in found if column not in usual]
+    line = f"columns = {json.dumps(usual)}  # all that a recipe may use"
+    if not others:
+        return line
+    names = json.dumps(others[:MOST_NAMES])  # escaped: a comment cannot hold every character
+    return f"{line}\n# not allowed so far: {names}"
 
 
 def server_fingerprint(kit: Kit) -> str:

@@ -22,8 +22,8 @@ from silotune.deployment.consortium.gate import LOOPBACK
 from silotune.deployment.join import init
 from silotune.deployment.queue import DONE, FAILED, LOG, STOPPED, state_of, submit
 from silotune.deployment.supervisor import Note
-from silotune.federation.client_config import write_client_configs
 from silotune.federation.roster import NAME
+from silotune.federation.simulated_clients import write_client_configs
 from silotune.models.sources import resolve
 from silotune.recipes.parse import load_recipe
 from silotune.recipes.schema import RunConfig

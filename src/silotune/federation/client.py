@@ -5,7 +5,11 @@ The update that `train_round` returns is all that leaves the client.
 
 import contextlib
 import itertools
+import math
+import sys
 import time
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from silotune.core.tree import check_finite, size_bytes, subtract
 from silotune.core.types import Broadcast, Score, Update
 from silotune.core.wording import counted
 from silotune.data.clients import ClientRows
+from silotune.data.reading import TaskRow
+from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
 from silotune.federation.ledger import FILE as LEDGER
@@ -34,7 +40,7 @@ from silotune.training.loop import (
 )
 from silotune.training.row_gradient_check import check_row_gradients
 from silotune.training.scoring import build_eval_batches, evaluate
-from silotune.training.tasks.base import Batch, Example, Task
+from silotune.training.tasks.base import Batch, Example, Prepared, Task
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,19 @@ class ClientData:
     examples: tuple[Example, ...]
     eval_batches: tuple[Batch, ...]
     num_eval: int
+    """Held-out rows that are scored."""
     num_cut: int
     num_dropped: int
+    num_unused: int = 0
+    """Train rows that count although they cannot be used, see `Worker.counts_all`. To training,
+    each is a row whose gradient is zero."""
+    num_unused_eval: int = 0
+    """The same for held-out rows, which are not scored."""
+
+    @property
+    def num_train(self) -> int:
+        """Train rows of this client: its weight, and what sampling rates refer to."""
+        return len(self.examples) + self.num_unused
 
 
 @dataclass(frozen=True)
@@ -59,19 +76,30 @@ class Worker:
     algorithm: Algorithm
     ledger: Ledger | None = None
     """Where releases of rows are recorded; if absent, in each client's own folder."""
+    quiet: bool = False
+    """Whether no row may decide if this client answers: rows that cannot be used are no error."""
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether rows that cannot be used count like the others.
+
+        Otherwise the number of rows says how many fit `train.max_length` or have a text, and a
+        recipe can choose what that means.
+        """
+        return self.quiet or self.run.privacy.unit != "none"
 
 
 def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
     """Tokenize a client's rows.
 
     Raises:
-        DataError: No train or no held-out row has an answer within `train.max_length` tokens.
+        DataError: No train or no held-out row has an answer within `train.max_length` tokens, and
+            the worker may say so.
     """
-    limit, tokenizer = worker.run.train.max_length, worker.loaded.tokenizer
-    own = worker.task.prepare(rows.train, tokenizer, limit)
-    held_out = worker.task.prepare(rows.evaluation, tokenizer, limit)
+    limit = worker.run.train.max_length
+    own, held_out = (_prepare(part, worker) for part in (rows.train, rows.evaluation))
     for part, prepared in (("train", own), ("held-out", held_out)):
-        if not prepared.examples:
+        if not prepared.examples and not worker.quiet:
             raise DataError(
                 f"client '{rows.name}': no {part} row has an answer within {limit} tokens.\n"
                 "  Raise train.max_length or shorten the prompts."
@@ -85,7 +113,36 @@ def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
         num_eval=len(held_out.examples),
         num_cut=own.num_cut + held_out.num_cut,
         num_dropped=own.num_dropped + held_out.num_dropped,
+        num_unused=rows.num_unused + own.num_dropped if worker.counts_all else 0,
+        num_unused_eval=rows.num_unused_eval + held_out.num_dropped if worker.counts_all else 0,
     )
+
+
+def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
+    """Tokenize rows. To a quiet worker, a row for which this fails is one that is left out."""
+    limit, tokenizer = worker.run.train.max_length, worker.loaded.tokenizer
+    try:
+        return worker.task.prepare(rows, tokenizer, limit)
+    except TemplateLimitError:
+        raise  # row by row it would take as many times as long
+    except Exception:  # a template is a program and can fail in any way
+        if not worker.quiet:
+            raise
+    examples: list[Example] = []
+    num_cut, error = 0, None
+    for row in rows:
+        try:
+            one = worker.task.prepare([row], tokenizer, limit)
+        except TemplateLimitError:
+            raise
+        except Exception as problem:
+            error = problem
+            continue
+        examples += one.examples
+        num_cut += one.num_cut
+    if error is not None:  # the log stays on this side
+        traceback.print_exception(error, file=sys.stderr)
+    return Prepared(tuple(examples), num_cut, num_dropped=len(rows) - len(examples))
 
 
 def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: ClientMemory) -> Score:
@@ -118,7 +175,7 @@ def take_part(
         BudgetSpent: With privacy at the client: no budget is left for this round.
     """
     run = worker.run
-    num, round_ = len(data.examples), broadcast.round
+    num, round_ = data.num_train, broadcast.round
     protection = Protection.of(run, client=data.name, round_=round_, num_examples=num, count=count)
     protection.begin(worker.ledger or Ledger(own / LEDGER))
     memory = load_memory(own, round_)
@@ -156,7 +213,7 @@ def train_round(
     # One function, though a long one: it reads top to bottom, like the round itself.
     began = time.perf_counter()
     run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
-    count = num_rows(run.train, len(data.examples)) if count is None else count
+    count = num_rows(run.train, data.num_train) if count is None else count
     # 1. Score what was received, before it is trained.
     received_score = score(worker, data, broadcast, memory) if broadcast.score else None
     # 2. Start from it. Personal tensors are the client's own: those received were only their start.
@@ -189,7 +246,7 @@ def train_round(
         client=data.name,
         round=broadcast.round,
         delta=sent,
-        num_examples=len(data.examples),
+        num_examples=data.num_train,
         metrics={**_metrics(result, lr=lr, began=began), **protection.mechanism()},
         settings=dict(rule.settings),
         extra=outcome.extra,
@@ -217,9 +274,14 @@ def _draw_steps(
     if (lots := protection.lots()) is not None:
         trains = worker.algorithm.local.trains
         learning = {n: p for n, p in worker.loaded.parameters.items() if trains(n, round_)}
-        pairs = data.examples[0].segments is not None
+        pairs = any(example.segments is not None for example in data.examples[:1])
         check_row_gradients(worker.loaded, worker.task, learning, pairs=pairs)
-        return plan_lots(lots, lengths, run.train)
+        # the rows that cannot be used have the last numbers: they are drawn, and add nothing
+        usable = [[row for row in lot if row < len(lengths)] for lot in lots]
+        return plan_lots(usable, lengths, run.train)
+    if not lengths:  # as many steps as with rows, so that this does not show
+        num_batches = math.ceil(count / run.train.batch_size)
+        return [[] for _ in range(math.ceil(num_batches / run.train.accumulation))]
     again = "same-samples" in run.train.compat
     flow = stream(len(data.examples), run.seed, data.name, start=0 if again else start)
     order = generator(run.seed, "order", data.name, 1 if again else round_)

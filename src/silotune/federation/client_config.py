@@ -4,34 +4,42 @@ The server sends a recipe; this file decides what a real client does with it. A 
 a path or a device on the client's machine, and cannot ask for more than the limits.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from silotune.core.atomic_files import make_folder, write_atomically
 from silotune.core.errors import ConfigError, Declined
 from silotune.core.toml_file import read_table
 from silotune.core.types import Config
+from silotune.core.wording import counted
 from silotune.data.chat_templates import TEMPLATES
-from silotune.data.clients import ClientRows, load_client
-from silotune.data.reading import DataConfig, TaskRow
-from silotune.federation.client_memory import folder_name
-from silotune.federation.roster import is_consortium
+from silotune.data.clients import ClientRows, load_client, load_client_quietly
+from silotune.data.reading import DataConfig
+from silotune.federation.consent import against_consent, allowed_columns, split_key
+from silotune.federation.roster import check_client_name, is_consortium
 from silotune.models.quantization import Quantization
 from silotune.models.sources import SOURCES, is_hub_id
 from silotune.privacy.base import PrivacyConfig
 from silotune.recipes.contradictions import contradictions
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import RuntimeConfig, usable_threads
+from silotune.recipes.sections import (
+    CompareConfig,
+    PlanConfig,
+    ReportConfig,
+    RuntimeConfig,
+    SweepConfig,
+    usable_threads,
+)
+from silotune.training.server_training import DistillConfig, ServerConfig
 
 LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
 """Keys of [data] that say where the rows are. A client never takes them from a recipe."""
+REVISION = r"(\w[\w./-]*)?"
 CLIP_NORMS = (1e-9, 1e9)
 """Smallest and largest accepted value. float32 rounds much smaller values to zero, and sums of much
 larger values are infinite: the norm would then bound nothing."""
@@ -40,8 +48,21 @@ larger values are infinite: the norm would then bound nothing."""
 class LimitsConfig(Config):
     """What a client agrees to. The client refuses a recipe that asks for more."""
 
+    columns: tuple[str, ...] | None = None
+    """Columns of the rows that a recipe may use. Nothing else is read from the rows, and a recipe
+    that names another column is refused. Columns that this client's own [data] names need not be
+    listed. Absent: all."""
+    tasks: tuple[Literal["instruct", "classify"], ...] | None = None
+    """Tasks that this client accepts."""
+    min_count: int | None = Field(default=None, ge=1)
+    """Smallest number of rows that anything sent may be about. A client with fewer training rows
+    takes no part, and a score that is about fewer rows, or counts fewer of one kind, is not sent.
+    Rows are then counted before anything looks into them, and errors do not say what is wrong with
+    them. It guards against small counts in honest reports; only epsilon limits what a server can
+    work out from sums over many rows."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Maximum number of optimizer steps in one round."""
+    """Maximum number of forward passes for training in one round: optimizer steps times
+    train.accumulation. A batch with more rows than this client has counts as several."""
     max_rounds: int | None = Field(default=None, ge=1)
     """Maximum number of rounds in one run."""
     max_epochs: float | None = Field(default=None, gt=0)
@@ -92,8 +113,12 @@ class OwnRuntimeConfig(Config):
 class ClientConfig(Config):
     """One client, as described by the people who run it."""
 
+    named_by_rows: bool = False
+    """The name comes from a column of the rows, so it can be any text. Set for the clients of a
+    simulation; people who write a name have no use for it."""
     name: str = Field(min_length=1)
-    """Name of this client in rounds and reports."""
+    """Name of this client in rounds and reports: printable, without blanks at its ends, and with at
+    least one letter or digit."""
     state: str = "state"
     """Folder in which this client keeps its memory between rounds and the worker's log."""
     model: str | None = None
@@ -101,6 +126,11 @@ class ClientConfig(Config):
     data: DataConfig
     limits: LimitsConfig = LimitsConfig()
     runtime: OwnRuntimeConfig = Field(default_factory=OwnRuntimeConfig)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str, info: ValidationInfo) -> str:
+        return name if info.data.get("named_by_rows") else check_client_name(name)
 
 
 def load_client_config(path: Path) -> ClientConfig:
@@ -167,12 +197,17 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     algorithm = getattr(run.algorithm, "name", "")
     if limits.algorithms is not None and algorithm not in limits.algorithms:
         refused.append(f"algorithm.name = '{algorithm}' is not in limits.algorithms")
-    steps = run.train.local_steps
-    if limits.max_steps is not None and steps is not None and steps > limits.max_steps:
-        refused.append(f"train.local_steps = {steps} is above limits.max_steps")
+    steps, passes = run.train.local_steps, run.train.accumulation
+    if limits.max_steps is not None and steps is not None and steps * passes > limits.max_steps:
+        each = f", each of train.accumulation = {passes} forward passes," * (passes > 1)
+        refused.append(f"train.local_steps = {steps}{each} is above limits.max_steps")
     refused += _against_privacy(run, own)
-    if own.model is None and not _is_public(run.model.name):
+    refused += against_consent(run, own.data, columns=limits.columns, tasks=limits.tasks)
+    if own.model is None and not is_public(run.model.name):
         refused.append("model.name is a path on the server; set model to this client's own copy")
+    revision = run.model.revision or ""
+    if not re.fullmatch(REVISION, revision) or ".." in revision:
+        refused.append("model.revision is not a branch, a tag or a commit")
     if run.adapter.kind == "full":
         if own.runtime.quantization not in (None, "none"):
             refused.append(
@@ -202,6 +237,13 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
             "partition": None,
             "privacy": _own_privacy(run.privacy, limits),
             "runtime": machine,
+            # these sections concern the server; some of their keys name paths and models
+            "server": ServerConfig(),
+            "distill": DistillConfig(),
+            "plan": PlanConfig(),
+            "report": ReportConfig(),
+            "compare": CompareConfig(),
+            "sweep": SweepConfig(),
         }
     )
 
@@ -240,7 +282,7 @@ def _own_privacy(asked: PrivacyConfig, limits: LimitsConfig) -> PrivacyConfig:
     return asked.model_copy(update={"delta": delta, "target_epsilon": target})
 
 
-def _is_public(name: str) -> bool:
+def is_public(name: str) -> bool:
     """Whether a model's name means the same everywhere: a named source or a possible hub id."""
     hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None
     return name in SOURCES or (hub_id and is_hub_id(name))
@@ -254,11 +296,20 @@ def check_steps(run: RunConfig, own: ClientConfig, num_train: int) -> None:
     Raises:
         Declined: Says how many the recipe asks for.
     """
-    per_step, given = run.train.batch_size * run.train.accumulation, run.train.local_steps
-    steps = given or math.ceil(num_train * (run.train.local_epochs or 1) / per_step)
+    size, accumulation = run.train.batch_size, run.train.accumulation
+    per_step, given = size * accumulation, run.train.local_steps
+    # a batch cannot hide work: whatever exceeds this client's rows counts as further batches
+    forward = (
+        given * accumulation * -(-size // num_train)
+        if given
+        else math.ceil(num_train * (run.train.local_epochs or 1) / size)
+    )
     limits, refused = own.limits, ""
-    if limits.max_steps is not None and steps > limits.max_steps:
-        refused = f"{steps} steps in a round are above limits.max_steps = {limits.max_steps}"
+    if limits.max_steps is not None and forward > limits.max_steps:
+        refused = (
+            f"{counted(forward, 'forward pass', 'forward passes')} in a round are above "
+            f"limits.max_steps = {limits.max_steps}"
+        )
     passes = given * per_step / num_train if given else run.train.local_epochs or 1
     if limits.max_epochs is not None and passes > limits.max_epochs:
         asked = f"train.local_steps = {given}" if given else f"train.local_epochs = {passes:g}"
@@ -270,12 +321,24 @@ def check_steps(run: RunConfig, own: ClientConfig, num_train: int) -> None:
         raise Declined(f"client '{own.name}' does not take part:\n  {refused}")
 
 
-def check_base(own: ClientConfig, sha256: str) -> None:
-    """Refuse a base model whose content this client does not allow.
+def check_base(own: ClientConfig, sha256: str, *, servers: str = "") -> None:
+    """Refuse a base model whose content this client does not allow, or which is not the server's.
+
+    Args:
+        own: The client's configuration.
+        sha256: The content of the base model here.
+        servers: The content of the server's, if it says so.
 
     Raises:
         Declined: Names the hash.
     """
+    if servers and sha256 != servers:
+        which = "model" if own.model is not None else "the model of that name"
+        raise Declined(
+            f"client '{own.name}' does not take part:\n"
+            f"  {which} in client.toml has the SHA-256 {sha256[:12]}..., and the server's base "
+            f"model {servers[:12]!r:.20}: get the same files"
+        )
     allowed = own.limits.model_sha256
     if allowed is not None and sha256 not in allowed:
         raise Declined(
@@ -306,58 +369,40 @@ def own_data(run: RunConfig, own: ClientConfig) -> DataConfig:
     return DataConfig.model_validate({**format_, **mine})
 
 
-def own_rows(run: RunConfig, own: ClientConfig) -> ClientRows:
-    """Read this client's rows and split them as its own configuration says."""
-    return load_client(own_data(run, own), own.name, seed=run.seed, task=run.task)
+def is_quiet(run: RunConfig, own: ClientConfig) -> bool:
+    """Whether no row may decide what this client says about the number of its rows, or if it fails.
 
-
-def _line(row: TaskRow) -> str:
-    columns = row if isinstance(row, dict) else {"messages": row}
-    return json.dumps(columns, ensure_ascii=False) + "\n"
-
-
-def write_client_configs(
-    folder: Path,
-    rows: Mapping[str, ClientRows],
-    run: RunConfig,
-    *,
-    model: str | None,
-    state: Callable[[str], Path],
-) -> dict[str, Path]:
-    """Write a folder with rows and configuration for every client of a simulation.
-
-    Args:
-        folder: Created, with one folder per client inside.
-        rows: All clients' rows.
-        run: The recipe; device and threads are copied.
-        model: The clients' copy of the base model, if they have one.
-        state: The folder in which a client keeps its state, by its name.
-
-    Returns:
-        The paths of the configurations, by client name.
+    Otherwise, a recipe could count the rows with any property: by what it skips, truncates or
+    cannot read.
     """
-    paths: dict[str, Path] = {}
-    data = {"path": "train.jsonl", "eval_path": "eval.jsonl"}
-    if run.data.template not in TEMPLATES:  # template text, which the clients agree to
-        data["template"] = run.data.template
-    for name, own in sorted(rows.items()):
-        place = folder / folder_name(name)
-        make_folder(place)
-        for part, part_rows in (("train", own.train), ("eval", own.evaluation)):
-            lines = [_line(row) for row in part_rows]
-            write_atomically(place / f"{part}.jsonl", "".join(lines).encode())
-        table: dict[str, Any] = {
-            "name": name,
-            "state": str(state(name).absolute()),
-            "data": data,
-            "runtime": {
-                "device": run.runtime.device,
-                "threads": run.runtime.threads,
-                "turn": str(folder / "turn"),
-            },
-        }
-        if model is not None:
-            table["model"] = model
-        paths[name] = place / "client.toml"
-        write_atomically(paths[name], tomli_w.dumps(table).encode())
-    return paths
+    limits = own.limits
+    private = run.privacy.unit != "none" or limits.epsilon is not None
+    return private or limits.min_count is not None
+
+
+def own_rows(run: RunConfig, own: ClientConfig) -> ClientRows:
+    """Read this client's rows and split them as its own configuration says.
+
+    Raises:
+        DataError, ConfigError: They cannot be read.
+        Declined: They are fewer than `limits.min_count`.
+    """
+    data, limits, seed = own_data(run, own), own.limits, run.seed
+    columns = allowed_columns(own.data, limits.columns)
+    if not is_quiet(run, own):
+        return load_client(data, own.name, seed=seed, task=run.task, columns=columns)
+    if run.privacy.unit != "none" and own.data.split_seed is None:
+        # under a seed of the server, the sizes of many splits would say which rows are there
+        seed = split_key(Path(own.state))
+        data = data.model_copy(update={"split_seed": None})
+    rows, problem = load_client_quietly(data, own.name, seed=seed, task=run.task, columns=columns)
+    if rows.num_unused or rows.num_unused_eval:
+        num = len(rows.train) + len(rows.evaluation)
+        unused = rows.num_unused + rows.num_unused_eval
+        sys.stderr.write(f"{unused} of {unused + num} rows cannot be used: {problem}\n")
+    if limits.min_count is not None and len(rows.train) + rows.num_unused < limits.min_count:
+        raise Declined(
+            f"client '{own.name}' does not take part:\n"
+            f"  it has fewer rows than limits.min_count = {limits.min_count}"
+        )
+    return rows

@@ -1,8 +1,9 @@
 """What has left a client's machine, and a limit on it: outbound.jsonl in the client's own folder.
 
 This is an append-only file of JSON lines. Each line is written before its answer is sent, so that
-nothing leaves without a record; what cannot be recorded is not sent. Names and shapes of tensors
-are long and the same in every round, so they are on a separate line, which others name by its hash.
+nothing leaves without a record; what cannot be recorded is not sent. Names and shapes of tensors,
+and the recipe that was asked for, are long and the same in every round, so they are on separate
+lines, which others name by their hash.
 """
 
 import datetime
@@ -40,7 +41,13 @@ class Outbound:
         return sum(line["seconds"] for line in self.sent() if line["asked"] == "train")
 
     def let_out(
-        self, about: Mapping[str, Any], values: np.ndarray, *, asked: str, seconds: float
+        self,
+        about: Mapping[str, Any],
+        values: np.ndarray,
+        *,
+        asked: str,
+        seconds: float,
+        recipe: str = "",
     ) -> None:
         """Record an answer before it is sent.
 
@@ -49,6 +56,7 @@ class Outbound:
             values: The numbers of the answer, float32.
             asked: query, train or evaluate.
             seconds: How long it took to produce the answer.
+            recipe: What the server wanted to be done, as it was sent.
 
         Raises:
             Declined: The answer would exceed the limit. It is not recorded and must not be sent.
@@ -75,6 +83,8 @@ class Outbound:
             "seconds": round(seconds, 3),
             "said": said,
         }
+        if recipe:  # what a number means depends on what was asked
+            line["recipe"] = self._once("recipe_sha256", recipe, {"text": recipe})
         if update is not None:
             line["tensors"] = self._layout(update["tensors"])
             line["norm"] = float(np.linalg.norm(values.astype(np.float64)))
@@ -84,9 +94,13 @@ class Outbound:
     def _layout(self, tensors: Any) -> str:
         """The hash of a list of names and shapes, which is recorded the first time it is seen."""
         layout = {f"{group}/{name}": list(shape) for group, name, shape in tensors}
-        key = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-        if not any(line.get("layout") == key for line in lines(self.path)):
-            write_down(self.path, {"layout": key, "shapes": layout})
+        return self._once("layout", json.dumps(layout), {"shapes": layout})
+
+    def _once(self, kind: str, text: str, facts: Mapping[str, Any]) -> str:
+        """The hash of a text; the facts behind it are recorded the first time it is seen."""
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if not any(line.get(kind) == key for line in lines(self.path)):
+            write_down(self.path, {kind: key, **facts})
         return key
 
 

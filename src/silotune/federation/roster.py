@@ -18,6 +18,29 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 """Allowed names of clients and consortiums: a name is also used in files and certificates."""
 
 
+LONGEST_NAME = 200
+"""Most characters in a client's name."""
+
+
+def check_client_name(name: str) -> str:
+    """Return a name that people can read and type; names in a consortium are also `NAME`.
+
+    Raises:
+        ValueError: It is blank or only signs, or holds an escape or a line break.
+    """
+    if (
+        not name.isprintable()
+        or name != name.strip()
+        or not any(map(str.isalnum, name))
+        or len(name) > LONGEST_NAME
+    ):
+        raise ValueError(
+            f"name: {name!r:.60} is not a name; use printable characters without blanks at the "
+            f"ends, at least one letter or digit, and at most {LONGEST_NAME} characters"
+        )
+    return name
+
+
 def is_consortium(place: Path) -> bool:
     """Whether a folder belongs to a consortium."""
     return (place / ABOUT).is_file()

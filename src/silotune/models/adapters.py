@@ -17,6 +17,7 @@ from silotune.core.seeds import derive
 from silotune.core.types import Config
 from silotune.core.wording import counted, did_you_mean
 from silotune.models.heads import Head
+from silotune.models.peft_options import check_option
 from silotune.models.quantization import Quantization, tame_bitsandbytes
 
 Kind = Literal["lora", "ia3", "prompt", "prefix", "peft", "full"]
@@ -43,12 +44,9 @@ NOT_OURS = {
         ("task_type", "inference_mode", "base_model_name_or_path", "modules_to_save", "revision"),
         "follows from other keys",
     ),
-    **dict.fromkeys(
-        ("tokenizer_name_or_path", "tokenizer_kwargs"), "would let a recipe read clients' files"
-    ),
     "layer_replication": "would change the base, which all clients share",
 }
-"""PEFT's options that a recipe may not set, and why."""
+"""PEFT's options that a recipe may not set for another reason than their type, and why."""
 
 NEEDS_ROWS = ("eva", "corda", "lora_ga")
 """Initialisations of LoRA that need rows first, which the server does not have."""
@@ -90,7 +88,8 @@ class AdapterConfig(Config):
     """prompt and prefix: number of trained vectors in front of the text."""
     peft: dict[str, Any] = Field(default={})
     """Further options of PEFT's configuration for this kind, under PEFT's names, for example
-    rank_pattern. An option that would change the base itself is refused."""
+    rank_pattern: numbers, switches, choices and names of modules. An option that would change the
+    base itself, or could name a path or a model, is refused."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "AdapterConfig":
@@ -156,6 +155,7 @@ def _peft_config(cfg: AdapterConfig, more: Mapping[str, Any]) -> Any:
                 f"adapter.peft.{option}: PEFT's {kind.__name__} has no such option."
                 f"{did_you_mean(option, known)}"
             )
+        check_option(kind, option, given[option])
     own = {
         option: getattr(cfg, key) for option, key in OWN_KEYS[cfg.kind].items() if key != "targets"
     }

@@ -137,7 +137,8 @@ def parse(
                     found.append(explain(where, item, table))
                 bad |= {where, _meant(where, item, table)}
                 _remove(rest, where)
-            assert rest != before, "a required field has no placeholder"
+            # as text, because true equals 1
+            assert repr(rest) != repr(before), "a required field has no placeholder"
     keys = {".".join(where) for where in bad}
     found += [f"{key}: {why}" for key, why in contradictions(config) if key not in keys]
     if found:

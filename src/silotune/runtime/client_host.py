@@ -6,8 +6,8 @@ so it goes to the log on this side and never to the server.
 """
 
 import contextlib
-import os
-import platform
+import functools
+import secrets
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,6 +32,7 @@ from silotune.federation.client import (
 )
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
+from silotune.federation.consent import is_large_enough
 from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.models.base import folder_of_base
 from silotune.models.devices import peak_memory_bytes
@@ -45,6 +46,8 @@ from silotune.training.loop import pick_optimizer
 from silotune.training.tasks import build_task
 
 PACKAGE = Path(silotune.__file__).parent
+FAILED = ("failed", "at this client", "the reason is in this client's log")
+"""All that a client says about a failure that could depend on its rows."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class Place:
     withholds: bool = False
     """Whether values without noise stay here, for real clients under [privacy]. The number of rows
     is still reported."""
+    quiet: bool = False
+    """See `Worker.quiet`."""
+    min_count: int | None = None
+    """A client's `limits.min_count`."""
 
 
 class Station:
@@ -79,7 +86,7 @@ class Station:
         loaded = load_for(run)
         algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
         task = build_task(run.task, run.data.labels)
-        self.worker = Worker(loaded, task, run, algorithm, place.ledger)
+        self.worker = Worker(loaded, task, run, algorithm, place.ledger, place.quiet)
         self.base_sha256 = content_hash(folder_of_base(run.model))
         self.data: dict[str, ClientData] = {}
 
@@ -95,6 +102,8 @@ class Station:
             update = take_part(self.worker, data, broadcast, own)
             if self.place.withholds:
                 update = withheld(update)
+            if update.score and not is_large_enough(update.score, self.place.min_count):
+                update = replace(update, score=None)
             return self._signed(wire.encode_update(update))
         if self.place.withholds:
             raise Declined(
@@ -102,7 +111,14 @@ class Station:
                 "  Set evaluate.every = 0."
             )
         memory = load_memory(own, broadcast.round)
+        if data.num_eval == 0:
+            raise Declined(f"client '{client}' has no held-out row that this recipe can use")
         result = score(self.worker, data, broadcast, memory)
+        if not is_large_enough(result, self.place.min_count):
+            raise Declined(
+                f"client '{client}' does not send this score: it is about fewer rows, or counts "
+                f"fewer of one kind, than limits.min_count = {self.place.min_count}"
+            )
         return self._signed(wire.encode_score(result, broadcast.round))
 
     def _data(self, client: str) -> ClientData:
@@ -112,10 +128,11 @@ class Station:
 
     def _report(self, data: ClientData) -> Parcel:
         """What the server needs to know before the first round."""
-        run, quiet = self.worker.run, self.place.withholds
+        run, quiet = self.worker.run, self.place.withholds or self.place.quiet
+        num_eval = data.num_eval + data.num_unused_eval
         about = {
-            "num_train": len(data.examples),
-            "num_eval": data.num_eval,
+            "num_train": data.num_train,
+            "num_eval": num_eval if num_eval >= (self.place.min_count or 0) else 0,
             # they reveal how long rows are
             "num_cut": 0 if quiet else data.num_cut,
             "num_dropped": 0 if quiet else data.num_dropped,
@@ -130,7 +147,7 @@ class Station:
     def _signed(self, parcel: Parcel) -> Parcel:
         """Say which process answered: the run's summary adds up loads and memory."""
         about: dict[str, Any] = {
-            "id": f"{platform.node()}/{os.getpid()}",
+            "id": process_id(),
             "base_loads": num_base_loads(),
             # it depends on the longest rows of a step
             "peak_memory_bytes": 0 if self.place.withholds else peak_memory_bytes(),
@@ -138,14 +155,36 @@ class Station:
         return Parcel({**parcel.about, "process": about}, parcel.values)
 
 
-def guarded(work: Callable[[], Parcel], *, client: str, round_: int) -> Parcel:
-    """The answer, or a failure instead of it. No exception leaves a client."""
+@functools.cache
+def process_id() -> str:
+    """A random name for this process: a server tells processes from one another, and no more."""
+    return secrets.token_hex(8)
+
+
+def guarded(
+    work: Callable[[], Parcel],
+    *,
+    client: str,
+    round_: int,
+    quiet: Callable[[], bool] = lambda: False,
+) -> Parcel:
+    """The answer, or a failure instead of it. No exception leaves a client.
+
+    Args:
+        work: What may fail.
+        client: The client that answers.
+        round_: The round that it is asked about.
+        quiet: Asked after a failure: whether its kind and place could depend on the client's rows.
+    """
     try:
         parcel = work()
     except Exception as error:  # whatever it is, it is this client's failure
         with contextlib.suppress(OSError):  # the disk may be full, and the log is on it
             traceback.print_exc(file=sys.stderr)
-        parcel = wire.encode_failure(failure_from(error, client=client, round_=round_))
+        failure = failure_from(error, client=client, round_=round_)
+        if quiet() and not isinstance(error, Declined | BudgetSpent):
+            failure = Failure(client, round_, *FAILED)
+        parcel = wire.encode_failure(failure)
     return Parcel({**parcel.about, "client": client}, parcel.values)
 
 

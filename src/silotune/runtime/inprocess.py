@@ -45,7 +45,7 @@ def drive(job: Job) -> Measured:
     plain = keep_local(algorithm_of(run.algorithm), job.local)
     unguarded = Worker(job.loaded, build_task(run.task, run.data.labels), run, plain)
     data = job.data or prepare_clients(job.rows, unguarded)
-    num_rows = {name: len(own.examples) for name, own in data.items()}
+    num_rows = {name: own.num_train for name, own in data.items()}
     algorithm = with_privacy(plain, run, job.folder, num_rows)
     worker = replace(unguarded, algorithm=algorithm)
     server = open_server_work(
@@ -127,9 +127,9 @@ class InProcessClients:
         return list(self.data)
 
     def num_rows(self) -> dict[str, dict[str, int]]:
-        """Usable train and held-out rows of every client."""
+        """Train and held-out rows of every client."""
         return {
-            name: {"num_train": len(d.examples), "num_eval": d.num_eval}
+            name: {"num_train": d.num_train, "num_eval": d.num_eval + d.num_unused_eval}
             for name, d in self.data.items()
         }
 

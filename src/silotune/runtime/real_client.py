@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from silotune.core.errors import UpdateError
+from silotune.core.errors import Declined
 from silotune.federation.client_config import (
     ClientConfig,
     check_base,
     check_hours,
     check_steps,
+    is_quiet,
     load_client_config,
     own_recipe,
     own_rows,
@@ -33,17 +34,19 @@ class Deployed:
         self.name = load_client_config(config).name
         self._now: tuple[str, str, ClientConfig] | None = None
         self._station: Station | None = None
+        self._quiet = False
 
     def answer(self, asked: Parcel) -> Parcel:
         """Answer one message. Reads the client's configuration again: its present limits apply."""
         about, began = asked.about, time.monotonic()
         kind, round_ = about["kind"], int(about["parcel"].get("round", 0))
+        self._quiet = False  # until a recipe and this client's configuration have been read
 
         def work() -> Parcel:
             own = load_client_config(self.config)
             with _turn(own.runtime.turn):
                 station = self._open(about["recipe"], about["run"], own)
-                check_base(own, station.base_sha256)
+                check_base(own, station.base_sha256, servers=about.get("base_sha256", ""))
                 if kind == "train":
                     check_hours(own, self._outbound(about["run"], own).seconds_training())
                 return station.answer(kind, self.name, Parcel(about["parcel"], asked.values))
@@ -51,31 +54,42 @@ class Deployed:
         def let_out() -> Parcel:
             outbound = self._outbound(about["run"], load_client_config(self.config))
             seconds = time.monotonic() - began
-            outbound.let_out(reply.about, reply.values, asked=kind, seconds=seconds)
+            outbound.let_out(
+                *(reply.about, reply.values),
+                asked=kind,
+                seconds=seconds,
+                recipe=about["recipe"],
+            )
             return reply
 
-        reply = guarded(work, client=self.name, round_=round_)
+        reply = guarded(work, client=self.name, round_=round_, quiet=lambda: self._quiet)
         return guarded(let_out, client=self.name, round_=round_)
 
     def _outbound(self, run_id: str, own: ClientConfig) -> Outbound:
         return Outbound(Path(own.state) / OUTBOUND, run_id, own.limits.max_bytes)
 
     def _open(self, recipe: str, run_id: str, own: ClientConfig) -> Station:
+        run = RunConfig.model_validate_json(recipe)
+        self._quiet = is_quiet(run, own)
         if self._station is None or self._now != (recipe, run_id, own):
             self._station = None  # frees the old model before the new one is loaded
-            run = RunConfig.model_validate_json(recipe)
+            if not run_id.isalnum():
+                raise Declined("the run's id must consist of letters and digits")
             here = own_recipe(run, own)
             rows = own_rows(run, own)
-            check_steps(run, own, len(rows.train))
-            if not run_id.isalnum():
-                raise UpdateError("the run's id must consist of letters and digits")
+            check_steps(run, own, len(rows.train) + rows.num_unused)
             kept = Path(own.state) / "runs" / run_id / folder_name(own.name)
             limits = own.limits
             ledger = Ledger(
                 Path(own.state) / LEDGER, run_id, epsilon=limits.epsilon, delta=limits.delta or 0.0
             )
-            private = here.privacy.unit != "none"
-            place = Place(here, lambda _: rows, lambda _: kept, ledger=ledger, withholds=private)
+            place = Place(
+                *(here, lambda _: rows, lambda _: kept),
+                ledger=ledger,
+                withholds=here.privacy.unit != "none",
+                quiet=self._quiet,
+                min_count=limits.min_count,
+            )
             self._station = Station(place)
             self._now = (recipe, run_id, own)
         return self._station

@@ -475,7 +475,8 @@ def test_passes_over_the_rows_are_limited_by_the_rows_that_are_there(run, own):
     train = run.train.model_copy(update={"local_steps": None, "local_epochs": 1})
     epochs = run.model_copy(update={"train": train})
     assert (
-        "3 steps in a round" in refusal(Deployed(own(max_steps=2)), message(epochs, "query")).place
+        "3 forward passes in a round"
+        in refusal(Deployed(own(max_steps=2)), message(epochs, "query")).place
     )
     assert "report" in Deployed(own(max_steps=3)).answer(message(epochs, "query")).about
 
@@ -496,7 +497,7 @@ def test_a_run_cannot_name_a_path_of_the_client(run, own, run_id):
     path = own()
     failure = refusal(Deployed(path), message(run, "query", run_id=run_id))
     assert (failure.code, failure.place) == (
-        "training failed",
+        "declined",
         "the run's id must consist of letters and digits",
     )
     assert {p.name for p in path.parent.iterdir()} <= {"client.toml", "rows.jsonl", "state"}

@@ -16,10 +16,10 @@ from silotune.federation.client_config import (
     load_client_config,
     own_recipe,
     own_rows,
-    write_client_configs,
 )
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import give_template
+from silotune.federation.simulated_clients import write_client_configs
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.parse import parse
 from silotune.results.run import Run

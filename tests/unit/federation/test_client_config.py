@@ -26,8 +26,8 @@ from silotune.federation.client_config import (
     load_client_configs,
     own_recipe,
     own_rows,
-    write_client_configs,
 )
+from silotune.federation.simulated_clients import write_client_configs
 from silotune.privacy.base import PrivacyConfig
 from silotune.recipes.contradictions import contradictions
 from silotune.recipes.parse import parse, to_toml
@@ -378,25 +378,61 @@ def test_a_list_of_models_applies_to_the_name_in_the_recipe_even_with_an_own_cop
 
 
 @pytest.mark.parametrize(
-    ("num_train", "train", "steps"),
+    ("num_train", "train", "passes"),
     [
         (10, {"batch_size": 2}, 5),
         (11, {"batch_size": 2}, 6),
         (11, {"batch_size": 2, "local_epochs": 3}, 17),
-        (11, {"batch_size": 2, "local_epochs": 3, "accumulation": 4}, 5),
+        (11, {"batch_size": 2, "local_epochs": 3, "accumulation": 4}, 17),
         (1, {"batch_size": 8}, 1),
     ],
 )
-def test_passes_over_the_rows_are_counted_in_steps(num_train, train, steps):
+def test_passes_over_the_rows_are_counted_in_forward_passes(num_train, train, passes):
     run = recipe(train=train)
-    per_step = run.train.batch_size * run.train.accumulation
-    assert steps == -(-num_rows(run.train, num_train) // per_step), "the same as in the local loop"
-    check_steps(run, client(limits={"max_steps": steps}), num_train)
+    rows = num_rows(run.train, num_train)
+    assert passes == -(-rows // run.train.batch_size), "the same as in the local loop"
+    check_steps(run, client(limits={"max_steps": passes}), num_train)
     check_steps(run, client(), num_train)
-    if steps > 1:
-        with pytest.raises(Declined, match=f"{steps} steps in a round are above") as caught:
-            check_steps(run, client(limits={"max_steps": steps - 1}), num_train)
-        assert f"limits.max_steps = {steps - 1}" in str(caught.value)
+    if passes > 1:
+        with pytest.raises(Declined, match=f"{passes} forward passes in a round are") as caught:
+            check_steps(run, client(limits={"max_steps": passes - 1}), num_train)
+        assert f"limits.max_steps = {passes - 1}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"local_steps": 5, "accumulation": 10**6},
+        {"local_steps": 1, "batch_size": 10**6},
+        {"local_steps": 1, "batch_size": 1000, "accumulation": 1000},
+        {"local_steps": 3, "accumulation": 2},
+        {"local_epochs": 1, "batch_size": 1, "accumulation": 1000},
+    ],
+    ids=str,
+)
+def test_no_size_of_a_step_gets_around_the_limit_of_steps(train):
+    """Regression: `train.accumulation = 1e6` passed `limits.max_steps = 5`."""
+    with pytest.raises(Declined, match=r"limits\.max_steps"):
+        check_steps(recipe(train=train), client(limits={"max_steps": 5}), 100)
+
+
+def test_forward_passes_that_a_recipe_names_are_refused_before_rows_are_read():
+    text = refusal(
+        recipe(train={"local_steps": 5, "accumulation": 10**6}), client(limits={"max_steps": 5})
+    )
+    assert "each of train.accumulation = 1000000 forward passes, is above limits.max_steps" in text
+
+
+def test_what_fits_the_limit_is_bounded_by_the_rows():
+    """Whatever passes: at most max_steps times all rows go through the model."""
+    for size in (1, 7, 8, 64, 10**4):
+        for passes in (1, 2, 5):
+            run = recipe(train={"local_steps": 1, "batch_size": size, "accumulation": passes})
+            try:
+                check_steps(run, client(limits={"max_steps": 5}), 20)
+            except Declined:
+                continue
+            assert num_rows(run.train, 20) <= 5 * 20
 
 
 def test_steps_that_a_recipe_names_do_not_depend_on_the_rows():

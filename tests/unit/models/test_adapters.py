@@ -438,7 +438,7 @@ def test_first_vectors_of_a_text_do_not_read_a_tokenizer_that_the_recipe_names(t
         "prompt_tuning_init_text": "hello",
         "tokenizer_name_or_path": str(wide),
     }
-    with pytest.raises((ConfigError, ValidationError), match="tokenizer_name_or_path"):
+    with pytest.raises((ConfigError, ValidationError), match="prompt_tuning_init_text"):
         load(wide, "prompt", peft=option)
 
 

@@ -63,7 +63,8 @@ def pass_on(kind: str, parcel: Parcel, run: Mapping[str, Any], node: Mapping[str
     if "client" in node:
         from silotune.runtime.flower.resident_worker import ask
 
-        asked = {"kind": kind, "recipe": run["recipe"], "run": run["run"], "parcel": parcel.about}
+        asked = {key: run[key] for key in ("recipe", "run", "base_sha256") if key in run}
+        asked |= {"kind": kind, "parcel": parcel.about}
         return ask(Path(str(node["client"])), Parcel(asked, parcel.values), round_=round_)
     from silotune.runtime.client_host import guarded
 

@@ -25,8 +25,8 @@ from silotune.data.files import locate
 from silotune.federation.client_config import (
     is_client_folder,
     load_client_configs,
-    write_client_configs,
 )
+from silotune.federation.simulated_clients import write_client_configs
 from silotune.models.sources import resolve
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.kept_processes import KEEPER, Kept

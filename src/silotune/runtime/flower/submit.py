@@ -7,6 +7,7 @@ folder that the server app finds through its environment.
 
 import json
 import os
+import re
 import subprocess
 import sysconfig
 import time
@@ -20,10 +21,11 @@ from silotune.core.atomic_files import owner_only, write_json
 from silotune.core.errors import EngineError
 from silotune.data.files import EXAMPLES, locate
 from silotune.data.reading import DataConfig
-from silotune.federation.client_config import LOCATIONS, is_client_folder
+from silotune.federation.client_config import LOCATIONS, is_client_folder, is_public
 from silotune.federation.roster import MEMBERS, is_consortium
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
+from silotune.recipes.sections import CompareConfig, PlanConfig, ReportConfig, SweepConfig
 from silotune.runtime.flower.kept_processes import program
 from silotune.runtime.flower.server_reports import OUTCOME, Follower, read_outcome
 from silotune.runtime.job import Job
@@ -198,6 +200,7 @@ def told_settings(job: Job) -> dict[str, str]:
     told = {
         "recipe": travelling(job.run).model_dump_json(serialize_as_any=True),
         "run": job.folder.run_id(),
+        "base_sha256": job.base_sha256,
     }
     if job.run.runtime.name == "flower-simulation":  # actors run on this machine
         folder = str(job.folder.path.absolute())
@@ -223,9 +226,11 @@ def read_settings(run_id: str) -> tuple[Path, dict[str, Any]]:
 
 
 def travelling(run: RunConfig) -> RunConfig:
-    """The recipe as it is sent: absolute paths in simulation, no location of rows in deployment."""
+    """The recipe as it is sent: absolute paths in simulation, no path at all in deployment."""
     if run.runtime.name == "flower":
         place = locate(run.data.path)
+        model = run.model.model_copy(update={"name": travelling_name(run.model.name)})
+        run = run.model_copy(update={"model": model})
         if place is not None and (is_client_folder(place) or is_consortium(place)):
             return without_places(run)
         # these clients are parts of one data set: their rows are already converted and split
@@ -239,6 +244,18 @@ def travelling(run: RunConfig) -> RunConfig:
         "distill": DistillConfig(),
     }
     return with_absolute_paths(run).model_copy(update=mine)
+
+
+def travelling_name(name: str) -> str:
+    """The name of a base model as clients are told it: never a path of the server.
+
+    A folder becomes copy:NAME, and its clients have copies of their own, which must have the same
+    content.
+    """
+    if is_public(name):
+        return name
+    last = Path(os.path.abspath(os.path.expanduser(name))).name
+    return f"copy:{re.sub(r'[^A-Za-z0-9_.-]+', '-', last) or 'model'}"
 
 
 def with_absolute_paths(run: RunConfig) -> RunConfig:
@@ -264,8 +281,15 @@ def _absolute(name: str) -> str:
 def without_places(run: RunConfig) -> RunConfig:
     """A recipe for real clients: it says what rows look like, but not where they are."""
     data = run.data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
-    # clients need not know what the server does with its own rows
-    mine = {"server": ServerConfig(), "distill": DistillConfig()}
+    # clients need not know what the server does with its own rows, nor what else it tries
+    mine = {
+        "server": ServerConfig(),
+        "distill": DistillConfig(),
+        "plan": PlanConfig(),
+        "report": ReportConfig(),
+        "compare": CompareConfig(),
+        "sweep": SweepConfig(),
+    }
     return run.model_copy(update={"data": data, "partition": None, **mine})
 
 

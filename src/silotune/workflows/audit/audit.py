@@ -215,7 +215,7 @@ def _with_clients(
         seed=run.seed,
         protect=_own_noise_of(run) if run.privacy.is_at_client else None,
     )
-    num_rows = {name: len(own.examples) for name, own in inner.data.items()}
+    num_rows = {name: own.num_train for name, own in inner.data.items()}
     num_rows |= dict.fromkeys(clients.canaries, 1)
     algorithm = with_privacy(plain, run, folder, num_rows)
     server = open_server_work(run, folder, algorithm=algorithm, progress=progress, loaded=loaded)

@@ -27,7 +27,7 @@ def rows_trained(metrics: Sequence[Row], data: Mapping[str, ClientData], run: Ru
     plan: Plan = {name: {} for name in data}
     for row in metrics:
         if row["event"] == "train" and "num_tokens" in row:
-            count = num_rows(run.train, len(data[row["client"]].examples))
+            count = num_rows(run.train, data[row["client"]].num_train)
             plan[row["client"]][row["round"]] = count
     return plan
 

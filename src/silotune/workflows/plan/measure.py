@@ -187,7 +187,13 @@ class _Probe:
     def take_step(self, examples: Sequence[Example], *, score: Batch) -> Mapping[str, float]:
         """Train on these examples; score the other batch if the recipe scores. Returns metrics."""
         num = len(examples)
-        data = replace(self._data, examples=tuple(examples), eval_batches=(score,), num_eval=1)
+        data = replace(
+            self._data,
+            examples=tuple(examples),
+            eval_batches=(score,),
+            num_eval=1,
+            num_unused=0,
+        )
         protection = Protection.of(
             self.run, client=self.name, round_=1, num_examples=num, count=num
         )
@@ -280,7 +286,7 @@ def _positions(run: RunConfig, clients: Mapping[str, ClientData]) -> Iterator[di
         cohort = sample(list(clients), run.sampling, generator(run.seed, "sampling", r))
         yield {name: 0 if again else taken[name] for name in cohort}
         for name in cohort:
-            taken[name] += num_rows(run.train, len(clients[name].examples))
+            taken[name] += num_rows(run.train, clients[name].num_train)
 
 
 def _batches(

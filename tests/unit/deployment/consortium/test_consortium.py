@@ -141,6 +141,42 @@ def test_approval_makes_a_kit_that_matches_the_clients_key_and_holds_no_secret(
     assert take_kit(kit, north).own.limits.max_rounds == 20
 
 
+HIDDEN = {"hiv": "+", "a \x7f\n\u2028 ]": 1, "x" * 300: 2}
+
+
+@pytest.mark.parametrize(
+    ("row", "usual"),
+    [
+        ({"question": "q", "answer": "a"}, ["question", "answer"]),
+        ({"answer": "a", "question": "q", "label": "l"}, ["question", "answer"]),
+        ({"messages": []}, ["messages"]),
+        ({"instruction": "i", "output": "o", "input": "n"}, ["instruction", "input", "output"]),
+        ({"instruction": "i", "output": "o"}, ["instruction", "output"]),
+        ({"text": "t", "text_pair": "p", "label": 1}, ["text", "text_pair", "label"]),
+        ({"city": "c"}, []),
+    ],
+)
+def test_a_new_client_allows_only_the_columns_of_a_known_format(
+    consortium, north, tmp_path, row, usual
+):
+    """What else the file holds is what a hospital would not think of: it is named, not allowed."""
+    kit, _ = consortium.approve(north / "request.toml")
+    write_jsonl(tmp_path / "rows.jsonl", [{**row, **HIDDEN}] * 2)
+    own = take_kit(kit, north, data=tmp_path / "rows.jsonl").own
+    assert list(own.limits.columns or ()) == usual
+    assert own.limits.min_count == 5
+    text = (north / "client.toml").read_text(encoding="utf-8")
+    (others,) = (line for line in text.splitlines() if line.startswith("# not allowed so far: "))
+    assert '"hiv"' in others
+
+
+def test_a_new_client_whose_rows_cannot_be_read_is_told_about_columns(consortium, north, tmp_path):
+    kit, _ = consortium.approve(north / "request.toml")
+    (tmp_path / "rows.jsonl").write_text("no json")
+    assert take_kit(kit, north, data=tmp_path / "rows.jsonl").own.limits.columns is None
+    assert "# columns = " in (north / "client.toml").read_text()
+
+
 def test_a_kit_does_not_match_another_key(consortium, north, tmp_path):
     kit, _ = consortium.approve(north / "request.toml")
     init("south", tmp_path / "south")
