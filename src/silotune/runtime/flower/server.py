@@ -172,6 +172,10 @@ class FlowerClients:
         """All clients of the run, sorted, whether they are reachable now or not."""
         return self.members.names()
 
+    def num_rows(self) -> Mapping[str, Mapping[str, int]]:
+        """What each client has reported about its rows."""
+        return self.members.num_rows()
+
     def join(self) -> None:
         """Wait until every client has reported or the time is up."""
         self.members.join()
