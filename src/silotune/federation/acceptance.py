@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from silotune.core.algorithm import Algorithm, expected_extra, expected_layout
 from silotune.core.errors import QuorumError, UpdateError, first_line
+from silotune.core.safe_text import one_line, shortened
 from silotune.core.tree import (
     LARGEST,
     check_finite,
@@ -133,7 +134,8 @@ def accept_updates(
             try:
                 arrival = check_update(arrival, expected, open_)
             except UpdateError as error:
-                arrival = Failure(arrival.client, expected.round, "refused", str(error))
+                place = shortened(str(error))
+                arrival = Failure(arrival.client, expected.round, "refused", place)
         if isinstance(arrival, Failure):
             failures.append(arrival)
             progress.client_failed(arrival)
@@ -233,7 +235,9 @@ def check_quorum(
     spent = sum(failure.code == BUDGET_SPENT for failure in failures)
     if round_ > 1 and spent and arrived + spent >= needed:
         return "privacy"
-    reasons = "\n".join(f"  {f.client}: {f.code}: {first_line(f.place)}" for f in failures)
+    reasons = "\n".join(
+        "  " + one_line(f"{f.client}: {f.code}: {first_line(f.place)}") for f in failures
+    )
     raise QuorumError(
         f"round {round_}: {arrived} usable updates of {len(cohort)}, and sampling.quorum = "
         f"{run.sampling.quorum:g} needs {needed}.\n{reasons}\n"

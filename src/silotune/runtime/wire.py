@@ -314,6 +314,5 @@ def _unreadable(keys: Iterable[str]) -> UpdateError:
     """Keys may be a client's: at most five are named, and not in full if they are long."""
     named = ", ".join(key[:100] for key in sorted(keys)[:5])
     return UpdateError(
-        f"a message cannot be read: {named}.\n"
-        "  Install the same version of silotune on both sides."
+        f"a message cannot be read: {named}.\n  Install the same version of silotune on both sides."
     )

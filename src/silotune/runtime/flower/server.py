@@ -211,8 +211,8 @@ class FlowerClients:
             if node is None:
                 yield self.members.why_absent(name, broadcast.round)
             else:
-                size = contents.size_bytes(name)
-                questions.append(Question(kind, node, name, broadcast.round, size))
+                size, count = contents.size_bytes(name), contents.num_tensors(name)
+                questions.append(Question(kind, node, name, broadcast.round, size, count))
         exchange = self._exchange(questions, contents, timeout_s)
         for question, answer in itertools.chain(late, exchange):
             if question.kind == "query":

@@ -957,6 +957,29 @@ def test_an_answer_that_cannot_be_read_is_one_clients_failure_and_ends_nothing(t
     assert sha256(played.state.adapter) == oracle(tmp_path, absent=absent)
 
 
+def test_a_text_far_longer_than_an_answer_needs_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """It is not in a round's bytes, so it has to be small beside them."""
+    monkeypatch.setattr(mailbox, "MOST_TEXT", 2000)
+    monkeypatch.setattr(mailbox, "TEXT_PER_TENSOR", 100)
+    long = Client("south", train=lambda b: changed(b, settings={"x" * 3000: 1.0}))
+    played = play(tmp_path, clients_by(south=long), recipe(rounds=1))
+    (row,) = played.rows(client="south")
+    assert row["status"] == "unreadable"
+    assert "a message has a text of" in row["place"]
+    assert "at most 2200 are accepted" in row["place"]
+
+
+def test_the_text_of_a_refusal_is_cut(tmp_path):
+    """Bug: 100,000 unknown settings led to an error of 1.5 MB in metrics.jsonl and the log."""
+    settings = {f"{'x' * 90}{n}": 1.0 for n in range(100)}
+    bad = Client("south", train=lambda b: spoilt(b, settings=settings))
+    played = play(tmp_path, clients_by(south=bad), recipe(rounds=1))
+    (row,) = played.rows(client="south")
+    assert row["status"] == "refused"
+    assert len(row["place"]) <= 1000
+    assert row["place"].endswith("Use the same recipe at this client.")
+
+
 def spoilt(broadcast, **changes):
     return wire.encode_update(replace(update_of("south", broadcast), **changes))
 
