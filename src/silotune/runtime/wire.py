@@ -45,7 +45,7 @@ class _Tensors(_Form):
 
 
 class _Broadcast(_Tensors):
-    round: int = Field(ge=1)
+    round: int = Field(ge=1, le=2**53)
     score: bool
 
 
