@@ -255,6 +255,21 @@ def test_every_control_path_is_refused_to_a_client(first, place):
             assert client.post(path).status_code == client.get(path).status_code == 403
 
 
+HEARD = (400, 401)
+"""The gate lets a request through, and the engine refuses it: it is no message, or not signed."""
+
+
+def test_only_the_path_that_carries_contents_takes_large_requests(first, place):
+    """Bug: an approved client made the engine hold bodies of 60 MB on every path, unsigned."""
+    with gate_client(place, CLIENTS[0]) as client:
+        for path in ("pull-messages", "push-messages", "send-node-heartbeat", "get-run"):
+            assert client.post(f"/v1/fleet/{path}", content=bytes(300_000)).status_code == 413
+            assert client.post(f"/v1/fleet/{path}", content=bytes(200_000)).status_code in HEARD
+        path = "/v1/fleet/push-object"
+        assert client.post(path, content=bytes(5_000_000)).status_code in HEARD
+        assert client.post(path, content=bytes(9_000_000)).status_code == 413
+
+
 def test_without_the_proxy_anybody_may_control_the_engine(first, place):
     """What the gate is for: the engine itself asks for no credentials at all."""
     table = tomllib.loads((place.server / "engine" / "flwr" / "config.toml").read_text())

@@ -145,6 +145,7 @@ ELSEWHERE = {
     "runtime.ray_address": "test_ray_cluster, in the slow tier",
     "runtime.join_timeout_s": "test_server",
     "sampling.quorum": "test_rounds",
+    "sampling.max_norm_ratio": "test_outliers",
     "checkpoint.every": "test_rounds: it shows only when a run is interrupted",
 }
 ALL = [*CHANGES_THE_ADAPTER, *CHANGES_WHAT_IS_WRITTEN, *IS_REFUSED_HERE]

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, plain, print_json
+from silotune.cli.frame import errors_as_exit_codes, print_json
 from silotune.cli.options import MaxNewTokens, RunFolder
+from silotune.core.safe_text import plain
 
 Suites = Annotated[
     list[str] | None,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from silotune.cli.frame import Stopped, errors_as_exit_codes, plain
+from silotune.cli.frame import Stopped, errors_as_exit_codes
 from silotune.cli.options import MaxNewTokens, RunFolder
+from silotune.core.safe_text import plain
 
 if TYPE_CHECKING:
     from silotune.results.chat import Chat
@@ -92,7 +93,7 @@ def _converse(talk: "Chat") -> None:
             try:
                 answers = talk.say(text)
             except ConfigError as error:  # too long; the conversation continues
-                typer.echo(str(error), err=True)
+                typer.echo(plain(str(error)), err=True)
                 continue
             _show({name: plain(said) for name, said in answers.items()})
             for note in talk.notes:

@@ -2,26 +2,16 @@
 
 import contextlib
 import json
-import re
 import signal
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
 import typer
 
 from silotune.core.errors import SilotuneError
-
-_SEQUENCES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, cursor movement
-    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\)"  # titles, links, the clipboard
-    r"|\x1b[ -/]*[0-~]",
-    re.DOTALL,
-)
-_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that make a terminal show letters in another order than they are in."""
+from silotune.core.safe_text import one_line, plain
 
 
 class Stopped(BaseException):
@@ -65,17 +55,4 @@ def print_line(text: str = "") -> None:
 
 def say(text: str) -> None:
     """Print a line with the time on stderr, for commands that run for days."""
-    typer.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {plain(text)}", err=True)
-
-
-def plain(text: str) -> str:
-    """Remove what controls a terminal: escape sequences, control characters, reordering.
-
-    Line breaks and tabs stay. What a model says or somebody pastes is shown and never obeyed.
-    """
-    text = _SEQUENCES.sub("", text.replace("\r\n", "\n"))
-    return "".join(
-        c
-        for c in text
-        if c in "\n\t" or not (unicodedata.category(c) in ("Cc", "Cs") or c in _REORDERING)
-    )
+    typer.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {one_line(text)}", err=True)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from silotune.cli.frame import print_line
 from silotune.cli.tables import print_table
+from silotune.core.safe_text import visible
 from silotune.core.wording import counted, human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -154,13 +155,8 @@ def _print_pieces(pieces: "Sequence[tuple[Kind, str]]") -> None:
     line = Text()
     for kind, text in pieces:
         before, after = MARKS[kind] if colourless else ("", "")
-        line.append(before + _visible(text) + after, style="" if colourless else STYLES[kind])
+        line.append(before + visible(text) + after, style="" if colourless else STYLES[kind])
     console.print(line, soft_wrap=True)
-
-
-def _visible(text: str) -> str:
-    """A row's text with its control characters as codes, so that they cannot act on a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 # --- costs ----------------------------------------------------------------------------------------

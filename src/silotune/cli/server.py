@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from silotune.cli.frame import errors_as_exit_codes, plain, print_json, print_line, say
+from silotune.cli.frame import errors_as_exit_codes, print_json, print_line, say
 from silotune.cli.options import AsSummary, Overrides, Recipe
+from silotune.core.safe_text import plain
 
 Folder = Annotated[Path, typer.Option(help="The consortium's folder.")]
 HERE = Path("consortium")

@@ -11,7 +11,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from silotune.cli.frame import plain, print_line
+from silotune.cli.frame import print_line
+from silotune.core.safe_text import one_line
 
 Rows = Sequence[tuple[str, ...]]
 """A header and the rows below it, all of the same length."""
@@ -26,7 +27,7 @@ def print_table(rows: Rows) -> None:
     If a terminal is too narrow, headers wrap at spaces. Columns that still do not fit follow below,
     with the first column repeated: it holds names, and never wraps.
     """
-    rows = [tuple(plain(cell) for cell in row) for row in rows]
+    rows = [tuple(one_line(cell) for cell in row) for row in rows]
     edge = Console().width if sys.stdout.isatty() else None
     for n, columns in enumerate(_parts(rows, edge)):
         part = [tuple(row[i] for i in columns) for row in rows]

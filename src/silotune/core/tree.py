@@ -85,6 +85,24 @@ def check_finite(state: AdapterState, *, who: str) -> None:
             )
 
 
+LARGEST = torch.finfo(torch.float16).max
+"""The largest value of a trained tensor that every dtype a client may train in can hold: 65504."""
+
+
+def check_representable(state: AdapterState, *, who: str) -> None:
+    """Refuse a state with NaN, infinity or a value beyond float16; the message names the tensor."""
+    for name in sorted(state):
+        if state[name].numel() == 0:
+            continue
+        low, high = torch.aminmax(state[name])
+        if not (low >= -LARGEST and high <= LARGEST):  # so that NaN is refused too
+            check_finite({name: state[name]}, who=who)
+            raise UpdateError(
+                f"{who}: '{name}' contains a value beyond {LARGEST:g}.\n"
+                "  Lower train.lr or set train.clip_norm at this client; its update was not used."
+            )
+
+
 def add(a: AdapterState, b: AdapterState, *, scale: float = 1.0) -> dict[str, Tensor]:
     """`a + scale * b`, name by name, in float64, returned in the dtypes of `a`.
 

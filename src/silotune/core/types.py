@@ -208,6 +208,13 @@ class Clients(Protocol):
         """All clients that can be asked, sorted."""
         ...
 
+    def num_rows(self) -> Mapping[str, Mapping[str, int]]:
+        """num_train and num_eval of each client, as it first reported them.
+
+        What it says later about its rows may not exceed this.
+        """
+        ...
+
     def train(self, messages: Mapping[str, Broadcast]) -> Iterable[Arrival]:
         """Ask clients to train, each with its own message; yield answers as they arrive.
 

@@ -1,12 +1,18 @@
 """What the server accepts in a round: each answer is checked before it can affect the sum."""
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from silotune.core.algorithm import Algorithm, expected_extra, expected_layout
 from silotune.core.errors import QuorumError, UpdateError, first_line
-from silotune.core.tree import check_finite, check_same_layout, l2_norm
+from silotune.core.safe_text import one_line, shortened
+from silotune.core.tree import (
+    LARGEST,
+    check_finite,
+    check_representable,
+    check_same_layout,
+    l2_norm,
+)
 from silotune.core.types import (
     BUDGET_SPENT,
     Arrival,
@@ -17,10 +23,29 @@ from silotune.core.types import (
     Settings,
     Update,
 )
+from silotune.core.wording import counted
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import Spool
 from silotune.federation.sampling import num_needed
 from silotune.recipes.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Known:
+    """What bounds the numbers that clients send: the recipe, and what they reported themselves."""
+
+    run: RunConfig
+    num_rows: Callable[[], Mapping[str, Mapping[str, int]]]
+    """See `Clients`. A function, because clients may report while a round is running."""
+
+    @property
+    def num_labels(self) -> int:
+        """Classes that a score has to count; 0 if nothing is classified."""
+        return len(self.run.data.labels or ())
+
+    def reported(self, client: str, part: str) -> int:
+        """A client's number of rows in a part, num_train or num_eval; 0 if it has not reported."""
+        return self.num_rows().get(client, {}).get(part, 0)
 
 
 @dataclass(frozen=True)
@@ -34,12 +59,11 @@ class Expected:
     extra: Mapping[str, Mapping[str, Layout]]
     """What each client sends besides its delta, by purpose."""
     settings: Settings
-    num_labels: int = 0
-    """Classes that a score has to count; 0 if nothing is classified."""
+    known: Known
 
 
 def what_is_expected(
-    algorithm: Algorithm, state: ServerState, clients: Sequence[str], num_labels: int = 0
+    algorithm: Algorithm, state: ServerState, clients: Sequence[str], known: Known
 ) -> Expected:
     """What `clients` must answer in the round after `state`."""
     if algorithm.layout is None:  # computed once, not for each of a thousand clients
@@ -48,27 +72,47 @@ def what_is_expected(
         layouts = {name: expected_layout(algorithm, state, name) for name in clients}
     extra = {name: expected_extra(algorithm, state, name) for name in clients}
     settings = algorithm.local.settings
-    return Expected(state.round + 1, clients, layouts, extra, settings, num_labels)
+    return Expected(state.round + 1, clients, layouts, extra, settings, known)
 
 
 Accept = Callable[[Iterable[Arrival], Spool, Expected, Progress], list[Failure]]
 """(arrivals, spool, what is expected, progress) -> the clients without a usable update."""
 
 
-def check_scores(scores: Iterable[Score | Failure], num_labels: int) -> Iterator[Score | Failure]:
-    """Replace a score with the wrong number of labels by a failure."""
+def check_scores(scores: Iterable[Score | Failure], known: Known) -> Iterator[Score | Failure]:
+    """Replace a score that cannot be right by a failure."""
     for score in scores:
-        if isinstance(score, Failure) or len(score.label_counts) == num_labels:
-            yield score
-        else:
-            yield Failure(score.client, 0, "refused", _other_labels(score, num_labels))
+        try:
+            yield score if isinstance(score, Failure) else _check_score(score, known)
+        except UpdateError as error:
+            yield Failure(score.client, 0, "refused", str(error))
 
 
-def _other_labels(score: Score, num_labels: int) -> str:
-    return (
-        f"client '{score.client}': its score counts {len(score.label_counts)} labels, the server "
-        f"knows {num_labels}.\n  Use the same recipe at this client."
-    )
+def _check_score(score: Score, known: Known) -> Score:
+    """Refuse a score that counts other labels, or more than the client reported.
+
+    Raises:
+        UpdateError: The message names the client.
+    """
+    who, labels = f"client '{score.client}'", known.num_labels
+    if len(score.label_counts) != labels:
+        raise UpdateError(
+            f"{who}: its score counts {len(score.label_counts)} labels, the server knows "
+            f"{labels}.\n  Use the same recipe at this client."
+        )
+    rows = known.reported(score.client, "num_eval")
+    per_row = 1 if labels else known.run.train.max_length
+    if score.num_examples > rows or score.num_tokens > rows * per_row:
+        raise UpdateError(
+            f"{who}: its score is over {counted(score.num_examples, 'row')} and "
+            f"{counted(score.num_tokens, 'prediction')}; it reported "
+            f"{counted(rows, 'held-out row')}, with at most {counted(per_row, 'prediction')} each."
+            f"\n  Its score is not used. {OTHER_ROWS}"
+        )
+    return score
+
+
+OTHER_ROWS = "If the client's rows have changed, start a new run."
 
 
 def accept_updates(
@@ -90,7 +134,8 @@ def accept_updates(
             try:
                 arrival = check_update(arrival, expected, open_)
             except UpdateError as error:
-                arrival = Failure(arrival.client, expected.round, "refused", str(error))
+                place = shortened(str(error))
+                arrival = Failure(arrival.client, expected.round, "refused", place)
         if isinstance(arrival, Failure):
             failures.append(arrival)
             progress.client_failed(arrival)
@@ -119,8 +164,9 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
 
     Raises:
         UpdateError: From a client that was not asked or has answered; of a round to come; wrong
-            names, shapes or dtypes; NaN or infinity; no examples; other constants of the local rule
-            than the server's, for instance another mu.
+            names, shapes or dtypes; NaN, infinity or values beyond float16; no examples, or more
+            than the client reported; a score that cannot be right; other constants of the local
+            rule than the server's, for instance another mu.
     """
     who = f"client '{update.client}', round {expected.round}"
     if update.client not in open_:
@@ -134,8 +180,10 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
         )
     check_same_layout(update.delta, expected.layouts[update.client], who=who)
     norm = l2_norm(update.delta)
-    if not math.isfinite(norm):  # as it is if any value is not finite
-        check_finite(update.delta, who=who)
+    # the guard scales whatever is finite down to its norm
+    check = check_finite if expected.known.run.privacy.clips_at_server else check_representable
+    if not norm <= LARGEST:  # as it is if any value is not finite, or larger than that
+        check(update.delta, who=who)
     extra = expected.extra[update.client]
     if update.extra.keys() != extra.keys():
         raise UpdateError(
@@ -145,17 +193,28 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
         )
     for key, layout in extra.items():
         check_same_layout(update.extra[key], layout, who=f"{who}, {key}")
-        check_finite(update.extra[key], who=f"{who}, {key}")
-    if update.score is not None and len(update.score.label_counts) != expected.num_labels:
-        raise UpdateError(_other_labels(update.score, expected.num_labels))
-    if update.num_examples < 1:
-        raise UpdateError(f"{who}: no examples, so its update has no weight.\n  Check its data.")
+        check(update.extra[key], who=f"{who}, {key}")
+    if update.score is not None:
+        _check_score(update.score, expected.known)
+    _check_weight(update, expected.known, who)
     if dict(update.settings) != dict(expected.settings):
         raise UpdateError(
             f"{who}: trained with {dict(update.settings) or 'no settings'}, the server's algorithm "
             f"has {dict(expected.settings) or 'none'}.\n  Use the same recipe at this client."
         )
     return replace(update, metrics={**update.metrics, "delta_norm": norm})
+
+
+def _check_weight(update: Update, known: Known, who: str) -> None:
+    """Refuse an update without weight, or with more than its client reported."""
+    if update.num_examples < 1:
+        raise UpdateError(f"{who}: no examples, so its update has no weight.\n  Check its data.")
+    rows = known.reported(update.client, "num_train")
+    if update.num_examples > rows:
+        raise UpdateError(
+            f"{who}: says that it has {counted(update.num_examples, 'training row')}; it reported "
+            f"{rows}.\n  Its update is not used. {OTHER_ROWS}"
+        )
 
 
 def check_quorum(
@@ -176,7 +235,9 @@ def check_quorum(
     spent = sum(failure.code == BUDGET_SPENT for failure in failures)
     if round_ > 1 and spent and arrived + spent >= needed:
         return "privacy"
-    reasons = "\n".join(f"  {f.client}: {f.code}: {first_line(f.place)}" for f in failures)
+    reasons = "\n".join(
+        "  " + one_line(f"{f.client}: {f.code}: {first_line(f.place)}") for f in failures
+    )
     raise QuorumError(
         f"round {round_}: {arrived} usable updates of {len(cohort)}, and sampling.quorum = "
         f"{run.sampling.quorum:g} needs {needed}.\n{reasons}\n"

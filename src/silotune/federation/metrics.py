@@ -13,14 +13,24 @@ Row = dict[str, Any]
 
 
 def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
-    """Overall held-out loss, weighted by tokens, by the round that produced the adapter."""
-    sums: dict[int, list[float]] = {}
+    """Overall held-out loss, weighted by tokens, by the round that produced the adapter.
+
+    Among three or more clients, none counts for more than all the others together: a client says
+    itself how many rows it has.
+    """
+    found: dict[int, list[tuple[float, int]]] = {}
     for row in rows:
         if row["event"] == "evaluate" and row["status"] == "ok":
-            total = sums.setdefault(row["round"], [0.0, 0.0])
-            total[0] += row["loss"] * row["num_tokens"]
-            total[1] += row["num_tokens"]
-    return {round_: loss / tokens for round_, (loss, tokens) in sorted(sums.items())}
+            found.setdefault(row["round"], []).append((row["loss"], row["num_tokens"]))
+    return {round_: _mean_loss(scores) for round_, scores in sorted(found.items())}
+
+
+def _mean_loss(scores: Sequence[tuple[float, int]]) -> float:
+    total = sum(tokens for _, tokens in scores)
+    if len(scores) > 2:
+        scores = [(loss, min(tokens, total - tokens)) for loss, tokens in scores]
+        total = sum(tokens for _, tokens in scores)
+    return sum(loss * tokens for loss, tokens in scores) / total
 
 
 def trained(rows: Iterable[Row]) -> list[Row]:

@@ -12,9 +12,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from silotune.core.safe_text import one_line
 from silotune.core.types import Failure, Update
 from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
+
+MOST = 10_000
+"""Most characters of a line: a round's line names its cohort."""
 
 
 class Progress:
@@ -108,7 +112,8 @@ class PlainProgress(Progress):
         self._clock = _Clock()
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        # one event is one line, whatever a client calls itself or its failure
+        self.console.print(one_line(text, longest=MOST), markup=False)
 
     def begin(self, rounds: int, first: int) -> None:
         """Start the clock."""
@@ -190,7 +195,7 @@ class LiveProgress(PlainProgress):
     def _picture(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
         for name, state in self._clients.items():
-            table.add_row(name, state)
+            table.add_row(Text(one_line(name)), Text(one_line(state)))
         return Group(Text(self._clock.headline(), style="bold"), table)
 
 

@@ -8,6 +8,7 @@ from silotune.core.seeds import generator
 from silotune.core.types import Clients, Failure, Score, ServerState
 from silotune.federation.acceptance import (
     Accept,
+    Known,
     accept_updates,
     check_quorum,
     check_scores,
@@ -15,6 +16,7 @@ from silotune.federation.acceptance import (
 )
 from silotune.federation.budget import Clock, next_ceiling
 from silotune.federation.metrics import Row
+from silotune.federation.outliers import check_state, refuse_outliers
 from silotune.federation.progress import Progress
 from silotune.federation.round_rows import round_rows, score_rows
 from silotune.federation.run_folder import RunFolder
@@ -56,10 +58,11 @@ def run_rounds(
 
     Raises:
         QuorumError: Too few usable updates; what was done so far is kept and can be resumed.
+        UpdateError: A round's updates lead to a state that no client could use; so is it then.
     """
     # One function, though a long one: the protocol is these seven steps. A test keeps the body
     # within one screen.
-    num_labels = len(run.data.labels or ())
+    known = Known(run, clients.num_rows)
     ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
     while ended_by is None and state.round < run.rounds:
         r, began = state.round + 1, clock()
@@ -70,12 +73,12 @@ def run_rounds(
         # 2. Let them train: the only line that may cross a network. Updates come as they arrive;
         #    those that a crash left on disk are not asked for again.
         spool = folder.spool(r)
-        done = set(spool.names())
-        waiting = [name for name in cohort if name not in done]
+        waiting = sorted(set(cohort) - set(spool.names()))
         arrivals = clients.train(messages_for(waiting, algorithm, state, score=scoring))
-        # 3. Check one at a time, then spool: what cannot be combined must not touch anything.
-        expected = what_is_expected(algorithm, state, waiting, num_labels)
+        # 3. Check one at a time, spool, compare: what cannot be combined must not touch anything.
+        expected = what_is_expected(algorithm, state, waiting, known)
         failures = accept(arrivals, spool, expected, progress)
+        failures += refuse_outliers(run, state, spool, progress)
         if ended_by := check_quorum(run, r, cohort, spool, failures):
             folder.save(state, last=True)
             break
@@ -84,10 +87,10 @@ def run_rounds(
         scores: list[Score | Failure] = []
         if absent:
             asked = messages_for(absent, algorithm, state, score=True)
-            scores += check_scores(clients.evaluate(asked), num_labels)
+            scores += check_scores(clients.evaluate(asked), known)
         # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
         change = algorithm.combine(state, spool)
-        state = algorithm.step(state, change)
+        state = check_state(algorithm.step(state, change), spool)
         # 6. What the server learns on rows of its own, where it has some: fine-tuned or distilled.
         state, own = improve(state) if improve else (state, [])
         # 7. Write it down; a crash after this line loses nothing.
@@ -102,6 +105,6 @@ def run_rounds(
         final = messages_for(clients.names(), algorithm, state, score=True)
         progress.begin_scoring(clients.names())
         folder.rewind(state.round)  # a resumed run may have scored it before
-        found = check_scores(clients.evaluate(final), num_labels)
+        found = check_scores(clients.evaluate(final), known)
         folder.append_metrics(score_rows(state.round, found))
     return state

@@ -97,6 +97,11 @@ class Spool:
         for client in self.names():
             yield _read_update(self._path(client))
 
+    def discard(self, client: str) -> None:
+        """Remove one client's update: it is not used."""
+        self._path(client).unlink()
+        del self._reports[client]
+
     def remove(self) -> None:
         """Remove the round's updates: a checkpoint holds their result."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -57,3 +57,8 @@ class PrivacyConfig(Config):
     def is_at_client(self) -> bool:
         """Whether each client adds the noise before it sends anything."""
         return self.unit == "record" or (self.unit == "client" and self.noise_at == "client")
+
+    @property
+    def clips_at_server(self) -> bool:
+        """Whether the server clips each client's change before it is added to the sum."""
+        return self.unit == "client" and not self.is_at_client

@@ -41,6 +41,10 @@ class SamplingConfig(Config):
     """Number of clients to ask in a round, instead of `fraction`."""
     quorum: float = Field(default=0.5, gt=0, le=1)
     """Share of the cohort whose updates must be usable, rounded up; with fewer, the run stops."""
+    max_norm_ratio: float = Field(default=100.0, gt=1)
+    """An update is refused if the norm of its delta is more than this many times the median of the
+    round's updates and larger than the adapter itself. With fewer than three updates: more than
+    this many times the adapter's norm. Not used if the server clips ([privacy] unit = "client")."""
     timeout_s: float = Field(default=86400.0, gt=0)
     """Seconds a round may take, by default a day; clients that have not answered by then are
     reported and left out."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from silotune.core.safe_text import markdown, plain
 from silotune.core.wording import counted
 from silotune.federation.metrics import Row
 from silotune.federation.privacy_statement import privacy_lines
@@ -46,7 +47,7 @@ def model_card(
         provenance: provenance.json.
         split: What each client holds; may be empty.
     """
-    return "\n".join(
+    lines = "\n".join(
         [
             *_heading(run, summary, provenance["base"]),
             *_results(summary),
@@ -69,6 +70,7 @@ def model_card(
             "",
         ]
     )
+    return plain(lines)
 
 
 def _heading(run: RunConfig, summary: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
@@ -100,7 +102,7 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
     unit, overall = unit_of(summary), summary["overall"]["federated_loss"]
     perplexity = ""
     if overall is not None and not label_table(summary):
-        perplexity = f", perplexity {math.exp(overall):.1f}"
+        perplexity = f", perplexity {math.exp(min(overall, 700.0)):.1f}"
     return [
         f"## Held-out loss ({unit}, lower is better)",
         "",
@@ -119,7 +121,7 @@ def _label_scores(summary: Mapping[str, Any]) -> list[str]:
 def _warnings(summary: Mapping[str, Any]) -> list[str]:
     lost, lines = worse_off(summary), list[str]()
     if lost:
-        lines += ["", f"**Not better than the base for: {', '.join(lost)}.**"]
+        lines += ["", f"**Not better than the base for: {markdown(', '.join(lost))}.**"]
     for text in budget_warnings(summary):
         lines += ["", f"**{text}**"]
     return lines
@@ -139,7 +141,7 @@ def _noise(run: RunConfig) -> str:
 def _privacy(summary: Mapping[str, Any]) -> list[str]:
     if (found := summary.get("privacy")) is None:
         return []
-    return ["## Privacy", "", *(f"- {line}" for line in privacy_lines(found)), ""]
+    return ["## Privacy", "", *(f"- {markdown(line)}" for line in privacy_lines(found)), ""]
 
 
 def _predicted(summary: Mapping[str, Any]) -> list[str]:
@@ -173,12 +175,12 @@ def _provenance(
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """A header and rows as lines of Markdown."""
-    header, *body = rows
+    header, *body = [[markdown(cell) for cell in row] for row in rows]
     return [_md(header), _md(["---"] * len(header)), *map(_md, body)]
 
 
 def _md(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def what_is_trained(run: RunConfig) -> str:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from silotune.core.safe_text import plain
 from silotune.core.wording import counted
 from silotune.federation.metrics import Row, held_out_losses
 from silotune.federation.privacy_statement import privacy_lines
@@ -219,7 +220,7 @@ def typeset(cell: str) -> str:
 
 
 def render(template: str, **page: Any) -> str:
-    """Fill one of the package's templates; all data is escaped."""
+    """Fill one of the package's templates; all data is escaped, and reorders no text."""
     import jinja2
 
     env = jinja2.Environment(
@@ -229,4 +230,4 @@ def render(template: str, **page: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return env.get_template(template).render(page)
+    return plain(env.get_template(template).render(page))

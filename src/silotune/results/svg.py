@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from silotune.core.safe_text import one_line
+
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
@@ -109,7 +111,7 @@ def short(name: str, columns: float = 52) -> str:
     Matplotlib cannot measure the text, because the browser draws it in another font.
     """
     out, used = "", 0.0
-    for char in (c if c.isprintable() else " " for c in str(name)):
+    for char in one_line(str(name)):
         width = unicodedata.east_asian_width(char)
         wide = width in "WF" or char in "WM@%m"
         used += 1.7 if wide else 1.3 if width == "A" or char.isupper() or char == "w" else 1.0

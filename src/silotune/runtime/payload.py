@@ -53,6 +53,15 @@ def unpack(data: bytes) -> Parcel:
     return Parcel(read_text(data[HEADER_BYTES:start]), values)
 
 
+def round_of(about: dict[str, Any]) -> int:
+    """The round that a message is about; 0 if it names none, or something that is no round.
+
+    Only for the text of a failure: what a round may be is checked in `wire.decode_broadcast`.
+    """
+    found = about.get("round")
+    return found if isinstance(found, int) and 0 <= found <= 2**53 else 0
+
+
 def read_text(text: str | bytes) -> dict[str, Any]:
     """The JSON object of a parcel.
 

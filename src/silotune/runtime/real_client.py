@@ -23,7 +23,7 @@ from silotune.federation.outbound_log import FILE as OUTBOUND
 from silotune.federation.outbound_log import Outbound
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.client_host import Place, Station, guarded
-from silotune.runtime.payload import Parcel
+from silotune.runtime.payload import Parcel, round_of
 
 
 class Deployed:
@@ -39,7 +39,7 @@ class Deployed:
     def answer(self, asked: Parcel) -> Parcel:
         """Answer one message. Reads the client's configuration again: its present limits apply."""
         about, began = asked.about, time.monotonic()
-        kind, round_ = about["kind"], int(about["parcel"].get("round", 0))
+        kind, round_ = about["kind"], round_of(about["parcel"])
         self._quiet = False  # until a recipe and this client's configuration have been read
 
         def work() -> Parcel:

@@ -4,7 +4,7 @@ The form of what arrives is checked here; what it means is checked in `federatio
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
@@ -25,6 +25,13 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 MAX_LABELS = 10_000
 """More classes than any text data set has."""
+MAX_LOSS = 1e6
+"""Most nats per prediction. A guess among a million classes costs 14, a confident wrong one some
+hundreds."""
+Seconds = Annotated[FiniteFloat, Field(ge=0, le=10 * 365.25 * 86400)]
+"""At most ten years."""
+Name = Annotated[str, Field(max_length=1000)]
+Word = Annotated[str, Field(max_length=100)]
 
 
 class _Form(BaseModel):
@@ -32,13 +39,13 @@ class _Form(BaseModel):
 
 
 class _Tensors(_Form):
-    tensors: list[tuple[str, str, Annotated[list[int], Field(max_length=64)]]]
+    tensors: list[tuple[Name, Name, Annotated[list[int], Field(max_length=64)]]]
     """Group, name and shape of every tensor, in the order of the values. torch sums tensors of at
     most 64 dimensions."""
 
 
 class _Broadcast(_Tensors):
-    round: int = Field(ge=1)
+    round: int = Field(ge=1, le=2**53)
     score: bool
 
 
@@ -56,18 +63,18 @@ class _Metrics(_Form):
     Under [privacy], real clients leave out what depends on their rows; see `client.withheld`.
     """
 
-    train_loss: FiniteFloat | None = None
-    penalty: FiniteFloat | None = None
-    lr: FiniteFloat = 0.0
+    train_loss: Annotated[FiniteFloat, Field(ge=0, le=MAX_LOSS)] | None = None
+    penalty: Annotated[FiniteFloat, Field(ge=-1e12, le=1e12)] | None = None
+    lr: Annotated[FiniteFloat, Field(ge=0, le=1e6)] = 0.0
     num_steps: Count = 0
     num_tokens: Count | None = None
     num_targets: Count | None = None
     num_padded_tokens: Count | None = None
-    seconds_training: FiniteFloat
-    seconds: FiniteFloat
-    noise_multiplier: FiniteFloat | None = None
-    sampling_rate: FiniteFloat | None = None
-    num_lots: Count | None = None
+    seconds_training: Seconds
+    seconds: Seconds
+    noise_multiplier: Annotated[FiniteFloat, Field(ge=0, le=1e6)] | None = None
+    sampling_rate: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    num_lots: Annotated[int, Field(ge=0, le=10**9)] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> "_Metrics":
@@ -77,18 +84,18 @@ class _Metrics(_Form):
 
 
 class _Update(_Tensors):
-    round: int
+    round: Count
     num_examples: Count
     metrics: _Metrics
-    settings: dict[str, FiniteFloat]
+    settings: Annotated[dict[Word, FiniteFloat], Field(max_length=100)]
     score: _Score | None
 
 
 class _Failure(_Form):
-    round: int
-    code: str = Field(max_length=100)
-    place: str = Field(max_length=1000)
-    fix: str = Field(max_length=1000)
+    round: Count
+    code: Word
+    place: Name
+    fix: Name
 
 
 class _Report(_Form):
@@ -96,15 +103,15 @@ class _Report(_Form):
     num_eval: Count
     num_cut: Count
     num_dropped: Count
-    base_sha256: str = Field(max_length=100)
-    dtype: str = Field(max_length=100)
-    quantization: str = Field(default="", max_length=100)
-    optimizer: str = Field(default="", max_length=100)
+    base_sha256: Word
+    dtype: Word
+    quantization: Word = ""
+    optimizer: Word = ""
     threads: Count
 
 
 class _Process(_Form):
-    id: str = Field(max_length=1000)
+    id: Name
     base_loads: Count
     peak_memory_bytes: Count
 
@@ -172,6 +179,7 @@ def decode_answer(parcel: Parcel, client: str, *, bytes_down: int) -> Update | S
         UpdateError: The parcel holds none of the three.
     """
     about = parcel.about
+    _check_keys(about, "update", "score", "failure")
     if "failure" in about:
         return Failure(client, **_read(_Failure, about["failure"]).model_dump())
     if "score" in about:
@@ -200,6 +208,7 @@ def decode_report(parcel: Parcel, client: str) -> dict[str, Any] | Failure:
     Raises:
         UpdateError: The parcel holds neither.
     """
+    _check_keys(parcel.about, "report", "failure")
     if "failure" in parcel.about:
         return Failure(client, **_read(_Failure, parcel.about["failure"]).model_dump())
     return _read(_Report, parcel.about.get("report")).model_dump()
@@ -214,6 +223,18 @@ def decode_process(parcel: Parcel) -> dict[str, Any]:
     return _read(_Process, parcel.about.get("process")).model_dump()
 
 
+BESIDE = ("round", "client", "process")
+"""What an answer may have next to its one part."""
+
+
+def _check_keys(about: Mapping[str, Any], *parts: str) -> None:
+    """Refuse an answer with more than one part, or with text that nobody would read or count."""
+    unknown = sorted(about.keys() - {*parts, *BESIDE})
+    if unknown or sum(part in about for part in parts) > 1:
+        what = unknown or [part for part in parts if part in about]
+        raise _unreadable(what)
+
+
 def _score_of(client: str, facts: Mapping[str, Any], *, size_bytes: int = 0) -> Score:
     counts = tuple(tuple(label) for label in facts["label_counts"])
     return Score(client=client, **{**facts, "label_counts": counts}, size_bytes=size_bytes)
@@ -223,6 +244,10 @@ def _checked(score: Score) -> Score:
     """Refuse a score that is not finite or contradicts itself: it would spoil everyone's curve."""
     if not math.isfinite(score.loss_sum):
         raise UpdateError(f"client '{score.client}': its held-out loss is not finite.")
+    if not 0 <= score.loss_sum <= MAX_LOSS * score.num_tokens:
+        raise UpdateError(f"client '{score.client}': its held-out loss is impossible.")
+    if score.num_correct > score.num_tokens:
+        raise UpdateError(f"client '{score.client}': its score has more hits than predictions.")
     if score.label_counts:
         right, given, true = (sum(part) for part in zip(*score.label_counts, strict=True))
         above = any(hit > min(a, b) for hit, a, b in score.label_counts)
@@ -280,8 +305,14 @@ def _read(form: type[AnyForm], facts: object) -> AnyForm:
     try:
         return form.model_validate(facts)
     except ValidationError as error:
-        keys = sorted({".".join(map(str, e["loc"][:2])) or "it" for e in error.errors()})
-        raise UpdateError(
-            f"a message cannot be read: {', '.join(keys[:5])}.\n"
-            "  Install the same version of silotune on both sides."
+        raise _unreadable(
+            {".".join(map(str, e["loc"][:2])) or "it" for e in error.errors(include_input=False)}
         ) from None
+
+
+def _unreadable(keys: Iterable[str]) -> UpdateError:
+    """Keys may be a client's: at most five are named, and not in full if they are long."""
+    named = ", ".join(key[:100] for key in sorted(keys)[:5])
+    return UpdateError(
+        f"a message cannot be read: {named}.\n  Install the same version of silotune on both sides."
+    )

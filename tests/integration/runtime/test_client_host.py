@@ -41,7 +41,7 @@ from silotune.runtime.client_host import Place, Station, failure_from, guarded
 from silotune.runtime.flower import client as flower_client
 from silotune.runtime.flower import resident_worker
 from silotune.runtime.flower.strategy import algorithm_of
-from silotune.runtime.payload import Parcel, pack, unpack
+from silotune.runtime.payload import Parcel, pack, round_of, unpack
 from silotune.runtime.real_client import Deployed
 from silotune.training.tasks.instruct import INSTRUCT
 from tests.conftest import write_jsonl, write_tiny_recipe
@@ -773,3 +773,19 @@ def test_a_head_that_stays_is_trained_under_the_same_noise_and_never_sent(tmp_pa
     assert head(5.0, "a") != head(5.0, "b")
     path.write_text(tomli_w.dumps({**table, "limits": {}}), encoding="utf-8")
     assert head(0.0, "c") == head(0.0, "d"), "nothing else is random"
+
+
+@pytest.mark.parametrize("round_", ["x", None, [], -1, 1.5, 10**400, {}])
+def test_a_message_about_no_round_is_a_failure_and_no_traceback(round_):
+    """Bug: `round = "x"` in a server's message ended a client's worker with a ValueError."""
+    assert round_of({"round": round_}) == 0
+    parcel = Parcel({"round": round_, "score": True, "tensors": []})
+
+    def work():
+        wire.decode_broadcast(parcel)
+        raise AssertionError("it was read")
+
+    answer = guarded(work, client="north", round_=round_of(parcel.about))
+    said = wire.decode_answer(answer, "north", bytes_down=0)
+    assert (said.code, said.round) == ("training failed", 0)
+    assert "a message cannot be read: round" in said.place

@@ -19,7 +19,7 @@ from silotune.core.errors import ConfigError, UpdateError
 from silotune.core.tree import add, layout_of, size_bytes
 from silotune.core.types import Broadcast, ServerState, Update
 from silotune.data.clients import ClientRows
-from silotune.federation.acceptance import check_update, what_is_expected
+from silotune.federation.acceptance import Known, check_update, what_is_expected
 from silotune.federation.client import Worker, prepare_client, train_round
 from silotune.federation.client_memory import ClientMemory
 from silotune.federation.client_privacy import Protection
@@ -157,7 +157,7 @@ def test_the_server_refuses_an_update_that_contains_a():
     adapter = {A: torch.ones(2, 3), B: torch.zeros(4, 2), HEAD: torch.zeros(2)}
     state = ServerState(0, adapter)
     assert expected_layout(FFA, state) == layout_of({n: adapter[n] for n in (B, HEAD)})
-    expected = what_is_expected(FFA, state, ["north"])
+    expected = what_is_expected(FFA, state, ["north"], known_of(recipe(), ["north"]))
     good = {n: torch.ones_like(adapter[n]) for n in (B, HEAD)}
     check_update(Update("north", 1, good, 4, {}), expected, {"north"})
     bad = Update("north", 1, {**good, A: torch.zeros(2, 3)}, 4, {})  # though it did not move
@@ -177,6 +177,10 @@ def recipe(**changes):
         "train": {"batch_size": 4, "local_steps": 2, "lr": 1e-2, "max_length": 128},
     }
     return parse(changed(table, changes))
+
+
+def known_of(run, clients):
+    return Known(run, lambda: {key: {"num_train": 6, "num_eval": 2} for key in clients})
 
 
 def rows_of(client, task="instruct"):
@@ -212,7 +216,7 @@ def play_rounds(worker, *, rounds=3, clients=("north", "south")):
     state = ServerState(0, adapter, algorithm.init(adapter, len(clients)))
     data = [prepare_client(rows_of(name, run.task), worker) for name in clients]
     for round_ in range(1, rounds + 1):
-        expected, updates = what_is_expected(algorithm, state, clients), []
+        expected, updates = what_is_expected(algorithm, state, clients, known_of(run, clients)), []
         message = Broadcast(round_, state.adapter, score=False)
         for own in data:
             memory = memories.get(own.name, ClientMemory())

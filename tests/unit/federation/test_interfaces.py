@@ -51,6 +51,9 @@ class Clients:
     def names(self):
         return self._names
 
+    def num_rows(self):
+        return {name: {"num_train": 1, "num_eval": 0} for name in self.names()}
+
     def train(self, messages):
         for name, broadcast in reversed(messages.items()):
             self.received[name, broadcast.round] = broadcast.adapter

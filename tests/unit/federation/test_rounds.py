@@ -43,6 +43,9 @@ class StandInClients:
     def names(self):
         return list(NAMES)
 
+    def num_rows(self):
+        return {name: {"num_train": 4, "num_eval": 1} for name in self.names()}
+
     def train(self, messages: Mapping[str, Broadcast]):
         for round_ in {broadcast.round for broadcast in messages.values()}:
             self.asked.append((round_, tuple(messages)))

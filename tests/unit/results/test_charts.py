@@ -207,4 +207,4 @@ def test_a_long_name_is_shortened_to_a_line(letter):
 
 
 def test_a_name_with_controls_stays_one_line_in_its_own_direction():
-    assert svg.short("a\nb\u202ec\x00d") == "a b c d"
+    assert svg.short("a\nb\u202ec\x00d") == "a bcd"

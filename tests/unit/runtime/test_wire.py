@@ -78,9 +78,16 @@ extras = st.dictionaries(
 )
 counts = st.integers(0, 2**53)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
-scores = st.builds(Score, st.just("north"), numbers, st.integers(1, 2**53), counts, counts)
+scores = st.builds(Score, st.just("north"), numbers, st.integers(1, 2**53), counts, counts).map(
+    lambda s: replace(
+        s,
+        loss_sum=abs(s.loss_sum) % (s.num_tokens * 1e6),
+        num_correct=min(s.num_correct, s.num_tokens),
+    )
+)
+MOST = {"train_loss": 1e6, "penalty": 1e12, "lr": 1e6, "seconds": 3e8, "seconds_training": 3e8}
 metric_values = st.fixed_dictionaries(
-    {key: counts if key.startswith("num_") else numbers for key in METRICS}
+    {key: st.floats(0, MOST[key]) if key in MOST else counts for key in METRICS}
 )
 updates = st.builds(
     Update,
@@ -420,6 +427,57 @@ def test_a_spoilt_update_is_refused_by_its_key_and_no_value_is_shown(kind):
     assert text.endswith("Install the same version of silotune on both sides.")
     assert "three" not in text
     assert "mallory" not in text
+
+
+RANGES = {
+    "metrics.train_loss": [-1.0, 1.1e6, 1e308],
+    "metrics.penalty": [1e13, -1e308],
+    "metrics.lr": [-1e-3, 1e300],
+    "metrics.seconds": [-1e308, -1.0, 1e308, 3.2e8],
+    "metrics.seconds_training": [-1e308, 1e308],
+    "metrics.noise_multiplier": [-1.0, 1e300],
+    "metrics.sampling_rate": [-0.1, 1.5],
+    "metrics.num_lots": [-1, 2**53],
+    "metrics.num_steps": [-1, 2**54],
+    "num_examples": [-1, 2**54],
+    "round": [-1, 10**400],
+}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_every_number_that_arrives_has_a_range(key):
+    """Bug: a metric of 1e308 passed, and ended the finished run in an OverflowError."""
+    section, _, inner = key.rpartition(".")
+    for value in RANGES[key]:
+        changed = {"metrics": {**METRICS, inner: value}} if section else {inner: value}
+        assert key in refusal(parcel_of(**changed)), value
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"loss_sum": -1e308}, "its held-out loss is impossible"),
+        ({"loss_sum": -1e-9}, "its held-out loss is impossible"),
+        ({"loss_sum": 1e308}, "its held-out loss is impossible"),
+        ({"num_correct": 5}, "its score has more hits than predictions"),
+    ],
+)
+def test_an_impossible_score_is_refused(changes, text):
+    facts = {"loss_sum": 1.0, "num_tokens": 4, "num_correct": 2, "num_examples": 3, **changes}
+    for parcel in (parcel_of(score=facts), Parcel({"score": facts, "round": 1})):
+        assert text in refusal(parcel)
+
+
+def test_text_that_nobody_reads_is_refused():
+    """Bug: 60 MB in an unknown key of an answer were accepted, and counted nowhere."""
+    good = parcel_of()
+    long = "x" * 10_000
+    for about in ({"note": long}, {long: 1}, {"score": None}, {"report": {}}, {"tensors": []}):
+        text = refusal(Parcel({**good.about, **about}, good.values))
+        assert text.startswith("a message cannot be read: ")
+        assert len(text) < 300
+    many = {f"{'y' * 90}{n}": 1.0 for n in range(100_000)}
+    assert len(refusal(parcel_of(settings=many))) < 1000
 
 
 def test_a_score_of_nothing_would_divide_by_zero_and_is_refused_alone_too():

@@ -15,7 +15,7 @@ from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.core.errors import UpdateError
 from silotune.core.stats import Labelled, Scored, label_interval, label_scores, mean_interval
 from silotune.core.types import Failure, Score, ServerState, Update
-from silotune.federation.acceptance import check_scores, check_update, what_is_expected
+from silotune.federation.acceptance import Known, check_scores, check_update, what_is_expected
 from silotune.federation.metrics import overall_scores
 from silotune.federation.round_rows import score_rows
 from silotune.federation.run_folder import Spool
@@ -485,10 +485,18 @@ def test_counts_survive_a_crash_in_the_spool(tmp_path):
 # --- a client that counts other labels ---
 
 
+THREE_LABELS = Known(
+    parse(
+        {"rounds": 1, "task": "classify", "data": {"path": "rows.csv", "labels": ["a", "b", "c"]}}
+    ),
+    lambda: {key: {"num_train": 4, "num_eval": 4} for key in ("north", "south")},
+)
+
+
 def test_an_update_whose_score_counts_other_labels_is_refused_by_name():
     """Bug: it broke the overall score only after it was recorded, and again on every resume."""
     state = ServerState(0, {"a": torch.zeros(1)})
-    asked = what_is_expected(fedavg(FedAvgConfig()), state, ["north"], num_labels=3)
+    asked = what_is_expected(fedavg(FedAvgConfig()), state, ["north"], THREE_LABELS)
     sent = Update("north", 1, {"a": torch.ones(1)}, 4, {}, score=score("north", NORTH))
     assert check_update(sent, asked, {"north"}).client == "north"
     for counts in (score("north", ([0, 1], [0, 1]), 2), Score("north", 2.5, 4, 3, 4)):
@@ -498,7 +506,7 @@ def test_an_update_whose_score_counts_other_labels_is_refused_by_name():
 
 def test_a_score_that_counts_other_labels_becomes_a_failure():
     good, bad = score("north", NORTH), score("south", ([0, 1], [0, 1]), 2)
-    first, second = check_scores([good, bad], 3)
+    first, second = check_scores([good, bad], THREE_LABELS)
     assert first == good
     assert isinstance(second, Failure)
     assert (second.client, second.code) == ("south", "refused")

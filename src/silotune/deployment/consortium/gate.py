@@ -25,8 +25,15 @@ FLEET = "/v1/fleet/*"
 """Flower's paths for clients; all other paths of its server are refused."""
 NOTICE = "/silotune/notice.json"
 """The only other path: what approved clients can read before they are asked to train."""
-MOST_BYTES = 64 * 1024 * 1024
-"""Most bytes of one request to the server: Flower sends parts of at most 5 MB."""
+OBJECTS = "/v1/fleet/push-object"
+"""The only path whose requests carry a message's contents."""
+MOST_BYTES = 8 * 1024 * 1024
+"""Most bytes of a request with contents: Flower sends parts of at most 5 MB, ours are of 2 MB. The
+engine reads a request before it looks at its signature, and keeps the memory."""
+FEW_BYTES = 256 * 1024
+"""Most bytes of any other request: numbers, names, hashes and signatures."""
+READ_S = "120s"
+"""How long a request's body may take: 8 MB pass at 0.6 Mbit/s."""
 
 
 def server_gate(
@@ -63,10 +70,12 @@ def server_gate(
     }
     routes = [
         {
-            "match": [{"path": [FLEET], "method": ["POST"]}],
-            "handle": [{"handler": "request_body", "max_size": MOST_BYTES}, to_engine],
+            "match": [{"path": [path], "method": ["POST"]}],
+            "handle": [{"handler": "request_body", "max_size": most}, to_engine],
             "terminal": True,
-        },
+        }
+        for path, most in ((OBJECTS, MOST_BYTES), (FLEET, FEW_BYTES))
+    ] + [
         {
             "match": [{"path": [NOTICE], "method": ["GET"]}],
             "handle": [{"handler": "file_server", "root": _path(public)}],
@@ -147,6 +156,8 @@ def _config(
         "strict_sni_host": False,
         "tls_connection_policies": [dict(policy)],
         "read_header_timeout": "30s",
+        "read_timeout": READ_S,
+        "max_header_bytes": 64 * 1024,
         "routes": routes,
     }
     return {

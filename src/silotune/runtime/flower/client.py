@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from silotune.runtime.flower.records import from_record, to_record
-from silotune.runtime.payload import Parcel
+from silotune.runtime.payload import Parcel, round_of
 
 if TYPE_CHECKING:
     from silotune.runtime.client_host import Station
@@ -59,7 +59,7 @@ def pass_on(kind: str, parcel: Parcel, run: Mapping[str, Any], node: Mapping[str
         node: This node's config: `client`, the path of a client's own configuration; or
             `partition-id`, the number of a simulated client.
     """
-    round_ = int(parcel.about.get("round", 0))
+    round_ = round_of(parcel.about)
     if "client" in node:
         from silotune.runtime.flower.resident_worker import ask
 

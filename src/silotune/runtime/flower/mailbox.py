@@ -22,6 +22,9 @@ TTL_S = 30 * 86400.0
 AT_ONCE, AT_ONCE_BYTES = 16, 64e6
 """Most replies to fetch in one call, and most bytes, but always at least one reply. This bounds
 memory, no matter how many clients answer."""
+MOST_TEXT, TEXT_PER_TENSOR = 1_000_000, 1000
+"""Most characters of an answer's text, and how many more for each tensor. It is not in a round's
+bytes, so it must stay small beside them; ten thousand labels' counts need a third of it."""
 NOT_REACHABLE = 5
 ENGINE_CODES = {
     1: "client app not loaded",
@@ -45,6 +48,8 @@ class Question:
     client: str
     round: int
     bytes_down: int = 0
+    num_tensors: int = 0
+    """In the message: an answer is about the same ones."""
 
 
 Answer = tuple[Question, Parcel | Failure]
@@ -72,6 +77,11 @@ class Contents:
     def size_bytes(self, client: str) -> int:
         """Bytes of the tensors in this client's message."""
         return self._bytes[id(self._messages[client])]
+
+    def num_tensors(self, client: str) -> int:
+        """Number of tensors in this client's message."""
+        sent = self._messages[client]
+        return len(sent.adapter) + sum(map(len, sent.extra.values()))
 
 
 def _parcel_bytes(broadcast: Broadcast) -> int:
@@ -148,7 +158,8 @@ class Mailbox:
         if reply.has_error():
             return _engine_failure(question, reply.error.code)
         try:
-            parcel = from_record(reply.content)
+            most = MOST_TEXT + TEXT_PER_TENSOR * question.num_tensors
+            parcel = from_record(reply.content, most_text=most)
         except UpdateError as error:
             return Failure(question.client, question.round, "unreadable", str(error))
         with contextlib.suppress(UpdateError):

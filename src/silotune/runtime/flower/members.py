@@ -21,6 +21,7 @@ from silotune.runtime.payload import Parcel
 
 TELL_S, TOLD = 10.0, 5
 """Seconds until a start names the clients it is waiting for, and how many of them it names."""
+PARTS = ("num_train", "num_eval")
 POLL_S = 0.5
 """Pause between two looks for nodes and their reports."""
 
@@ -74,10 +75,7 @@ class Members:
 
     def num_rows(self) -> dict[str, dict[str, int]]:
         """num_train and num_eval of each client that has reported."""
-        return {
-            name: {key: report[key] for key in ("num_train", "num_eval")}
-            for name, report in self.reports.items()
-        }
+        return {name: {key: report[key] for key in PARTS} for name, report in self.reports.items()}
 
     def check_anybody(self) -> None:
         """Raise if no client has answered at all: then the engine is at fault, not a client.
@@ -217,6 +215,10 @@ class Members:
         elif held is not None and held != node and held in online:
             problem = Failure(name, 0, "name taken", "another node has reported as this client")
             self._spare.setdefault(name, set()).add(node)
+        elif name in self.reports and any(report[k] > self.reports[name][k] for k in PARTS):
+            # else a client could come back with any weight
+            place = "it reports more rows than earlier in this run; start a new run to use them"
+            problem = Failure(name, 0, "more rows", place)
         if problem is None:
             assert not isinstance(report, Failure)
             self._refused.pop(name, None)

@@ -31,17 +31,26 @@ def to_record(parcel: Parcel) -> RecordDict:
     return RecordDict({ABOUT: about, VALUES: ArrayRecord({VALUES: array})})
 
 
-def from_record(record: RecordDict) -> Parcel:
+def from_record(record: RecordDict, *, most_text: int | None = None) -> Parcel:
     """Undo `to_record`.
 
+    Args:
+        record: The content of a message.
+        most_text: Most characters of its text; None for any number.
+
     Raises:
-        UpdateError: The content is not a parcel.
+        UpdateError: The content is not a parcel, or its text is too long.
     """
     about, arrays = record.config_records.get(ABOUT, {}), record.array_records.get(VALUES)
     text, row = about.get(ABOUT), about.get(VALUES, b"")
     if not isinstance(text, str):
         raise UpdateError(
             "a message has no readable text.\n  Install the same version of silotune on both sides."
+        )
+    if most_text is not None and len(text) > most_text:
+        raise UpdateError(
+            f"a message has a text of {len(text)} characters; at most {most_text} are accepted.\n"
+            "  Install the same version of silotune on both sides."
         )
     if arrays is not None and VALUES in arrays:
         array = arrays[VALUES]

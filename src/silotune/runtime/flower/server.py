@@ -172,6 +172,10 @@ class FlowerClients:
         """All clients of the run, sorted, whether they are reachable now or not."""
         return self.members.names()
 
+    def num_rows(self) -> Mapping[str, Mapping[str, int]]:
+        """What each client has reported about its rows."""
+        return self.members.num_rows()
+
     def join(self) -> None:
         """Wait until every client has reported or the time is up."""
         self.members.join()
@@ -207,8 +211,8 @@ class FlowerClients:
             if node is None:
                 yield self.members.why_absent(name, broadcast.round)
             else:
-                size = contents.size_bytes(name)
-                questions.append(Question(kind, node, name, broadcast.round, size))
+                size, count = contents.size_bytes(name), contents.num_tensors(name)
+                questions.append(Question(kind, node, name, broadcast.round, size, count))
         exchange = self._exchange(questions, contents, timeout_s)
         for question, answer in itertools.chain(late, exchange):
             if question.kind == "query":

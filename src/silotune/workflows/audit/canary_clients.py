@@ -134,6 +134,11 @@ class CanaryClients:
         """All clients, sorted."""
         return sorted([*self.inner.names(), *self.canaries])
 
+    def num_rows(self) -> Mapping[str, Mapping[str, int]]:
+        """The real clients' rows, and one for each canary: the weight of its update."""
+        canaries = {name: {"num_train": 1, "num_eval": 0} for name in self.canaries}
+        return {**self.inner.num_rows(), **canaries}
+
     def train(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         """The real clients' updates, and the canaries'."""
         real = {name: sent for name, sent in messages.items() if name not in self._place}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from silotune.core.safe_text import markdown, plain
 from silotune.core.wording import counted
 from silotune.recipes.schema import RunConfig
 from silotune.results.card import markdown_table
@@ -24,7 +25,7 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
     lines = [
         f"# Was it worth joining? {comparison['base_name']}, {clients}",
         "",
-        *(f"- {line}" for line in said),
+        *(f"- {markdown(line)}" for line in said),
         "",
         f"Seeds: {', '.join(map(str, comparison['seeds']))}. "
         f"{up_to}{counted(run.rounds, 'round')}. All arms are "
@@ -39,4 +40,4 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
         if against := against_table(comparison, key):
             lines += ["", f"{AGAINST}:", "", *markdown_table(against)]
     lines += ["", "## Cost of all seeds", "", *markdown_table(cost_table(comparison))]
-    return "\n".join(lines) + "\n"
+    return plain("\n".join(lines) + "\n")

@@ -26,6 +26,7 @@ from silotune.core.seeds import generator
 from silotune.core.tree import sha256
 from silotune.core.types import Broadcast, Score, ServerState, Update
 from silotune.federation import acceptance
+from silotune.federation.metrics import held_out_losses
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
@@ -142,7 +143,7 @@ def update_of(client: str, broadcast: Broadcast) -> Update:
 
 
 REPORT = {
-    "num_train": 3,
+    "num_train": 9,
     "num_eval": 2,
     "num_cut": 0,
     "num_dropped": 0,
@@ -277,6 +278,9 @@ class Plain:
     def names(self):
         return self._names
 
+    def num_rows(self):
+        return {name: {"num_train": 1000000, "num_eval": 0} for name in self.names()}
+
     def train(self, messages):
         for name, broadcast in messages.items():
             if (broadcast.round, name) not in self.absent:
@@ -310,7 +314,7 @@ def test_messages_give_the_bits_of_a_plain_loop_and_their_bytes_are_counted(tmp_
         assert (row["status"], row["bytes_up"], row["bytes_down"]) == ("ok", *[4 * NUM_FLOATS] * 2)
     assert played.heard.notes == played.heard.failures == []
     assert played.clients.facts() == {
-        "num_rows": {name: {"num_train": 3, "num_eval": 2} for name in NAMES},
+        "num_rows": {name: {"num_train": 9, "num_eval": 2} for name in NAMES},
         "processes": [
             {"id": name, "base_loads": 1, "peak_memory_bytes": 100}
             for name in played.clients.mailbox.processes
@@ -953,6 +957,29 @@ def test_an_answer_that_cannot_be_read_is_one_clients_failure_and_ends_nothing(t
     assert sha256(played.state.adapter) == oracle(tmp_path, absent=absent)
 
 
+def test_a_text_far_longer_than_an_answer_needs_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """It is not in a round's bytes, so it has to be small beside them."""
+    monkeypatch.setattr(mailbox, "MOST_TEXT", 2000)
+    monkeypatch.setattr(mailbox, "TEXT_PER_TENSOR", 100)
+    long = Client("south", train=lambda b: changed(b, settings={"x" * 3000: 1.0}))
+    played = play(tmp_path, clients_by(south=long), recipe(rounds=1))
+    (row,) = played.rows(client="south")
+    assert row["status"] == "unreadable"
+    assert "a message has a text of" in row["place"]
+    assert "at most 2200 are accepted" in row["place"]
+
+
+def test_the_text_of_a_refusal_is_cut(tmp_path):
+    """Bug: 100,000 unknown settings led to an error of 1.5 MB in metrics.jsonl and the log."""
+    settings = {f"{'x' * 90}{n}": 1.0 for n in range(100)}
+    bad = Client("south", train=lambda b: spoilt(b, settings=settings))
+    played = play(tmp_path, clients_by(south=bad), recipe(rounds=1))
+    (row,) = played.rows(client="south")
+    assert row["status"] == "refused"
+    assert len(row["place"]) <= 1000
+    assert row["place"].endswith("Use the same recipe at this client.")
+
+
 def spoilt(broadcast, **changes):
     return wire.encode_update(replace(update_of("south", broadcast), **changes))
 
@@ -971,7 +998,24 @@ REFUSED = {
         "'lora_A' has shape (4, 3), the server expects (2, 3)",
     ),
     "a missing tensor": ({"delta": {"lora_A": torch.zeros(2, 3)}}, "tensor 'lora_B' is missing"),
+    "finite, and as large as a float32 can be": (
+        {"delta": holding(3e38)},
+        "'lora_B' contains a value beyond 65504",
+    ),
+    "ten thousand times the others": (
+        {"delta": {n: t * 1e4 for n, t in delta_of("south", 1).items()}},
+        "its delta has norm",
+    ),
     "no examples": ({"num_examples": 0}, "no examples"),
+    "more examples than it has reported": (
+        {"num_examples": 2**53},
+        "says that it has 9007199254740992 training rows; it reported 9",
+    ),
+    "a score over more rows than it has reported": (
+        {"score": Score("south", 1e-9, 2**53, 2**53, 2)},
+        "its score is over 2 rows and 9007199254740992 predictions; it reported 2 held-out rows, "
+        "with at most 512 predictions each",
+    ),
     "another mu": ({"settings": {"mu": 9.0}}, "trained with {'mu': 9.0}"),
     "more than asked for": ({"extra": {"controls": START}}, "sends ['controls']"),
 }
@@ -984,8 +1028,40 @@ def test_an_update_that_cannot_be_combined_is_refused_by_name(tmp_path, kind):
     played = play(tmp_path, clients_by(south=bad), recipe(rounds=1))
     (row,) = played.rows(client="south")
     assert row["status"] == "refused"
-    assert f"client 'south', round 1: {text}" in row["place"]
+    assert "client 'south'" in row["place"]
+    assert text in row["place"]
+    # whoever was honest is not blamed
+    assert {f.client for f in played.heard.failures} == {"south"}
     assert sha256(played.state.adapter) == oracle(tmp_path, recipe(rounds=1), absent={(1, "south")})
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        Score("south", 1e-9, 2**53, 0, 1),
+        Score("south", 1.0, 2, 1, 3),
+    ],
+    ids=["tokens", "rows"],
+)
+def test_a_score_over_more_than_the_client_reported_is_refused_and_moves_no_curve(tmp_path, score):
+    """Bug: one client's `num_tokens = 2**53` was the curve of all, and chose the best round."""
+    bad = Client("south", evaluate=lambda b: wire.encode_score(score, b.round))
+    run = recipe(evaluate={"every": 2}, rounds=2)
+    played = play(tmp_path, clients_by(south=bad), run)
+    status = {r["client"]: r["status"] for r in played.rows("evaluate", round=2)}
+    assert status == {**dict.fromkeys(NAMES, "ok"), "south": "refused"}
+    assert held_out_losses(played.folder.metrics())[2] == 1.5
+
+
+def test_a_client_cannot_come_back_with_more_rows_than_it_first_reported(tmp_path):
+    """Else it would leave and report again, and weigh whatever it likes."""
+    grid = Nodes(clients_by())
+    played = Played(tmp_path, grid, recipe(rounds=1))
+    del grid.nodes[13]
+    grid.nodes[23] = Client("south", report={"num_train": 10})
+    played.go()
+    assert played.status(1)["south"] == "more rows"
+    assert played.clients.num_rows()["south"] == {"num_train": 9, "num_eval": 2}
 
 
 def test_a_node_cannot_answer_in_the_name_of_another(tmp_path):
@@ -1148,7 +1224,7 @@ def test_the_app_runs_the_rounds_and_leaves_progress_and_outcome(tmp_path, monke
     flower_server.app(Nodes(clients_by()), context_of(tmp_path, monkeypatch, run))
     outcome = read_outcome(tmp_path / "private")
     assert outcome is not None
-    assert outcome["num_rows"] == {name: {"num_train": 3, "num_eval": 2} for name in NAMES}
+    assert outcome["num_rows"] == {name: {"num_train": 9, "num_eval": 2} for name in NAMES}
     assert {p["id"] for p in outcome["processes"]} == set(NAMES)
     state = RunFolder.open(tmp_path / "run").load_state()
     assert state is not None
