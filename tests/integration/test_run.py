@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 import silotune
 from silotune.core.errors import ConfigError, RunFolderError
 from silotune.core.tree import l2_norm, sha256, subtract
+from silotune.data import clients
 from silotune.models.loading import num_base_loads, read_adapter
 from silotune.recipes.parse import parse, to_toml
-from silotune.workflows import write_results
+from silotune.workflows import provenance, write_results
 from tests.conftest import (
     build_tiny_model,
     changed,
@@ -210,6 +211,7 @@ def test_one_client_one_sgd_step_is_a_plain_sgd_step(tmp_path, tiny_model):
     """Federated with one client and one round against the formula, through the whole machinery."""
     rows = [{**row, "source": "only"} for row in hospital_rows(1, 9)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    own = silotune.check(recipe_of(tiny_model, data)).rows["only"]
     recipe = recipe_of(
         tiny_model,
         data,
@@ -218,20 +220,17 @@ def test_one_client_one_sgd_step_is_a_plain_sgd_step(tmp_path, tiny_model):
         train__optimizer="sgd",
         train__clip_norm=0.0,
         train__local_steps=1,
-        train__batch_size=7,
+        train__batch_size=len(own.train),
         train__lr=0.5,
     )
     done = silotune.run(recipe, out=tmp_path / "run")
     from silotune.data.chat_templates import set_template
-    from silotune.data.clients import load_clients
     from silotune.models.loading import load_model
     from silotune.training.tasks.instruct import INSTRUCT, collate, prepare
 
     loaded = load_model(recipe.model, recipe.adapter, seed=recipe.seed, device="cpu")
     set_template(loaded.tokenizer)
-    own = load_clients(recipe.data, recipe.partition, seed=recipe.seed)["only"]
     batch = collate(prepare(own.train, loaded.tokenizer, 128).examples)
-    assert len(own.train) == 7
     start = read_adapter(loaded)
     loss = INSTRUCT.loss(loaded, batch).loss_sum / batch.num_trained
     loss.backward()
@@ -338,6 +337,56 @@ def test_data_that_changed_under_a_run_is_noticed(go, hospital_file):
     write_jsonl(hospital_file, hospital_rows(3, 9))
     with pytest.raises(RunFolderError, match=r"the data has changed since the run began"):
         silotune.run(resume=done.path)
+
+
+def by_number(rows, fraction, _):
+    """The held-out rows as they once were: drawn by how many rows there are."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(5)).tolist()
+    held = {rows[n] for n in order[: max(1, round(fraction * len(rows)))]}
+    return [row for row in rows if row not in held], [row for row in rows if row in held]
+
+
+@pytest.fixture
+def former_version(monkeypatch):
+    """A version of silotune that chose held-out rows in another way, and did not say how."""
+    with monkeypatch.context() as patch:
+        patch.setattr(clients, "hold_out", by_number)
+        patch.setattr(provenance, "HELD_OUT_RULE", None)
+        yield patch
+
+
+def test_a_run_that_began_with_other_held_out_rows_is_not_continued(go, former_version):
+    """They would mix with the train rows, and scores would look better than they are."""
+    done = go(rounds=1)
+    former_version.undo()
+    former = "began with another version of silotune, which chose the held-out rows"
+    with pytest.raises(RunFolderError, match=former):
+        silotune.evaluate(done.path)
+    with pytest.raises(RunFolderError, match=former):
+        silotune.audit(done.path)
+    (done.path / "summary.json").unlink()
+    with pytest.raises(RunFolderError, match=former):
+        silotune.run(resume=done.path)
+
+
+def test_a_run_from_before_whose_held_out_rows_are_a_file_is_continued(
+    go, former_version, hospital_file, tmp_path
+):
+    held = write_jsonl(tmp_path / "held.jsonl", hospital_rows(3, 2))
+    done = go(rounds=1, data__eval_path=str(held))
+    former_version.undo()
+    before = (done.path / "adapter" / "adapter_model.safetensors").read_bytes()
+    (done.path / "summary.json").unlink()
+    silotune.run(resume=done.path)
+    assert (done.path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_questions_are_not_asked_about_rows_that_have_changed(go, hospital_file):
+    """Bug: they were scored as held out, although the run had trained on some of them."""
+    done = go(rounds=1)
+    write_jsonl(hospital_file, hospital_rows(3, 9))
+    with pytest.raises(RunFolderError, match=r"the data has changed since the run began"):
+        silotune.evaluate(done.path)
 
 
 def test_an_unfinished_run_says_how_to_go_on(go):

@@ -11,14 +11,11 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from silotune.core.errors import ConfigError, DataError
-from silotune.core.seeds import generator
 from silotune.core.wording import counted
 from silotune.data.files import Part
 from silotune.data.flwr_partition import partitioner_of
-from silotune.data.partition import PartitionConfig, Shares, draw_rows, names_in_column
+from silotune.data.partition import PartitionConfig, Shares, names_in_column
 from silotune.data.partition_rows import column_values, partition_is_missing, partition_rows
 from silotune.data.reading import (
     DataConfig,
@@ -28,6 +25,7 @@ from silotune.data.reading import (
     read_parts,
     seed_of_split,
 )
+from silotune.data.row_draws import hold_out, keep_at_most, places, row_digests
 from silotune.data.server_rows import set_aside_server_rows
 
 
@@ -58,8 +56,9 @@ def load_clients(
 ) -> dict[str, ClientRows]:
     """Read and check the rows of all clients of a simulation, and hold out a part of each client's.
 
-    A client's split depends only on the seed, its name and its own rows: adding a client does not
-    change the others.
+    Each row is held out or not by its own content and the seed, see `row_draws`: other rows and
+    other clients have no say. A [partition], which only simulations have, is the exception: it
+    distributes the rows of one file, so that one row more may send others to other clients.
 
     Args:
         cfg: Where the rows are and what they look like.
@@ -117,9 +116,11 @@ def cut_clients(
     if partition is not None and partition.by is not None:
         _check_no_client_lost(everything, partition.by, partition.only, shares)
     labels = _labels(converted, train, cfg, partition)
-    clients = _assemble(
-        converted, shares, held_converted, held_shares, cfg, seed=seed, labels=labels
-    )
+    own = _Rows(row_digests(train.rows), converted, shares)
+    apart = None
+    if held is not None and held_converted is not None and held_shares is not None:
+        apart = _Rows(row_digests(held.rows), held_converted, held_shares)
+    clients = _assemble(own, apart, cfg, seed=seed, labels=labels)
     return clients, _unused(everything, held, len(train.rows), shares, partition)
 
 
@@ -133,8 +134,8 @@ def load_client(
 ) -> ClientRows:
     """Read the rows of one real client, which owns the entire data set.
 
-    The held-out part is drawn as in `load_clients`, so a real client gets the same split as in its
-    simulation.
+    The held-out rows are chosen as in `load_clients`, so rows with the same columns are split as in
+    a simulation.
 
     Args:
         cfg: Where the rows are and what they look like.
@@ -149,13 +150,10 @@ def load_client(
     """
     train, held = read_parts(cfg, task, columns)
     converted, held_converted = convert_parts(train, held, cfg, task)
-    shares = {name: list(range(len(converted)))}
-    held_shares = None if held_converted is None else {name: list(range(len(held_converted)))}
+    own = _rows_of(name, train, converted)
+    apart = _rows_of(name, held, held_converted) if held and held_converted is not None else None
     labels, seed = _labels(converted, train, cfg, None), seed_of_split(cfg, seed)
-    clients = _assemble(
-        converted, shares, held_converted, held_shares, cfg, seed=seed, labels=labels
-    )
-    return clients[name]
+    return _assemble(own, apart, cfg, seed=seed, labels=labels)[name]
 
 
 def load_client_quietly(
@@ -188,18 +186,14 @@ def load_client_quietly(
     train, held = read_parts(cfg.model_copy(update={"skip_empty": False}), task, columns)
     converted, problem = convert_quietly(train.rows, cfg, task)
     held_converted, other = convert_quietly(held.rows, cfg, task) if held else (None, "")
-    shares = {name: list(range(len(converted)))}
-    held_shares = None if held_converted is None else {name: list(range(len(held_converted)))}
-    clients = _assemble(
-        *(converted, shares, held_converted, held_shares, cfg),
-        seed=seed_of_split(cfg, seed),
-        labels=(),
-    )
+    own = _rows_of(name, train, converted)
+    apart = _rows_of(name, held, held_converted) if held and held_converted is not None else None
+    clients = _assemble(own, apart, cfg, seed=seed_of_split(cfg, seed), labels=())
     every = clients[name]
-    own = tuple(row for row in every.train if row is not None)
+    usable = tuple(row for row in every.train if row is not None)
     held_out = tuple(row for row in every.evaluation if row is not None)
-    unused = len(every.train) - len(own), len(every.evaluation) - len(held_out)
-    return ClientRows(name, own, held_out, (), *unused), problem or other
+    unused = len(every.train) - len(usable), len(every.evaluation) - len(held_out)
+    return ClientRows(name, usable, held_out, (), *unused), problem or other
 
 
 def fingerprint(clients: Mapping[str, ClientRows]) -> str:
@@ -262,37 +256,45 @@ def _labels(
 # --- holding out --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one part, of all clients."""
+
+    digests: Sequence[str]
+    converted: Sequence[TaskRow]
+    shares: Shares
+
+
+def _rows_of(name: str, part: Part, converted: Sequence[TaskRow]) -> _Rows:
+    """A part that belongs to one client."""
+    return _Rows(row_digests(part.rows), converted, {name: list(range(len(converted)))})
+
+
 def _assemble(
-    converted: Sequence[TaskRow],
-    shares: Shares,
-    held_converted: Sequence[TaskRow] | None,
-    held_shares: Shares | None,
-    cfg: DataConfig,
-    *,
-    seed: int,
-    labels: Sequence[str],
+    own: _Rows, apart: _Rows | None, cfg: DataConfig, *, seed: int, labels: Sequence[str]
 ) -> dict[str, ClientRows]:
-    if held_shares is not None:
-        _check_same_clients(shares, held_shares)
+    """Every client's rows; `apart` are the held-out rows if these are stored separately."""
+    if apart is not None:
+        _check_same_clients(own.shares, apart.shares)
+    held_places = places(own.digests, seed, "held-out")
+    train_places = places(own.digests, seed, "max-rows")
+    source = apart or own
+    eval_places = places(source.digests, seed, "max-eval-rows")
     clients: dict[str, ClientRows] = {}
-    for name in sorted(shares):
-        train = shares[name]
-        if held_converted is None or held_shares is None:
-            gen = generator(seed, "held-out", name)
-            train, held_numbers = _hold_out(train, name, cfg.eval_fraction, gen)
-            held = [converted[n] for n in held_numbers]
+    for name, train in sorted(own.shares.items()):
+        if apart is None:
+            _check_enough_rows(train, name)
+            train, held = hold_out(train, cfg.eval_fraction, held_places)
         else:
-            held = [held_converted[n] for n in held_shares[name]]
+            held = apart.shares[name]
         if cfg.max_rows is not None:
-            train, _ = draw_rows(train, cfg.max_rows, generator(seed, "max-rows", name))
+            train = keep_at_most(train, cfg.max_rows, train_places)
         if cfg.max_eval_rows is not None:
-            gen = generator(seed, "max-eval-rows", name)
-            kept, _ = draw_rows(list(range(len(held))), cfg.max_eval_rows, gen)
-            held = [held[n] for n in kept]
+            held = keep_at_most(held, cfg.max_eval_rows, eval_places)
         clients[name] = ClientRows(
             name,
-            tuple(converted[n] for n in train),
-            tuple(held),
+            tuple(own.converted[n] for n in train),
+            tuple(source.converted[n] for n in held),
             tuple(labels[n] for n in train) if labels else (),
         )
     return clients
@@ -314,17 +316,10 @@ def _check_same_clients(shares: Shares, held_shares: Shares) -> None:
             )
 
 
-def _hold_out(
-    rows: list[int], name: str, fraction: float, gen: torch.Generator
-) -> tuple[list[int], list[int]]:
-    """Split a client's row numbers into those to train on and those to hold out."""
+def _check_enough_rows(rows: Sequence[int], name: str) -> None:
     if len(rows) < 2:
         raise DataError(
             f"client '{name}' has {counted(len(rows), 'row')}, but needs at least 2: one to train "
             "on and one to hold out.\n"
             "  Add rows for it, split the data into fewer clients, or set data.eval_path."
         )
-    # at least one, but never all: round(0.9 * 2) is 2
-    size = min(len(rows) - 1, max(1, round(fraction * len(rows))))
-    held, rest = draw_rows(rows, size, gen)
-    return rest, held

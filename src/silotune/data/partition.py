@@ -1,5 +1,8 @@
 """Partition one data set into clients. For simulation only: real clients have their own rows.
 
+Shuffles and shares depend on the number of rows, so one row more in the file may send others to
+other clients. That is no contradiction to the promise of [privacy] about one row added or removed:
+it is about the rows of one client, and a real client's file is never partitioned.
 Works on values and row numbers; knows neither files nor what a row is. All randomness comes from
 the generators that callers pass in.
 """
@@ -268,18 +271,6 @@ def name_held_parts(parts: Sequence[Sequence[int]], quality: str) -> Shares:
             "client holds out some of its own rows."
         )
     return shares
-
-
-def draw_rows(rows: list[int], size: int, gen: torch.Generator) -> tuple[list[int], list[int]]:
-    """Draw `size` rows, or all if there are fewer.
-
-    Returns:
-        The rows drawn and the rest, both in their original order.
-    """
-    order = torch.randperm(len(rows), generator=gen).tolist()
-    chosen = set(order[:size])
-    drawn = [row for n, row in enumerate(rows) if n in chosen]
-    return drawn, [row for n, row in enumerate(rows) if n not in chosen]
 
 
 def check_enough_rows(num_rows: int, num_clients: int, *, at_least: int) -> None:

@@ -37,7 +37,8 @@ class DataConfig(Config):
     """Split of a hub data set with the held-out rows, for example "test"; replaces
     `eval_fraction`."""
     eval_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Fraction of its rows that each client holds out for scoring; at least one row."""
+    """Share of its rows that each client holds out for scoring. A keyed hash decides each row by
+    itself, so the number varies around this share; at least one row."""
     name: str | None = Field(default=None, min_length=1)
     """Configuration of a hub data set."""
     split: str = Field(default="train", min_length=1)
@@ -57,9 +58,9 @@ class DataConfig(Config):
     templates of these projects. Or a file with your own Jinja chat template, which is saved with
     the run."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Maximum number of training rows per client, drawn with the seed."""
+    """Maximum number of training rows per client, chosen by a keyed hash of each row."""
     max_eval_rows: int | None = Field(default=None, ge=1)
-    """Maximum number of held-out rows per client, drawn with the seed."""
+    """Maximum number of held-out rows per client, chosen by a keyed hash of each row."""
     label: str | None = Field(default=None, min_length=1)
     """A column whose distribution at each client is shown in the report, for example the kind of
     question. With task = "classify", the column of the classes; "label" if absent."""
@@ -120,6 +121,12 @@ or a LabelledText to classify."""
 def seed_of_split(cfg: DataConfig, seed: int) -> int:
     """The seed for partitions and held-out rows: data.split_seed, or else the run's seed."""
     return cfg.split_seed if cfg.split_seed is not None else seed
+
+
+def chooses_rows(cfg: DataConfig) -> bool:
+    """Whether silotune chooses a client's train or held-out rows, as far as its config tells."""
+    stored = cfg.eval_path is not None or cfg.eval_split is not None
+    return not stored or cfg.max_rows is not None or cfg.max_eval_rows is not None
 
 
 def read_parts(

@@ -1,13 +1,11 @@
 """The rows that the server owns and trains on itself. No client has them.
 
-Reads the server's own file, or draws a share of the train rows. Knows no clients and no models.
+Reads the server's own file, or chooses a share of the train rows. Knows no clients and no models.
 """
 
 from silotune.core.errors import ConfigError, DataError
-from silotune.core.seeds import generator
 from silotune.core.wording import counted
 from silotune.data.files import Part, PlacedRow
-from silotune.data.partition import draw_rows
 from silotune.data.reading import (
     DataConfig,
     TaskRow,
@@ -17,6 +15,7 @@ from silotune.data.reading import (
     seed_of_split,
     without_empty,
 )
+from silotune.data.row_draws import places, row_digests
 
 
 def load_server_rows(
@@ -28,11 +27,11 @@ def load_server_rows(
         cfg: Where the rows are and what they look like.
         seed: The run's seed.
         task: As in `load_clients`.
-        fraction: Share of the train rows, drawn with the seed; ignored if `path` is given.
+        fraction: Expected share of the train rows; ignored if `path` is given.
         path: The server's own file or folder, with the same columns.
 
     Raises:
-        DataError: Files, rows or columns cannot be used, or the share rounds to no row.
+        DataError: Files, rows or columns cannot be used, or the share is no row or all of them.
         ConfigError: A share is requested of data that belongs to the clients.
     """
     if path is not None:
@@ -46,11 +45,13 @@ def load_server_rows(
 def set_aside_server_rows(
     train: Part, fraction: float, cfg: DataConfig, *, seed: int
 ) -> tuple[Part, list[PlacedRow]]:
-    """Draw the server's share of the train rows at random, because files are often sorted.
+    """Choose the server's share of the train rows, row by row as in `row_draws`.
+
+    The number of its rows varies around the share, and one row more changes nothing for the others.
 
     Args:
         train: All train rows.
-        fraction: The server's share; 0 for none.
+        fraction: Expected share; 0 for none.
         cfg: Where the rows are, for messages.
         seed: Seed of the split.
 
@@ -68,12 +69,12 @@ def set_aside_server_rows(
             f"server.data_fraction: '{cfg.path}' holds one file per client, and those rows belong "
             "to the clients.\n  Give the server its own rows: server.data_path."
         )
-    size = round(fraction * len(train.rows))
-    if not 0 < size < len(train.rows):
+    draw = places(row_digests(train.rows), seed, "server-rows")
+    own = [row for row, place in zip(train.rows, draw, strict=True) if place < fraction]
+    rest = [row for row, place in zip(train.rows, draw, strict=True) if place >= fraction]
+    if not own or not rest:
         raise DataError(
             f"server.data_fraction = {fraction:g} of {counted(len(train.rows), 'row')} leaves the "
             "server or the clients without rows.\n  Choose another fraction, or add rows."
         )
-    everything = list(range(len(train.rows)))
-    drawn, rest = draw_rows(everything, size, generator(seed, "server-rows"))
-    return Part([train.rows[n] for n in rest]), [train.rows[n] for n in drawn]
+    return Part(rest), own

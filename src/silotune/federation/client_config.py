@@ -25,7 +25,7 @@ from silotune.federation.roster import check_client_name, is_consortium
 from silotune.models.quantization import Quantization
 from silotune.models.sources import SOURCES, is_hub_id
 from silotune.privacy.base import PrivacyConfig
-from silotune.recipes.contradictions import contradictions
+from silotune.recipes.contradictions import MAX_ROWS_UNDER_PRIVACY, contradictions
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import (
     CompareConfig,
@@ -261,6 +261,8 @@ def _against_privacy(run: RunConfig, own: ClientConfig) -> Iterator[str]:
                 f"privacy.clip_norm = {asked.clip_norm:g} is outside the range that float32 can "
                 "clip and add"
             )
+        if asked.unit == "record" and own.data.max_rows is not None:
+            yield f"data.max_rows of this client {MAX_ROWS_UNDER_PRIVACY}"
         if run.data.template not in TEMPLATES and "template" not in own.data.model_fields_set:
             yield (
                 "data.template is a program from the server that could reveal what rows say "

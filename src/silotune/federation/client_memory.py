@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from silotune.core.atomic_files import load_tensors, make_folder, save_tensors
+from silotune.core.errors import Declined
 from silotune.core.types import AdapterState
+from silotune.data.row_draws import RULE
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,27 @@ def save_memory(folder: Path, round_: int, memory: ClientMemory, *, keep_from: i
     """
     make_folder(folder)
     flat = {f"{purpose}/{n}": t for purpose, s in memory.tensors.items() for n, t in s.items()}
-    about = {"position": str(memory.position)}
+    about = {"position": str(memory.position), "held_out": RULE}
     save_tensors(folder / f"round-{round_:05d}.safetensors", flat, about=about)
     older = [p for p in sorted(folder.glob("round-*.safetensors")) if _round_of(p) < keep_from]
     for stale in older[:-1]:
         stale.unlink()
+
+
+def check_split_rule(folder: Path) -> None:
+    """Refuse to go on with a run whose held-out rows were chosen in another way.
+
+    Rows that were trained on would be held out, and their scores would look too good.
+
+    Raises:
+        Declined: The memory is from another version of silotune.
+    """
+    kept = sorted(folder.glob("round-*.safetensors"))
+    if kept and load_tensors(kept[-1])[1].get("held_out") != RULE:
+        raise Declined(
+            "this run began here with another version of silotune, which chose the held-out rows "
+            "in another way.\n  Use that version until the run ends, or start a new run."
+        )
 
 
 def _round_of(path: Path) -> int:

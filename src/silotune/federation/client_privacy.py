@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from silotune.core.errors import BudgetSpent
+from silotune.core.errors import BudgetSpent, DataError
 from silotune.core.seeds import generator
 from silotune.core.tree import subtract
 from silotune.core.types import AdapterState
@@ -51,16 +51,18 @@ class ClientPlan:
 
 
 def plan_of_client(
-    run: RunConfig, num_examples: int, *, count: int | None = None
+    run: RunConfig, num_examples: int, *, client: str, count: int | None = None
 ) -> ClientPlan | None:
     """Make a client's plan; None if the recipe asks for no noise at the client.
 
     Args:
         run: The recipe.
         num_examples: Number of training rows of the client.
+        client: Its name, for messages.
         count: Average number of rows to train on in a round; the recipe's number if absent.
 
     Raises:
+        DataError: Rows are protected, and there is only one.
         ConfigError: dp-accounting is not installed.
     """
     cfg, train = run.privacy, run.train
@@ -68,6 +70,13 @@ def plan_of_client(
         return None
     assert cfg.delta is not None, "recipes/contradictions.py requires it"
     whole = cfg.unit == "client"
+    if not whole and num_examples < 2:
+        # it may be the one that is left if all would be held out, which depends on the other rows
+        raise DataError(
+            f"client '{client}' has 1 row to train on, which privacy.unit = 'record' cannot "
+            "protect.\n"
+            "  Add rows, or set a smaller data.eval_fraction."
+        )
     lot_size = num_examples if whole else min(train.batch_size * train.accumulation, num_examples)
     if whole:
         num_lots = 1
@@ -124,7 +133,9 @@ class Protection:
         cls, run: RunConfig, *, client: str, round_: int, num_examples: int, count: int | None
     ) -> "Protection":
         """What the recipe asks of a client with this number of rows; see `plan_of_client`."""
-        return cls(run, client, round_, plan_of_client(run, num_examples, count=count))
+        return cls(
+            run, client, round_, plan_of_client(run, num_examples, client=client, count=count)
+        )
 
     def begin(self, ledger: "Ledger") -> None:
         """Record the round's releases before they are made: a crash must not hide one.

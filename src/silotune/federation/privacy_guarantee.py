@@ -110,7 +110,7 @@ def _by_clients(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
     for name, count in sorted(num_examples.items()):
         if count == 0:
             continue
-        plan = plan_of_client(run, count)
+        plan = plan_of_client(run, count, client=name)
         assert plan is not None, "the noise is at the client"
         cost = spent_in_all([plan.steps()], delta=delta)
         clients[name] = {**asdict(plan), "epsilon": as_json(cost)}

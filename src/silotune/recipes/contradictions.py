@@ -9,6 +9,12 @@ from silotune.models.adapters import PROMPT_KINDS
 from silotune.recipes.algorithm import FlowerStrategyConfig, chosen_algorithm
 from silotune.recipes.schema import RunConfig
 
+MAX_ROWS_UNDER_PRIVACY = (
+    "keeps a fixed number of rows, so one row more may push another one out: "
+    "privacy.unit = 'record' promises that one row more changes one row"
+)
+"""Why data.max_rows is refused, in the recipe and in a client's own file."""
+
 
 def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Every contradiction that no single section can see, as (key, reason)."""
@@ -84,6 +90,8 @@ def _of_records(run: RunConfig) -> Iterator[tuple[str, str]]:
             "privacy.noise_at",
             'only has an effect with unit = "client": the noise for rows is always at the client',
         )
+    if run.data.max_rows is not None:
+        yield "data.max_rows", MAX_ROWS_UNDER_PRIVACY
     if run.train.packing:
         yield (
             "train.packing",

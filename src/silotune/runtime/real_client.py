@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from silotune.core.errors import Declined
+from silotune.data.reading import chooses_rows
 from silotune.federation.client_config import (
     ClientConfig,
     check_base,
@@ -16,7 +17,7 @@ from silotune.federation.client_config import (
     own_recipe,
     own_rows,
 )
-from silotune.federation.client_memory import folder_name
+from silotune.federation.client_memory import check_split_rule, folder_name
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.outbound_log import FILE as OUTBOUND
@@ -79,6 +80,8 @@ class Deployed:
             rows = own_rows(run, own)
             check_steps(run, own, len(rows.train) + rows.num_unused)
             kept = Path(own.state) / "runs" / run_id / folder_name(own.name)
+            if chooses_rows(here.data):
+                check_split_rule(kept)
             limits = own.limits
             ledger = Ledger(
                 Path(own.state) / LEDGER, run_id, epsilon=limits.epsilon, delta=limits.delta or 0.0

@@ -41,7 +41,8 @@ class ServerConfig(Config):
     """Rows that the server owns, and what it does with them."""
 
     data_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the train rows that goes to the server instead of a client, drawn with the seed."""
+    """Share of the train rows that goes to the server instead of a client. A keyed hash decides
+    each row by itself, so the number varies around this share."""
     data_path: str | None = Field(default=None, min_length=1)
     """Instead: the server's own file or folder, with the same columns as the clients' rows."""
     work: Literal["none", "fine-tune", "distill"] = "none"

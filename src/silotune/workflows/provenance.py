@@ -11,6 +11,7 @@ from silotune.core.atomic_files import write_json
 from silotune.core.errors import RunFolderError
 from silotune.data.clients import fingerprint
 from silotune.data.files import locate
+from silotune.data.row_draws import RULE as HELD_OUT_RULE
 from silotune.federation.roster import is_consortium
 from silotune.federation.run_folder import RunFolder
 from silotune.models.base import folder_of_base
@@ -34,7 +35,11 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
             "sha256": content_hash(folder_of_base(run.model)),
             "revision": run.model.revision,
         },
-        "data": {"path": run.data.path, "sha256": _fingerprint(checked)},
+        "data": {
+            "path": run.data.path,
+            "sha256": _fingerprint(checked),
+            "held_out": HELD_OUT_RULE,
+        },
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantization": loaded.quantization,
@@ -47,14 +52,34 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
     if before is None:
         write_json(folder.path / "provenance.json", now)
         return now
-    for part, key in (("data", "sha256"), ("base", "sha256")):
-        if before[part][key] != now[part][key]:
-            raise RunFolderError(
-                f"{folder.path}: the {part} has changed since the run began.\n"
-                f"  Restore it ({run.data.path if part == 'data' else run.model.name}), or start "
-                "a new run."
-            )
+    check_same_rows(folder, checked)
+    if before["base"]["sha256"] != now["base"]["sha256"]:
+        raise RunFolderError(
+            f"{folder.path}: the base has changed since the run began.\n"
+            f"  Restore it ({run.model.name}), or start a new run."
+        )
     return before
+
+
+def check_same_rows(folder: RunFolder, checked: Checked) -> None:
+    """Refuse rows that are not split into train and held-out rows as when the run began.
+
+    Raises:
+        RunFolderError: They are not, because the data or the way of splitting has changed.
+    """
+    before = folder.read_json("provenance.json")["data"]
+    if before["sha256"] == _fingerprint(checked):
+        return
+    if before.get("held_out") != HELD_OUT_RULE:
+        raise RunFolderError(
+            f"{folder.path}: the run began with another version of silotune, which chose the "
+            "held-out rows in another way: they would mix with the train rows.\n"
+            "  Use the version that the run began with, or start a new run."
+        )
+    raise RunFolderError(
+        f"{folder.path}: the data has changed since the run began, so it is unknown which rows it "
+        f"was trained on.\n  Restore it ({checked.run.data.path}), or start a new run."
+    )
 
 
 def _fingerprint(checked: Checked) -> str | None:

@@ -2,15 +2,19 @@
 
 import fcntl
 import json
+import math
 import re
+import shutil
 import sys
 import threading
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tomli_w
 
+from silotune.core.atomic_files import load_tensors, save_tensors
 from silotune.core.errors import (
     BudgetSpent,
     DataError,
@@ -27,6 +31,7 @@ from silotune.data.chat_templates import set_template
 from silotune.data.clients import load_clients
 from silotune.data.conversations import conversation
 from silotune.federation.client import Worker, prepare_client, score, take_part
+from silotune.federation.client_config import load_client_config, own_rows
 from silotune.federation.client_memory import load_memory
 from silotune.federation.ledger import lines
 from silotune.federation.recipe_model import load_for
@@ -423,6 +428,11 @@ def own(tmp_path, tiny_model):
     return write
 
 
+def num_train(run, path):
+    """Of the eight rows, those that are not held out."""
+    return len(own_rows(run, load_client_config(path)).train)
+
+
 def message(run, kind, parcel=None, run_id="a1"):
     parcel = parcel or Parcel({})
     recipe = run.model_dump_json(serialize_as_any=True)
@@ -432,7 +442,8 @@ def message(run, kind, parcel=None, run_id="a1"):
 
 def test_a_deployed_client_keeps_its_model_while_nothing_changes(run, own, base):
     client, loads = Deployed(own()), num_base_loads()
-    assert client.answer(message(run, "query")).about["report"]["num_train"] == 6
+    report = client.answer(message(run, "query")).about["report"]
+    assert report["num_train"] == num_train(run, own()) < 8
     for round_ in (1, 2):
         sent = wire.encode_broadcast(Broadcast(round_, base[1]))
         answer = client.answer(message(run, "train", sent))
@@ -446,6 +457,30 @@ def test_a_deployed_client_keeps_its_model_while_nothing_changes(run, own, base)
     assert num_base_loads() == loads + 2, "another run keeps its memory elsewhere"
     kept = own().parent / "state" / "runs"
     assert [p.name for p in sorted(kept.iterdir())] == ["a1"]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_run_that_began_with_another_choice_of_held_out_rows_is_declined(
+    run, own, base, stored, tmp_path
+):
+    """Otherwise a new version would score on rows that the former one has trained on."""
+    path = own()
+    if stored:  # then no version chooses
+        shutil.copy(tmp_path / "rows.jsonl", tmp_path / "held.jsonl")
+        table = tomllib.loads(path.read_text())
+        table["data"]["eval_path"] = "held.jsonl"
+        path.write_text(tomli_w.dumps(table), encoding="utf-8")
+    answered(Deployed(path), train(run, 1, base[1]))
+    answered(Deployed(path), train(run, 2, base[1]))
+    memory = sorted((tmp_path / "state").rglob("round-*.safetensors"))[-1]
+    tensors, about = load_tensors(memory)
+    save_tensors(memory, tensors, about={"position": about["position"]})
+    if stored:
+        answered(Deployed(path), train(run, 3, base[1]))
+        return
+    failure = refusal(Deployed(path), train(run, 3, base[1]))
+    assert failure.code == "declined"
+    assert "another version of silotune" in failure.place
 
 
 def refusal(client, asked) -> Failure:
@@ -474,11 +509,10 @@ def test_limits_apply_from_the_moment_they_are_written(run, own):
 def test_passes_over_the_rows_are_limited_by_the_rows_that_are_there(run, own):
     train = run.train.model_copy(update={"local_steps": None, "local_epochs": 1})
     epochs = run.model_copy(update={"train": train})
-    assert (
-        "3 forward passes in a round"
-        in refusal(Deployed(own(max_steps=2)), message(epochs, "query")).place
-    )
-    assert "report" in Deployed(own(max_steps=3)).answer(message(epochs, "query")).about
+    steps = math.ceil(num_train(run, own()) / 2)
+    told = refusal(Deployed(own(max_steps=steps - 1)), message(epochs, "query")).place
+    assert f"{steps} forward passes in a round" in told
+    assert "report" in Deployed(own(max_steps=steps)).answer(message(epochs, "query")).about
 
 
 def test_a_configuration_that_breaks_in_mid_run_is_a_failure_and_can_be_fixed(run, own):
@@ -730,7 +764,7 @@ def test_no_weight_moves_a_private_client_beyond_its_bound(run, own, base, weigh
     )
     got = answered(Deployed(own()), train(asked, 1, base[1]))
     assert l2_norm(got.delta) == pytest.approx(1e-3, rel=1e-5)
-    assert got.num_examples == 6
+    assert got.num_examples == num_train(run, own())
 
 
 def test_a_head_that_stays_is_trained_under_the_same_noise_and_never_sent(tmp_path):

@@ -12,6 +12,7 @@ from silotune.data.conversations import FIX_EMPTY
 from silotune.data.files import EXAMPLES
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
+from silotune.data.server_rows import load_server_rows
 from silotune.recipes.parse import parse
 from tests.unit.data.row_files import SECRET, error_of, make_rows, write
 
@@ -146,8 +147,10 @@ def test_a_folder_with_train_and_eval_is_one_data_set(tmp_path):
 
 
 def test_a_folder_with_train_alone_holds_out_rows(tmp_path):
-    write(tmp_path / "train.jsonl", make_rows(10))
-    assert len(load(tmp_path, BY_SOURCE)["north"].evaluation) == 2
+    path = write(tmp_path / "train.jsonl", make_rows(10))
+    found = load(tmp_path, BY_SOURCE)["north"]
+    assert found == load(path, BY_SOURCE)["north"]
+    assert len(found.train) + len(found.evaluation) == 10
 
 
 def test_a_folder_of_files_is_one_client_per_file(tmp_path):
@@ -157,7 +160,7 @@ def test_a_folder_of_files_is_one_client_per_file(tmp_path):
     clients = load(tmp_path)
     assert list(clients) == ["north", "south"]
     assert [c.name for c in clients.values()] == ["north", "south"]
-    assert (len(clients["north"].train), len(clients["north"].evaluation)) == (8, 2)
+    assert [len(c.train) + len(c.evaluation) for c in clients.values()] == [10, 5]
 
 
 def test_a_folder_of_files_may_have_a_folder_of_held_out_files(tmp_path):
@@ -210,7 +213,7 @@ def test_ten_csv_rows_make_two_clients(tmp_path):
     for start, client in enumerate(clients.values()):
         mine = [f"q{n}?" for n in range(start, 10, 2)]
         kept, held = questions(client.train), questions(client.evaluation)
-        assert len(held) == 1
+        assert held == [q for q in mine if q not in kept], "so do the others"
         assert kept == [q for q in mine if q not in held], "kept rows stay in file order"
 
 
@@ -229,18 +232,21 @@ def test_a_new_client_changes_no_other(tmp_path):
     assert {name: after[name] for name in before} == before
 
 
-def test_clients_with_equal_rows_hold_out_different_ones(tmp_path):
-    clients = load(write(tmp_path / "a.jsonl", make_rows(40) + make_rows(40, "south")), BY_SOURCE)
-    assert clients["north"].evaluation != clients["south"].evaluation
+def test_no_client_trains_on_a_row_that_another_one_holds_out(tmp_path):
+    for name in ("north", "south"):
+        write(tmp_path / f"{name}.jsonl", make_rows(40, "both"))
+    clients = load(tmp_path)
+    assert clients["north"].evaluation == clients["south"].evaluation
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "fraction", "held"), [(2, 0.2, 1), (2, 0.9, 1), (10, 0.2, 2), (10, 0.5, 5)]
-)
-def test_a_client_keeps_and_holds_out_at_least_one_row(tmp_path, num_rows, fraction, held):
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("num_rows", "fraction"), [(2, 0.2), (2, 0.9), (3, 0.01), (3, 0.99)])
+def test_a_client_keeps_and_holds_out_at_least_one_row(tmp_path, num_rows, fraction, seed):
     path = write(tmp_path / "data.jsonl", make_rows(num_rows))
-    client = load(path, BY_SOURCE, eval_fraction=fraction)["north"]
-    assert (len(client.train), len(client.evaluation)) == (num_rows - held, held)
+    client = load(path, BY_SOURCE, eval_fraction=fraction, seed=seed)["north"]
+    assert len(client.train) >= 1
+    assert len(client.evaluation) >= 1
+    assert len(client.train) + len(client.evaluation) == num_rows
 
 
 def test_a_client_with_one_row_is_named(tmp_path):
@@ -398,7 +404,11 @@ def test_rows_that_a_class_leaves_to_no_one_are_counted(tmp_path):
     shards = foreign("ShardPartitioner", 5, partition_by="source", num_shards_per_partition=1)
     assert num_unused(shards) == 3
     assert num_unused(shards, max_rows=1, max_eval_rows=1) == 3, "a maximum was asked for"
-    assert num_unused(shards, server_fraction=2 / 23) == 1, "the server's rows are used"
+    rows = load_server_rows(
+        DataConfig(path=str(path)), seed=17, task="instruct", fraction=0.1, path=None
+    )
+    rest = (23 - len(rows)) % 5
+    assert num_unused(shards, server_fraction=0.1) == rest, "the server's rows are used"
     assert num_unused(foreign("IidPartitioner", 5)) == 0
     assert num_unused(PartitionConfig(kind="iid", num_clients=5), max_rows=1) == 0
 

@@ -652,6 +652,13 @@ def test_a_limit_does_not_become_a_target_next_to_a_noise_multiplier():
     assert (here.noise_multiplier, here.target_epsilon, here.delta) == (1.0, None, 1e-5)
 
 
+def test_a_clients_own_max_rows_contradicts_the_protection_of_rows():
+    own = client(data={"path": "r.jsonl", "max_rows": 4})
+    assert "data.max_rows of this client keeps a fixed number of rows" in refusal(private(), own)
+    for run in (recipe(), private(privacy=AT_CLIENT)):
+        assert own_recipe(run, own).data.max_rows == 4
+
+
 @pytest.mark.parametrize("privacy", [PRIVATE, AT_CLIENT])
 @pytest.mark.parametrize("limits", [{}, OWN])
 def test_seeded_noise_is_refused_by_every_real_client(privacy, limits):
@@ -662,6 +669,7 @@ def test_seeded_noise_is_refused_by_every_real_client(privacy, limits):
 @pytest.mark.parametrize(
     ("part", "key", "value", "why"),
     [
+        ("data", "max_rows", 4, "data.max_rows: keeps a fixed number of rows"),
         ("train", "packing", True, "train.packing: merges rows"),
         ("train", "compat", ("same-samples",), "rules out a secret draw of rows"),
         ("model", "gradient_checkpointing", True, "hides the gradients of single rows"),

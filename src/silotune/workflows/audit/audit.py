@@ -242,7 +242,7 @@ def _own_noise_of(run: RunConfig) -> Protect:
     """Protect a client's change in the same way as `client.train_round`."""
 
     def protect(delta: dict[str, Tensor], client: str, round_: int) -> dict[str, Tensor]:
-        plan = plan_of_client(run, 1)
+        plan = plan_of_client(run, 1, client=client)
         assert plan is not None, "called only if the noise is at the client"
         return Protection(run, client, round_, plan).protect(delta)
 

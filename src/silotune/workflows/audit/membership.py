@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from silotune.core.errors import ConfigError, RunFolderError
-from silotune.data.clients import ClientRows, fingerprint
+from silotune.core.errors import ConfigError
+from silotune.data.clients import ClientRows
 from silotune.data.reading import TaskRow
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
@@ -26,6 +26,7 @@ from silotune.training.scoring import score_each
 from silotune.training.tasks import build_task
 from silotune.workflows.audit.bounds import auc, true_positive_rate
 from silotune.workflows.check import check
+from silotune.workflows.provenance import check_same_rows
 
 RATES = (0.01, 0.1)
 """False positive rates."""
@@ -102,14 +103,9 @@ def _rows_of(run: Run) -> tuple[RunConfig, Mapping[str, ClientRows]]:
             f"{run.path}: with adapter.head = 'local', every client scores with its own head, "
             "which is not part of the result.\n  Audit a run with another adapter.head."
         )
-    rows = check(config).rows
-    provenance = RunFolder.open(run.path).read_json("provenance.json")
-    if provenance["data"]["sha256"] != fingerprint(rows):
-        raise RunFolderError(
-            f"{run.path}: the data has changed since the run, so it is unknown which rows it was "
-            f"trained on.\n  Restore it ({config.data.path})."
-        )
-    return config, rows
+    checked = check(config)
+    check_same_rows(RunFolder.open(run.path), checked)
+    return config, checked.rows
 
 
 def _all_losses(

@@ -39,6 +39,7 @@ from silotune.workflows.evaluate.suites.results import Answered, Way, summarise
 from silotune.workflows.evaluate.suites.scoring import score_generation, score_likelihood
 from silotune.workflows.evaluate.text_scores import Quality, judge, question_of
 from silotune.workflows.evaluate.text_scores import mean as mean_quality
+from silotune.workflows.provenance import check_same_rows
 
 LM_EVAL = "lm-eval:"
 """Prefix of the name of an lm-eval task."""
@@ -134,6 +135,7 @@ def evaluate(
         The scores and answers, in a new folder inside the run folder.
 
     Raises:
+        RunFolderError: The rows are not those that the run began with.
         SilotuneError: See `read_questions` and `Run.load`.
     """
     run = run if isinstance(run, Run) else Run(Path(run))
@@ -145,7 +147,7 @@ def evaluate(
             "suites consist of questions, and this run is a classifier.\n"
             "  Leave out --suite to score its own held-out rows."
         )
-    own = None if cfg.suites else check(config).rows
+    own = None if cfg.suites else _rows_of(run)
     progress.note(f"loading {config.model.name}")
     loaded = run.load()
     place = free_place(run.path / "evaluations" / time.strftime("%Y-%m-%d-%H%M%S"))
@@ -182,6 +184,12 @@ def _plain(cfg: Questions) -> dict[str, Any]:
 
 
 # --- the run's own questions ----------------------------------------------------------------------
+
+
+def _rows_of(run: Run) -> Mapping[str, ClientRows]:
+    checked = check(run.config)
+    check_same_rows(RunFolder.open(run.path), checked)
+    return checked.rows
 
 
 def _held_out(

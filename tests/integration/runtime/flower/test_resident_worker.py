@@ -26,6 +26,8 @@ import tomli_w
 
 from silotune.core.errors import EngineError
 from silotune.core.types import Failure
+from silotune.data.clients import load_client
+from silotune.data.reading import DataConfig
 from silotune.recipes.parse import load_recipe
 from silotune.runtime import wire
 from silotune.runtime.flower import resident_worker
@@ -457,7 +459,9 @@ def test_a_client_is_answered_by_one_process_that_loads_its_base_once(real):
     assert (asking.returncode, err) == (0, "")
     one, other = map(json.loads, out.splitlines())
     assert one["report"] == other["report"]
-    assert one["report"]["num_train"] == 6
+    run = load_recipe(place / "tiny.toml")
+    rows = load_client(DataConfig(path=str(place / "rows.jsonl")), "north", seed=run.seed)
+    assert one["report"]["num_train"] == len(rows.train)
     assert one["client"] == "north"
     assert one["process"]["id"] == other["process"]["id"]
     assert one["process"]["base_loads"] == other["process"]["base_loads"] == 1
