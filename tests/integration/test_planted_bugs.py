@@ -127,12 +127,42 @@ def the_adaptive_norm_finds_its_quantile() -> None:
         assert found == pytest.approx(float(norms.median()), rel=0.1)
 
 
-def the_adaptive_count_has_noise_too() -> None:
-    algorithm = guard(0.1, 4, clipping="adaptive")
-    updates = [Update("c", 1, delta_of(1, 0.1), 1, {})]
-    norm = algorithm.combine(state_of(algorithm), updates).extra["privacy"]["clip_norm"]
-    exact = clip.next_clip_norm(0.5, share_within=1 / 4, quantile=0.5, lr=0.2)
-    assert abs(float(norm) - exact) > 1e-6
+def the_adaptive_bits_have_noise_however_many_answer() -> None:
+    for answered in (1, 4):
+        algorithm = guard(0.1, 4, clipping="adaptive")
+        updates = [Update(f"c{n}", 1, delta_of(1, 0.1), 1, {}) for n in range(answered)]
+        norm = algorithm.combine(state_of(algorithm), updates).extra["privacy"]["clip_norm"]
+        share = 0.5 + 0.5 * answered / 4
+        exact = clip.next_clip_norm(0.5, share_within=share, quantile=0.5, lr=0.2)
+        assert abs(float(norm) - exact) > 1e-6
+
+
+def no_client_moves_change_and_bits_by_more_than_is_charged() -> None:
+    """Noise of 0, and the standard deviations that would have been drawn."""
+    z, planned, stds = 1.5, 20, dict[bool, float]()
+
+    def draw(shape, std):
+        stds[list(shape) == [1]] = std
+        return torch.zeros(tuple(shape))
+
+    cfg = PrivacyConfig(unit="client", noise_multiplier=z, delta=1e-5, clipping="adaptive")
+    algorithm = client_level.guarded(
+        fedavg(FedAvgConfig(weights="uniform")), cfg, noise_multiplier=z, num_planned=planned,
+        noise=lambda round_: draw, write_down=lambda release: None,
+    )  # fmt: skip
+
+    def released(sizes) -> tuple[dict, float]:
+        updates = [Update(f"c{n}", 1, delta_of(n, size), 1, {}) for n, size in enumerate(sizes)]
+        found = algorithm.combine(state_of(algorithm), updates)
+        norm = math.log(float(found.extra["privacy"]["clip_norm"]))
+        return dict(found.delta), -norm * planned / cfg.clip_lr
+
+    for cohort in ([1.0] * 2, [9.0] * 19, [0.0, 0.5, 3.0]):
+        without, bits = released(cohort)
+        for size in (0.0, 0.5, 0.999, 5.0):
+            found, more = released([*cohort, size])
+            moved = planned * l2_norm({n: found[n] - without[n] for n in found})
+            assert math.hypot(moved / stds[False], (more - bits) / stds[True]) <= 1.0001 / z
 
 
 def the_optimizer_sees_the_noised_change() -> None:
@@ -404,9 +434,19 @@ CASES = {
         "math.exp(lr * (share_within - quantile))",
         the_adaptive_norm_finds_its_quantile,
     ),
-    "the count of the adaptive norm has no noise": (
-        *("privacy.client_level", "num_within + float(draw([1], of_count))", "num_within"),
-        the_adaptive_count_has_noise_too,
+    "the bits of the adaptive norm have no noise": (
+        *("privacy.client_level", "bits + float(draw([1], of_bits))", "bits"),
+        the_adaptive_bits_have_noise_however_many_answer,
+    ),
+    "the bits of the adaptive norm have no noise if everyone answers": (
+        *("privacy.client_level", "bits + float(draw([1], of_bits))"),
+        "bits + float(draw([1], of_bits)) * (num_updates < num_planned)",
+        the_adaptive_bits_have_noise_however_many_answer,
+    ),
+    "bits of 0 and 1 are charged as if half as far apart": (
+        *("privacy.client_level", "bits += 0.5 if norm <= clip_norm else -0.5"),
+        "bits += norm <= clip_norm",
+        no_client_moves_change_and_bits_by_more_than_is_charged,
     ),
     "noise behind the optimizer": (
         "privacy.client_level",

@@ -82,10 +82,7 @@ def _by_server(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
         try:
             split_noise(z, num_clients=planned)
         except ValueError as error:
-            raise ConfigError(
-                f"privacy.clipping: {error}.\n"
-                "  Set clipping = 'fixed', ask more clients in a round, or use less noise."
-            ) from error
+            raise ConfigError(f"privacy.clipping: {error}") from error
     cost = spent(noise_multiplier=z, num_releases=releases, delta=delta)
     return {
         "unit": UNIT_CLIENT,
