@@ -533,7 +533,7 @@ def a_real_client_tells_nothing_that_its_rows_decide() -> None:
                "num_padded_tokens": 9.0, "lr": 0.1, "num_steps": 2, "seconds": 1.0}  # fmt: skip
     told = client.withheld(Update("north", 1, {}, 5, metrics))
     assert told.score is None
-    assert set(told.metrics) == {"lr", "num_steps", "seconds"}
+    assert set(told.metrics) == {"lr", "num_steps"}
 
 
 CASES = {
@@ -732,6 +732,11 @@ CASES = {
     "losses leave the client": (
         *("federation.client", "return replace(update, metrics=known, score=None)"),
         "return replace(update, score=None)",
+        a_real_client_tells_nothing_that_its_rows_decide,
+    ),
+    "seconds of secret lots leave the client": (
+        *("federation.client", 'TOLD = ("lr", "num_steps")'),
+        'TOLD = ("lr", "num_steps", "seconds", "seconds_training")',
         a_real_client_tells_nothing_that_its_rows_decide,
     ),
     "the ledger is reset on resume": (

@@ -63,16 +63,17 @@ class _Metrics(_Form):
     num_tokens: Count | None = None
     num_targets: Count | None = None
     num_padded_tokens: Count | None = None
-    seconds_training: FiniteFloat
-    seconds: FiniteFloat
+    seconds_training: FiniteFloat | None = None
+    seconds: FiniteFloat | None = None
     noise_multiplier: FiniteFloat | None = None
     sampling_rate: FiniteFloat | None = None
     num_lots: Count | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> "_Metrics":
-        if (self.train_loss is None) != (self.num_tokens is None):
-            raise ValueError("train_loss and num_tokens belong together")
+        together = (self.train_loss, self.num_tokens, self.seconds, self.seconds_training)
+        if len({value is None for value in together}) > 1:
+            raise ValueError("train_loss, num_tokens and the seconds belong together")
         return self
 
 

@@ -80,6 +80,14 @@ def test_the_noise_for_a_target_is_the_published_one_and_meets_it(target, z):
     assert target - 2e-3 < cost.pld <= target
 
 
+@pytest.mark.parametrize(("target", "releases"), [(1, 30), (8, 5)])
+def test_slightly_less_noise_than_the_found_one_misses_the_target(target, releases):
+    plan = {"num_releases": releases, "delta": 1e-5}
+    found = noise_for(target_epsilon=target, **plan)
+    assert spent(noise_multiplier=found, **plan).pld <= target
+    assert spent(noise_multiplier=found * (1 - 1e-4), **plan).pld > target
+
+
 @pytest.mark.parametrize(
     ("z", "releases", "allowed"),
     [(0.7, 1, 1e-3), (1.3, 4, 1e-5), (6.0, 50, 1e-7), (20.0, 200, 1e-5), (3.0, 1, 1e-9)],
