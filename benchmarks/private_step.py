@@ -17,7 +17,7 @@ from silotune.federation.client import Worker, prepare_client
 from silotune.federation.recipe_model import load_for
 from silotune.models.devices import peak_memory_bytes
 from silotune.models.loading import read_adapter, write_adapter
-from silotune.privacy.noise import secure_noise
+from silotune.privacy.noise import secure_noise, secure_seeds
 from silotune.privacy.record_level import RowGuard
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.training.loop import build_batches, plan_steps, train
@@ -47,7 +47,13 @@ class Case:
         rows = [n % len(lengths) for n in range(STEPS * size)]
         steps = plan_steps(rows, lengths, cfg, generator(1, "order"))
         write_adapter(loaded, self.first)
-        guard = RowGuard(clip_norm=1.0, noise_multiplier=1.0, lot_size=size, noise=secure_noise)
+        guard = RowGuard(
+            clip_norm=1.0,
+            noise_multiplier=1.0,
+            lot_size=size,
+            noise=secure_noise,
+            seeds=secure_seeds,
+        )
         began = time.perf_counter()
         train(
             loaded,

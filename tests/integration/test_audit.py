@@ -96,7 +96,7 @@ def audit_of_the_guard(seed: int, *, noise: float = 1.0, rounds: int = 1) -> Gue
         fedavg(FedAvgConfig(weights="uniform")),
         PrivacyConfig(unit="client", noise_multiplier=Z, delta=DELTA, clip_norm=CLIP),
         noise_multiplier=Z,
-        num_planned=len(clients.names()),
+        num_planned=1 + COUNT,
         noise=source,
         write_down=lambda release: None,
     )
@@ -156,18 +156,18 @@ def test_more_rounds_show_more():
     assert bound(audit_of_the_guard(0, rounds=6)) > bound(audit_of_the_guard(0)) + 0.5
 
 
-def test_a_canary_is_in_with_its_own_direction_or_sends_zeros():
+def test_a_canary_is_in_with_its_own_direction_or_never_answers():
     clients, first = canaries_among(20, 4)
     cohort = clients.names()
     assert cohort == sorted(cohort)
-    assert cohort[0] == "canary-00000"
+    pairs = zip(clients.canaries, clients.coins, strict=True)
+    assert cohort == [*(name for name, coin in pairs if coin), "north"]
     again = list(clients.train(dict.fromkeys(cohort, Broadcast(2, first))))
     once = clients.train(dict.fromkeys(cohort, Broadcast(1, first)))
     for one, other in zip(once, again, strict=True):
         if one.client == "north":
             continue
-        is_in = clients.coins[clients.canaries.index(one.client)]
-        assert l2_norm(one.delta) == pytest.approx(5.0 if is_in else 0.0, rel=1e-5)
+        assert l2_norm(one.delta) == pytest.approx(5.0, rel=1e-5)
         assert all(torch.equal(one.delta[name], other.delta[name]) for name in SHAPES)
     assert 3 < sum(clients.coins) < 17
 
@@ -190,6 +190,16 @@ def test_next_to_no_noise_is_found_out_and_the_statement_counts_the_canaries(rec
     assert found.path == tmp_path / "a"
     with pytest.raises(RunFolderError, match="not a run folder"):
         silotune.run(resume=found.path)
+
+
+def test_with_an_adaptive_norm_the_guard_is_replayed_and_the_norm_scored(recipe, tmp_path):
+    keys = [*CLIENT, *SMALL, "privacy.noise_multiplier=0.25", "privacy.clipping=adaptive"]
+    found = silotune.audit(recipe, keys, out=tmp_path / "a").result
+    own = found["released_norm"]
+    assert (own["noise_multiplier"], own["num_rounds"], own["is_refuted"]) == (0.25, 1, False)
+    assert any("scored by change and norm together" in line for line in audit_lines(found))
+    fixed = silotune.audit(recipe, [*keys, "privacy.clipping=fixed"], out=tmp_path / "b").result
+    assert "released_norm" not in fixed
 
 
 def test_the_command_exits_with_1_where_a_claim_is_refuted(recipe, tmp_path, monkeypatch):

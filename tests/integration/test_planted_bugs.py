@@ -14,22 +14,32 @@ import types
 
 import pytest
 import torch
+from scipy import stats
 
 import silotune
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedopt import FedAdamConfig, fedadam
+from silotune.core.algorithm import LocalContext, LocalRule
+from silotune.core.errors import BudgetSpent
 from silotune.core.tree import l2_norm
 from silotune.core.types import ServerState, Update
-from silotune.federation import client, client_privacy, privacy_guarantee
-from silotune.federation.ledger import lines
-from silotune.privacy import client_level, clip
+from silotune.federation import client, client_privacy, privacy_guarantee, privacy_statement
+from silotune.federation.ledger import FILE as LEDGER
+from silotune.federation.ledger import lines, write_down
+from silotune.models.adapters import AdapterConfig
+from silotune.models.base import ModelConfig
+from silotune.models.loading import load_model, read_adapter, write_adapter
+from silotune.privacy import client_level, clip, record_level
 from silotune.privacy import noise as noise_source
-from silotune.privacy.accountant import spent
+from silotune.privacy.accountant import Steps, spent, spent_in_all
 from silotune.privacy.base import PrivacyConfig
 from silotune.recipes.parse import parse
+from silotune.training import loop
+from silotune.training.tasks.instruct import INSTRUCT
 from silotune.workflows.audit.bounds import epsilon_lower_bound
 from silotune.workflows.audit.canary_clients import guess, num_guesses, toss
-from tests.conftest import write_tiny_recipe
+from tests.conftest import write_jsonl, write_tiny_recipe
+from tests.tiny_encoders import build_tiny_encoder
 
 SHAPES = {"a": (30, 40), "b": (20, 5), "head": (100,)}
 
@@ -127,12 +137,42 @@ def the_adaptive_norm_finds_its_quantile() -> None:
         assert found == pytest.approx(float(norms.median()), rel=0.1)
 
 
-def the_adaptive_count_has_noise_too() -> None:
-    algorithm = guard(0.1, 4, clipping="adaptive")
-    updates = [Update("c", 1, delta_of(1, 0.1), 1, {})]
-    norm = algorithm.combine(state_of(algorithm), updates).extra["privacy"]["clip_norm"]
-    exact = clip.next_clip_norm(0.5, share_within=1 / 4, quantile=0.5, lr=0.2)
-    assert abs(float(norm) - exact) > 1e-6
+def the_adaptive_bits_have_noise_however_many_answer() -> None:
+    for answered in (1, 4):
+        algorithm = guard(0.1, 4, clipping="adaptive")
+        updates = [Update(f"c{n}", 1, delta_of(1, 0.1), 1, {}) for n in range(answered)]
+        norm = algorithm.combine(state_of(algorithm), updates).extra["privacy"]["clip_norm"]
+        share = 0.5 + 0.5 * answered / 4
+        exact = clip.next_clip_norm(0.5, share_within=share, quantile=0.5, lr=0.2)
+        assert abs(float(norm) - exact) > 1e-6
+
+
+def no_client_moves_change_and_bits_by_more_than_is_charged() -> None:
+    """Noise of 0, and the standard deviations that would have been drawn."""
+    z, planned, stds = 1.5, 20, dict[bool, float]()
+
+    def draw(shape, std):
+        stds[list(shape) == [1]] = std
+        return torch.zeros(tuple(shape))
+
+    cfg = PrivacyConfig(unit="client", noise_multiplier=z, delta=1e-5, clipping="adaptive")
+    algorithm = client_level.guarded(
+        fedavg(FedAvgConfig(weights="uniform")), cfg, noise_multiplier=z, num_planned=planned,
+        noise=lambda round_: draw, write_down=lambda release: None,
+    )  # fmt: skip
+
+    def released(sizes) -> tuple[dict, float]:
+        updates = [Update(f"c{n}", 1, delta_of(n, size), 1, {}) for n, size in enumerate(sizes)]
+        found = algorithm.combine(state_of(algorithm), updates)
+        norm = math.log(float(found.extra["privacy"]["clip_norm"]))
+        return dict(found.delta), -norm * planned / cfg.clip_lr
+
+    for cohort in ([1.0] * 2, [9.0] * 19, [0.0, 0.5, 3.0]):
+        without, bits = released(cohort)
+        for size in (0.0, 0.5, 0.999, 5.0):
+            found, more = released([*cohort, size])
+            moved = planned * l2_norm({n: found[n] - without[n] for n in found})
+            assert math.hypot(moved / stds[False], (more - bits) / stds[True]) <= 1.0001 / z
 
 
 def the_optimizer_sees_the_noised_change() -> None:
@@ -180,6 +220,75 @@ def an_audit_of_whole_clients_does_not_refute_the_claim() -> None:
         num_guesses=2 * num_guesses(count), num_correct=right, num_canaries=2 * count, delta=delta
     )
     assert lower <= spent(noise_multiplier=z, num_releases=1, delta=delta).pld
+
+
+def exact_delta(epsilon: float, mu: float) -> float:
+    """For Gaussians without sampling: Balle and Wang 2018, Theorem 8. arXiv:1805.06530."""
+    low = stats.norm.logcdf(-mu / 2 - epsilon / mu)
+    return float(stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + low))
+
+
+def asking_few_clients_in_a_round_gains_nothing() -> None:
+    """Every client knows the cohorts, so the closed form has no sampling in it."""
+    clients = {f"client-{n:02d}": 5 for n in range(20)}
+    for given in ({"noise_multiplier": 2.0}, {"target_epsilon": 3.0}):
+        table = recipe(clipping="fixed", **given).model_dump(exclude_defaults=True)
+        table |= {"rounds": 6, "sampling": {"fraction": 0.1}}
+        found = privacy_guarantee.promise_of(parse(table), clients)
+        assert found["num_planned"] == 2
+        mu = math.sqrt(6) / found["noise_multiplier"]
+        assert found["epsilon"]["pld"] <= given.get("target_epsilon", math.inf)
+        assert exact_delta(found["epsilon"]["pld"], mu) <= 1e-5 * (1 + 1e-6)
+        assert exact_delta(found["epsilon_replace"], 2 * mu) <= 1e-5 * (1 + 1e-6)
+
+
+def what_was_spent_gains_nothing_either(tmp_path) -> None:
+    promise = {"noise_multiplier": 2.0, "delta": 1e-5, "num_clients": 20, "num_planned": 2}
+    run = recipe(noise_multiplier=2.0, noise="secure")
+    for round_ in range(1, 7):
+        write_down(tmp_path / LEDGER, {"round": round_})
+    folder = types.SimpleNamespace(run=run, path=tmp_path)
+    found = privacy_statement._spent_by_server(folder, promise)
+    assert found["num_released"] == 6
+    assert exact_delta(found["epsilon"]["pld"], math.sqrt(6) / 2) <= 1e-5 * (1 + 1e-6)
+
+
+def a_classifiers_head_is_clipped_at_the_client_like_the_rest(tmp_path) -> None:
+    """A whole run without noise: all that a client sends is together at most the clip norm."""
+    labels = ("good", "bad")
+    rows = [
+        {"text": f"{'very ' * (n % 5)}{n}", "label": labels[n % 2], "where": f"place-{n % 3 // 2}"}
+        for n in range(24)
+    ]
+    table = {
+        "rounds": 1,
+        "task": "classify",
+        "model": {"name": str(build_tiny_encoder(tmp_path / "m")), "dtype": "float32"},
+        "adapter": {"rank": 2, "alpha": 4},
+        "data": {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows))},
+        "partition": {"by": "where"},
+        "train": {"batch_size": 4, "local_steps": 3, "lr": 1e-2, "max_length": 64},
+        "algorithm": {"weights": "uniform"},
+        "evaluate": {"every": 0},
+        "runtime": {"device": "cpu", "threads": 1},
+        "report": {"page": False},
+        "privacy": {"unit": "client", "noise_at": "client", "noise_multiplier": 0.0, "delta": 0.01,
+                    "clip_norm": 1e-3},
+    }  # fmt: skip
+    done = silotune.run(parse(table), out=tmp_path / "run")
+    norms = [row["delta_norm"] for row in done.metrics if row["event"] == "train"]
+    assert len(norms) == 2
+    assert max(norms) <= 1e-3 * (1 + 1e-4)
+    assert min(norms) > 0.99e-3
+
+
+def noise_at_the_client_is_in_every_tensor() -> None:
+    run = recipe(noise_at="client", noise_multiplier=3.0, clip_norm=0.5)
+    plan = client_privacy.ClientPlan("client", 100, 0.5, 3.0, 1.0, 100.0, 1, 1)
+    found = client_privacy.Protection(run, "north", 1, plan).protect(delta_of(1, 0.0))
+    assert found.keys() == SHAPES.keys()
+    for tensor in found.values():
+        assert float(tensor.std()) == pytest.approx(1.5, rel=0.3)
 
 
 # --- single rows ----------------------------------------------------------------------------------
@@ -241,6 +350,69 @@ def the_noise_of_a_step_has_its_size_in_every_tensor_whatever_the_lot() -> None:
 def the_lot_that_was_drawn_leaves_the_denominator_as_it_is() -> None:
     found = stepped(batch(delta_of(1, 0.4)))
     assert l2_norm(found) == pytest.approx(0.4 / 4, rel=1e-5)
+
+
+def no_two_steps_of_a_round_have_the_same_noise() -> None:
+    for noise in ("seeded", "secure"):
+        run = recipe(unit="record", noise_multiplier=1.0, noise=noise)
+        plan = client_privacy.ClientPlan("record", 100, 0.5, 1.0, 0.1, 10.0, 3, 1)
+        own, seen = client_privacy.Protection(run, "north", 1, plan).guard(), list[torch.Tensor]()
+        learning = {name: torch.nn.Parameter(torch.zeros(40)) for name in ("a", "b")}
+        for _ in range(3):
+            own.release(learning)
+            seen += [p.grad for p in learning.values()]
+        assert len({tuple(gradient.tolist()) for gradient in seen}) == 6
+
+
+def dropout_follows_no_seed_that_others_know(tiny_model) -> None:
+    """Two rounds with the same seed, lots and rows, and without noise."""
+    adapter = AdapterConfig(rank=2, alpha=4, dropout=0.3, targets=("q_proj", "v_proj"))
+    base = ModelConfig(name=str(tiny_model), dtype="float32")
+    loaded = load_model(base, adapter, seed=1, device="cpu")
+    rows = [({"role": "user", "content": "q"}, {"role": "assistant", "content": "ab" * n})
+            for n in (2, 3, 4)]  # fmt: skip
+    examples = INSTRUCT.prepare(rows, loaded.tokenizer, 64).examples
+    gen = torch.Generator().manual_seed(9)
+    start = {n: torch.randn(t.shape, generator=gen) * 0.1 for n, t in read_adapter(loaded).items()}
+    run = recipe(unit="record", noise_multiplier=0.0, noise="secure")
+    plan = client_privacy.ClientPlan("record", 3, 0.5, 0.0, 1.0, 3.0, 1, 1)
+    cfg = loop.TrainConfig(optimizer="sgd", batch_size=4, local_steps=1, clip_norm=0)
+
+    def trained() -> dict:
+        write_adapter(loaded, start)
+        loop.train(
+            loaded, [[INSTRUCT.collate(examples)]], INSTRUCT, cfg, LocalRule(),
+            LocalContext(dict(start), {}, {}), round_=1, lr=1.0, seed=17,
+            guard=client_privacy.Protection(run, "north", 1, plan).guard(),
+        )  # fmt: skip
+        return read_adapter(loaded)
+
+    one, two = trained(), trained()
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def every_forward_pass_draws_the_masks_of_its_rows_one_by_one(tiny_model) -> None:
+    asked = list[int]()
+
+    class Counting(record_level.RowGuard):
+        def dropout(self, num_rows):
+            asked.append(num_rows)
+            return super().dropout(num_rows)
+
+    loaded = load_model(
+        ModelConfig(name=str(tiny_model), dtype="float32"),
+        AdapterConfig(rank=2, alpha=4, dropout=0.3, targets=("q_proj",)), seed=1, device="cpu",
+    )  # fmt: skip
+    row = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "ab"})
+    examples = INSTRUCT.prepare([row] * 5, loaded.tokenizer, 64).examples
+    batches = [INSTRUCT.collate(examples[:3]), INSTRUCT.collate(examples[3:])]
+    own = Counting(clip_norm=1.0, noise_multiplier=0.0, lot_size=1.0,
+                   noise=noise_source.secure_noise, seeds=noise_source.secure_seeds)  # fmt: skip
+    loop.train(
+        loaded, [batches], INSTRUCT, loop.TrainConfig(local_steps=1), LocalRule(),
+        LocalContext(read_adapter(loaded), {}, {}), round_=1, lr=1e-3, seed=1, guard=own,
+    )  # fmt: skip
+    assert asked == [3, 2]
 
 
 def lots_are_a_coin_for_every_row_and_secret() -> None:
@@ -325,6 +497,23 @@ def a_resumed_client_counts_on(tmp_path) -> None:
     assert len(lines(ledger.path)) == 2
 
 
+def a_release_of_the_whole_client_counts_twice_for_a_row(tmp_path) -> None:
+    """An added row turns one clipped change into another, up to two clip norms away."""
+    rows = client_privacy.ClientPlan("record", 100, 1.0, 2.0, 0.1, 10.0, 5, 2)
+    whole = client_privacy.ClientPlan("client", 100, 1.0, 8.0, 1.0, 100.0, 1, 2)
+    for first, then in ((rows, whole), (whole, rows)):
+        exact = spent_in_all([Steps(2.0, 5, 0.1), Steps(4.0, 1)], delta=1e-5).pld
+        for limit, allowed in ((exact + 1e-6, True), (exact - 1e-3, False)):
+            path = tmp_path / f"{first.unit}-{allowed}.jsonl"
+            ledger = client_privacy.Ledger(path, "run", limit, 1e-5)
+            ledger.begin(first, client="north", round_=1, seeded=False)
+            if allowed:
+                ledger.begin(then, client="north", round_=2, seeded=False)
+            else:
+                with pytest.raises(BudgetSpent):
+                    ledger.begin(then, client="north", round_=2, seeded=False)
+
+
 def a_release_is_written_down_before_it_is_made(tmp_path, tiny_model) -> None:
     path = write_tiny_recipe(tmp_path, tiny_model)
     keys = ["privacy.unit=record", "privacy.delta=0.01", "privacy.noise_multiplier=1", "rounds=1"]
@@ -344,7 +533,7 @@ def a_real_client_tells_nothing_that_its_rows_decide() -> None:
                "num_padded_tokens": 9.0, "lr": 0.1, "num_steps": 2, "seconds": 1.0}  # fmt: skip
     told = client.withheld(Update("north", 1, {}, 5, metrics))
     assert told.score is None
-    assert set(told.metrics) == {"lr", "num_steps", "seconds"}
+    assert set(told.metrics) == {"lr", "num_steps"}
 
 
 CASES = {
@@ -404,9 +593,75 @@ CASES = {
         "math.exp(lr * (share_within - quantile))",
         the_adaptive_norm_finds_its_quantile,
     ),
-    "the count of the adaptive norm has no noise": (
-        *("privacy.client_level", "num_within + float(draw([1], of_count))", "num_within"),
-        the_adaptive_count_has_noise_too,
+    "the bits of the adaptive norm have no noise": (
+        *("privacy.client_level", "bits + float(draw([1], of_bits))", "bits"),
+        the_adaptive_bits_have_noise_however_many_answer,
+    ),
+    "the bits of the adaptive norm have no noise if everyone answers": (
+        *("privacy.client_level", "bits + float(draw([1], of_bits))"),
+        "bits + float(draw([1], of_bits)) * (num_updates < num_planned)",
+        the_adaptive_bits_have_noise_however_many_answer,
+    ),
+    "bits of 0 and 1 are charged as if half as far apart": (
+        *("privacy.client_level", "bits += 0.5 if norm <= clip_norm else -0.5"),
+        "bits += norm <= clip_norm",
+        no_client_moves_change_and_bits_by_more_than_is_charged,
+    ),
+    "gain by sampling cohorts is claimed": (
+        "federation.privacy_guarantee",
+        "    cost = spent(noise_multiplier=z, num_releases=releases, delta=delta)\n",
+        "    cost = spent(noise_multiplier=z, num_releases=releases, delta=delta, "
+        "sampling_rate=planned / len(num_examples))\n",
+        asking_few_clients_in_a_round_gains_nothing,
+    ),
+    "gain by sampling cohorts is used for a target": (
+        "federation.privacy_guarantee",
+        "noise_for(target_epsilon=cfg.target_epsilon, num_releases=releases, delta=delta)",
+        "noise_for(target_epsilon=cfg.target_epsilon, num_releases=releases, delta=delta, "
+        "sampling_rate=planned / len(num_examples))",
+        asking_few_clients_in_a_round_gains_nothing,
+    ),
+    "gain by sampling cohorts is in what was spent": (
+        "federation.privacy_statement",
+        "cost = spent(noise_multiplier=z, num_releases=count, delta=delta)",
+        "cost = spent(noise_multiplier=z, num_releases=count, delta=delta, "
+        "sampling_rate=promise['num_planned'] / promise['num_clients'])",
+        what_was_spent_gains_nothing_either,
+    ),
+    "noise at the client leaves out the head": (
+        *("federation.client", "    delta = protection.protect(delta)\n"),
+        "    delta |= protection.protect({n: t for n, t in delta.items() if 'lora' in n})\n",
+        a_classifiers_head_is_clipped_at_the_client_like_the_rest,
+    ),
+    "noise at the client is not in the head": (
+        *("privacy.client_level", "(clipped[name] + noise(clipped[name].shape, std)).float()"),
+        "(clipped[name] + noise(clipped[name].shape, std * (name != 'head'))).float()",
+        noise_at_the_client_is_in_every_tensor,
+    ),
+    "one noise for all steps of a round": (
+        *("federation.client_privacy", "            noise=self.noise(),\n            seeds="),
+        "            noise=lambda shape, std: self.noise()(shape, std),\n            seeds=",
+        no_two_steps_of_a_round_have_the_same_noise,
+    ),
+    "one secure noise for all steps of a round": (
+        *("federation.client_privacy", "            noise=self.noise(),\n            seeds="),
+        "            noise=functools.cache(self.noise()),\n            seeds=",
+        no_two_steps_of_a_round_have_the_same_noise,
+    ),
+    "dropout from the recipe's seed": (
+        *("federation.client_privacy", 'if self.run.privacy.noise == "seeded" else secure_seeds'),
+        "",
+        dropout_follows_no_seed_that_others_know,
+    ),
+    "dropout by place in the forward pass": (
+        *("training.local_step", "nullcontext() if guard is None else guard.dropout(num_rows):"),
+        "nullcontext():",
+        every_forward_pass_draws_the_masks_of_its_rows_one_by_one,
+    ),
+    "a release of the whole client counts once for a row": (
+        *("federation.client_privacy", 'line["noise_multiplier"] / 2'),
+        'line["noise_multiplier"]',
+        a_release_of_the_whole_client_counts_twice_for_a_row,
     ),
     "noise behind the optimizer": (
         "privacy.client_level",
@@ -477,6 +732,11 @@ CASES = {
     "losses leave the client": (
         *("federation.client", "return replace(update, metrics=known, score=None)"),
         "return replace(update, score=None)",
+        a_real_client_tells_nothing_that_its_rows_decide,
+    ),
+    "seconds of secret lots leave the client": (
+        *("federation.client", 'TOLD = ("lr", "num_steps")'),
+        'TOLD = ("lr", "num_steps", "seconds", "seconds_training")',
         a_real_client_tells_nothing_that_its_rows_decide,
     ),
     "the ledger is reset on resume": (

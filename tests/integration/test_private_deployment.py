@@ -29,7 +29,7 @@ PRIVATE = [
 ]
 TOLD = {
     *("event", "round", "client", "status", "num_examples", "bytes_down", "bytes_up"),
-    *("lr", "num_steps", "seconds", "seconds_training", "delta_norm"),
+    *("lr", "num_steps", "delta_norm"),
     *("noise_multiplier", "sampling_rate", "num_lots"),
 }
 

@@ -5,6 +5,7 @@ and steps. Adapter, quantisation, optimizer, schedule, template and algorithm ar
 """
 
 import json
+from importlib.resources import files
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import silotune
 from silotune.core.errors import ConfigError
 from silotune.federation.sampling import cohort_size
 from silotune.models.adapters import put_adapter
+from silotune.privacy.accountant import spent
 from silotune.recipes.parse import load_recipe
 from silotune.training.loop import num_rows, round_lr
 from tests.conftest import write_jsonl
@@ -135,4 +137,13 @@ def test_the_blueprints_published_privacy_is_worth_what_its_noise_says(instruct_
     ]
     promise = silotune.check("blueprint", keys).promise
     assert promise is not None
-    assert promise["epsilon"]["pld"] > 100_000
+    noise = {"noise_multiplier": 0.02, "delta": 1e-5}
+    run = silotune.check("blueprint", keys).run
+    in_all, fraction = run.rounds, run.sampling.fraction
+    assert promise["num_releases"] == in_all == 100
+    asked_always = promise["epsilon"]["pld"]
+    asked_in_ten = spent(num_releases=round(in_all * fraction), **noise).pld
+    secret = spent(num_releases=in_all, sampling_rate=fraction, **noise).pld
+    told = (files("silotune.recipes") / "blueprint.toml").read_text()
+    for epsilon in (asked_always, asked_in_ten, secret):
+        assert f"{epsilon:,.0f}" in told

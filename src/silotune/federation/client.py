@@ -328,14 +328,14 @@ def _metrics(result: LocalResult, *, lr: float, began: float) -> dict[str, float
     }
 
 
-TOLD = ("lr", "num_steps", "seconds", "seconds_training")
+TOLD = ("lr", "num_steps")
 
 
 def withheld(update: Update) -> Update:
-    """What a real client sends under [privacy]: no loss, no score and no count of its rows' tokens.
+    """What a real client sends under [privacy]: no loss, score, time or count of its rows' tokens.
 
-    None of them has noise. What remains follows from the recipe and the number of rows, or is
-    visible in the timing of the message.
+    None of them has noise, and the seconds of a step say how many rows it drew, which must stay a
+    secret. What remains follows from the recipe and the number of rows.
     """
     known = {key: value for key, value in update.metrics.items() if key in TOLD + MECHANISM}
     return replace(update, metrics=known, score=None)

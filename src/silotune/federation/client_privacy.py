@@ -21,8 +21,17 @@ from silotune.core.wording import counted
 from silotune.federation.ledger import lines, write_down
 from silotune.privacy.accountant import Steps, noise_for, spent_in_all
 from silotune.privacy.client_level import noised
-from silotune.privacy.noise import Noise, secure_noise, secure_uniform, seeded_noise, seeded_uniform
+from silotune.privacy.noise import (
+    Noise,
+    secure_noise,
+    secure_seeds,
+    secure_uniform,
+    seeded_noise,
+    seeded_seeds,
+    seeded_uniform,
+)
 from silotune.privacy.record_level import RowGuard, draw_lots
+from silotune.privacy.row_dropout import Seeds
 from silotune.recipes.schema import RunConfig
 
 
@@ -172,7 +181,13 @@ class Protection:
             noise_multiplier=self.plan.noise_multiplier,
             lot_size=self.plan.lot_size,
             noise=self.noise(),
+            seeds=self._seeds(),
         )
+
+    def _seeds(self) -> Seeds:
+        """The source of the seeds from which rows draw their dropout masks."""
+        chance = generator(self.run.seed, "masks", self.client, self.round)
+        return seeded_seeds(chance) if self.run.privacy.noise == "seeded" else secure_seeds
 
     def hide_failure(self, after: AdapterState, before: AdapterState) -> AdapterState:
         """The adapter after training, or the one before if training ended in NaN or infinity.

@@ -64,7 +64,16 @@ def promise_of(run: RunConfig, num_examples: Mapping[str, int]) -> Promise | Non
 
 
 UNIT_CLIENT = "client: all rows of one client, in all rounds together"
-NEIGHBOURS_CLIENT = "one client's changes set to zero, or not (add or remove one client)"
+NEIGHBOURS = {
+    "client, noise at the server": "the same run, except that one client never answers; the number "
+    "of clients that a round plans to ask is public and the same in both",
+    "client, noise at the client": "the same run, except that one client's changes are zero; that "
+    "it takes part, and its number of rows, are public and the same in both",
+    "record": "a client's rows with one row added or removed; its number of rows is public, and "
+    "what follows from it (sampling rate, noise, steps, lot size, weight in the mean) is the same "
+    "in both",
+}
+"""Which pairs of runs can hardly be distinguished. Everything that says so prints these words."""
 LIBRARIES = {
     "client": ("silotune", "dp-accounting", "torch"),
     "record": ("silotune", "dp-accounting", "opacus", "torch"),
@@ -82,14 +91,11 @@ def _by_server(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
         try:
             split_noise(z, num_clients=planned)
         except ValueError as error:
-            raise ConfigError(
-                f"privacy.clipping: {error}.\n"
-                "  Set clipping = 'fixed', ask more clients in a round, or use less noise."
-            ) from error
+            raise ConfigError(f"privacy.clipping: {error}") from error
     cost = spent(noise_multiplier=z, num_releases=releases, delta=delta)
     return {
         "unit": UNIT_CLIENT,
-        "neighbours": NEIGHBOURS_CLIENT,
+        "neighbours": NEIGHBOURS["client, noise at the server"],
         "sampling": "none assumed: a client may be asked in every round",
         "released": "the adapter after every round, to everybody",
         "mechanism": "Gaussian noise on the sum of clipped changes, divided by the number of "
@@ -117,7 +123,7 @@ def _by_clients(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
         if cost.pld >= worst.pld:
             worst, third = cost, third_opinion(plan.steps(), delta=delta)
     return {
-        **(OF_RECORDS if run.privacy.unit == "record" else OF_CLIENTS),
+        **(_of_records(run) if run.privacy.unit == "record" else OF_CLIENTS),
         "released": "what each client sends in every round, to everybody, including the server",
         "num_releases": min(run.rounds, run.privacy.max_participations or run.rounds),
         "clients": clients,
@@ -126,17 +132,22 @@ def _by_clients(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
     }
 
 
-OF_RECORDS = {
-    "unit": "record: one row of one client, in all rounds together",
-    "neighbours": "one row of one client added or removed",
-    "sampling": "Poisson: every step takes each row with the same probability, drawn at the client "
-    "and revealed to nobody",
-    "mechanism": "DP-SGD at each client: Gaussian noise on the sum of clipped row gradients in "
-    "every step, divided by the expected number of rows",
-}
+def _of_records(run: RunConfig) -> Promise:
+    seeded = run.privacy.noise == "seeded"
+    whence = "from the recipe's seed" if seeded else "at the client and revealed to nobody"
+    return {
+        "unit": "record: one row of one client, in all rounds together",
+        "neighbours": NEIGHBOURS["record"],
+        "sampling": "Poisson: every step takes each row with the same probability, drawn "
+        f"independently, {whence}",
+        "mechanism": "DP-SGD at each client: Gaussian noise on the sum of clipped row gradients in "
+        "every step, divided by the expected number of rows",
+    }
+
+
 OF_CLIENTS = {
     "unit": UNIT_CLIENT,
-    "neighbours": NEIGHBOURS_CLIENT,
+    "neighbours": NEIGHBOURS["client, noise at the client"],
     "sampling": "none assumed: a client may be asked in every round",
     "mechanism": "Gaussian noise at each client on its own clipped change",
 }

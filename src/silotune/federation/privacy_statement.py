@@ -112,10 +112,15 @@ def _not_protected(run: RunConfig, promise: Mapping[str, Any]) -> list[str]:
     if run.runtime.name != "flower":
         found.append(
             "losses, norms and other numbers about clients, from training and held-out rows: they "
-            "have no noise, and are in this folder's metrics, report and card. Do not publish them"
+            "have no noise, and are in this folder's metrics.jsonl, summary.json and samples.json, "
+            "and with report.tracker also there, but neither in its report nor in its card. Do not "
+            "publish them"
         )
     elif not at_client:
-        found.append("norms of clients' changes: they are in this folder's metrics, without noise")
+        found.append(
+            "norms of clients' changes: they are in this folder's metrics.jsonl, without noise. Do "
+            "not publish it"
+        )
     if record:
         found.insert(
             0, "a client as a whole: what many of its rows have in common is learned and visible"

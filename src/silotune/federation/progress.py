@@ -205,10 +205,11 @@ def _scoring(clients: Sequence[str]) -> str:
 
 def _facts(update: Update) -> str:
     m = update.metrics
-    learned = ""
-    if "train_loss" in m:  # a real client does not send its loss under [privacy]
-        learned = f"loss {m['train_loss']:.3f}, {counted(int(m['num_tokens']), 'token')} "
-    return f"{learned}in {human_seconds(m['seconds'])}, {human_bytes(update.bytes_up)} uploaded"
+    sent = f"{human_bytes(update.bytes_up)} uploaded"
+    if "train_loss" not in m:  # real clients send neither losses nor times under [privacy]
+        return sent
+    learned = f"loss {m['train_loss']:.3f}, {counted(int(m['num_tokens']), 'token')}"
+    return f"{learned} in {human_seconds(m['seconds'])}, {sent}"
 
 
 class _Clock:

@@ -130,7 +130,9 @@ def _quiet() -> Generator[None]:
 def noise_for(
     *, target_epsilon: float, num_releases: int, delta: float, sampling_rate: float = 1.0
 ) -> float:
-    """The smallest noise multiplier, to four digits, that keeps the releases within an epsilon.
+    """The smallest noise multiplier that keeps the releases within an epsilon.
+
+    It is above the smallest by at most two parts in 100,000.
 
     Args:
         target_epsilon: Upper bound, by the PLD accountant.

@@ -17,9 +17,9 @@ class PrivacyConfig(Config):
 
     unit: Literal["none", "client", "record"] = "none"
     """What is protected. client: all rows of a client together; someone who sees the adapters of
-    all rounds can hardly tell whether it took part. The server sees each client's change, so it is
-    trusted unless noise_at says otherwise. record: every single row of a client, even against the
-    server; each client clips the gradient of each row and adds noise to every step (DP-SGD)."""
+    all rounds can hardly tell whether it ever answered. The server sees each client's change, so it
+    is trusted unless noise_at says otherwise. record: every single row of a client, even against
+    the server; each client clips the gradient of each row and adds noise to every step (DP-SGD)."""
     noise_at: Literal["server", "client"] = "server"
     """With unit = "client". server: noise is added to the sum of all changes. client: each client
     clips its change and adds noise before it is sent, so the server need not be trusted, but the
@@ -29,7 +29,7 @@ class PrivacyConfig(Config):
     """Standard deviation of the noise on the clipped sum, in units of clip_norm. 0 only clips, and
     guarantees nothing."""
     target_epsilon: float | None = Field(default=None, gt=0)
-    """Instead of noise_multiplier: use the smallest one that keeps the recipe's rounds below this
+    """Instead of noise_multiplier: use the smallest one that keeps the recipe's rounds within this
     epsilon. record: each client finds its own, based on its number of rows."""
     delta: float | None = Field(default=None, gt=0, lt=1)
     """Probability that the epsilon bound may fail. It should be well below 1 divided by the number

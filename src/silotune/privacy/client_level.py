@@ -1,11 +1,12 @@
 """Client-level privacy: the sum of clipped changes, with noise, before the server's step.
 
 Unit: a client with all its rows. Adversary: anyone who sees the adapter after every round, and
-nothing else; the server sees the changes themselves and is trusted. Neighbours: the same federation
-with one client's changes set to zero in all rounds. Assumes no amplification by sampling: a client
-may be asked in every round. The mean is over the clients that a round plans to ask, however many
-answer, and all clients have the same weight. So one client moves the sum by at most the clip norm,
-and there is never less noise than planned.
+nothing else; the server sees the changes themselves and is trusted. Neighbours: the same run,
+except that one client never answers. The number of clients that a round plans to ask is the same in
+both, and public. Assumes no amplification by sampling: a client may be asked in every round. The
+mean is over the planned clients, however many answer, and all clients have the same weight. So one
+client moves the sum by at most the clip norm, and there is never less noise than planned. With an
+adaptive norm, a round releases two sums, and one client moves both: see `split_noise`.
 
 McMahan et al. 2018, arXiv:1710.06963, Algorithm 1, with their fixed denominator; Andrew et al.
 2021, arXiv:1905.03871, for the adaptive norm.
@@ -63,18 +64,23 @@ def noised(
     }
 
 
-def _clipped_sum(updates: Updates, clip_norm: float) -> tuple[dict[str, Tensor], int, int]:
-    """The sum of the clipped changes, how many were within the norm, and how many there are."""
+def _clipped_sum(updates: Updates, clip_norm: float) -> tuple[dict[str, Tensor], float, int]:
+    """The sum of the clipped changes, the sum of the bits, and how many changes there are.
+
+    A bit is 1/2 if the change is within the norm, and -1/2 if it is not. A client that does not
+    answer is a 0 in both sums. It would be further away from bits of 0 and 1: Andrew et al. 2021,
+    section 3.
+    """
     total: dict[str, Tensor] = {}
-    num_within = num_updates = 0
+    bits, num_updates = 0.0, 0
     for update in updates:
         clipped, norm = clip_by_global_norm(
             update.delta, clip_norm=clip_norm, who=f"client '{update.client}'"
         )
         total = {n: t + total[n] for n, t in clipped.items()} if total else clipped
-        num_within += norm <= clip_norm
+        bits += 0.5 if norm <= clip_norm else -0.5
         num_updates += 1
-    return total, num_within, num_updates
+    return total, bits, num_updates
 
 
 def guarded(
@@ -101,9 +107,9 @@ def guarded(
     """
     assert algorithm.linear, "a change that is not a sum of deltas has another sensitivity"
     assert algorithm.extra_layout is None, "what is sent besides the delta is not covered"
-    of_change, of_count = noise_multiplier, 0.0
+    of_change, of_bits = noise_multiplier, 0.0
     if cfg.clipping == "adaptive":
-        of_change, of_count = split_noise(noise_multiplier, num_clients=num_planned)
+        of_change, of_bits = split_noise(noise_multiplier, num_clients=num_planned)
 
     def init(adapter: AdapterState, num_clients: int) -> dict[str, AdapterState]:
         first = torch.tensor([cfg.clip_norm], dtype=torch.float32)
@@ -111,7 +117,7 @@ def guarded(
 
     def combine(state: ServerState, updates: Updates) -> Change:
         clip_norm = float(state.extra[PURPOSE]["clip_norm"])
-        total, num_within, num_updates = _clipped_sum(updates, clip_norm)
+        total, bits, num_updates = _clipped_sum(updates, clip_norm)
         round_ = state.round + 1
         write_down(Release(round_, noise_multiplier, clip_norm, num_planned, num_updates))
         draw = noise(round_)
@@ -120,7 +126,7 @@ def guarded(
             for name in sorted(total)
         }
         if cfg.clipping == "adaptive":
-            share = (num_within + float(draw([1], of_count))) / num_planned
+            share = 0.5 + (bits + float(draw([1], of_bits))) / num_planned
             clip_norm = next_clip_norm(
                 clip_norm, share_within=share, quantile=cfg.quantile, lr=cfg.clip_lr
             )

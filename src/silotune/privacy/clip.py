@@ -39,8 +39,8 @@ def next_clip_norm(clip_norm: float, *, share_within: float, quantile: float, lr
 
     Args:
         clip_norm: C, of this round.
-        share_within: b, the noised share of clients whose norm was at most C. If more of them fit
-            than wanted, C shrinks.
+        share_within: b, the noised share of clients whose norm was at most C, where half of those
+            that did not answer count. If more of them fit than wanted, C shrinks.
         quantile: The target share.
         lr: How fast C moves.
     """
@@ -48,22 +48,35 @@ def next_clip_norm(clip_norm: float, *, share_within: float, quantile: float, lr
 
 
 def split_noise(noise_multiplier: float, *, num_clients: int) -> tuple[float, float]:
-    """Split one release's noise between the change and the count of clients within the norm.
+    """Split one release's noise between the sum of changes and the sum of bits.
+
+    A bit is 1/2 for a client whose change is within the norm, -1/2 for one whose change is not, and
+    0 for one that does not answer. So a client that answers, or not, moves the first sum by at most
+    the clip norm and the second by exactly 1/2; one that is replaced moves each by at most twice as
+    much.
+
+    Args:
+        noise_multiplier: z, of the entire release.
+        num_clients: Number of clients that a round plans to ask.
 
     Returns:
         The noise multiplier of the change, `(z^-2 - (2 s)^-2)^-1/2`, and the standard deviation s
-        of the count, a twentieth of the planned clients. Together they cost as much as
+        of the sum of bits, a twentieth of the planned clients. Together they cost as much as
         `noise_multiplier` alone.
 
     Raises:
         ValueError: There is too much noise to split: z >= 2 s.
+
+    Reference:
+        Andrew et al. 2021, Theorem 1. arXiv:1905.03871
     """
-    std_count = num_clients / 20
+    std_bits = num_clients / 20
     if noise_multiplier == 0:
         return 0.0, 0.0
-    if noise_multiplier >= 2 * std_count:
+    if noise_multiplier >= 2 * std_bits:
         raise ValueError(
             f"adaptive clipping with {counted(num_clients, 'client')} per round needs a noise "
-            f"multiplier below {2 * std_count:g}, got {noise_multiplier:g}"
+            f"multiplier below {2 * std_bits:g}, got {noise_multiplier:g}.\n"
+            "  Set clipping = 'fixed', ask more clients in a round, or use less noise."
         )
-    return (noise_multiplier**-2 - (2 * std_count) ** -2) ** -0.5, std_count
+    return (noise_multiplier**-2 - (2 * std_bits) ** -2) ** -0.5, std_bits

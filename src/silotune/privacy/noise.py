@@ -35,6 +35,11 @@ def secure_uniform(count: int) -> Tensor:
     return torch.as_tensor(_uniform(count))
 
 
+def secure_seeds(count: int) -> list[int]:
+    """Seeds from the same source, for generators whose draws nobody else sees."""
+    return (np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(1)).tolist()
+
+
 def _uniform(count: int) -> np.ndarray:
     bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
     return (bits.astype(np.float64) + 0.5) * 2.0**-53  # never 0
@@ -54,6 +59,15 @@ def seeded_uniform(generator: torch.Generator) -> Callable[[int], Tensor]:
 
     def draw(count: int) -> Tensor:
         return torch.rand(count, generator=generator, dtype=torch.float64)
+
+    return draw
+
+
+def seeded_seeds(generator: torch.Generator) -> Callable[[int], list[int]]:
+    """The same seeds for the same generator: for simulations only."""
+
+    def draw(count: int) -> list[int]:
+        return [int(n) for n in torch.randint(2**63 - 1, (count,), generator=generator)]
 
     return draw
 

@@ -2,9 +2,20 @@
 
 Unit: one row of one client. Adversary: anyone who sees what the client sends, including the server,
 but not anyone with access to the client itself. Neighbours: the client's rows with one row added or
-removed. Assumes that nobody learns which rows a step used: each row is drawn independently
-(Poisson), at the client. A step's sum is divided by the expected number of rows, never by the drawn
-number. The client's number of rows is assumed to be known.
+removed, while everything that follows from the number of rows (sampling rate, noise, steps, lot
+size) stays the same and is public. Assumes that nobody learns which rows a step used: each row is
+drawn independently (Poisson), at the client. A step's sum is divided by the expected number of
+rows, never by the drawn number.
+
+Dropout: every row of a step has a mask of its own, drawn from a fresh secret seed (row_dropout.py).
+The masks of different rows and steps are independent and do not depend on which other rows there
+are. So the proof of DP-SGD holds: compare two neighbours with the same lots and the same masks for
+all rows that both have. Given these, the sums differ by the clipped gradient of the added row,
+whose length is at most the clip norm whatever its mask. As this holds for all lots and masks, it
+holds for their mixture (the divergence is jointly convex). It would not hold for masks from a
+public seed or one stream per forward pass, where an added row changes the masks of the others, nor
+for a draw that the rows of a forward pass share: `check_row_gradients` refuses models with either.
+With seeded noise, masks follow the recipe's seed and a row's place; that protects nobody.
 
 Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1. arXiv:1607.00133. Opacus
 computes the gradients of single rows (Yousefpour et al. 2021, arXiv:2109.12298).
@@ -21,6 +32,7 @@ from torch import Tensor, nn
 
 from silotune.core.errors import ConfigError, ModelError
 from silotune.privacy.noise import Noise
+from silotune.privacy.row_dropout import RowDropout, Seeds
 
 Uniform = Callable[[int], Tensor]
 """count -> that many numbers in [0, 1), float64."""
@@ -53,15 +65,23 @@ class RowGuard:
         noise_multiplier: Standard deviation of the noise on a step's sum, in units of clip_norm.
         lot_size: Expected number of rows of a step; sums are divided by it.
         noise: Source of the noise.
+        seeds: Source of the seeds from which rows draw their dropout masks.
     """
 
     def __init__(
-        self, *, clip_norm: float, noise_multiplier: float, lot_size: float, noise: Noise
+        self,
+        *,
+        clip_norm: float,
+        noise_multiplier: float,
+        lot_size: float,
+        noise: Noise,
+        seeds: Seeds,
     ) -> None:
         self.clip_norm = clip_norm
         self.noise_multiplier = noise_multiplier
         self.lot_size = lot_size
         self.noise = noise
+        self.seeds = seeds
         self._sums: dict[str, Tensor] = {}
 
     @contextmanager
@@ -95,6 +115,10 @@ class RowGuard:
                 yield
         finally:
             hooks.cleanup()
+
+    def dropout(self, num_rows: int) -> RowDropout:
+        """Inside, a forward pass of this many rows draws each row's dropout masks by itself."""
+        return RowDropout(num_rows, self.seeds)
 
     def add(self, row_losses: Tensor, learning: Mapping[str, nn.Parameter]) -> None:
         """Add the clipped gradients of a forward pass to the step's sum.

@@ -13,6 +13,7 @@ from silotune.federation.metrics import Row
 from silotune.federation.privacy_statement import privacy_lines
 from silotune.models.adapters import PROMPT_KINDS
 from silotune.recipes.schema import RunConfig
+from silotune.results.published import published
 from silotune.results.summary import (
     budget_lines,
     budget_warnings,
@@ -47,6 +48,7 @@ def model_card(
         provenance: provenance.json.
         split: What each client holds; may be empty.
     """
+    summary, rows, split, _ = published(summary, rows, split)
     lines = "\n".join(
         [
             *_heading(run, summary, provenance["base"]),
@@ -169,7 +171,8 @@ def _provenance(
         f"- base: {base['name']}, sha256 {base['sha256']}",
         f"- adapter: sha256 {summary['adapter_sha256']}, after round {summary['result_round']}",
         f"- seed {run.seed}; recipe in `recipe.toml`, versions in `provenance.json`, every round "
-        "and client in `metrics.jsonl`",
+        "and client in `metrics.jsonl`"
+        + (" (not for publication)" if "privacy" in summary else ""),
     ]
 
 

@@ -17,6 +17,7 @@ from silotune.models.gguf_write import GgufType
 from silotune.models.sources import SOURCES, is_hub_id
 from silotune.recipes.schema import RunConfig
 from silotune.results.card import python_use, what_is_trained
+from silotune.results.published import published
 from silotune.results.summary import unit_of
 
 ExportKind = Literal["peft", "merged", "gguf"]
@@ -41,6 +42,7 @@ def export_card(
         gguf_type: How a GGUF file stores matrices.
         moved: How far merging moved a logit, as a share of the largest; None without a merge.
     """
+    summary = published(summary).summary
     return "\n".join(
         [
             *_heading(run, summary, provenance, kind),
@@ -87,9 +89,9 @@ def _heading(
 
 
 def _results(summary: Mapping[str, Any]) -> list[str]:
-    """The held-out loss, unless the run is private: its losses have no noise."""
+    """The held-out loss, if it is known and may be shown."""
     before, after = (summary["overall"][f"{arm}_loss"] for arm in ("base", "federated"))
-    if None in (before, after) or "privacy" in summary:
+    if None in (before, after):
         return []
     scored = f"{before:.4f} before, {after:.4f} after"
     return [f"Held-out loss across all clients: {scored}, in {unit_of(summary)}.", ""]

@@ -17,6 +17,7 @@ from silotune.recipes.schema import RunConfig
 from silotune.results import charts
 from silotune.results.card import python_use
 from silotune.results.charts import Interval, Split
+from silotune.results.published import published
 from silotune.results.summary import (
     budget_lines,
     budget_warnings,
@@ -65,6 +66,7 @@ def run_page(
     Returns:
         HTML.
     """
+    summary, rows, split, samples = published(summary, rows, split, samples)
     header, *table = loss_table(summary)  # with hyphens, because terminals show it too
     lost = worse_off(summary)
     warnings = [f"Not better than the base for: {', '.join(lost)}."] if lost else []

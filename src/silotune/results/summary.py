@@ -80,13 +80,16 @@ def _losses(
 
 def _training(rows: Sequence[Row]) -> dict[str, Any]:
     """What training took at the clients."""
-    own = [row for row in rows if row["event"] == "train" and "seconds_training" in row]
+    own = [row for row in rows if row["event"] == "train" and "num_steps" in row]
+
+    def total(key: str) -> float | None:
+        """None if a client did not report it, as real clients under [privacy]."""
+        return sum(row[key] for row in own) if all(key in row for row in own) else None
+
+    tokens = total("num_tokens")
     return {
-        # real clients do not report it under [privacy]
-        "tokens_trained": sum(int(row["num_tokens"]) for row in own)
-        if all("num_tokens" in row for row in own)
-        else None,
-        "seconds_training": sum(row["seconds_training"] for row in own),
+        "tokens_trained": None if tokens is None else int(tokens),
+        "seconds_training": total("seconds_training"),
     }
 
 
@@ -183,7 +186,8 @@ def _three(c: Mapping[str, Any]) -> tuple[str, str, str]:
 def cost_lines(summary: Mapping[str, Any]) -> list[str]:
     """Bytes and seconds in words."""
     at_server = summary.get("seconds_server", 0.0)
-    other = summary["seconds_total"] - summary["seconds_training"] - at_server
+    training = summary["seconds_training"]
+    other = summary["seconds_total"] - (training or 0.0) - at_server
     server = f"{human_seconds(at_server)} on the server's rows, " if at_server else ""
     down, up = (
         human_bytes(summary[key])
@@ -193,7 +197,9 @@ def cost_lines(summary: Mapping[str, Any]) -> list[str]:
     tokens, peak = summary["tokens_trained"], summary["peak_memory_bytes"]
     return [
         f"sent to clients {down}, sent by clients {up}",
-        f"{human_seconds(summary['seconds_training'])} in training, {server}"
+        f"{server}{human_seconds(other)} in everything"
+        if training is None
+        else f"{human_seconds(training)} in training, {server}"
         f"{human_seconds(other)} in everything else",
         ("" if tokens is None else f"{tokens} tokens trained, ")
         + f"base loaded {counted(summary['base_model_loads'], 'time')}"
@@ -275,7 +281,7 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 "-" if after is None else f"{after:.3f}",
                 *scores(last["round"]),
                 human_bytes(sent),
-                f"{last['seconds']:.1f}",
+                f"{last['seconds']:.1f}" if "seconds" in last else "-",
             )
         )
     return lines

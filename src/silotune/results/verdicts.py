@@ -31,6 +31,8 @@ def run_verdict(summary: Mapping[str, Any]) -> str:
     ]
     before, after = summary["overall"]["base_loss"], summary["overall"]["federated_loss"]
     if not scored or before is None or after is None:
+        if "privacy" in summary:
+            return "Held-out losses have no noise, so they are not shown here."
         return "Held-out loss was not measured, so this run cannot say whether it helped."
     num_better = len(scored) - len(worse_off(summary))
     if after == before:

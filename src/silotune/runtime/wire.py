@@ -70,16 +70,17 @@ class _Metrics(_Form):
     num_tokens: Count | None = None
     num_targets: Count | None = None
     num_padded_tokens: Count | None = None
-    seconds_training: Seconds
-    seconds: Seconds
+    seconds_training: Seconds | None = None
+    seconds: Seconds | None = None
     noise_multiplier: Annotated[FiniteFloat, Field(ge=0, le=1e6)] | None = None
     sampling_rate: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     num_lots: Annotated[int, Field(ge=0, le=10**9)] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> "_Metrics":
-        if (self.train_loss is None) != (self.num_tokens is None):
-            raise ValueError("train_loss and num_tokens belong together")
+        together = (self.train_loss, self.num_tokens, self.seconds, self.seconds_training)
+        if len({value is None for value in together}) > 1:
+            raise ValueError("train_loss, num_tokens and the seconds belong together")
         return self
 
 

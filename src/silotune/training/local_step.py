@@ -70,11 +70,14 @@ class Totals:
 
 @contextlib.contextmanager
 def training_mode(loaded: LoadedModel, seed: int, guard: RowGuard | None) -> Iterator[None]:
-    """Inside, the model is in training mode, watched by the guard, and dropout follows the seed."""
+    """Inside, the model is in training mode, watched by the guard, and dropout follows the seed.
+
+    With a guard, dropout follows the guard's seeds instead.
+    """
     cuda = [loaded.device] if loaded.device.type == "cuda" else []
     watched = contextlib.nullcontext() if guard is None else guard.watching(loaded.model)
     with torch.random.fork_rng(devices=cuda), watched:
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if guard is None else guard.seeds(1)[0])
         loaded.model.train()
         yield
         loaded.model.eval()
@@ -91,7 +94,9 @@ def backward(
     """Run a step's forward and backward passes; its gradient is left at the trained tensors."""
     step_targets = sum(batch.num_trained for batch in batches)
     for batch in batches:
-        loss = task.loss(loaded, batch)
+        num_rows = batch.ids.shape[0]
+        with contextlib.nullcontext() if guard is None else guard.dropout(num_rows):
+            loss = task.loss(loaded, batch)
         if guard is None:
             (loss.loss_sum / step_targets).backward()
         else:

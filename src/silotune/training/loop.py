@@ -233,7 +233,7 @@ def train(
         context: What the rule can see.
         round_: Decides which tensors are trained.
         lr: The round's learning rate.
-        seed: Seed of the dropout, in a forked generator.
+        seed: Seed of the dropout, in a forked generator; not used with a guard.
         guard: Clips each row's gradient and adds noise to every step; for record-level privacy.
         must_be_finite: Whether a loss that is not finite is an error; not if the client adds noise
             itself, because the error would reveal something about its rows.

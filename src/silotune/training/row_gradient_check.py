@@ -1,21 +1,27 @@
 """What a private round checks first: the gradient of a single row is that of the row alone.
 
 A library decides which hooks a model's layers need, and a wrong one would silently break the
-guarantee. So each client compares two rows with a plain loop before it trains.
+guarantee. So would a random draw that depends on the other rows. So each client compares two rows
+with a plain loop before it trains: once without dropout, with padding, and once with dropout, where
+each row has the same masks in both.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+import itertools
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from silotune.core.errors import ModelError
+from silotune.core.seeds import derive
 from silotune.models.loading import LoadedModel
 from silotune.privacy.record_level import RowGuard
+from silotune.privacy.row_dropout import RowDropout, Seeds
 from silotune.training.tasks.base import Example, Task, row_losses
 
-LENGTHS = (5, 8)
+PADDED, DROPPED = (5, 8), (8, 8)
+"""Lengths of the two rows: without dropout, and with it, where a mask depends on the padding."""
 TINY = 1e-9
 """A clip norm below every gradient, so that only the direction of each row's gradient counts."""
 
@@ -35,21 +41,27 @@ def check_row_gradients(
         pairs: Whether tokens are marked with the text of a pair that they belong to.
 
     Raises:
-        ModelError: They differ, so this model gives wrong gradients for single rows.
+        ModelError: They differ, so this model gives wrong gradients for single rows; or the model
+            draws random numbers that are not a row's own.
     """
-    two = [_made_up(loaded, length, pairs=pairs) for length in LENGTHS]
     for name, p in loaded.parameters.items():
         p.requires_grad_(name in learning)
-    with _without_dropout(loaded.model):
-        found, expected = _guarded(loaded, task, two, learning), _plain(loaded, task, two, learning)
-    error = sum(float((found[n] - expected[n]).square().sum()) for n in found) ** 0.5
-    size = sum(float(t.square().sum()) for t in expected.values()) ** 0.5
-    # half precision rounds differently if a batch is padded
-    if error > (0.01 if loaded.dtype == torch.float32 else 0.3) * size:
-        raise ModelError(
-            "privacy.unit = 'record': this model gives a wrong gradient for a single row: it "
-            "differs from that of the row alone.\n  Use another base, or fewer adapter.targets."
-        )
+    for lengths, dropout in ((PADDED, False), (DROPPED, True)):
+        two = [_made_up(loaded, length, pairs=pairs) for length in lengths]
+        with _training(loaded.model, dropout=dropout):
+            found = _guarded(loaded, task, two, learning)
+            expected = _plain(loaded, task, two, learning)
+        error = sum(float((found[n] - expected[n]).square().sum()) for n in found) ** 0.5
+        size = sum(float(t.square().sum()) for t in expected.values()) ** 0.5
+        # half precision rounds differently if a batch is padded
+        if error > (0.01 if loaded.dtype == torch.float32 else 0.3) * size:
+            what = "with dropout, " if dropout else ""
+            fix = "Set adapter.dropout = 0, or use" if dropout else "Use"
+            raise ModelError(
+                f"privacy.unit = 'record': {what}this model gives a wrong gradient for a single "
+                f"row: it differs from that of the row alone.\n  {fix} another base, or fewer "
+                "adapter.targets."
+            )
 
 
 def _made_up(loaded: LoadedModel, length: int, *, pairs: bool) -> Example:
@@ -65,10 +77,12 @@ def _made_up(loaded: LoadedModel, length: int, *, pairs: bool) -> Example:
 def _guarded(
     loaded: LoadedModel, task: Task, rows: Sequence[Example], learning: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    batch = task.collate(rows)
-    guard = RowGuard(clip_norm=TINY, noise_multiplier=0.0, lot_size=TINY, noise=_none)
+    batch, seeds = task.collate(rows), _seeds_of(range(len(rows)))
+    guard = RowGuard(clip_norm=TINY, noise_multiplier=0.0, lot_size=TINY, noise=_none, seeds=seeds)
     with guard.watching(loaded.model):
-        guard.add(row_losses(task.loss(loaded, batch), batch), learning)
+        with guard.dropout(len(rows)), _no_other_draw(loaded.device):
+            loss = task.loss(loaded, batch)
+        guard.add(row_losses(loss, batch), learning)
         guard.release(learning)
     return _taken(learning)
 
@@ -77,13 +91,45 @@ def _plain(
     loaded: LoadedModel, task: Task, rows: Sequence[Example], learning: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in learning.items()}
-    for row in rows:
+    for n, row in enumerate(rows):
         batch = task.collate([row])
-        row_losses(task.loss(loaded, batch), batch).sum().backward()
+        with RowDropout(1, _seeds_of([n])):
+            row_losses(task.loss(loaded, batch), batch).sum().backward()
         own = _taken(learning)
         norm = sum(float(t.square().sum()) for t in own.values()) ** 0.5
         total = {name: t + own[name] / max(norm, TINY) for name, t in total.items()}
     return total
+
+
+def _seeds_of(rows: Sequence[int]) -> Seeds:
+    """Seeds that a row has in every batch: they follow from the row and the number of the call."""
+    calls = itertools.count()
+
+    def draw(count: int) -> list[int]:
+        call = next(calls)
+        return [derive(0, "check", row, call) for row in rows[:count]]
+
+    return draw
+
+
+@contextmanager
+def _no_other_draw(device: torch.device) -> Iterator[None]:
+    """Refuse a model that draws from PyTorch's common stream, as layers that are skipped do.
+
+    What rows of one forward pass share depends on which rows these are.
+    """
+    before = _streams(device)
+    yield
+    if any(not torch.equal(a, b) for a, b in zip(before, _streams(device), strict=True)):
+        raise ModelError(
+            "privacy.unit = 'record': in training, this model draws random numbers other than "
+            "dropout masks, which rows would share.\n  Use a base without layer dropout."
+        )
+
+
+def _streams(device: torch.device) -> list[Tensor]:
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
 
 
 def _taken(learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -100,10 +146,10 @@ def _none(shape: Sequence[int], std: float) -> Tensor:  # noqa: ARG001 - the sig
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Generator[None]:
-    """Turn off dropout, which is drawn per row; hooks need training mode at trained tensors."""
+def _training(model: nn.Module, *, dropout: bool) -> Generator[None]:
+    """Training mode; without dropout, only of modules that have trained tensors: hooks need it."""
     was = [module for module in model.modules() if module.training]
-    model.eval()
+    model.train(dropout)
     for module in model.modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             module.train()

@@ -4,8 +4,8 @@ import pytest
 
 from silotune.core.atomic_files import write_json
 from silotune.federation.ledger import lines, write_down
-from silotune.federation.privacy_guarantee import FILE, promise_of
-from silotune.federation.privacy_statement import releases, statement
+from silotune.federation.privacy_guarantee import FILE, NEIGHBOURS, promise_of
+from silotune.federation.privacy_statement import privacy_lines, releases, statement
 from silotune.federation.run_folder import RunFolder
 from silotune.privacy.accountant import Steps, spent_in_all
 from silotune.recipes.parse import parse
@@ -105,3 +105,32 @@ def test_a_truncated_line_of_a_shared_ledger_counts_for_every_client(tmp_path):
     complete, truncated = lines(path)
     assert (complete["client"], truncated.get("client")) == ("east", None)
     assert truncated["noise_multiplier"] == 1.0
+
+
+WHOLE = {"unit": "client", "noise_multiplier": 5.0, "delta": 1e-3, "noise": "secure"}
+
+
+@pytest.mark.parametrize(
+    ("privacy", "key", "words"),
+    [
+        (WHOLE, "client, noise at the server", "never answers"),
+        ({**WHOLE, "noise_at": "client"}, "client, noise at the client", "changes are zero"),
+        (RECORD, "record", "one row added or removed; its number of rows is public"),
+    ],
+)
+def test_every_statement_names_its_neighbours_in_the_words_of_one_place(
+    privacy, key, words, tmp_path
+):
+    run = recipe(privacy)
+    folder = finished(tmp_path, [], run)
+    assert words in NEIGHBOURS[key]
+    (line,) = [t for t in privacy_lines(statement(run, folder)) if t.startswith("neighbours: ")]
+    assert line == f"neighbours: {NEIGHBOURS[key]}"
+
+
+@pytest.mark.parametrize("noise", ["secure", "seeded"])
+def test_seeded_lots_are_not_called_secret(noise):
+    run = recipe({**RECORD, "noise": noise}, runtime={"name": "in-process"})
+    sampling = promise_of(run, ROWS)["sampling"]
+    assert ("revealed to nobody" in sampling) == (noise == "secure")
+    assert ("from the recipe's seed" in sampling) == (noise == "seeded")

@@ -80,6 +80,14 @@ def test_the_noise_for_a_target_is_the_published_one_and_meets_it(target, z):
     assert target - 2e-3 < cost.pld <= target
 
 
+@pytest.mark.parametrize(("target", "releases"), [(1, 30), (8, 5)])
+def test_slightly_less_noise_than_the_found_one_misses_the_target(target, releases):
+    plan = {"num_releases": releases, "delta": 1e-5}
+    found = noise_for(target_epsilon=target, **plan)
+    assert spent(noise_multiplier=found, **plan).pld <= target
+    assert spent(noise_multiplier=found * (1 - 1e-4), **plan).pld > target
+
+
 @pytest.mark.parametrize(
     ("z", "releases", "allowed"),
     [(0.7, 1, 1e-3), (1.3, 4, 1e-5), (6.0, 50, 1e-7), (20.0, 200, 1e-5), (3.0, 1, 1e-9)],
@@ -257,19 +265,19 @@ def test_the_adaptive_norm_converges_to_the_quantile_from_both_sides(first):
     ("z", "n", "expected"), [(1, 100, 1.005038), (1, 20, 1.154701), (3, 200, 3.034330)]
 )
 def test_the_noise_is_split_as_published_and_both_parts_cost_the_whole(z, n, expected):
-    of_change, of_count = split_noise(z, num_clients=n)
+    of_change, of_bits = split_noise(z, num_clients=n)
     assert of_change == pytest.approx(expected, abs=1e-6)
-    assert of_count == n / 20
-    # a client's bit moves the count by at most 1, after recentring by 1/2
-    assert of_change**-2 + (2 * of_count) ** -2 == pytest.approx(z**-2)
+    assert of_bits == n / 20
+    # a client moves the sum of bits by 1/2
+    assert of_change**-2 + (0.5 / of_bits) ** 2 == pytest.approx(z**-2)
 
 
-def test_so_much_noise_that_none_is_left_for_the_count_is_refused():
-    with pytest.raises(ValueError, match="below 2"):
+def test_so_much_noise_that_none_is_left_for_the_bits_is_refused():
+    with pytest.raises(ValueError, match=r"below 2, got 2\.\n  Set clipping = 'fixed'"):
         split_noise(2.0, num_clients=20)
 
 
-def test_the_guard_moves_its_norm_by_the_noised_count():
+def test_the_guard_moves_its_norm_by_the_noised_share():
     algorithm = guard(
         0.5, 20, clipping="adaptive", clip_norm=1.0, noise=lambda r: lambda s, std: torch.zeros(s)
     )
@@ -281,3 +289,84 @@ def test_the_guard_moves_its_norm_by_the_noised_count():
     expected = math.exp(-0.2 * (5 / 20 - 0.5))
     assert float(after.extra[PURPOSE]["clip_norm"]) == pytest.approx(expected)
     assert expected > 1
+
+
+def test_whoever_does_not_answer_counts_as_half_within_the_norm():
+    algorithm = guard(0.0, 20, clipping="adaptive", quantile=0.8)
+    state = state_of(algorithm)
+    updates = [update(f"c{i}", delta(i, 1e-3)) for i in range(6)]
+    after = algorithm.step(state, algorithm.combine(state, updates))
+    expected = math.exp(-0.2 * ((6 + 14 / 2) / 20 - 0.8))
+    assert float(after.extra[PURPOSE]["clip_norm"]) == pytest.approx(expected)
+
+
+# --- neighbours, by brute force -------------------------------------------------------------------
+
+
+def release(z: float, planned: int, updates: list, clipping: str) -> list[float]:
+    """Everything that a round releases, without its noise, in standard deviations of that noise.
+
+    The guard is a black box: how far the noise of the bits moves the next norm is measured.
+    """
+
+    def combined(push: float) -> tuple[Change, dict[bool, float]]:
+        stds: dict[bool, float] = {}
+
+        def draw(shape, std):
+            is_bits = tuple(shape) == (1,)
+            stds[is_bits] = std
+            return torch.full(tuple(shape), push if is_bits else 0.0)
+
+        algorithm = guard(z, planned, noise=lambda round_: draw, clipping=clipping)
+        return change_of(algorithm, updates), stds
+
+    (still, stds), (pushed, _) = combined(0.0), combined(1.0)
+    values = torch.cat([still.delta[n].double().flatten() for n in sorted(SHAPES)])
+    found = (values * planned / stds[False]).tolist()
+    if clipping == "fixed":
+        return found
+    now, then = (math.log(float(c.extra[PURPOSE]["clip_norm"])) for c in (still, pushed))
+    assert then != now, "the bits have no noise"
+    return [*found, now / abs(then - now) / stds[True]]
+
+
+def cohorts() -> list[list]:
+    """Clients below, at and above the norm of 1, with and without a change; few and all answer."""
+    sizes = (0.0, 0.3, 1.0, 1.000001, 40.0)
+    mixed = [(n, sizes[n % len(sizes)]) for n in range(20)]
+    found = [mixed, mixed[:7], mixed[:2], [(n, 40.0) for n in range(20)], [(1, 0.0), (2, 0.0)]]
+    ways = {n: delta(n) for n in range(20)}
+    return [
+        [
+            update(
+                f"c{n:02d}", {k: t.double() * size / l2_norm(ways[n]) for k, t in ways[n].items()}
+            )
+            for n, size in cohort
+        ]
+        for cohort in found
+    ]
+
+
+@pytest.mark.parametrize("clipping", ["fixed", "adaptive"])
+@pytest.mark.parametrize("z", [0.5, 1.5, 1.9])
+def test_no_absent_client_moves_sum_and_bits_together_by_more_than_is_charged(z, clipping):
+    """Bits of 0 and 1 were once charged as if they were half as far apart: 1.094 for 0.667."""
+    furthest = 0.0
+    for updates in cohorts():
+        whole = release(z, 20, updates, clipping)
+        for left_out in range(len(updates)):
+            others = updates[:left_out] + updates[left_out + 1 :]
+            furthest = max(furthest, math.dist(whole, release(z, 20, others, clipping)))
+    assert furthest <= 1 / z * (1 + 1e-4)
+    assert furthest >= 1 / z * (1 - 1e-4), "the charge is tight"
+
+
+@pytest.mark.parametrize("clipping", ["fixed", "adaptive"])
+def test_no_client_in_place_of_another_moves_both_by_more_than_twice_as_much(clipping):
+    z = 1.5
+    (_, some, *_) = cohorts()
+    own = {k: t.double() / l2_norm(delta(3)) for k, t in delta(3).items()}
+    there = [{k: size * t for k, t in own.items()} for size in (-40.0, -1.0, 0.0, 1.0, 40.0)]
+    found = [release(z, 20, [*some, update("x", change)], clipping) for change in there]
+    furthest = max(math.dist(one, other) for one in found for other in found)
+    assert furthest == pytest.approx(2 / z, rel=1e-4)

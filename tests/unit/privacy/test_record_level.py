@@ -18,7 +18,13 @@ from silotune.models.base import ModelConfig, quiet_libraries
 from silotune.models.loading import load_model, read_adapter, write_adapter
 from silotune.privacy import record_level
 from silotune.privacy.accountant import Steps, noise_for, spent, spent_in_all, third_opinion
-from silotune.privacy.noise import secure_noise, secure_uniform, seeded_noise, seeded_uniform
+from silotune.privacy.noise import (
+    secure_noise,
+    secure_seeds,
+    secure_uniform,
+    seeded_noise,
+    seeded_uniform,
+)
 from silotune.privacy.record_level import RowGuard, draw_lots, row_norms
 from silotune.training.loop import TrainConfig, plan_lots, train
 from silotune.training.row_gradient_check import check_row_gradients
@@ -37,7 +43,13 @@ def quiet(shape, std):
 
 
 def guard_of(clip_norm=1e9, z=0.0, lot_size=4.0, noise=quiet):
-    return RowGuard(clip_norm=clip_norm, noise_multiplier=z, lot_size=lot_size, noise=noise)
+    return RowGuard(
+        clip_norm=clip_norm,
+        noise_multiplier=z,
+        lot_size=lot_size,
+        noise=noise,
+        seeds=secure_seeds,
+    )
 
 
 @pytest.fixture(scope="module", params=["instruct", "classify"])
@@ -69,7 +81,7 @@ def case(request, tiny_model, tmp_path_factory):
         p.requires_grad_(True)
     for module in loaded.model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # rows are compared with and without others
+            module.p = 0.0  # rows are compared one by one; test_row_dropout.py has dropout on
     return loaded, task, task.prepare(rows, loaded.tokenizer, 128).examples, start
 
 

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from silotune.core.types import ServerState
 from silotune.data.reading import TaskRow
 from silotune.federation.client import Worker
 from silotune.federation.client_privacy import Protection, plan_of_client
-from silotune.federation.privacy_guarantee import with_privacy
+from silotune.federation.privacy_guarantee import Promise, with_privacy
 from silotune.federation.privacy_statement import statement
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
@@ -45,6 +45,7 @@ from silotune.workflows.audit.bounds import exposure
 from silotune.workflows.audit.canary_clients import CanaryClients, Protect
 from silotune.workflows.audit.canary_rows import CanaryRow, draw_canaries, with_canaries
 from silotune.workflows.audit.membership import drawn_rows, infer_membership, losses
+from silotune.workflows.audit.released_norm import replay
 from silotune.workflows.audit.result import claim_of, result_of
 from silotune.workflows.check import Checked, check
 from silotune.workflows.folders import place_for
@@ -235,7 +236,24 @@ def _with_clients(
         notes.append(f"a round asks {asked} of them, so each canary reveals less")
     scores = clients.scores(first, last.adapter)
     told = result_of(clients.coins, scores, statement(run, folder), notes)
+    told |= _with_replays(run, told["privacy"]["promise"], progress)
+    told["is_refuted"] |= told.get("released_norm", {}).get("is_refuted", False)
     return {"attack": "canary clients", **told}
+
+
+def _with_replays(run: RunConfig, promise: Promise, progress: Progress) -> dict[str, Any]:
+    """Attack the clip norm that every round releases; nothing if it is fixed."""
+    if run.privacy.clipping == "fixed" or promise["noise_multiplier"] == 0:
+        return {}
+    progress.note("replaying the guard")
+    found = replay(
+        run.privacy,
+        noise_multiplier=promise["noise_multiplier"],
+        num_planned=promise["num_planned"],
+        rounds=run.rounds,
+        seed=run.seed,
+    )
+    return {"released_norm": asdict(found)}
 
 
 def _own_noise_of(run: RunConfig) -> Protect:

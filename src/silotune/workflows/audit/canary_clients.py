@@ -94,8 +94,9 @@ Protect = Callable[[dict[str, Tensor], str, int], dict[str, Tensor]]
 class CanaryClients:
     """Implements `Clients`: the clients of `inner`, with canaries among them.
 
-    A canary that is in sends the same secret random direction in every round. One that is out sends
-    zeros. These two are neighbours in the guarantee. Canaries have no rows and are not scored.
+    A canary that is in sends the same secret random direction in every round. One that is out never
+    answers if the noise is at the server, and so is not asked; otherwise it sends zeros. These two
+    are neighbours in the guarantee. Canaries have no rows and are not scored.
 
     Args:
         inner: The real clients.
@@ -131,8 +132,10 @@ class CanaryClients:
         self._layout, self._settings, self._seed = layout, settings, seed
 
     def names(self) -> Sequence[str]:
-        """All clients, sorted."""
-        return sorted([*self.inner.names(), *self.canaries])
+        """All clients that answer, sorted."""
+        pairs = zip(self.canaries, self.coins, strict=True)
+        present = [name for name, coin in pairs if coin or self._protect is not None]
+        return sorted([*self.inner.names(), *present])
 
     def num_rows(self) -> Mapping[str, Mapping[str, int]]:
         """The real clients' rows, and one for each canary: the weight of its update."""

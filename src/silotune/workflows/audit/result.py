@@ -6,6 +6,7 @@ from typing import Any
 
 from silotune.workflows.audit.bounds import epsilon_lower_bound
 from silotune.workflows.audit.canary_clients import guess, num_guesses
+from silotune.workflows.audit.released_norm import norm_lines
 
 CONFIDENCE = 0.95
 LOWER = (
@@ -95,6 +96,7 @@ def audit_lines(found: Mapping[str, Any]) -> list[str]:
         f"{found['epsilon_lower_bound_at_most']:.3f}",
         f"claimed: {claimed}",
         f"verdict: {found['verdict']}",
+        *norm_lines(found),
         *(_exposure_line(name, own) for name, own in found.get("exposure", {}).items()),
         *notes,
     ]
