@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requir
 EXTRAS ?=
 comma := ,
 
-.PHONY: env dev demo test unit slow check format bench bench-deploy docs lock sbom clean
+.PHONY: env dev demo test unit slow fuzz kills check format bench bench-deploy docs lock sbom clean
 
 env: $(VENV)/.installed $(if $(EXTRAS),$(VENV)/.with-$(subst $(comma),-,$(EXTRAS)))
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -39,6 +39,14 @@ unit: dev
 
 slow: dev
 	$(BIN)/pytest tests -m slow
+
+# Malformed input of nine kinds, and kill -9 at random moments: each prints a table and takes most of an hour.
+SEED ?= 1
+fuzz: dev
+	$(BIN)/python -m tests.fuzz --seed $(SEED)
+
+kills: dev
+	$(BIN)/python -m tests.fuzz.kills --seed $(SEED)
 
 check: dev
 	$(BIN)/ruff format --check src tests benchmarks examples

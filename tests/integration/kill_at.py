@@ -1,6 +1,7 @@
 """Runs a recipe and kills its own process with SIGKILL at a named point; for test_resume.py."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def half_written(number):
     atomic_files.save_file = wrapper
 
 
+def half_removed(name):
+    """Die when half of a checkpoint is removed."""
+    real = shutil.rmtree
+
+    def rmtree(path, *args, **kwargs):
+        files = sorted(Path(path).glob("*.safetensors")) if name in str(path) else []
+        if files and Path(path).parent.name == "checkpoints":
+            files[0].unlink()
+            die()
+        return real(path, *args, **kwargs)
+
+    shutil.rmtree = rmtree
+
+
 # 3 clients, 3 rounds: a round writes a memory and an update per client, then adapter and extra of
 # its checkpoint: 8 files
 POINTS = {
@@ -55,6 +70,8 @@ POINTS = {
     "between the files of a checkpoint": lambda: on_call(run_folder, "save_tensors", 4),
     "before a checkpoint is renamed": lambda: on_call(Path, "rename", 3),
     "before old spools are dropped": lambda: on_call(run_folder.RunFolder, "_prune", 2),
+    "before the last spool is dropped": lambda: on_call(run_folder.RunFolder, "_prune", 3),
+    "while the last old checkpoint is removed": lambda: half_removed("round-00002"),
     "while the last adapter is scored": lambda: on_call(rounds, "score_rows", 1),
     "before the summary": lambda: on_call(silotune.workflows.write_results, "summarise", 1),
 }

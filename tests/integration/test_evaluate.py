@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
+from silotune.core.checksums import list_files
 from silotune.core.errors import ModelError
 from silotune.results import run as finished_run
 from tests.conftest import build_tiny_model, write_jsonl, write_tiny_recipe
@@ -163,6 +164,7 @@ def test_an_adapter_that_does_not_fit_is_named(done, tmp_path):
     recipe = (place / "recipe.toml").read_text("utf-8")
     assert "rank = 2" in recipe
     (place / "recipe.toml").write_text(recipe.replace("rank = 2", "rank = 3"), "utf-8")
+    list_files(place, ["recipe.toml"])
     with pytest.raises(ModelError, match=r"adapter does not fit[\s\S]*has shape"):
         silotune.Run(place).load()
 

@@ -37,8 +37,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path, point):
     assert {k: done.summary[k] for k in same} == {k: untouched.summary[k] for k in same}
     rows = [(r["event"], r["round"], r.get("client")) for r in done.metrics]
     assert len(rows) == len(set(rows))
-    leftovers = [p for p in out.rglob("*") if p.name.endswith(".part")]
+    leftovers = [p for p in out.rglob("*") if p.name.endswith((".part", ".gone"))]
     assert not leftovers
+    assert not (out / "spool").exists()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["round-00003"]
 
 
 def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkeypatch):

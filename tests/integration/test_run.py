@@ -162,7 +162,17 @@ def test_the_model_card_says_what_was_trained_and_what_is_not_protected(finished
 
 def test_nothing_in_a_run_folder_is_a_pickle(finished):
     kinds = {p.suffix for p in finished[0].path.rglob("*") if p.is_file()}
-    assert kinds <= {".json", ".jsonl", ".toml", ".safetensors", ".md", ".html", ".jinja", ".lock"}
+    assert kinds <= {
+        ".json",
+        ".jsonl",
+        ".toml",
+        ".safetensors",
+        ".md",
+        ".html",
+        ".jinja",
+        ".lock",
+        ".sha256",
+    }
 
 
 def test_ask_answers_with_the_adapter_or_the_base(finished):

@@ -130,16 +130,15 @@ def pretrain_teacher(
     Later runs can use the model folder as distill.teacher.
     """
     with errors_as_exit_codes():
-        from json import loads
-
         import silotune
         from silotune.cli import results
+        from silotune.core.reading_back import read_object
         from silotune.federation.progress import pick_progress
 
         place = silotune.pretrain_teacher(
             recipe, overrides or (), out=out, progress=pick_progress()
         )
-        record = loads((place / "teacher.json").read_text(encoding="utf-8"))
+        record = read_object(place / "teacher.json", fix="Train the teacher again.")
         if json:
             print_json(record)
         else:

@@ -1,6 +1,7 @@
 """Atomic files: written to a temporary file next to their place, then renamed into it.
 
 They hold what a run or a client knows, so they and their folders are readable by their owner only.
+A file of tensors holds the SHA-256 of its contents, which is compared whenever it is read.
 """
 
 # safetensors ships no type stubs, so strict checking would report every value from it
@@ -13,12 +14,14 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from silotune.core.errors import DiskError, RunFolderError
+from silotune.core.reading_back import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor  # torch is imported where it is used: most files hold no tensors
@@ -62,7 +65,8 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
         if part is not None and part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         elif part is not None:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # as in a folder that may not be written
+                part.unlink(missing_ok=True)
         why = (isinstance(error, OSError) and error.strerror) or str(error)
         raise DiskError(
             f"{path} cannot be written: {why}.\n"
@@ -109,7 +113,7 @@ def written_rows(path: Path) -> list[dict[str, Any]]:
     """The rows that `write_rows` wrote; empty if there is no such file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_rows(path, fix="Restore it from a copy, or start again in a new folder.")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -117,33 +121,77 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+SHA256 = "sha256"
+"""The metadata of a safetensors file that holds the SHA-256 of everything else in it."""
+
+
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, about: Mapping[str, str]) -> None:
-    """Write a safetensors file completely or not at all."""
+    """Write a safetensors file completely or not at all, with the SHA-256 of its contents.
+
+    Args:
+        path: Where to write it.
+        tensors: Its contents, by name.
+        about: Its metadata.
+    """
     from safetensors.torch import save_file
 
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with _whole(path) as part:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata=dict(about))
+        save_file(whole, part, metadata={**about, SHA256: _digest(whole, about)})
         with part.open("rb+") as file:
             os.fsync(file.fileno())
 
 
-def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
-    """Read a safetensors file and its metadata.
+def load_tensors(
+    path: Path,
+    *,
+    fix: str = "Remove its folder and resume; the run continues from what is left.",
+) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """Read a file of `save_tensors`: its tensors and its metadata.
+
+    Args:
+        path: The file.
+        fix: How the user can fix a damaged file: the second line of the error.
 
     Raises:
-        RunFolderError: The file is damaged.
+        RunFolderError: The file is missing, damaged, or without a SHA-256.
     """
     from safetensors.torch import load_file
 
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(file.metadata() or {})
-        return load_file(path), about
-    except (SafetensorError, OSError) as error:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}\n  {fix}") from error
+    _compare(path, tensors, about, fix)
+    return tensors, about
+
+
+def _digest(tensors: Mapping[str, "Tensor"], about: Mapping[str, str]) -> str:
+    """The SHA-256 of metadata, names, dtypes, shapes and values."""
+    import torch
+
+    found = sha256(json.dumps(sorted(about.items())).encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        found.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _compare(path: Path, tensors: Mapping[str, "Tensor"], about: dict[str, str], fix: str) -> None:
+    """Compare a file with its SHA-256, which is removed from `about`."""
+    expected = about.pop(SHA256, None)
+    if expected is None:
         raise RunFolderError(
-            f"{path} is damaged: {error}\n"
-            "  Remove its folder and resume; the run continues from what is left."
-        ) from error
+            f"{path} has no SHA-256: an earlier version of silotune wrote it, or it is damaged.\n"
+            "  Finish the run with the version that began it, or start a new run."
+        )
+    if _digest(tensors, about) != expected:
+        raise RunFolderError(
+            f"{path} is damaged: it does not match the SHA-256 that was written with it.\n  {fix}"
+        )
 
 
 # --- many tensors as a few flat arrays --------------------------------------------------------
@@ -173,8 +221,9 @@ def save_rows(path: Path, tensors: Mapping[str, "Tensor"], *, about: str, sync: 
         layout.setdefault(dtype, []).append((name, list(tensor.shape)))
         parts.setdefault(dtype, []).append(tensor.reshape(-1))
     rows = {dtype: torch.cat(own) for dtype, own in parts.items()}
+    known = {"layout": json.dumps(layout), "about": about}
     with _whole(path) as part:
-        save_file(rows, part, metadata={"layout": json.dumps(layout), "about": about})
+        save_file(rows, part, metadata={**known, SHA256: _digest(rows, known)})
         if sync:
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -184,22 +233,15 @@ def load_rows(path: Path) -> "tuple[dict[str, Tensor], str]":
     """Undo `save_rows`.
 
     Raises:
-        RunFolderError: The file is damaged.
+        RunFolderError: The file is missing, damaged, or without a SHA-256.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            known = file.metadata()
-            rows = {dtype: file.get_tensor(dtype) for dtype in file.keys()}  # noqa: SIM118
-        tensors: dict[str, Tensor] = {}
-        for dtype, own in json.loads(known["layout"]).items():
-            pieces = rows[dtype].split([math.prod(shape) for _, shape in own])
-            for (name, shape), piece in zip(own, pieces, strict=True):
-                tensors[name] = piece.view(shape)
-        return tensors, known["about"]
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise RunFolderError(
-            f"{path} is damaged: {error}\n  Remove it and resume; its client is asked again."
-        ) from error
+    rows, known = load_tensors(path, fix="Remove it and resume; its client is asked again.")
+    tensors: dict[str, Tensor] = {}
+    for dtype, own in json.loads(known["layout"]).items():
+        pieces = rows[dtype].split([math.prod(shape) for _, shape in own])
+        for (name, shape), piece in zip(own, pieces, strict=True):
+            tensors[name] = piece.view(shape)
+    return tensors, known["about"]
 
 
 def boot_id() -> str:
@@ -210,6 +252,17 @@ def boot_id() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return ""
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: it is there with everything, or gone.
+
+    It is renamed aside first, so that a kill halfway leaves no half folder under its name.
+    """
+    aside = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def build_folder(final: Path, build: Callable[[Path], None]) -> Path:

@@ -4,7 +4,6 @@ For files other than recipes: a client's configuration, a consortium, kits. Reci
 mistakes in more detail (recipes/mistakes.py).
 """
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from silotune.core.errors import ConfigError
-from silotune.core.wording import did_you_mean
+from silotune.core.reading_back import read_toml, reason
+from silotune.core.wording import counted, did_you_mean, shortened
+
+MOST_SHOWN = 30
+"""Mistakes of one file that are explained; the others are counted."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -40,19 +43,24 @@ def read_table(
     try:
         if path.stat().st_size > most_bytes:
             raise ConfigError(f"{path} is too large for a {what or 'settings file'}.")
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.\n  Fix the file.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {reason(error)}.\n  Fix the file.") from error
+    table = read_toml(path, fix="Fix the file.", error=ConfigError)
     try:
         return kind.model_validate({**(unless_said or {}), **table})
     except ValidationError as error:
-        lines = [_explain(kind, item["type"], item["loc"], item["msg"]) for item in error.errors()]
+        found = error.errors()
+        lines = [
+            _explain(kind, item["type"], item["loc"], item["msg"]) for item in found[:MOST_SHOWN]
+        ]
+        if len(found) > MOST_SHOWN:
+            lines.append(f"and {counted(len(found) - MOST_SHOWN, 'more mistake')}.")
         head = f"{path} is not a {what}:" if what else f"mistakes in {path}:"
         raise ConfigError("\n  ".join([head, *lines])) from None
 
 
 def _explain(kind: type[BaseModel], type_: str, where: tuple[int | str, ...], text: str) -> str:
-    key = ".".join(map(str, where))
+    key = shortened(".".join(map(str, where)))
     if type_ == "extra_forbidden":
         return f"{key}: unknown key.{did_you_mean(str(where[-1]), _keys(kind, where[:-1]))}"
     return f"{key}: is missing." if type_ == "missing" else f"{key}: {text}."

@@ -1,5 +1,6 @@
 """The plain values that travel between the parts of a run. Frozen data, no behaviour, no I/O."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_origin
@@ -64,9 +65,13 @@ class Config(BaseModel):
 
     A value has the type that its field says: true is no number, and "1" is none either. Where a
     limit is meant, pydantic's conversions would turn a slip into a wrong limit.
+
+    Every number is finite, and no integer is beyond `LARGEST`, unless a field has a narrower range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -75,6 +80,32 @@ class Config(BaseModel):
         if Any not in wanted:
             _check_scalars(given, wanted)
         return given
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _keep_numbers_in_range(cls, value: Any) -> Any:
+        for number in _numbers(value):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError("should be a finite number")
+            if abs(number) > LARGEST and isinstance(number, int):
+                raise ValueError(f"should be between -{LARGEST} and {LARGEST}")
+        return value
+
+
+LARGEST = 2**53
+"""Up to here, JSON and float64 hold every integer exactly; libraries take no larger ones."""
+
+
+def _numbers(value: object) -> Iterator[int | float]:
+    """The numbers in a value, also in lists and tables of options that no model describes."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in cast(Mapping[str, object], value).values():
+            yield from _numbers(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in cast(Sequence[object], value):
+            yield from _numbers(inner)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,19 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def shortened(text: str, most: int = 80) -> str:
+    """A text for an error message: its beginning, if it is long.
+
+    >>> shortened("a" * 100, most=3)
+    'aaa...'
+    """
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean 'x'?' with the known name closest to `name`; empty if none is close."""
+    if len(name) > 200:
+        return ""  # no name of ours is so long, and comparing takes long
     by_folded = {other.casefold(): other for other in known}
     near = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f" Did you mean '{by_folded[near[0]]}'?" if near else ""

@@ -4,7 +4,6 @@ Each is a run folder like any other, with two more files: server.json (what the 
 with it) and job.log (the run's output). A run that fails is retried from what it has finished.
 """
 
-import json
 import sys
 import time
 import tomllib
@@ -14,6 +13,7 @@ from typing import Any
 
 from silotune.core.atomic_files import free_place, write_json
 from silotune.core.errors import ConfigError
+from silotune.core.reading_back import read_object
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.supervisor import Note, Supervisor
 from silotune.federation.client_config import LOCATIONS
@@ -187,7 +187,7 @@ def _round(path: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads((path / ORDERS).read_text(encoding="utf-8"))
+    return read_object(path / ORDERS, fix=f"Restore it from a copy, or remove {path}.")
 
 
 def _write(path: Path, state: str, *, why: str = "", tries: int = 0, round_: int = 0) -> None:

@@ -5,7 +5,6 @@ run folders. So this process may be killed and restarted at any time: clients wa
 was under way resumes from what it had finished.
 """
 
-import json
 import signal
 import ssl
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import EngineError
+from silotune.core.reading_back import read_object
 from silotune.deployment.consortium.caddy import gate_command
 from silotune.deployment.consortium.certificates import (
     fingerprint,
@@ -173,7 +173,8 @@ class _Server:
         if write_leaves(self.private / "leaves", members):
             self.supervisor.tell(GATE, signal.SIGUSR1)
         path = self.engine / NODES
-        known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        fix = f"Remove {path.parent} and start the server again: all clients are registered again."
+        known = read_object(path, fix=fix) if path.is_file() else {}
         wanted = {name: fingerprint(own.key) for name, own in members.items()}
         gone = [name for name, own in known.items() if wanted.get(name) != own["key"]]
         now = time.monotonic()

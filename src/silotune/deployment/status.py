@@ -10,7 +10,7 @@ from silotune.core.wording import human_bytes
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.queue import runs_of, state_of
 from silotune.federation.metrics import Row
-from silotune.federation.roster import MEMBERS
+from silotune.federation.roster import MEMBERS, Roster
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.sections import usable_threads
 from silotune.runtime.flower.server_reports import PROGRESS
@@ -29,7 +29,7 @@ def status(folder: Path) -> dict[str, Any]:
     up = _is_up(engine)
     online = _online(engine) if up else {}
     members = folder / MEMBERS
-    nodes = json.loads(members.read_text(encoding="utf-8")) if members.is_file() else {}
+    nodes = Roster(members).nodes() if members.is_file() else {}
     return {
         "name": consortium.about.name,
         "up": up,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from silotune.core.algorithm import Algorithm, broadcast_extra, expected_extra, expected_layout
-from silotune.core.atomic_files import write_json
 from silotune.core.errors import ConfigError
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
@@ -143,7 +142,7 @@ def _write(
     folder: RunFolder, *, earlier: float, began: float, seconds: float, ended_by: str | None
 ) -> None:
     known = {"earlier": earlier, "began": began, "seconds": seconds, "ended_by": ended_by}
-    write_json(folder.path / FILE, known)
+    folder.write_json(FILE, known)
 
 
 def expected_seconds(rows: Sequence[Row]) -> tuple[float, float]:

@@ -97,7 +97,7 @@ class OwnRuntimeConfig(Config):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the first of cuda, mps and cpu that is available."""
-    threads: int = Field(default_factory=usable_threads, ge=1)
+    threads: int = Field(default_factory=usable_threads, ge=1, le=1024)
     """Number of CPU threads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Data type of the base model on this machine. Absent: the recipe's. Updates are always sent as

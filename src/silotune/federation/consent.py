@@ -76,7 +76,7 @@ def split_key(state: Path) -> int:
     """
     path = state / KEY
     if not path.is_file():
-        state.mkdir(parents=True, exist_ok=True)
+        make_folder(state)
         write_atomically(path, secrets.token_hex(8).encode())
         path.chmod(0o600)
     return int(path.read_text(encoding="ascii"), 16)

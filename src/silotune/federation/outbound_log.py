@@ -40,6 +40,12 @@ class Outbound:
         """Time spent on training for this run, including failed rounds."""
         return sum(line["seconds"] for line in self.sent() if line["asked"] == "train")
 
+    def last_update(self, *, before: int) -> int | None:
+        """The newest round before this one whose update has left; None if none has."""
+        said = (line["said"].get("update") for line in self.sent())
+        rounds = [int(update["round"]) for update in said if update is not None]
+        return max((r for r in rounds if r < before), default=None)
+
     def let_out(
         self,
         about: Mapping[str, Any],

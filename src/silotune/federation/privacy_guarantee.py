@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 from silotune.core.algorithm import Algorithm
-from silotune.core.atomic_files import write_json
 from silotune.core.errors import ConfigError
 from silotune.core.seeds import generator
 from silotune.core.wording import counted
@@ -205,7 +204,7 @@ def with_privacy(
     if promise is None:
         promise = promise_of(run, num_examples)
         if promise is not None:
-            write_json(folder.path / FILE, promise)
+            folder.write_json(FILE, promise)
     if promise is None or run.privacy.is_at_client:
         return algorithm
     return guarded(

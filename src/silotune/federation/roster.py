@@ -5,12 +5,12 @@ consortium. The server writes the file whenever a member joins or leaves; a run'
 it before each round.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from silotune.core.atomic_files import write_json
+from silotune.core.reading_back import read_object
 
 ABOUT = "consortium.toml"
 MEMBERS = Path("engine") / "members.json"
@@ -66,7 +66,8 @@ class Roster:
 
     def nodes(self) -> Mapping[str, int]:
         """The node of each client that is currently a member, sorted by name."""
-        return json.loads(self._path.read_text(encoding="utf-8"))
+        fix = "Remove it and start the server again, which writes it: silotune server up"
+        return read_object(self._path, fix=fix)
 
     def name_of(self, node: int) -> str | None:
         """The client whose key a node has; None if that client is no longer a member."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from silotune.core.types import Failure, Score
 from silotune.federation.metrics import Row
-from silotune.federation.run_folder import Spool
+from silotune.federation.spool import Spool
 from silotune.training.scoring import metrics
 
 

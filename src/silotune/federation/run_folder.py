@@ -1,7 +1,9 @@
 """The run folder: recipe, provenance, checkpoints, updates, metrics. Nothing is pickled.
 
 Every file appears complete or not at all: it is written next to its final place and then renamed.
-A kill at any moment therefore leaves a folder that can be resumed. docs/quickstart.md has a map.
+A kill at any moment therefore leaves a folder that can be resumed. What is read back is compared
+with a SHA-256 that was written with it: tensors with the one in their file, other files with the
+folder's list (core/checksums.py). docs/quickstart.md has a map.
 """
 
 import contextlib
@@ -9,123 +11,35 @@ import json
 import os
 import secrets
 import shutil
-import tomllib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from torch import Tensor
 
 from silotune.core.atomic_files import (
-    boot_id,
     build_folder,
-    load_rows,
     load_tensors,
     make_folder,
     owner_only,
-    save_rows,
+    remove_folder,
     save_tensors,
     write_atomically,
+    write_json,
     write_rows,
     writing,
 )
-from silotune.core.errors import RunFolderError
-from silotune.core.types import Score, ServerState, Update
+from silotune.core.checksums import FILE as CHECKSUMS
+from silotune.core.checksums import check_listed, list_files, listed, take_off
+from silotune.core.errors import DiskError, RunFolderError
+from silotune.core.reading_back import parse_json, read_json, read_text, read_toml
+from silotune.core.types import ServerState
 from silotune.federation.client_memory import folder_name
 from silotune.federation.metrics import Row, held_out_losses
+from silotune.federation.spool import Spool
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
-
-
-class Spool:
-    """The accepted updates of one round, one file each, read one at a time in name order.
-
-    Once `add` returns, the file survives any end of this process, even kill -9. `add` does not wait
-    for the disk, because that would take longer than all other work on an update. A power failure
-    could therefore leave a file whose values are zeros, so a spool from before the last boot is
-    dropped and its clients are asked again. The checkpoint that replaces the spool does wait for
-    the disk.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._boot = folder / "boot"
-        self._reports: dict[str, Update] = {}
-        if not folder.is_dir():
-            return
-        # left by a process that ended during this round
-        if not self._boot.is_file() or self._boot.read_text(encoding="ascii") != boot_id():
-            self.remove()
-        for path in folder.glob("*.safetensors"):
-            try:
-                update = _read_update(path)
-            except (RunFolderError, LookupError, TypeError, ValueError):
-                path.unlink()  # not a complete file of ours: its client is asked again
-            else:
-                self._reports[update.client] = _without_tensors(update)
-
-    def add(self, update: Update) -> None:
-        """Write an update to the spool; from then on, a crash does not lose it."""
-        here = boot_id()
-        if not self._boot.is_file():
-            make_folder(self.folder)
-            self._boot.write_text(here, encoding="ascii")
-        tensors = {f"delta/{name}": t for name, t in update.delta.items()}
-        for key, state in update.extra.items():
-            tensors |= {f"extra/{key}/{name}": t for name, t in state.items()}
-        facts = {k: v for k, v in vars(update).items() if k not in ("delta", "extra", "score")}
-        facts["score"] = asdict(update.score) if update.score else None
-        save_rows(self._path(update.client), tensors, about=json.dumps(facts), sync=not here)
-        self._reports[update.client] = _without_tensors(update)
-
-    def _path(self, client: str) -> Path:
-        return self.folder / f"{folder_name(client)}.safetensors"
-
-    def names(self) -> list[str]:
-        """The clients whose updates are here, sorted."""
-        return sorted(self._reports)
-
-    def reports(self) -> list[Update]:
-        """The updates without their tensors, in name order. Nothing is read from disk."""
-        return [self._reports[client] for client in self.names()]
-
-    def __len__(self) -> int:
-        return len(self._reports)
-
-    def __iter__(self) -> Iterator[Update]:
-        for client in self.names():
-            yield _read_update(self._path(client))
-
-    def discard(self, client: str) -> None:
-        """Remove one client's update: it is not used."""
-        self._path(client).unlink()
-        del self._reports[client]
-
-    def remove(self) -> None:
-        """Remove the round's updates: a checkpoint holds their result."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _without_tensors(update: Update) -> Update:
-    return replace(update, delta={}, extra={})
-
-
-def _read_update(path: Path) -> Update:
-    tensors, about = load_rows(path)
-    delta: dict[str, Tensor] = {}
-    extra: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, rest = name.split("/", 1)
-        if kind == "delta":
-            delta[rest] = tensor
-        else:
-            key, rest = rest.split("/", 1)
-            extra.setdefault(key, {})[rest] = tensor
-    facts = json.loads(about)
-    found = facts.pop("score")
-    score = found and Score(**{**found, "label_counts": tuple(map(tuple, found["label_counts"]))})
-    return Update(delta=delta, extra=extra, score=score, **facts)
 
 
 class RunFolder:
@@ -135,6 +49,10 @@ class RunFolder:
     """The file that marks a folder as a run folder."""
     KIND = "run"
     COMMAND = "silotune run"
+    RESULT = "summary.json"
+    """The file that marks it as finished."""
+    MADE_AGAIN = ("summary.json", "split.json", "samples.json", "adapter/")
+    """What a resume writes again from the last checkpoint, if there is no `RESULT`."""
 
     def __init__(self, path: Path, run: RunConfig) -> None:
         self.path = path
@@ -162,6 +80,7 @@ class RunFolder:
             make_folder(part)
             with open(part / cls.RECIPE, "w", encoding="utf-8", opener=owner_only) as file:
                 file.write(to_toml(run))
+            list_files(part, [cls.RECIPE])
             part.rename(path)
         except OSError as error:
             raise RunFolderError(
@@ -174,7 +93,8 @@ class RunFolder:
         """Open an existing run folder.
 
         Raises:
-            RunFolderError: It is not a run folder.
+            RunFolderError: It is not a run folder, its recipe has changed since it was written, or
+                an earlier version of silotune wrote it.
         """
         recipe = path / cls.RECIPE
         if not recipe.is_file():
@@ -184,8 +104,17 @@ class RunFolder:
                 f"  Give the folder that a {cls.KIND} printed, for example "
                 "runs/2026-01-31-120000-demo."
             )
-        table = tomllib.loads(recipe.read_text(encoding="utf-8"))
-        return cls(path, parse(table, name=str(recipe)))
+        if cls.RECIPE not in listed(path):
+            files = f"{cls.RECIPE} $(ls -d *.json *.jsonl adapter/* 2>/dev/null)"
+            raise RunFolderError(
+                f"{path} has no SHA-256 of its {cls.RECIPE}: an earlier version of silotune wrote "
+                f"it, or {CHECKSUMS} is damaged.\n  Restore {CHECKSUMS} from a copy. If nothing in "
+                "a finished folder has changed since, write it:\n"
+                f"  cd {path} && sha256sum {files} > {CHECKSUMS}"
+            )
+        fix = f"Restore it, or start a new {cls.KIND} with the changed recipe."
+        check_listed(path, cls.RECIPE, fix=fix)
+        return cls(path, parse(read_toml(recipe, fix=fix), name=str(recipe)))
 
     def has_begun(self) -> bool:
         """Whether any round has left an update, metrics or a checkpoint."""
@@ -197,7 +126,7 @@ class RunFolder:
         path = self.path / "run-id"
         if not path.exists():
             write_atomically(path, secrets.token_hex(16).encode())
-        return path.read_text(encoding="utf-8")
+        return read_text(path, fix="Remove it and resume: the engine then sees a new run.")
 
     def remove(self) -> None:
         """Delete the folder and everything in it."""
@@ -216,7 +145,7 @@ class RunFolder:
             # Windows has no advisory locks: the user must not run two processes on one folder
             yield
             return
-        with open(self.path / "run.lock", "w", opener=owner_only) as file:
+        with _open_lock(self.path / "run.lock") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -243,19 +172,20 @@ class RunFolder:
     # --- checkpoints
 
     def _checkpoints(self) -> dict[int, Path]:
-        folder = self.path / "checkpoints"
-        found = {
-            int(p.name.removeprefix("round-")): p for p in folder.glob("round-*") if p.is_dir()
-        }
-        return dict(sorted(found.items()))
+        return dict(sorted(_rounds_in(self.path / "checkpoints").items()))
 
     def load_state(self, round_: int | None = None) -> ServerState | None:
-        """The state after a checkpointed round, by default the newest; None if there is none."""
+        """The state after a checkpointed round, by default the newest; None if there is none.
+
+        Raises:
+            RunFolderError: The checkpoint is damaged, or the metrics of its rounds have changed.
+        """
         found = self._checkpoints()
         if not found:
             return None
         at = max(found) if round_ is None else round_
-        adapter, _ = load_tensors(found[at] / "adapter.safetensors")
+        adapter, about = load_tensors(found[at] / "adapter.safetensors")
+        self._check_metrics(about)
         flat, _ = load_tensors(found[at] / "extra.safetensors")
         extra: dict[str, dict[str, Tensor]] = {}
         for key, tensor in flat.items():
@@ -277,7 +207,8 @@ class RunFolder:
         shutil.rmtree(part, ignore_errors=True)
         make_folder(part)
         about = {"round": str(state.round)}
-        save_tensors(part / "adapter.safetensors", state.adapter, about=about)
+        seen = {**about, **self._metrics_so_far()}
+        save_tensors(part / "adapter.safetensors", state.adapter, about=seen)
         flat = {f"{key}/{n}": t for key, s in state.extra.items() for n, t in s.items()}
         save_tensors(part / "extra.safetensors", flat, about=about)
         shutil.rmtree(final, ignore_errors=True)
@@ -291,15 +222,23 @@ class RunFolder:
         if self.run.checkpoint.keep != "all":
             for round_, path in self._checkpoints().items():
                 if round_ not in keep:
-                    shutil.rmtree(path)
-        for spool in (self.path / "spool").glob("round-*"):
-            if int(spool.name.removeprefix("round-")) <= newest:
-                shutil.rmtree(spool)
+                    remove_folder(path)
+        for round_, spool in _rounds_in(self.path / "spool").items():
+            if round_ <= newest:
+                remove_folder(spool)
+
+    def clear_away(self) -> None:
+        """Remove what only unfinished rounds need, and what a kill has left of it."""
+        self._prune(max(self._checkpoints()))
+        shutil.rmtree(self.path / "spool", ignore_errors=True)
+        for left in (self.path / "checkpoints").glob(".round-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def best_round(self) -> int | None:
         """The checkpointed round whose adapter has the lowest overall held-out loss."""
         scored = held_out_losses(self.metrics())
-        there = [r for r in self._checkpoints() if r in scored and r > 0]
+        whole = (r for r, p in self._checkpoints().items() if (p / "adapter.safetensors").is_file())
+        there = [r for r in whole if r in scored and r > 0]
         return min(there, key=lambda r: (scored[r], r), default=None)
 
     # --- metrics
@@ -309,14 +248,53 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def metrics(self) -> list[Row]:
-        """All rows written so far. A half-written line is skipped: its round is repeated."""
-        if not self._metrics_path.exists():
+        """All rows written so far. A half-written last line is skipped: its round is repeated.
+
+        Raises:
+            RunFolderError: The file is damaged.
+        """
+        path = self._metrics_path
+        if (self.path / self.RESULT).exists():  # before, it grows
+            self._check("metrics.jsonl")
+        if not path.exists():
             return []
         rows: list[Row] = []
-        for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # truncated by a kill or a full disk
-                rows.append(json.loads(line))
+        lines = read_text(path, fix=self._fix("metrics.jsonl")).splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = parse_json(line)
+                _ = int(row["round"]), str(row["event"])
+                rows.append(row)
+            except (ValueError, LookupError, TypeError) as error:
+                if number < len(lines) or line.endswith("\n"):  # not truncated by a kill
+                    raise RunFolderError(
+                        f"{path}, line {number}: this is not a row of metrics.\n"
+                        f"  {self._fix('metrics.jsonl')}"
+                    ) from error
         return rows
+
+    def _metrics_so_far(self) -> dict[str, str]:
+        """How long metrics.jsonl is, and its SHA-256: a checkpoint holds both."""
+        written = self._metrics_path.read_bytes() if self._metrics_path.exists() else b""
+        return {"metrics_bytes": str(len(written)), "metrics": sha256(written).hexdigest()}
+
+    def _check_metrics(self, about: Mapping[str, str]) -> None:
+        """Compare metrics.jsonl with a checkpoint; what was appended later is not looked at."""
+        try:
+            with self._metrics_path.open("rb") as file:
+                written = file.read(int(about["metrics_bytes"]))
+        except FileNotFoundError:
+            written = b""
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._metrics_path} cannot be read: {error.strerror}.\n"
+                f"  {self._fix('metrics.jsonl')}"
+            ) from error
+        if sha256(written).hexdigest() != about["metrics"]:
+            raise RunFolderError(
+                f"{self._metrics_path} has changed since the checkpoint of round {about['round']} "
+                f"was written.\n  {self._fix('metrics.jsonl')}"
+            )
 
     def append_metrics(self, rows: Iterable[Row]) -> None:
         """Append rows to metrics.jsonl."""
@@ -324,6 +302,7 @@ class RunFolder:
         if not lines:
             return
         path = self._metrics_path
+        take_off(self.path, path.name)
         with writing(path), open(path, "a", encoding="utf-8", opener=owner_only) as file:
             file.writelines(lines)
             file.flush()
@@ -335,15 +314,81 @@ class RunFolder:
             return
         # the adapter after round r is scored in round r + 1
         kept = [r for r in self.metrics() if r["round"] + (r["event"] == "evaluate") <= round_]
+        take_off(self.path, self._metrics_path.name)
         write_rows(self._metrics_path, kept)
 
     # --- results
 
     def read_json(self, name: str) -> Any:
-        """The contents of a JSON file in the folder, or None if it does not exist yet."""
+        """The contents of a JSON file in the folder, or None if it does not exist yet.
+
+        Raises:
+            RunFolderError: It is damaged, or it was written and is gone.
+        """
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.exists() and (name == self.RESULT or name not in listed(self.path)):
+            return None
+        self._check(name)
+        return read_json(path, fix=self._fix(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file in the folder, and list its SHA-256."""
+        take_off(self.path, name)
+        write_json(self.path / name, value)
+        list_files(self.path, [name])
 
     def install(self, name: str, build: Callable[[Path], None]) -> Path:
-        """Build a subfolder of the run folder; see `atomic_files.build_folder`."""
-        return build_folder(self.path / name, build)
+        """Build a subfolder of the run folder and list its files; see `build_folder`."""
+        take_off(self.path, f"{name}/")
+        place = build_folder(self.path / name, build)
+        files = sorted(p.relative_to(self.path).as_posix() for p in place.rglob("*") if p.is_file())
+        list_files(self.path, files)
+        return place
+
+    def check_files(self, name: str) -> None:
+        """Compare all files of an installed subfolder with their SHA-256.
+
+        Raises:
+            RunFolderError: One is gone or has changed, or none is listed.
+        """
+        files = [file for file in listed(self.path) if file.startswith(f"{name}/")]
+        if not files:
+            raise RunFolderError(
+                f"{self.path / name}: {CHECKSUMS} lists none of its files.\n  {self._fix(name)}"
+            )
+        for file in files:
+            self._check(file)
+
+    def list_record(self) -> None:
+        """List the files that grow during a run, once it is done."""
+        names = ("metrics.jsonl", "privacy.jsonl", "budget.json", "run-id")
+        list_files(self.path, [name for name in names if (self.path / name).is_file()])
+
+    def _check(self, name: str) -> None:
+        check_listed(self.path, name, fix=self._fix(name))
+
+    def _fix(self, name: str) -> str:
+        """How to fix a damaged file."""
+        if f"{name}/".startswith(self.MADE_AGAIN):
+            result = self.path / self.RESULT
+            return f"Remove {result} and resume, to have it written again: " + (
+                f"{self.COMMAND} --resume {self.path}"
+            )
+        return f"Restore it from a copy of the folder, or start a new {self.KIND}."
+
+
+def _open_lock(path: Path) -> IO[str]:
+    try:
+        return open(path, "w", opener=owner_only)
+    except OSError as error:
+        raise DiskError(
+            f"{path.parent} cannot be locked for this process: {error.strerror}.\n"
+            "  Make it writable for you, or resume a copy of it."
+        ) from error
+
+
+def _rounds_in(folder: Path) -> dict[int, Path]:
+    """The folders of rounds, by round."""
+    found = [p for p in folder.glob("round-*") if p.is_dir()]
+    numbers = [p.name.removeprefix("round-") for p in found]
+    return {int(n): p for n, p in zip(numbers, found, strict=True) if n.isdecimal()}

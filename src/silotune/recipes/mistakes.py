@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
-from silotune.core.wording import did_you_mean
+from silotune.core.wording import did_you_mean, shortened
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
 from silotune.models.adapters import AdapterConfig
@@ -54,7 +54,7 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
         item: The error as pydantic reports it.
         table: The entire recipe, which says which algorithm was chosen.
     """
-    key = ".".join(where)
+    key = shortened(".".join(where))
     match item["type"]:
         case "extra_forbidden":
             chosen = chosen_algorithm(table.get("algorithm", {}))
@@ -66,7 +66,7 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
                 )
             if where[0] == "algorithm" and others:
                 return f"{key}: is a key of {', '.join(others)}, not of {chosen}."
-            near = nearest_key(key, chosen)
+            near = nearest_key(".".join(where), chosen)
             return f"{key}: unknown key." + (f" Did you mean {near}?" if near else "")
         case "missing":
             return f"{key}: is missing."
@@ -90,12 +90,15 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
             return f"{key}: {item['ctx']['error']}."
         case _:
             given = item["input"]
-            shown = f", got {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+            is_plain = isinstance(given, (str, int, float, bool))
+            shown = f", got {shortened(repr(given))}" if is_plain else ""
             return f"{key}: {item['msg'].replace('Input should', 'should')}{shown}."
 
 
 def nearest_key(key: str, algorithm: str) -> str | None:
     """The known key that a mistyped one most likely means; dotted if the mistyped one is."""
+    if len(key) > 200:
+        return None  # no key is so long, and comparing takes long
     keys, last = list(known_keys(algorithm)), key.rsplit(".", 1)[-1]
     if elsewhere := [k for k in keys if k.rsplit(".", 1)[-1] == last]:  # in the wrong section
         return difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)[0]

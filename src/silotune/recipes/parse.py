@@ -12,11 +12,15 @@ import tomli_w
 from pydantic import ValidationError
 
 from silotune.core.errors import ConfigError
+from silotune.core.reading_back import parse_toml, reason
 from silotune.core.wording import counted, did_you_mean
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS, chosen_algorithm
 from silotune.recipes.contradictions import contradictions
 from silotune.recipes.mistakes import explain, nearest_key
 from silotune.recipes.schema import RunConfig
+
+MOST_SHOWN = 30
+"""Mistakes of one recipe that are explained; the others are counted."""
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -38,10 +42,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = _find(recipe)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = parse_toml(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise ConfigError(
-            f"{path}: not valid TOML: {error}.\n"
+            f"{path}: not valid TOML: {reason(error)}.\n"
             '  Fix the line. A recipe has lines such as rounds = 3 or data.path = "rows.csv".'
         ) from error
     problems: list[str] = []
@@ -91,7 +95,7 @@ def _find(recipe: str | Path) -> Path:
 def _apply(table: dict[str, Any], override: str) -> str | None:
     key, equals, text = override.partition("=")
     key = key.strip()
-    if not equals or not all(part.strip() for part in key.split(".")):
+    if not equals or not all(part.strip() for part in key.split(".")) or key.count(".") > 9:
         return f"override '{override}': write key=value, for example train.lr=5e-4"
     *sections, last = key.split(".")
     here = table
@@ -102,14 +106,17 @@ def _apply(table: dict[str, Any], override: str) -> str | None:
         here = cast(dict[str, Any], inner)
     if text.strip() == "none":
         here.pop(last, None)
-    else:
+        return None
+    try:
         here[last] = _value(text.strip())
+    except ValueError as error:
+        return f"override '{key}': {error}"
     return None
 
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 
@@ -133,9 +140,11 @@ def parse(
         except ValidationError as error:
             for item in error.errors():
                 where = _where(item["loc"])
+                # near names are sought for the mistakes that are shown only: each search is slow
+                is_shown = len(found) < MOST_SHOWN
                 if not _follows_from(item, where, bad):
-                    found.append(explain(where, item, table))
-                bad |= {where, _meant(where, item, table)}
+                    found.append(explain(where, item, table) if is_shown else ".".join(where))
+                bad |= {where, _meant(where, item, table)} if is_shown else {where}
                 _remove(rest, where)
             # as text, because true equals 1
             assert repr(rest) != repr(before), "a required field has no placeholder"
@@ -143,7 +152,9 @@ def parse(
     found += [f"{key}: {why}" for key, why in contradictions(config) if key not in keys]
     if found:
         head = f"{counted(len(found), 'mistake')} in recipe '{name}':"
-        raise ConfigError("\n  ".join([head, *found]))
+        more = len(found) - MOST_SHOWN
+        rest_of = [f"and {counted(more, 'more mistake')}."] if more > 0 else []
+        raise ConfigError("\n  ".join([head, *found[:MOST_SHOWN], *rest_of]))
     return config
 
 
@@ -157,10 +168,10 @@ def _meant(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> tuple
 
 def _follows_from(item: Any, where: tuple[str, ...], bad: Collection[tuple[str, ...]]) -> bool:
     """Whether a mistake only appears because another key was removed before."""
+    if item["type"] != "value_error":
+        return False
     names = {key[-1] for key in bad if key[:-1] == where}
-    return item["type"] == "value_error" and any(
-        re.search(rf"\b{name}\b", str(item["ctx"]["error"])) for name in names
-    )
+    return any(re.search(rf"\b{name}\b", str(item["ctx"]["error"])) for name in names)
 
 
 PLACEHOLDERS: dict[tuple[str, ...], Any] = {

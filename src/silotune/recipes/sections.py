@@ -96,7 +96,7 @@ class RuntimeConfig(Config):
     client in its own processes."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto uses the first of cuda, mps and cpu that is available."""
-    threads: int = Field(default_factory=usable_threads, ge=1)
+    threads: int = Field(default_factory=usable_threads, ge=1, le=1024)
     """Processor threads of every process that trains; by default all that this process may use. To
     repeat a run exactly, use the same number."""
     client_cpus: int | None = Field(default=None, ge=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from silotune.core.atomic_files import write_atomically
@@ -97,8 +98,15 @@ class Run:
         return RunFolder.open(self.path).run
 
     def adapter(self) -> AdapterState:
-        """The result's tensors by name, float32."""
-        return read_result(self.path / "adapter")
+        """The result's tensors by name, float32.
+
+        Raises:
+            RunFolderError: There is no result yet, or a file of it has changed since.
+        """
+        folder, place = RunFolder.open(self.path), self.path / "adapter"
+        if any(place.glob("*.safetensors")):
+            folder.check_files("adapter")
+        return read_result(place)
 
     def load(self) -> LoadedModel:
         """Load the base with the result in it.
@@ -241,7 +249,7 @@ def read_result(adapter: Path) -> dict[str, torch.Tensor]:
     """The tensors of a saved adapter or model, by name.
 
     Raises:
-        RunFolderError: There are none.
+        RunFolderError: There are none, or a file is damaged.
     """
     files = sorted(adapter.glob("*.safetensors"))
     if not files:
@@ -250,5 +258,10 @@ def read_result(adapter: Path) -> dict[str, torch.Tensor]:
         )
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
-        tensors |= load_file(path)
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunFolderError(
+                f"{path} is damaged: {error}\n  Restore {adapter} from a copy."
+            ) from error
     return tensors

@@ -17,7 +17,7 @@ from silotune.federation.client_config import (
     own_recipe,
     own_rows,
 )
-from silotune.federation.client_memory import check_split_rule, folder_name
+from silotune.federation.client_memory import check_memory, check_split_rule, folder_name
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.outbound_log import FILE as OUTBOUND
@@ -49,7 +49,10 @@ class Deployed:
                 station = self._open(about["recipe"], about["run"], own)
                 check_base(own, station.base_sha256, servers=about.get("base_sha256", ""))
                 if kind == "train":
-                    check_hours(own, self._outbound(about["run"], own).seconds_training())
+                    outbound = self._outbound(about["run"], own)
+                    check_hours(own, outbound.seconds_training())
+                    if (trained := outbound.last_update(before=round_)) is not None:
+                        check_memory(station.place.folder(self.name), trained)
                 return station.answer(kind, self.name, Parcel(about["parcel"], asked.values))
 
         def let_out() -> Parcel:

@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from silotune.core.atomic_files import write_json
 from silotune.core.errors import RunFolderError
 from silotune.data.clients import fingerprint
 from silotune.data.files import locate
@@ -50,7 +49,7 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
     }
     before = folder.read_json("provenance.json")
     if before is None:
-        write_json(folder.path / "provenance.json", now)
+        folder.write_json("provenance.json", now)
         return now
     check_same_rows(folder, checked)
     if before["base"]["sha256"] != now["base"]["sha256"]:

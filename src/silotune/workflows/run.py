@@ -13,6 +13,7 @@ from silotune.data.clients import ClientRows
 from silotune.data.files import locate
 from silotune.federation.budget import begin_part, keep_spent
 from silotune.federation.client import ClientData
+from silotune.federation.client_memory import check_memories
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Both, Progress
 from silotune.federation.recipe_model import load_for, local_tensors
@@ -174,6 +175,9 @@ def open_run(
         loaded = load_for(run, progress)
     provenance = provenance_of(folder, checked, loaded)
     state = folder.load_state() or _first_state(run, loaded, folder, checked.rows)
+    if run.runtime.name != "flower":  # there, clients keep their memory themselves
+        spooled = folder.spool(state.round + 1).names()
+        check_memories(folder.metrics(), spooled, at=state.round, folder_of=folder.client_folder)
     local = local_tensors(run, loaded)
     algorithm = keep_local(algorithm_of(run.algorithm), local)
     num_clients = len(checked.rows)

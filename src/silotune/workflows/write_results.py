@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from silotune.core.atomic_files import write_atomically, write_json
+from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import RunFolderError
 from silotune.core.tree import size_bytes
 from silotune.core.types import AdapterState, ServerState
@@ -95,7 +95,9 @@ def write_results(
     card = model_card(run, summary, rows, provenance, split=split)
     write_atomically(folder.path / "README.md", card.encode())
     # last but for the page, which is made of it: its presence says that the run is done
-    write_json(folder.path / "summary.json", summary)
+    folder.clear_away()
+    folder.list_record()
+    folder.write_json("summary.json", summary)
     done = Run(folder.path)
     if run.report.page:
         done.report()
@@ -131,9 +133,9 @@ def _write_rows(
     if run.runtime.name == "flower":
         return {}
     split = describe_split(rows, loaded.tokenizer, build_task(run.task))
-    write_json(folder.path / "split.json", split)
+    folder.write_json("split.json", split)
     samples = _sample(run, rows, loaded) if run.task == "instruct" else []
-    write_json(folder.path / "samples.json", samples)
+    folder.write_json("samples.json", samples)
     return split
 
 

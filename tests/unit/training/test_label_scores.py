@@ -18,7 +18,7 @@ from silotune.core.types import Failure, Score, ServerState, Update
 from silotune.federation.acceptance import Known, check_scores, check_update, what_is_expected
 from silotune.federation.metrics import overall_scores
 from silotune.federation.round_rows import score_rows
-from silotune.federation.run_folder import Spool
+from silotune.federation.spool import Spool
 from silotune.recipes.parse import parse
 from silotune.results.summary import cost_lines, label_table, round_table, summarise
 from silotune.runtime import wire

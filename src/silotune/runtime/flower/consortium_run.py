@@ -4,11 +4,11 @@ The server app is a separate process. It outlives the process that follows it: i
 while its server app is still working, it just follows that server app again.
 """
 
-import json
 import shutil
 
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import ConfigError
+from silotune.core.reading_back import read_object
 from silotune.federation.progress import Progress
 from silotune.federation.roster import MEMBERS
 from silotune.runtime.flower import engine as flower_engine
@@ -77,7 +77,7 @@ class _Hosted(Link):
             follower = Follower(self.work, Progress())
             follower.follow()
             if (self.work / OUTCOME).exists() or (follower.process and not follower.has_ended()):
-                self.run_id = json.loads(kept.read_text(encoding="utf-8"))["run-id"]
+                self.run_id = read_object(kept, fix=f"Remove {self.work} and resume.")["run-id"]
                 return True
             self.stop()
         return False
@@ -93,7 +93,7 @@ class _Hosted(Link):
         """Tell Flower that this run is over; it ends the server app."""
         kept = self.work / SUBMITTED
         if self.run_id is None and kept.is_file():
-            self.run_id = json.loads(kept.read_text(encoding="utf-8"))["run-id"]
+            self.run_id = read_object(kept, fix=f"Remove {self.work} and resume.")["run-id"]
         if self.run_id is not None:
             self._flwr("stop", str(self.run_id), CONNECTION, "--format", "json")
         kept.unlink(missing_ok=True)

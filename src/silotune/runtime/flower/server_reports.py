@@ -13,6 +13,7 @@ from typing import Any
 from silotune.core import errors
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import EngineError, SilotuneError
+from silotune.core.reading_back import read_object
 from silotune.core.types import Failure, Update
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
@@ -145,7 +146,7 @@ def read_outcome(folder: Path) -> dict[str, Any] | None:
     path = folder / OUTCOME
     if not path.exists():
         return None
-    outcome = json.loads(path.read_text(encoding="utf-8"))
+    outcome = read_object(path, fix=f"Remove {folder} and resume the run.")
     if problem := outcome["error"]:
         cls = getattr(errors, problem["kind"], None)
         if isinstance(cls, type) and issubclass(cls, SilotuneError):

@@ -6,7 +6,6 @@ checks whether its losses reveal the rows that it was trained on. An audit never
 because another attack may find more.
 """
 
-import json
 import math
 import statistics
 import time
@@ -20,7 +19,9 @@ from torch import Tensor
 
 from silotune.core.algorithm import expected_layout, keep_local
 from silotune.core.atomic_files import free_place, make_folder, write_json
+from silotune.core.checksums import check_listed, list_files
 from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.reading_back import read_object
 from silotune.core.types import ServerState
 from silotune.data.reading import TaskRow
 from silotune.federation.client import Worker
@@ -68,6 +69,7 @@ class AuditFolder(RunFolder):
     RECIPE = "audit.toml"
     KIND = "audit"
     COMMAND = "silotune audit"
+    RESULT = "audit.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Audit:
     @property
     def result(self) -> dict[str, Any]:
         """audit.json: what was attacked and how, what the attack shows, and what was claimed."""
-        return json.loads((self.path / FILE).read_text(encoding="utf-8"))
+        fix = f"Remove {self.path}, and audit again."
+        check_listed(self.path, FILE, fix=fix)
+        return read_object(self.path / FILE, fix=fix)
 
     @property
     def is_refuted(self) -> bool:
@@ -136,7 +140,7 @@ def audit(
     try:
         with folder.locked():
             found = attack(folder, replace(checked, run=folder.run), progress, count)
-            write_json(folder.path / FILE, found)
+            folder.write_json(FILE, found)
     except BaseException:  # an incomplete audit shows nothing and cannot be resumed
         folder.remove()
         raise
@@ -189,6 +193,7 @@ def _audit_run(run: Run, progress: Progress) -> Audit:
     claim = claim_of(statement(run.config, RunFolder.open(run.path)))
     result = {"attack": "membership inference", "run": run.path.name, "claim": claim, **found}
     write_json(place / FILE, {**result, "notes": notes})
+    list_files(place, [FILE])
     return Audit(place)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.core.atomic_files import make_folder, write_json, write_rows
+from silotune.core.checksums import list_files
 from silotune.core.types import AdapterState
 from silotune.core.wording import human_seconds
 from silotune.data.conversations import Conversation
@@ -226,6 +227,7 @@ class Arms:
         ]
         write_rows(folder / "scores.jsonl", rows)
         write_json(folder / "part.json", asdict(cost))
+        list_files(folder, ["scores.jsonl", "part.json"])
         if cost.tokens:
             words = f"{cost.steps} steps, {cost.tokens} tokens in {human_seconds(cost.seconds)}"
             self.progress.note(f"  {words}")

@@ -154,7 +154,7 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
     }
     write_atomically(folder.path / "README.md", comparison_card(result, run).encode())
     write_json(folder.path / "results.json", results(folder.path, run, result))
-    write_json(folder.path / "comparison.json", result)
+    folder.write_json("comparison.json", result)
     done = Comparison(folder.path)
     if run.report.page:
         done.report()

@@ -5,12 +5,13 @@ A part is one arm with one seed; in the arm of lone clients, it is one client wi
 held-out row.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from silotune.core.checksums import check_listed
+from silotune.core.reading_back import read_object, read_rows
 from silotune.federation.client_memory import folder_name
 from silotune.federation.metrics import Row, held_out_losses, overall_scores
 from silotune.federation.run_folder import RunFolder
@@ -30,6 +31,8 @@ class ComparisonFolder(RunFolder):
     RECIPE = "comparison.toml"
     KIND = "comparison"
     COMMAND = "silotune compare"
+    RESULT = "comparison.json"
+    MADE_AGAIN = ("comparison.json",)
 
 
 def seeds_of(run: RunConfig) -> range:
@@ -82,7 +85,7 @@ def read_costs(parts: Places) -> dict[str, dict[str, Any]]:
     for arm, by_seed in parts.items():
         total = Cost()
         for part in (place for own in by_seed.values() for place in own.values()):
-            total += Cost(**json.loads((part / "part.json").read_text(encoding="utf-8")))
+            total += Cost(**read_object(_checked(part, "part.json"), fix=_fix(part)))
         found[arm] = asdict(total)
     return found
 
@@ -108,12 +111,21 @@ def results(root: Path, run: RunConfig, result: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def _checked(part: Path, name: str) -> Path:
+    """A file of a finished part, compared with its SHA-256."""
+    check_listed(part, name, fix=_fix(part))
+    return part / name
+
+
+def _fix(part: Path) -> str:
+    return f"Remove {part} and resume the comparison: it is trained again."
+
+
 def _read_rows(parts: Mapping[str, Path]) -> dict[str, list[Row]]:
     """Client -> rows. In the arm of lone clients, a part counts only for its own client."""
     found: dict[str, list[Row]] = {}
     for owner, part in parts.items():
-        for line in (part / "scores.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_rows(_checked(part, "scores.jsonl"), fix=_fix(part)):
             if owner in ("", row["client"]):
                 found.setdefault(row["client"], []).append(row)
     return found

@@ -14,6 +14,7 @@ from silotune.core.atomic_files import load_tensors, make_folder, save_tensors
 from silotune.core.tree import add
 from silotune.core.types import AdapterState, Broadcast
 from silotune.federation.client import ClientData, Worker, take_part
+from silotune.federation.client_memory import check_memory
 from silotune.federation.metrics import Row
 from silotune.recipes.schema import RunConfig
 from silotune.training.loop import num_rows
@@ -83,6 +84,7 @@ def train_alone(
     if state.is_file():
         adapter, about = load_tensors(state)
         done, cost = int(about["round"]), Cost(**json.loads(about["cost"]))
+        check_memory(place / "memory", done)
     for r, count in sorted(plan.items()):
         if r <= done:
             continue

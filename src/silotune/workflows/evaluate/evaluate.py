@@ -5,7 +5,6 @@ in a new folder inside the run folder.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from silotune.core.atomic_files import free_place, make_folder, write_json, write_rows
+from silotune.core.checksums import check_listed, list_files
 from silotune.core.errors import ConfigError
+from silotune.core.reading_back import read_object
 from silotune.core.seeds import generator
 from silotune.core.stats import Interval, Labelled, label_scores, wilson
 from silotune.core.wording import did_you_mean
@@ -118,7 +119,7 @@ class Evaluation:
     @property
     def scores(self) -> dict[str, Any]:
         """scores.json: the settings, and for each model its scores by suite."""
-        return json.loads((self.path / "scores.json").read_text(encoding="utf-8"))
+        return _read_scores(self.path)
 
 
 def evaluate(
@@ -167,6 +168,7 @@ def evaluate(
                     write_rows(place / f"{name}-{model}.jsonl", rows)
         scores["models"][model] = found
     write_json(place / "scores.json", scores)
+    list_files(place, [path.name for path in place.glob("*.json*")])
     return Evaluation(place)
 
 
@@ -395,4 +397,10 @@ def latest(run: Path) -> dict[str, Any] | None:
     """The scores of a run's latest evaluation; None if there is none."""
     folder = RunFolder.open(run)
     places = sorted((folder.path / "evaluations").glob("*/scores.json"))
-    return json.loads(places[-1].read_text(encoding="utf-8")) if places else None
+    return _read_scores(places[-1].parent) if places else None
+
+
+def _read_scores(place: Path) -> dict[str, Any]:
+    fix = f"Remove {place}, and evaluate the run again."
+    check_listed(place, "scores.json", fix=fix)
+    return read_object(place / "scores.json", fix=fix)

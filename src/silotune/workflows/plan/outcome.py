@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from silotune.core.algorithm import Algorithm
-from silotune.core.atomic_files import write_json
 from silotune.core.errors import ConfigError
 from silotune.core.types import ServerState
 from silotune.core.wording import counted
@@ -89,7 +88,7 @@ def write_prediction(
         found["peak_bytes"] = measured.peak_bytes
         found["times"] = {**asdict(times), "total": times.total}
         found["measured"] = asdict(measured)
-    write_json(folder.path / FILE, found)
+    folder.write_json(FILE, found)
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from silotune.core.atomic_files import write_atomically, write_json, write_rows, written_rows
+from silotune.core.atomic_files import write_atomically, write_rows, written_rows
 from silotune.core.errors import ConfigError, RunFolderError
 from silotune.federation.metrics import held_out_losses
 from silotune.federation.progress import Progress
@@ -44,6 +44,8 @@ class SweepFolder(RunFolder):
     RECIPE = "sweep.toml"
     KIND = "sweep"
     COMMAND = "silotune sweep"
+    RESULT = "sweep.json"
+    MADE_AGAIN = ("sweep.json",)
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def _sweep(
     source = Searched(folder) if base.sweep.search else Listed(trials)
     failed = _Work(folder, source, num_runs, progress).do(at_once)
     done = source.trials if isinstance(source, Searched) else trials
-    write_json(folder.path / "sweep.json", _result(folder, done, failed))
+    folder.write_json("sweep.json", _result(folder, done, failed))
     finished = Sweep(folder.path)
     if base.report.page and len(failed) < len(done):
         finished.report()

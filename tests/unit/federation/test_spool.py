@@ -11,8 +11,8 @@ from silotune.core import atomic_files
 from silotune.core.atomic_files import load_rows, save_rows
 from silotune.core.errors import RunFolderError
 from silotune.core.types import Score, Update
-from silotune.federation import run_folder
-from silotune.federation.run_folder import Spool
+from silotune.federation import spool
+from silotune.federation.spool import Spool
 
 
 def update_of(client: str) -> Update:
@@ -73,14 +73,14 @@ def test_a_truncated_update_is_dropped_and_its_client_asked_again(left, kept):
 
 def test_a_spool_from_before_the_last_boot_is_dropped(left, monkeypatch):
     """It was not synced: after a power failure its values may be zeros."""
-    monkeypatch.setattr(run_folder, "boot_id", lambda: "another boot")
+    monkeypatch.setattr(spool, "boot_id", lambda: "another boot")
     assert Spool(left).names() == []
     assert not left.exists()
 
 
 def test_the_disk_is_waited_for_if_boots_cannot_be_distinguished(tmp_path, monkeypatch):
     waited = []
-    monkeypatch.setattr(run_folder, "boot_id", lambda: "")
+    monkeypatch.setattr(spool, "boot_id", lambda: "")
     monkeypatch.setattr(atomic_files.os, "fsync", waited.append)
     Spool(tmp_path / "round").add(update_of("east"))
     assert len(waited) == 1
@@ -88,7 +88,7 @@ def test_the_disk_is_waited_for_if_boots_cannot_be_distinguished(tmp_path, monke
 
 
 def test_the_disk_is_not_waited_for_if_boots_can_be_distinguished(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "boot_id", lambda: "this boot")
+    monkeypatch.setattr(spool, "boot_id", lambda: "this boot")
     monkeypatch.setattr(atomic_files.os, "fsync", lambda _: pytest.fail("waited"))
     Spool(tmp_path / "round").add(update_of("east"))
 
