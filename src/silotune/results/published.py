@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from silotune.federation.metrics import Row
+from silotune.results.summary import is_scored
 
 KEPT = (
     *("event", "round", "client", "status", "num_examples", "bytes_down", "bytes_up", "num_asked"),
@@ -48,6 +49,7 @@ def published(
     clients = {name: _without_losses(own) for name, own in summary["clients"].items()}
     safe = {key: value for key, value in summary.items() if key not in ("scores", "predicted")}
     safe |= {"clients": clients, "overall": _without_losses(summary["overall"])}
+    safe["is_withheld"] = is_scored(summary)  # real clients send no score in the first place
     safe |= dict.fromkeys(("tokens_trained", "seconds_training", "peak_memory_bytes"))
     kept = [
         {key: value for key, value in row.items() if key in KEPT}

@@ -31,7 +31,7 @@ def run_verdict(summary: Mapping[str, Any]) -> str:
     ]
     before, after = summary["overall"]["base_loss"], summary["overall"]["federated_loss"]
     if not scored or before is None or after is None:
-        if "privacy" in summary:
+        if summary.get("is_withheld"):
             return "Held-out losses have no noise, so they are not shown here."
         return "Held-out loss was not measured, so this run cannot say whether it helped."
     num_better = len(scored) - len(worse_off(summary))

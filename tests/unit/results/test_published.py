@@ -86,6 +86,8 @@ def test_whatever_the_numbers_without_noise_are_what_is_published_is_the_same(un
     for name, text in one.items():
         assert text == other[name], name
         assert "DP per" in text
+    for name in ("card", "page"):
+        assert "Held-out losses have no noise, so they are not shown here." in one[name]
 
 
 def test_without_privacy_these_numbers_are_shown():
