@@ -63,7 +63,7 @@ def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkey
     assert asked[:2] == [(2, "hospital-1"), (2, "hospital-2")]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_run_cleanly_and_it_resumes(whole, tmp_path, name):
     recipe, _ = whole
     out = tmp_path / "run"
@@ -89,3 +89,32 @@ def test_a_signal_ends_the_run_cleanly_and_it_resumes(whole, tmp_path, name):
         os.killpg(process.pid, 0)  # nobody of its group is left
     assert not (out / "summary.json").exists()
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["round"] in (0, 1)
+
+
+def test_a_reader_of_stderr_that_ends_early_does_not_end_the_run(whole, tmp_path):
+    """`silotune run recipe.toml 2>&1 | head -1` once stopped the run at its second line."""
+    recipe, untouched = whole
+    out = tmp_path / "run"
+    command = f"{sys.executable} -m silotune run {recipe} --out {out} 2>&1 >{tmp_path}/said"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout.count("\n") == 1
+    assert (out / ADAPTER).read_bytes() == (untouched.path / ADAPTER).read_bytes()
+    assert "adapter" in (tmp_path / "said").read_text()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    """As under nohup, where SIGHUP must not end a run."""
+    from silotune.cli.frame import errors_as_exit_codes
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with errors_as_exit_codes():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -15,11 +15,17 @@ from silotune.core.safe_text import one_line, plain
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived. Not an Exception, so that no `except Exception` catches it."""
+    """SIGINT, SIGTERM or SIGHUP. Not an Exception, so that no `except Exception` catches it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+_ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+"""Signals that end a command; one that is ignored, as under nohup, stays ignored."""
 
 
 @contextlib.contextmanager
@@ -29,14 +35,15 @@ def errors_as_exit_codes() -> Iterator[None]:
     def stop(signum: int, _: Any) -> None:
         raise Stopped(signum)
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, stop) for s in _ENDING if signal.getsignal(s) != signal.SIG_IGN}
     try:
         yield
     except SilotuneError as error:
         typer.echo(plain(f"{type(error).__name__}: {error}"), err=True)
         raise typer.Exit(error.exit_code) from None
     except Stopped as stopped:
-        typer.echo(f"stopped by {signal.Signals(stopped.signum).name}", err=True)
+        with contextlib.suppress(OSError):  # after SIGHUP, the terminal may be gone
+            typer.echo(f"stopped by {signal.Signals(stopped.signum).name}", err=True)
         raise typer.Exit(128 + stopped.signum) from None
     finally:
         for signum, handler in before.items():

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from silotune.core.atomic_files import write_atomically
+from silotune.core.atomic_files import make_folder, write_atomically
 from silotune.core.types import Score
 from silotune.data.chat_templates import TEMPLATES
 from silotune.data.conversations import parse_template
@@ -78,7 +78,6 @@ def split_key(state: Path) -> int:
     if not path.is_file():
         make_folder(state)
         write_atomically(path, secrets.token_hex(8).encode())
-        path.chmod(0o600)
     return int(path.read_text(encoding="ascii"), 16)
 
 

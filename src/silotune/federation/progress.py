@@ -3,6 +3,9 @@
 A `Progress` is told what happens and decides nothing. The base class prints nothing.
 """
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -104,16 +107,27 @@ class Both(Progress):
             each.end()
 
 
+class _Stderr(Console):
+    """stderr, whose reader may end before the run does, as in `silotune run ... 2>&1 | head`."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the run go on: by default, rich ends the program."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
+
+
 class PlainProgress(Progress):
     """One line per event, for logs and pipes."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+        self.console = console or _Stderr(stderr=True, soft_wrap=True, highlight=False)
         self._clock = _Clock()
 
     def _say(self, text: str) -> None:
-        # one event is one line, whatever a client calls itself or its failure
-        self.console.print(one_line(text, longest=MOST), markup=False)
+        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop
+            # one event is one line, whatever a client calls itself or its failure
+            self.console.print(one_line(text, longest=MOST), markup=False)
 
     def begin(self, rounds: int, first: int) -> None:
         """Start the clock."""
@@ -149,7 +163,7 @@ class LiveProgress(PlainProgress):
     """A table of the current round, redrawn in place. Finished rounds stay as lines above it."""
 
     def __init__(self, console: Console | None = None) -> None:
-        super().__init__(console or Console(stderr=True, highlight=False))
+        super().__init__(console or _Stderr(stderr=True, highlight=False))
         self._clients: dict[str, str] = {}
         self._live = Live(console=self.console, refresh_per_second=4, transient=True)
 
