@@ -65,7 +65,7 @@ class _Metrics(_Form):
 
     train_loss: Annotated[FiniteFloat, Field(ge=0, le=MAX_LOSS)] | None = None
     penalty: Annotated[FiniteFloat, Field(ge=-1e12, le=1e12)] | None = None
-    lr: Annotated[FiniteFloat, Field(ge=0, le=1e6)] = 0.0
+    lr: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     num_steps: Count = 0
     num_tokens: Count | None = None
     num_targets: Count | None = None

@@ -417,7 +417,8 @@ def own(tmp_path, tiny_model):
         table = {
             "name": "hospital-0",
             "model": str(tiny_model),
-            "data": {"path": "rows.jsonl"},
+            # a seed of its own: otherwise the split of a private run follows from a secret
+            "data": {"path": "rows.jsonl", "split_seed": 3},
             "runtime": {"device": "cpu", "threads": 1},
             "limits": limits,
         }
