@@ -66,21 +66,28 @@ def done(place, tmp_path_factory):
     return silotune.run(recipe(place, report__page=True), out=tmp_path_factory.mktemp("o") / "run")
 
 
+def num_held_out(done):
+    """Held-out rows of each client."""
+    return {name: len(own.evaluation) for name, own in silotune.check(done.config).rows.items()}
+
+
 # --- a run ----------------------------------------------------------------------------------------
 
 
 def test_every_round_has_the_scores_of_each_client_and_the_summary_those_over_all(done):
     scored = [row for row in done.metrics if row["event"] == "evaluate"]
+    held = num_held_out(done)
     assert {(row["round"], row["client"]) for row in scored} == {
         (r, f"cinema-{c}") for r in range(3) for c in range(2)
     }
     for row in scored:
         assert {"loss", "accuracy", "macro_f1", "mcc", "label_counts"} <= set(row)
-        assert row["num_tokens"] == row["num_examples"] == 6, "a loss per row, not per token"
+        assert row["num_tokens"] == row["num_examples"], "a loss per row, not per token"
+        assert row["num_examples"] == held[row["client"]]
     last = [row for row in scored if row["round"] == 2]
     right = sum(label[0] for row in last for label in row["label_counts"])
     everyone = done.summary["scores"]["overall"]["federated"]
-    assert everyone["accuracy"] == pytest.approx(right / 12)
+    assert everyone["accuracy"] == pytest.approx(right / sum(held.values()))
     assert done.summary["labels"] == ["bad", "good", "odd"]
 
 
@@ -125,7 +132,8 @@ def test_evaluate_agrees_with_the_last_round_and_keeps_every_row(done):
         assert found["macro_f1"] == pytest.approx(scored["federated"]["macro_f1"])
         assert found["mcc"] == pytest.approx(scored["federated"]["mcc"])
     kept = list(done.path.glob("evaluations/*/held-out-federated.jsonl"))
-    assert len(kept[0].read_text(encoding="utf-8").splitlines()) == 12
+    num_kept = len(kept[0].read_text(encoding="utf-8").splitlines())
+    assert num_kept == sum(num_held_out(done).values())
     shown = CliRunner().invoke(app, ["evaluate", str(done.path), "--no-base"])
     assert "Matthews" in shown.stdout
     refused = CliRunner().invoke(app, ["evaluate", str(done.path), "--suite", "mmlu"])

@@ -197,10 +197,14 @@ def shape_of(run) -> str:
 
 @pytest.mark.parametrize("overrides", CHANGES_WHAT_IS_WRITTEN)
 def test_the_field_changes_what_is_written(place, plain, tmp_path, overrides):
-    # the best of these rounds is not the last, so that "best" shows
-    high = ["train.lr=3.0"] if "keep=best" in overrides else []
-    before = silotune.run(place, high, out=tmp_path / "before") if high else plain
-    changed = silotune.run(place, [*words(overrides), *high], out=tmp_path / "run")
+    both = {
+        # the best of these rounds is not the last, so that "best" shows
+        "checkpoint.keep=best": ["train.lr=3.0"],
+        # clients hold out more than one row
+        "data.max_eval_rows=1": ["data.eval_fraction=0.5"],
+    }.get(overrides, [])
+    before = silotune.run(place, both, out=tmp_path / "before") if both else plain
+    changed = silotune.run(place, [*words(overrides), *both], out=tmp_path / "run")
     assert shape_of(changed) != shape_of(before)
 
 
