@@ -38,7 +38,7 @@ def fuzz(
 
     Args:
         place: A new folder for what the cases read and write.
-        seed: Every case follows from it, from its kind and from its number.
+        seed: Every damage follows from it, from its kind and its number; keys in kits are fresh.
         per_kind: Number of cases of a kind.
         kinds: Which kinds; by default all.
         limit_s: Seconds after which a case counts as hanging.

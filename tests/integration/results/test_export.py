@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
+from silotune.core.checksums import list_files
 from silotune.core.errors import ConfigError, DiskError, ModelError, RunFolderError, SilotuneError
 from silotune.models.gguf_read import convert_llama
 from silotune.models.gguf_write import check_llama, check_tokenizer, write_llama
@@ -130,6 +131,7 @@ def make_run(folder: Path, model: Path, adapter: dict | None = None, **changes) 
     gen = torch.Generator().manual_seed(RNG)
     tensors = {n: t + 0.1 * torch.randn(t.shape, generator=gen) for n, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
+    list_files(done.path, [f"adapter/{file.name}"])
     return done
 
 
@@ -265,6 +267,7 @@ def test_a_quantised_run_merges_into_the_unquantised_base(llama, tmp_path):
     plain = make_run(tmp_path / "plain", llama)
     shutil.rmtree(plain.path / "adapter")
     shutil.copytree(done.path / "adapter", plain.path / "adapter")
+    list_files(plain.path, [f"adapter/{file.name}" for file in (plain.path / "adapter").iterdir()])
     loaded = plain.load()  # the same adapter on the plain base
     model, tokenizer = read(place)
     expected = logits_of(loaded.model, loaded.tokenizer)

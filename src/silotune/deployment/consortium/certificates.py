@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -110,9 +110,12 @@ def public_key(what: x509.Certificate | x509.CertificateSigningRequest) -> Publi
     """Its public key.
 
     Raises:
-        ConfigError: It is not a P-384 key.
+        ConfigError: It is damaged, or not a P-384 key.
     """
-    key = what.public_key()
+    try:
+        key = what.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:  # read only now: a point off the curve
+        raise ConfigError("its key is damaged.\n  Ask for the file again.") from error
     if not isinstance(key, PublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise ConfigError("its key is not a P-384 key.")
     return key

@@ -7,6 +7,8 @@ import stat
 import subprocess
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from silotune.core.errors import ConfigError
 from silotune.deployment.consortium.caddy import find_caddy
@@ -19,6 +21,7 @@ from silotune.deployment.consortium.certificates import (
     new_key,
     new_request,
     pem,
+    public_key,
     read_certificate,
     read_key,
     server_certificate,
@@ -66,6 +69,15 @@ def test_a_private_key_is_readable_only_by_its_owner_and_never_overwritten(tmp_p
     assert "is never overwritten" in problem(write_key, path, new_key())
     path.chmod(0o640)
     assert f"chmod 600 {path}" in problem(read_key, path)
+
+
+def test_a_certificate_whose_key_is_no_point_of_the_curve_is_an_error():
+    """Such a certificate is read without a word; only its key is refused, in a library's words."""
+    made = new_authority("hospitals", new_key())
+    point = made.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    der = made.public_bytes(Encoding.DER)
+    wrong = x509.load_der_x509_certificate(der.replace(point, point[:-8] + bytes(8)))
+    assert "its key is damaged" in problem(public_key, wrong)
 
 
 @needs_openssl
