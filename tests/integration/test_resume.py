@@ -63,6 +63,12 @@ def test_clients_that_were_spooled_are_not_trained_again(whole, tmp_path, monkey
     assert asked[:2] == [(2, "hospital-1"), (2, "hospital-2")]
 
 
+def listen():
+    """A process ignores what its parent ignored, and tests may run under nohup."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_run_cleanly_and_it_resumes(whole, tmp_path, name):
     recipe, _ = whole
@@ -74,6 +80,7 @@ def test_a_signal_ends_the_run_cleanly_and_it_resumes(whole, tmp_path, name):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=listen,
     )
     deadline = time.monotonic() + 60
     while not (out / "checkpoints" / "round-00001").exists():
