@@ -308,6 +308,8 @@ def read_only(run: Path):
         Path(place).chmod(0o755)
         copy = shutil.copytree(run, Path(place) / "run")
         is_root = os.geteuid() == 0  # for whom permissions do not count
+        for path in copy.rglob("*"):  # what a run leaves is readable by its owner only
+            path.chmod(0o555 if path.is_dir() else 0o444)
         copy.chmod(0o555)
         if is_root:
             os.seteuid(65534)
@@ -316,7 +318,8 @@ def read_only(run: Path):
         finally:
             if is_root:
                 os.seteuid(0)
-            copy.chmod(0o755)
+            for path in [copy, *copy.rglob("*")]:
+                path.chmod(0o755)
 
 
 def test_a_read_only_folder_is_one_error_of_resume_and_report(whole, half_done):

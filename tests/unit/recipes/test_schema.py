@@ -400,6 +400,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "sampling.fraction": ("0.5", []),
     "sampling.num_clients": ("2", []),
     "sampling.quorum": ("0.75", []),
+    "sampling.max_norm_ratio": ("9.5", []),
     "sampling.timeout_s": ("9.5", []),
     "train.batch_size": ("3", []),
     "train.accumulation": ("2", []),
