@@ -742,8 +742,8 @@ CASES = {
     "the ledger is reset on resume": (
         *(
             "federation.ledger",
-            'path.open("a", encoding="utf-8")',
-            'path.open("w", encoding="utf-8")',
+            'open(path, "a", encoding="utf-8"',
+            'open(path, "w", encoding="utf-8"',
         ),
         a_resumed_client_counts_on,
     ),

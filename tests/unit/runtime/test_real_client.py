@@ -55,16 +55,23 @@ NEITHER = patients("ffffffffffff", "++++++++++++", "............")
 
 @pytest.fixture
 def client(tmp_path, tiny_model):
-    """Call it with rows and limits for a client in a folder of its own."""
+    """Call it with rows and limits for a client in a folder of its own.
 
-    def build(rows, name="a", **limits) -> Deployed:
+    The last rows are held out in a file: otherwise each client's secret decides how many are.
+    """
+
+    def build(rows, name="a", held=2, **limits) -> Deployed:
         place = tmp_path / name
         place.mkdir(exist_ok=True)
-        write_jsonl(place / "rows.jsonl", rows)
+        write_jsonl(place / "rows.jsonl", rows[: len(rows) - held])
+        data = {"path": "rows.jsonl"}
+        if held:
+            write_jsonl(place / "held.jsonl", rows[-held:])
+            data["eval_path"] = "held.jsonl"
         table = {
             "name": "north",
             "model": str(tiny_model),
-            "data": {"path": "rows.jsonl"},
+            "data": data,
             "runtime": {"device": "cpu", "threads": 1},
             "limits": limits,
         }
@@ -118,7 +125,7 @@ ATTACKS = {
     },
     "is a note missing": {"data": {"path": "x", "prompt": "{note}", "completion": "{hiv}"}},
     "a column that is not there": {"data": {"path": "x", "prompt": "{no}", "completion": "{hiv}"}},
-    "all fields split": {"data": {**FILTERED["data"], "eval_fraction": 0.6, "max_rows": 3}},
+    "all fields split": {"data": {**FILTERED["data"], "eval_fraction": 0.6}},
 }
 PRIVACY = {"rows": RECORD, "the client": WHOLE, "noise at the server": {**RECORD, "unit": "client"}}
 
@@ -147,8 +154,7 @@ def test_no_query_counts_rows_under_privacy(client, attack, unit):
     }
     assert len(answers) == 1
     report = json.loads(answers.pop())["report"]
-    expected = (3, 7) if attack == "all fields split" else (10, 2)
-    assert (report["num_train"], report["num_eval"]) == expected
+    assert (report["num_train"], report["num_eval"]) == (10, 2)
 
 
 @pytest.mark.parametrize("labels", [["negative", "other"], ["positive", "other"], ["a", "b"]])
@@ -181,7 +187,7 @@ def test_the_size_of_the_split_does_not_depend_on_a_seed_that_the_server_chooses
     counts = set()
     for seed in range(5):
         run = recipe(privacy=RECORD, seed=seed, data={"path": "x", "split_seed": seed})
-        counts.add(client(ONE, **BUDGET).answer(message(run)).about["report"]["num_train"])
+        counts.add(client(ONE, held=0, **BUDGET).answer(message(run)).about["report"]["num_train"])
     assert len(counts) == 1
     assert (tmp_path / "a" / "state" / "split.key").stat().st_mode & 0o077 == 0
 
@@ -271,12 +277,12 @@ def score_of(own: Deployed, run, tiny_model):
 
 def test_without_limits_a_score_is_a_histogram_of_any_column(client, tiny_model):
     """What the limits are for: the fifth attack of the review, which works on purpose here."""
-    found = score_of(client(ONE), recipe(**HISTOGRAM), tiny_model)
+    found = score_of(client(ONE, held=6), recipe(**HISTOGRAM), tiny_model)
     assert sum(true for _, _, true in found.label_counts) == 6
 
 
 def test_a_column_that_is_not_allowed_is_not_used(client, tiny_model):
-    own = client(ONE, columns=["question", "answer"])
+    own = client(ONE, held=6, columns=["question", "answer"])
     failure = score_of(own, recipe(**HISTOGRAM), tiny_model)
     assert isinstance(failure, Failure)
     assert failure.code == "declined"
@@ -293,7 +299,7 @@ def test_a_column_that_is_not_allowed_is_not_used(client, tiny_model):
 
 
 def test_a_task_that_is_not_allowed_is_refused(client, tiny_model):
-    failure = score_of(client(ONE, tasks=["instruct"]), recipe(**HISTOGRAM), tiny_model)
+    failure = score_of(client(ONE, held=6, tasks=["instruct"]), recipe(**HISTOGRAM), tiny_model)
     assert isinstance(failure, Failure)
     assert "task = 'classify' is not in limits.tasks" in failure.place
 
@@ -302,10 +308,10 @@ def test_a_small_count_does_not_leave(client, tiny_model):
     """One or two positive patients among twelve held out."""
     run = recipe(**HISTOGRAM)
     few = patients("m" * 24, ("+" + "-" * 11) * 2, "x" * 24)
-    failure = score_of(client(few, min_count=5), run, tiny_model)
+    failure = score_of(client(few, held=12, min_count=5), run, tiny_model)
     assert isinstance(failure, Failure)
     assert "fewer of one kind, than limits.min_count = 5" in failure.place
-    tiny = score_of(client(ONE, "b", min_count=7), run, tiny_model)
+    tiny = score_of(client(ONE, "b", held=6, min_count=7), run, tiny_model)
     assert isinstance(tiny, Failure), "six held-out rows are too few for any score"
 
 
@@ -318,7 +324,7 @@ def test_rows_that_cannot_be_used_count_and_add_nothing(client, adapter):
     sent = wire.encode_broadcast(Broadcast(1, adapter))
     found = {}
     for name, rows in (("a", ONE), ("b", [*ONE, *({**row, "answer": ""} for row in ONE[:8])])):
-        own = client(rows, name)
+        own = client(rows, name, held=0)
         write_jsonl(own.config.parent / "held.jsonl", ONE)
         table = own.config.read_text().replace("[data]", '[data]\neval_path = "held.jsonl"')
         own.config.write_text(table)
