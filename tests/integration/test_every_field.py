@@ -199,7 +199,7 @@ def shape_of(run) -> str:
 def test_the_field_changes_what_is_written(place, plain, tmp_path, overrides):
     both = {
         # the best of these rounds is not the last, so that "best" shows
-        "checkpoint.keep=best": ["train.lr=3.0"],
+        "checkpoint.keep=best": ["train.lr=10.0"],
         # clients hold out more than one row
         "data.max_eval_rows=1": ["data.eval_fraction=0.5"],
     }.get(overrides, [])
