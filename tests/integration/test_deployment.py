@@ -220,7 +220,8 @@ def test_the_doctor_finds_nothing_wrong_and_says_what_it_checked(first, place):
     looked_at = ("kit", "programs", "server", "clock", "version", "disk")
     assert list(found) == [*looked_at, "limits", "rows", "model", "memory"]
     assert all(line.startswith("ok ") for line in found.values()), said
-    assert "6 to train on, 2 held out" in found["rows"]
+    ran = json.loads((first / "summary.json").read_text())["clients"][CLIENTS[0]]
+    assert f"{ran['num_train']} to train on, {ran['num_eval']} held out" in found["rows"]
     assert "the same as on the server" in found["model"]
 
 

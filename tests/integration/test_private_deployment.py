@@ -49,13 +49,14 @@ def write_clients(folder: Path, model: Path) -> Path:
         own = folder / f"files-{n}"
         own.mkdir(parents=True)
         rows = [row for row in hospital_rows() if row["source"] == name]
-        write_jsonl(own / "mine.jsonl", rows[: NUM_ROWS[n] + 2])  # of which 2 are held out
+        write_jsonl(own / "mine.jsonl", rows[: NUM_ROWS[n]])
+        write_jsonl(own / "held.jsonl", rows[NUM_ROWS[n] :])
         limits = {"epsilon": 1.001 * of_rounds(2, NUM_ROWS[n]), "delta": DELTA} if n == 1 else {}
         table = {
             "name": name,
             "state": f"state-{n}",
             "model": str(model),
-            "data": {"path": f"files-{n}/mine.jsonl"},
+            "data": {"path": f"files-{n}/mine.jsonl", "eval_path": f"files-{n}/held.jsonl"},
             "limits": limits,
             "runtime": {"device": "cpu", "threads": 1},
         }
