@@ -5,8 +5,9 @@ import shutil
 import signal
 from pathlib import Path
 
+import safetensors.torch
+
 import silotune
-from silotune.core import atomic_files
 from silotune.federation import client, rounds, run_folder
 
 
@@ -30,7 +31,7 @@ def on_call(owner, name, number, *, after=False):
 
 def half_written(number):
     """Die with half of the `number`-th safetensors file on disk."""
-    real, calls = atomic_files.save_file, iter(range(1, 1000))
+    real, calls = safetensors.torch.save_file, iter(range(1, 1000))
 
     def wrapper(tensors, path, **kwargs):
         real(tensors, path, **kwargs)
@@ -39,7 +40,7 @@ def half_written(number):
             Path(path).write_bytes(data[: len(data) // 2])
             die()
 
-    atomic_files.save_file = wrapper
+    safetensors.torch.save_file = wrapper  # imported where it is used
 
 
 def half_removed(name):

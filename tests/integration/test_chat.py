@@ -201,7 +201,12 @@ def test_what_steers_a_terminal_leaves_answers_and_messages(done, monkeypatch):
 
 def spawn(run, *options: str, **streams) -> subprocess.Popen:
     command = [sys.executable, "-m", "silotune", "chat", str(run.path), *options]
-    return subprocess.Popen([*command, "--max-new-tokens", str(NUM)], **streams)
+    return subprocess.Popen(
+        [*command, "--max-new-tokens", str(NUM)],
+        # a process ignores what its parent ignored, and tests may run under nohup
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **streams,
+    )
 
 
 def read_until(descriptor: int, text: str, *, timeout_s: float = 120) -> str:

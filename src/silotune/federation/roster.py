@@ -11,6 +11,7 @@ from pathlib import Path
 
 from silotune.core.atomic_files import write_json
 from silotune.core.reading_back import read_object
+from silotune.core.safe_text import visible
 
 ABOUT = "consortium.toml"
 MEMBERS = Path("engine") / "members.json"
@@ -29,7 +30,8 @@ def check_client_name(name: str) -> str:
         ValueError: It is blank or only signs, or holds an escape or a line break.
     """
     if (
-        not name.isprintable()
+        visible(name) != name
+        or "\n" in name
         or name != name.strip()
         or not any(map(str.isalnum, name))
         or len(name) > LONGEST_NAME
