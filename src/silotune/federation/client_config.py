@@ -7,7 +7,7 @@ a path or a device on the client's machine, and cannot ask for more than the lim
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,16 @@ REVISION = r"(\w[\w./-]*)?"
 CLIP_NORMS = (1e-9, 1e9)
 """Smallest and largest accepted value. float32 rounds much smaller values to zero, and sums of much
 larger values are infinite: the norm would then bound nothing."""
+SECTIONS_OF_THE_SERVER: Mapping[str, Config] = {
+    "server": ServerConfig(),
+    "distill": DistillConfig(),
+    "plan": PlanConfig(),
+    "report": ReportConfig(),
+    "compare": CompareConfig(),
+    "sweep": SweepConfig(),
+}
+"""Sections that clients neither need nor see, with nothing set: some of their keys name paths and
+models, and they say what else a server tries."""
 
 
 class LimitsConfig(Config):
@@ -237,13 +247,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
             "partition": None,
             "privacy": _own_privacy(run.privacy, limits),
             "runtime": machine,
-            # these sections concern the server; some of their keys name paths and models
-            "server": ServerConfig(),
-            "distill": DistillConfig(),
-            "plan": PlanConfig(),
-            "report": ReportConfig(),
-            "compare": CompareConfig(),
-            "sweep": SweepConfig(),
+            **SECTIONS_OF_THE_SERVER,
         }
     )
 

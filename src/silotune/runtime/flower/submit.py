@@ -21,11 +21,15 @@ from silotune.core.atomic_files import owner_only, write_json
 from silotune.core.errors import EngineError
 from silotune.data.files import EXAMPLES, locate
 from silotune.data.reading import DataConfig
-from silotune.federation.client_config import LOCATIONS, is_client_folder, is_public
+from silotune.federation.client_config import (
+    LOCATIONS,
+    SECTIONS_OF_THE_SERVER,
+    is_client_folder,
+    is_public,
+)
 from silotune.federation.roster import MEMBERS, is_consortium
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import CompareConfig, PlanConfig, ReportConfig, SweepConfig
 from silotune.runtime.flower.kept_processes import program
 from silotune.runtime.flower.server_reports import OUTCOME, Follower, read_outcome
 from silotune.runtime.job import Job
@@ -281,16 +285,7 @@ def _absolute(name: str) -> str:
 def without_places(run: RunConfig) -> RunConfig:
     """A recipe for real clients: it says what rows look like, but not where they are."""
     data = run.data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
-    # clients need not know what the server does with its own rows, nor what else it tries
-    mine = {
-        "server": ServerConfig(),
-        "distill": DistillConfig(),
-        "plan": PlanConfig(),
-        "report": ReportConfig(),
-        "compare": CompareConfig(),
-        "sweep": SweepConfig(),
-    }
-    return run.model_copy(update={"data": data, "partition": None, **mine})
+    return run.model_copy(update={"data": data, "partition": None, **SECTIONS_OF_THE_SERVER})
 
 
 def _default(key: str) -> Any:
