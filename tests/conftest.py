@@ -9,8 +9,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-# tiny tensors: a second thread only waits, and worker processes of tests share the two cores
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny tensors: a second thread only waits, and processes of tests share the two cores.
+
+    Runs set their own number, so that each file begins with this one again.
+    """
+    torch.set_num_threads(1)
+
 
 # A busy machine must not fail a property by its clock. In CI the examples are the same every time;
 # elsewhere they are new ones, so that the properties keep being searched.

@@ -8,7 +8,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -27,7 +26,6 @@ def main(grid: Grid, context: Context) -> None:
     """Run the recipe in the app's config, in a folder named after Flower's number of the run."""
     began = time.perf_counter()
     checked = check(RunConfig.model_validate_json(str(context.run_config["recipe"])))
-    torch.set_num_threads(checked.run.runtime.threads)
     place = Path(str(context.run_config["runs"])) / str(context.run_id)
     folder, progress = RunFolder.create(place, checked.run), PlainProgress()
     progress.note(f"run folder: {place}")

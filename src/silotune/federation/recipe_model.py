@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from silotune.data.chat_templates import resolve_template, set_template
 from silotune.federation.progress import Progress
 from silotune.models.heads import check_length
@@ -11,7 +13,12 @@ from silotune.training.tasks.instruct import check_packing
 
 
 def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
-    """Load a recipe's base with its first adapter, and set the chat template."""
+    """Load a recipe's base with its first adapter, and set the chat template.
+
+    From here on this process computes with the recipe's number of threads: sums of floats depend on
+    it, and whoever loads a model for a recipe wants that recipe's numbers.
+    """
+    torch.set_num_threads(run.runtime.threads)
     loaded = load_model(
         run.model,
         run.adapter,

@@ -81,7 +81,6 @@ class Station:
             ModelError: It cannot be loaded here.
         """
         run = place.run
-        torch.set_num_threads(run.runtime.threads)
         self.place = place
         loaded = load_for(run)
         algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))

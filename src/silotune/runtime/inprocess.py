@@ -40,7 +40,7 @@ from silotune.training.tasks import build_task
 def drive(job: Job) -> Measured:
     """Run a job's rounds in this process."""
     assert job.loaded is not None, "this runtime trains on the model it is given"
-    torch.set_num_threads(job.run.runtime.threads)
+    torch.set_num_threads(job.run.runtime.threads)  # the base may be another recipe's, shared
     run = job.run
     plain = keep_local(algorithm_of(run.algorithm), job.local)
     unguarded = Worker(job.loaded, build_task(run.task, run.data.labels), run, plain)

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from silotune.core.algorithm import expected_layout, keep_local
@@ -205,7 +204,6 @@ def _with_clients(
 ) -> dict[str, Any]:
     run = checked.run
     progress.note(f"loading {run.model.name}")
-    torch.set_num_threads(run.runtime.threads)
     loaded = load_for(run, progress)
     provenance_of(folder, checked, loaded)
     plain = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
@@ -288,7 +286,6 @@ def _with_rows(
         num_others=NUM_OTHERS,
     )
     progress.note(f"loading {run.model.name}")
-    torch.set_num_threads(run.runtime.threads)
     loaded = load_for(run, progress)
     rows = [canary.row for canary in canaries]
     _check_length(loaded, rows, run)

@@ -142,7 +142,6 @@ def main() -> None:
 
 
 def _measure(run: RunConfig, began: float) -> Measurement:
-    torch.set_num_threads(run.runtime.threads)
     loaded = load_for(run)
     task = build_task(run.task, run.data.labels)
     algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
