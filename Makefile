@@ -7,6 +7,9 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requir
 EXTRAS ?=
 comma := ,
 
+# Tests start hundreds of processes: each would compile every module again where this is set.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: env dev demo test unit slow fuzz kills check format bench bench-deploy docs lock sbom clean
 
 env: $(VENV)/.installed $(if $(EXTRAS),$(VENV)/.with-$(subst $(comma),-,$(EXTRAS)))
@@ -35,10 +38,11 @@ test: dev
 	others=$$?; wait $$engine; engine=$$?; cat build/engine.log; exit $$((others | engine))
 
 unit: dev
-	$(BIN)/pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile tests/unit
 
 slow: dev
 	$(BIN)/pytest tests -m slow
+	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not slow" -n 2 --dist loadfile tests/unit
 
 # Malformed input of nine kinds, and kill -9 at random moments: each prints a table and takes most of an hour.
 SEED ?= 1

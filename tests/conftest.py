@@ -20,9 +20,12 @@ def _one_thread():
 
 
 # A busy machine must not fail a property by its clock. In CI the examples are the same every time;
-# elsewhere they are new ones, so that the properties keep being searched.
-settings.register_profile("silotune", deadline=None, derandomize=bool(os.environ.get("CI")))
-settings.load_profile("silotune")
+# elsewhere they are new ones, so that the properties keep being searched. `make slow` searches more.
+settings.register_profile(
+    "gate", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI"))
+)
+settings.register_profile("search", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

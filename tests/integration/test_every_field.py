@@ -11,7 +11,7 @@ from silotune.core.errors import ConfigError, SilotuneError
 from silotune.recipes.mistakes import known_keys, sections
 from silotune.recipes.parse import load_recipe
 from silotune.training.generate import answers
-from tests.conftest import build_tiny_model, write_tiny_recipe
+from tests.conftest import build_tiny_model, hospital_rows, write_jsonl, write_tiny_recipe
 
 # key=value -> what must differ from the plain run
 CHANGES_THE_ADAPTER = [
@@ -197,9 +197,10 @@ def shape_of(run) -> str:
 
 @pytest.mark.parametrize("overrides", CHANGES_WHAT_IS_WRITTEN)
 def test_the_field_changes_what_is_written(place, plain, tmp_path, overrides):
+    # training on words makes answers of other signs less likely, so the first round is best
+    signs = [row | {"answer": "~~~~~~~~"} for row in hospital_rows()]
     both = {
-        # the best of these rounds is not the last, so that "best" shows
-        "checkpoint.keep=best": ["train.lr=10.0"],
+        "checkpoint.keep=best": [f"data.eval_path={write_jsonl(tmp_path / 'signs.jsonl', signs)}"],
         # clients hold out more than one row
         "data.max_eval_rows=1": ["data.eval_fraction=0.5"],
     }.get(overrides, [])

@@ -79,9 +79,17 @@ def test_a_plan_and_a_run_count_the_same_bytes(recipe, tmp_path, changes):
     agree(recipe(**changes), tmp_path / "run")
 
 
-@pytest.mark.parametrize("head", ["train", "freeze", "local"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize(
+    ("family", "kind", "head"),
+    [  # every two of the three keys in every combination
+        ("bert", "lora", "train"),
+        ("bert", "lora", "local"),
+        ("bert", "full", "freeze"),
+        ("distilbert", "full", "train"),
+        ("distilbert", "full", "local"),
+        ("distilbert", "lora", "freeze"),
+    ],
+)
 def test_the_head_of_a_classifier_is_counted_where_it_is_sent(recipe, tmp_path, family, kind, head):
     rows = [
         {"text": f"film {n}", "label": ("bad", "good", "fair")[n % 3], "site": "ab"[n % 4 == 0]}

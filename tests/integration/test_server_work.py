@@ -67,14 +67,18 @@ def recipe(place, task="classify", **changes):
     return parse(changed(table, changes))
 
 
-@pytest.fixture
-def adapter_of(place, tmp_path):
-    """The adapter of a run, as one fingerprint."""
-    count = iter(range(100))
+@pytest.fixture(scope="module")
+def adapter_of(place, tmp_path_factory):
+    """The adapter of a run, as one fingerprint. Equal recipes are trained once for all tests."""
+    found: dict[str, str] = {}
 
     def run(task="classify", **changes):
-        done = silotune.run(recipe(place, task, **changes), out=tmp_path / f"run-{next(count)}")
-        return sha256(done.adapter())
+        wanted = recipe(place, task, **changes)
+        key = wanted.model_dump_json(serialize_as_any=True)
+        if key not in found:
+            done = silotune.run(wanted, out=tmp_path_factory.mktemp("runs") / "run")
+            found[key] = sha256(done.adapter())
+        return found[key]
 
     return run
 

@@ -10,6 +10,7 @@ import math
 import re
 import types
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from silotune.core.errors import ConfigError
@@ -41,7 +42,7 @@ def check_option(kind: type, option: str, value: Any) -> None:
     Raises:
         ConfigError: Says what the option takes.
     """
-    hint = get_type_hints(kind).get(option, Any)
+    hint = _hints(kind).get(option, Any)
     if not _fits(value, hint, names=option in OF_MODULES):
         accepted = sorted(_accepted(hint, names=option in OF_MODULES))
         takes = f"it takes {' or '.join(accepted)}" if accepted else "a recipe cannot set it"
@@ -50,6 +51,11 @@ def check_option(kind: type, option: str, value: Any) -> None:
             "  A recipe sets numbers, switches, choices and names of modules; nothing that could "
             "be a path or a model."
         )
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _fits(value: Any, hint: Any, *, names: bool) -> bool:

@@ -41,10 +41,16 @@ def placed(rows):
 # --- neighbours -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fraction", "seed"), [(0.05, 1), (0.1, 17), (0.5, 3), (0.9, 4)])
 @pytest.mark.parametrize(
-    ("ending", "task"),
-    [("jsonl", "instruct"), ("csv", "classify"), ("json", "classify"), ("parquet", "instruct")],
+    ("ending", "task", "fraction", "seed"),
+    [
+        ("jsonl", "instruct", 0.05, 1),
+        ("jsonl", "classify", 0.9, 4),
+        ("csv", "classify", 0.1, 17),
+        ("json", "instruct", 0.5, 3),
+        ("parquet", "instruct", 0.1, 17),
+        ("parquet", "classify", 0.05, 1),
+    ],
 )
 def test_each_row_less_changes_at_most_that_row(tmp_path, ending, task, fraction, seed):
     """Bug: one row appended to 500 re-drew the held-out rows, and 97 train rows differed."""

@@ -389,10 +389,10 @@ def test_norms_are_over_all_tensors_together():
     ("rate", "z", "releases", "rdp", "pld"),
     [
         (0.0042667, 1.12, 14063, 2.5187, 2.3103),
-        (0.01, 1.0, 1000, 2.1014, 1.8282),
         (0.1, 1.0, 100, 7.9039, 7.0466),
-        (0.1, 2.0, 200, 3.6797, 3.3597),
-        (0.04, 0.8, 500, 10.6253, 9.4925),
+        pytest.param(0.01, 1.0, 1000, 2.1014, 1.8282, marks=pytest.mark.slow),
+        pytest.param(0.1, 2.0, 200, 3.6797, 3.3597, marks=pytest.mark.slow),
+        pytest.param(0.04, 0.8, 500, 10.6253, 9.4925, marks=pytest.mark.slow),
     ],
 )
 def test_three_accountants_agree_on_poisson_sampling(rate, z, releases, rdp, pld):
@@ -406,7 +406,11 @@ def test_three_accountants_agree_on_poisson_sampling(rate, z, releases, rdp, pld
 
 @pytest.mark.parametrize(
     ("rate", "releases", "target", "z"),
-    [(0.1, 100, 1, 3.9417), (0.2, 50, 3, 2.2374), (0.01, 1000, 8, 0.5863)],
+    [
+        (0.1, 100, 1, 3.9417),
+        pytest.param(0.2, 50, 3, 2.2374, marks=pytest.mark.slow),
+        pytest.param(0.01, 1000, 8, 0.5863, marks=pytest.mark.slow),
+    ],
 )
 def test_the_noise_for_a_target_with_sampling_is_the_published_one(rate, releases, target, z):
     plan = {"num_releases": releases, "delta": 1e-5, "sampling_rate": rate}
