@@ -20,7 +20,7 @@ def _one_thread():
 
 
 # A busy machine must not fail a property by its clock. In CI the examples are the same every time;
-# elsewhere they are new ones, so that the properties keep being searched. `make slow` searches more.
+# elsewhere they are new ones, so that the properties keep being searched; `make slow` uses more.
 settings.register_profile(
     "gate", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI"))
 )
