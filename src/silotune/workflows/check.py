@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.core.errors import ConfigError, DataError
+from silotune.core.errors import ConfigError, DataError, HubUnreachable, first_line
 from silotune.data.chat_templates import TEMPLATES, resolve_template
 from silotune.data.clients import ClientRows, cut_clients
 from silotune.data.files import locate
@@ -47,10 +47,28 @@ class Checked:
     """What is allowed but may be surprising."""
     promise: Promise | None = None
     """What [privacy] guarantees, if the recipe has it."""
+    unchecked: Sequence[str] = ()
+    """What could not be looked at, each with the reason."""
+
+    @property
+    def not_looked_at(self) -> str:
+        """What a check never looks at, and what does."""
+        return (
+            "not looked at: the model's tokenizer, chat template and weights; "
+            "`silotune data` looks at every row with the first two"
+        )
 
 
-def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Checked:
+def check(
+    recipe: str | Path | RunConfig, overrides: Sequence[str] = (), *, offline: bool = False
+) -> Checked:
     """Find every mistake that shows without loading a model: recipe, model name, data, clients.
+
+    Args:
+        recipe: A shipped recipe's name, a TOML file, or a recipe.
+        overrides: Keys to change, such as "train.lr=5e-4".
+        offline: If the hub cannot be reached, check everything except its rows, and say so in
+            `unchecked`. Otherwise that is an error.
 
     Raises:
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
@@ -73,14 +91,25 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
         check_installed(run)
     check_tracker(run.report.tracker)
     federated_arms(run)  # mistakes in compare.arms
-    rows, unused = _rows(run)
-    own = server_rows(run)
+    strategy, (_, notice) = (
+        strategy_warnings(run.algorithm),
+        pick_optimizer(run.train.optimizer, device),
+    )
+    warnings = [*strategy, *([notice] if notice else [])]
+    if run.server.work == "distill" and run.distill.teacher is not None:
+        check_name(run.distill.teacher, "distill.teacher")
+    try:
+        rows, unused = _rows(run)
+        own = server_rows(run)
+    except HubUnreachable as error:
+        if not offline:
+            raise
+        return _without_rows(run, warnings, error)
     if run.server.work != "none" and not own:
         raise DataError(
             "the server has no rows to train on.\n  Set server.data_fraction or server.data_path."
         )
-    _, notice = pick_optimizer(run.train.optimizer, device)
-    warnings = [*unused, *strategy_warnings(run.algorithm), *([notice] if notice else [])]
+    warnings = [*unused, *warnings]
     if run.task == "classify":
         run = _with_labels(run, rows, own)
         # under [privacy], nobody else may learn about real clients' rows; and without rows here,
@@ -88,8 +117,6 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
         here = any(own.train for own in rows.values())
         if here and (run.runtime.name != "flower" or run.privacy.unit == "none"):
             warnings += label_warnings(rows, run.data.labels or ())
-    if run.server.work == "distill" and run.distill.teacher is not None:
-        check_name(run.distill.teacher, "distill.teacher")
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
     promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
     if promise is not None and (few := too_few_for(promise)) is not None:
@@ -98,6 +125,26 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
             "completely would still satisfy the guarantee"
         )
     return Checked(run, rows, warnings, promise)
+
+
+def known_clients(run: RunConfig) -> int | None:
+    """The number of clients as far as the recipe alone tells it."""
+    split = run.partition or PartitionConfig()
+    return split.num_clients if split.only is None else len(split.only)
+
+
+def _without_rows(run: RunConfig, warnings: Sequence[str], error: HubUnreachable) -> Checked:
+    """What can be said without the rows."""
+    unchecked = [f"the rows: {first_line(str(error))}"]
+    if (known := known_clients(run)) is not None:
+        check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, known))
+    else:
+        unchecked.append("the number of clients, which follows from the rows")
+    if run.task == "classify" and run.data.labels is None:
+        unchecked.append("the labels, which are those of the rows")
+    if run.privacy.unit != "none":
+        unchecked.append("the privacy guarantee, which depends on the clients' numbers of rows")
+    return Checked(run, {}, warnings, None, unchecked)
 
 
 def check_track(run: RunConfig) -> None:

@@ -17,7 +17,7 @@ from silotune.models.sources import check_name
 from silotune.recipes.parse import load_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
-from silotune.workflows.check import check, check_track
+from silotune.workflows.check import check, check_track, known_clients
 from silotune.workflows.plan.fit import Change, Limits, Prediction, find_changes
 from silotune.workflows.plan.measure import Measurement, is_at_hand, measure
 from silotune.workflows.plan.memory import (
@@ -143,7 +143,7 @@ def _look_at_rows(run: RunConfig, *, needed: bool) -> tuple[RunConfig, int, list
 
     A data set on the hub is read only if its rows are needed, and it may be unreachable.
     """
-    known = run.partition.num_clients if run.partition is not None else None
+    known = known_clients(run)
     enough = known is not None and (run.task != "classify" or run.data.labels is not None)
     if not enough or needed or locate(run.data.path) is not None:
         try:
