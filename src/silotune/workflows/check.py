@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from silotune.core.errors import ConfigError, DataError, HubUnreachable, first_line
+from silotune.core.public_call import public
 from silotune.data.chat_templates import TEMPLATES, resolve_template
 from silotune.data.clients import ClientRows, cut_clients
 from silotune.data.files import locate
@@ -28,13 +30,14 @@ from silotune.models.devices import pick_device
 from silotune.models.quantization import check_quantization
 from silotune.models.sources import check_name, is_hub_id
 from silotune.recipes.arms import federated_arms
-from silotune.recipes.parse import load_recipe
+from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tracks import TRACKS
 from silotune.runtime.flower.engine import check_installed
 from silotune.runtime.flower.strategy_check import check_algorithm, strategy_warnings
 from silotune.training.loop import pick_optimizer
 from silotune.workflows.data_overview import label_warnings
+from silotune.workflows.in_memory import from_memory
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,14 @@ class Checked:
         )
 
 
+@public
 def check(
-    recipe: str | Path | RunConfig, overrides: Sequence[str] = (), *, offline: bool = False
+    recipe: str | Path | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    offline: bool = False,
+    rows: Any = None,
+    model: Any = None,
 ) -> Checked:
     """Find every mistake that shows without loading a model: recipe, model name, data, clients.
 
@@ -69,11 +78,19 @@ def check(
         overrides: Keys to change, such as "train.lr=5e-4".
         offline: If the hub cannot be reached, check everything except its rows, and say so in
             `unchecked`. Otherwise that is an error.
+        rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
+            iterator, or {client: rows}. They are written to a folder that is removed in the end.
+        model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
+            like the rows and not changed.
 
     Raises:
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """
-    run = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    with from_memory(rows, model, overrides) as changed:
+        return _checked(resolve_recipe(recipe, changed), offline=offline)
+
+
+def _checked(run: RunConfig, *, offline: bool) -> Checked:
     check_name(run.model.name)
     if run.model.revision is not None and not is_hub_id(run.model.name):
         raise ConfigError(

@@ -15,6 +15,7 @@ import tomli_w
 
 from silotune.core.atomic_files import writing
 from silotune.core.errors import ConfigError, DataError, EmptyRowError
+from silotune.core.public_call import public
 from silotune.core.safe_text import one_line
 from silotune.core.wording import counted
 from silotune.data.conversations import conversation, list_columns
@@ -58,6 +59,7 @@ class NewRecipe:
     the model's tokenizer is not on this machine, in silotune's plain template, with 0 tokens."""
 
 
+@public
 def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
     """Look at a file or folder of rows, and write a commented recipe for it.
 
@@ -71,7 +73,7 @@ def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
         DiskError: It cannot be written.
     """
     source = Path(rows).expanduser()
-    if not source.exists():
+    if not str(rows).strip() or not source.exists():
         raise no_such_file(source)
     place = Path(out).expanduser() if out is not None else _beside(source)
     if place.exists():
