@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from silotune.workflows.check import check
     from silotune.workflows.compare.compare import Comparison, compare
     from silotune.workflows.evaluate.evaluate import Evaluation, Questions, evaluate
+    from silotune.workflows.new_recipe import NewRecipe, new
     from silotune.workflows.plan.plan import Plan, plan
     from silotune.workflows.pretrain_teacher import pretrain_teacher
     from silotune.workflows.preview import preview
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Comparison": "silotune.workflows.compare.compare",
     "Evaluation": "silotune.workflows.evaluate.evaluate",
+    "NewRecipe": "silotune.workflows.new_recipe",
     "PlainProgress": "silotune.federation.progress",
     "Plan": "silotune.workflows.plan.plan",
     "Progress": "silotune.federation.progress",
@@ -42,6 +44,7 @@ _HOMES = {
     "compare": "silotune.workflows.compare.compare",
     "evaluate": "silotune.workflows.evaluate.evaluate",
     "load_recipe": "silotune.recipes.parse",
+    "new": "silotune.workflows.new_recipe",
     "plan": "silotune.workflows.plan.plan",
     "pretrain_teacher": "silotune.workflows.pretrain_teacher",
     "preview": "silotune.workflows.preview",
@@ -53,6 +56,7 @@ _HOMES = {
 __all__ = [
     "Comparison",
     "Evaluation",
+    "NewRecipe",
     "PlainProgress",
     "Plan",
     "Progress",
@@ -67,6 +71,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load_recipe",
+    "new",
     "plan",
     "pretrain_teacher",
     "preview",

@@ -35,6 +35,16 @@ def test_smollm2_knows_the_capital_of_sweden(smollm2: Path):
     assert said.endswith("<|im_end|>")
 
 
+def test_the_known_shape_of_smollm2_is_that_of_its_files(smollm2: Path):
+    from transformers import AutoConfig
+
+    from silotune.models.known_shapes import KNOWN_SHAPES
+
+    real, known = AutoConfig.from_pretrained(smollm2), KNOWN_SHAPES["smollm2-135m-instruct"]
+    assert {key: getattr(real, key) for key in known.sizes} == known.sizes
+    assert real.model_type == known.family
+
+
 def test_smollm2_is_bit_for_bit_what_transformers_own_loader_reads(smollm2: Path, tmp_path: Path):
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -10,7 +10,7 @@ from silotune.cli.help import Command, Group
 
 COMMANDS = (
     *(run.demo, run.run, run.check, run.compare, run.pretrain_teacher),
-    *(data.data, plan.plan, sweep.sweep, privacy.privacy, audit.audit),
+    *(data.new, data.data, plan.plan, sweep.sweep, privacy.privacy, audit.audit),
     *(after.ask, after.evaluate, after.export, after.report, chat.chat),
     *(server.rehearse, server.export_app),
 )

@@ -1,11 +1,29 @@
-"""The command before a run that shows its rows: data."""
+"""Commands before a run that look at rows: new, data."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from silotune.cli.frame import errors_as_exit_codes, print_json
 from silotune.cli.options import Overrides, Recipe
+
+
+def new(
+    rows: Annotated[Path, typer.Argument(metavar="FILE", help="A file or a folder of rows.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Recipe to create; by default beside the rows.")
+    ] = None,
+) -> None:
+    """Write a recipe for a file of rows.
+
+    Every guess is marked. Shows three rows as the model will read them, and the next command.
+    """
+    with errors_as_exit_codes():
+        import silotune
+        from silotune.cli import previews
+
+        previews.print_new(silotune.new(rows, out=out))
 
 
 def data(

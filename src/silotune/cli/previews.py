@@ -1,5 +1,6 @@
 """What commands print before a run: its rows as the model reads them, and what it would cost."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -157,6 +158,21 @@ def _print_pieces(pieces: "Sequence[tuple[Kind, str]]") -> None:
         before, after = MARKS[kind] if colourless else ("", "")
         line.append(before + visible(text) + after, style="" if colourless else STYLES[kind])
     console.print(line, soft_wrap=True)
+
+
+def print_new(made: "silotune.NewRecipe") -> None:
+    """Print what was guessed, a few rows as the model will read them, and the next command."""
+    print_line(f"{made.path}: a recipe for {counted(made.num_rows, 'row')}\n")
+    for text in made.guesses:
+        print_line(text)
+    if made.samples and not made.samples[0].num_tokens:
+        print_line("\nthe model is not on this machine yet, so rows are shown in a plain template")
+    for found in made.samples:
+        tokens = f": {counted(found.num_tokens, 'token')}" if found.num_tokens else ""
+        print_line(f"\n{found.client}, train row {found.row}{tokens}")
+        _print_pieces(LEGEND[:1])
+        _print_pieces(found.pieces)
+    print_line(f"\nread the recipe, then: silotune data {shlex.quote(str(made.path))}")
 
 
 # --- costs ----------------------------------------------------------------------------------------

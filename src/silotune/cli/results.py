@@ -22,12 +22,16 @@ def print_checked(checked: "Checked") -> None:
     body = [
         (name, str(len(own.train)), str(len(own.evaluation))) for name, own in checked.rows.items()
     ]
-    print_table([("client", "train rows", "held-out rows"), *body])
+    if body:
+        print_table([("client", "train rows", "held-out rows"), *body])
     for text in check_lines(checked.promise) if checked.promise is not None else ():
         print_line(text)
     for text in checked.warnings:
         print_line(f"warning: {text}")
-    print_line("no mistakes found")
+    for text in checked.unchecked:
+        print_line(f"not checked: {text}")
+    print_line("no mistakes found in everything else" if checked.unchecked else "no mistakes found")
+    print_line(checked.not_looked_at)
 
 
 def print_run(done: "silotune.Run") -> None:

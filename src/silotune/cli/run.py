@@ -66,13 +66,13 @@ def check(
 ) -> None:
     """Find every mistake in a recipe and its data.
 
-    No model is loaded.
+    No model is loaded. Without a network, everything except rows on the hub is checked.
     """
     with errors_as_exit_codes():
         import silotune
         from silotune.cli import results
 
-        checked = silotune.check(recipe, overrides or ())
+        checked = silotune.check(recipe, overrides or (), offline=not json)
         if json:
             print_json(
                 {

@@ -3,7 +3,8 @@
 SilotuneError
 ├── ConfigError      a mistake in a recipe, an override or an argument        (exit 2)
 ├── DataError        a file, a column or a row that cannot be used            (exit 2)
-│   └── EmptyRowError  a row without a required text
+│   ├── EmptyRowError  a row without a required text
+│   └── HubUnreachable a data set on the hub, which this machine cannot reach
 ├── ModelError       a base model or an adapter that cannot be used           (exit 2)
 ├── RunFolderError   a run folder that is missing, not ours, in use or damaged (exit 2)
 ├── DiskError        a file cannot be written: no space, or no permission      (exit 1)
@@ -39,6 +40,10 @@ class DataError(SilotuneError):
 
 class EmptyRowError(DataError):
     """A row that lacks a required text; a recipe can skip such rows."""
+
+
+class HubUnreachable(DataError):
+    """Rows on a hub that does not answer, so that nothing is known about them."""
 
 
 class ModelError(SilotuneError):

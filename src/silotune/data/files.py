@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from silotune.core.errors import DataError
+from silotune.core.errors import DataError, HubUnreachable
+from silotune.core.hub import why_offline
+from silotune.core.safe_text import one_line
 from silotune.core.wording import counted, did_you_mean
 from silotune.data.conversations import list_columns
 from silotune.data.partition import Shares
@@ -309,12 +311,15 @@ def read_hub(path: str, *, name: str | None, split: str, revision: str | None) -
     Raises:
         DataError: It cannot be read, for any reason, or the split is empty.
     """
+    reason = why_offline()
     try:
         import datasets
 
         found: Iterable[Any] = datasets.load_dataset(path, name, split=split, revision=revision)
         rows = [PlacedRow(f"{path}, {split}, row {n}", dict(r)) for n, r in enumerate(found, 1)]
     except Exception as error:  # the libraries raise dozens of types, which all mean this
+        if reason is not None and "/" in path:
+            raise unreachable(path, reason) from error
         raise DataError(
             f"'{path}' is neither a named example nor a local file or folder, and its split "
             f"'{split}' could not be read from the hub ({type(error).__name__})."
@@ -328,3 +333,13 @@ def read_hub(path: str, *, name: str | None, split: str, revision: str | None) -
             "  Choose another data.split (or data.eval_split)."
         )
     return rows
+
+
+def unreachable(path: str, reason: str) -> HubUnreachable:
+    """The error for a data set that is on the hub, as far as its name tells."""
+    return HubUnreachable(
+        f"'{path}' is no local file or folder, and the hub cannot be reached: {one_line(reason)}."
+        f"{did_you_mean(path, _names_in(Path()))}\n"
+        "  Connect this machine to the network (a data set that was fetched before is in the hub "
+        "library's cache), or set data.path to a local file or folder."
+    )

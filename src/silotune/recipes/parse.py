@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from silotune.core.errors import ConfigError
+from silotune.core.public_call import public
 from silotune.core.reading_back import parse_toml, reason
 from silotune.core.wording import counted, did_you_mean
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS, chosen_algorithm
@@ -29,6 +30,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.toml"), key=lambda p: p.stem)}
 
 
+@public
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply `key=value` overrides.
 
@@ -54,6 +56,17 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if problem:
             problems.append(problem)
     return parse(table, name=path.stem, problems=problems)
+
+
+def resolve_recipe(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe by name, file or value, with `key=value` overrides.
+
+    Raises:
+        ConfigError: All mistakes together.
+    """
+    if not isinstance(recipe, RunConfig):
+        return load_recipe(recipe, overrides)
+    return with_overrides(recipe, overrides) if overrides else recipe
 
 
 def with_overrides(run: RunConfig, overrides: Sequence[str], *, name: str = "recipe") -> RunConfig:

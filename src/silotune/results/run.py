@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import ConfigError, ModelError, RunFolderError, UpdateError
+from silotune.core.public_call import as_path, public
 from silotune.core.types import AdapterState
 from silotune.federation.metrics import Row
 from silotune.federation.privacy_statement import releases, statement
@@ -37,7 +38,7 @@ class Run:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))  # strings are accepted too
+        object.__setattr__(self, "path", as_path(self.path, "Run"))  # strings are accepted too
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -156,6 +157,7 @@ class Run:
                 "changed.\n  Restore them, or train again."
             )
 
+    @public
     def export(
         self,
         kind: ExportKind = "peft",
@@ -206,6 +208,7 @@ class Run:
             progress.note(f"pushed: {push_folder(api, place, push, public=public)}")
         return place
 
+    @public
     def ask(self, question: str, *, base: bool = False, max_new_tokens: int = 128) -> str:
         """Answer a question with the trained adapter, or with the base.
 
@@ -218,6 +221,7 @@ class Run:
         only: Speaker = "base" if base else "federated"
         return self.chat(only=only, max_new_tokens=max_new_tokens).say(question)[only]
 
+    @public
     def chat(self, *, only: Speaker | None = None, max_new_tokens: int = 128) -> Chat:
         """Start a conversation with the base and the federated model, side by side.
 

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from silotune.core.errors import ConfigError, DataError
+from silotune.core.errors import ConfigError, DataError, HubUnreachable, first_line
+from silotune.core.public_call import public
 from silotune.data.chat_templates import TEMPLATES, resolve_template
 from silotune.data.clients import ClientRows, cut_clients
 from silotune.data.files import locate
@@ -28,13 +30,14 @@ from silotune.models.devices import pick_device
 from silotune.models.quantization import check_quantization
 from silotune.models.sources import check_name, is_hub_id
 from silotune.recipes.arms import federated_arms
-from silotune.recipes.parse import load_recipe
+from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tracks import TRACKS
 from silotune.runtime.flower.engine import check_installed
 from silotune.runtime.flower.strategy_check import check_algorithm, strategy_warnings
 from silotune.training.loop import pick_optimizer
 from silotune.workflows.data_overview import label_warnings
+from silotune.workflows.in_memory import from_memory
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,47 @@ class Checked:
     """What is allowed but may be surprising."""
     promise: Promise | None = None
     """What [privacy] guarantees, if the recipe has it."""
+    unchecked: Sequence[str] = ()
+    """What could not be looked at, each with the reason."""
+
+    @property
+    def not_looked_at(self) -> str:
+        """What a check never looks at, and what does."""
+        return (
+            "not looked at: the model's tokenizer, chat template and weights; "
+            "`silotune data` looks at every row with the first two"
+        )
 
 
-def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Checked:
+@public
+def check(
+    recipe: str | Path | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    offline: bool = False,
+    rows: Any = None,
+    model: Any = None,
+) -> Checked:
     """Find every mistake that shows without loading a model: recipe, model name, data, clients.
+
+    Args:
+        recipe: A shipped recipe's name, a TOML file, or a recipe.
+        overrides: Keys to change, such as "train.lr=5e-4".
+        offline: If the hub cannot be reached, check everything except its rows, and say so in
+            `unchecked`. Otherwise that is an error.
+        rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
+            iterator, or {client: rows}. They are written to a folder that is removed in the end.
+        model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
+            like the rows and not changed.
 
     Raises:
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """
-    run = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    with from_memory(rows, model, overrides) as changed:
+        return _checked(resolve_recipe(recipe, changed), offline=offline)
+
+
+def _checked(run: RunConfig, *, offline: bool) -> Checked:
     check_name(run.model.name)
     if run.model.revision is not None and not is_hub_id(run.model.name):
         raise ConfigError(
@@ -73,14 +108,25 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
         check_installed(run)
     check_tracker(run.report.tracker)
     federated_arms(run)  # mistakes in compare.arms
-    rows, unused = _rows(run)
-    own = server_rows(run)
+    strategy, (_, notice) = (
+        strategy_warnings(run.algorithm),
+        pick_optimizer(run.train.optimizer, device),
+    )
+    warnings = [*strategy, *([notice] if notice else [])]
+    if run.server.work == "distill" and run.distill.teacher is not None:
+        check_name(run.distill.teacher, "distill.teacher")
+    try:
+        rows, unused = _rows(run)
+        own = server_rows(run)
+    except HubUnreachable as error:
+        if not offline:
+            raise
+        return _without_rows(run, warnings, error)
     if run.server.work != "none" and not own:
         raise DataError(
             "the server has no rows to train on.\n  Set server.data_fraction or server.data_path."
         )
-    _, notice = pick_optimizer(run.train.optimizer, device)
-    warnings = [*unused, *strategy_warnings(run.algorithm), *([notice] if notice else [])]
+    warnings = [*unused, *warnings]
     if run.task == "classify":
         run = _with_labels(run, rows, own)
         # under [privacy], nobody else may learn about real clients' rows; and without rows here,
@@ -88,8 +134,6 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
         here = any(own.train for own in rows.values())
         if here and (run.runtime.name != "flower" or run.privacy.unit == "none"):
             warnings += label_warnings(rows, run.data.labels or ())
-    if run.server.work == "distill" and run.distill.teacher is not None:
-        check_name(run.distill.teacher, "distill.teacher")
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
     promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
     if promise is not None and (few := too_few_for(promise)) is not None:
@@ -98,6 +142,26 @@ def check(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Chec
             "completely would still satisfy the guarantee"
         )
     return Checked(run, rows, warnings, promise)
+
+
+def known_clients(run: RunConfig) -> int | None:
+    """The number of clients as far as the recipe alone tells it."""
+    split = run.partition or PartitionConfig()
+    return split.num_clients if split.only is None else len(split.only)
+
+
+def _without_rows(run: RunConfig, warnings: Sequence[str], error: HubUnreachable) -> Checked:
+    """What can be said without the rows."""
+    unchecked = [f"the rows: {first_line(str(error))}"]
+    if (known := known_clients(run)) is not None:
+        check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, known))
+    else:
+        unchecked.append("the number of clients, which follows from the rows")
+    if run.task == "classify" and run.data.labels is None:
+        unchecked.append("the labels, which are those of the rows")
+    if run.privacy.unit != "none":
+        unchecked.append("the privacy guarantee, which depends on the clients' numbers of rows")
+    return Checked(run, {}, warnings, None, unchecked)
 
 
 def check_track(run: RunConfig) -> None:

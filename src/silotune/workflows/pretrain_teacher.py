@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from silotune.core.errors import ConfigError
+from silotune.core.public_call import public
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.server_work import is_pretrained, pretrain, server_rows
@@ -12,6 +13,7 @@ from silotune.workflows.check import check
 from silotune.workflows.folders import place_for
 
 
+@public
 def pretrain_teacher(
     recipe: str | Path | RunConfig,
     overrides: Sequence[str] = (),

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from silotune.core.errors import ConfigError
+from silotune.core.public_call import public
 from silotune.core.wording import counted, did_you_mean
 from silotune.data.clients import ClientRows
 from silotune.data.conversations import list_columns
@@ -29,8 +32,9 @@ from silotune.recipes.schema import RunConfig
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Task
 from silotune.training.tasks.instruct import trained_spans
-from silotune.workflows.check import check
+from silotune.workflows.check import Checked, check
 from silotune.workflows.data_overview import quantiles
+from silotune.workflows.in_memory import from_memory
 
 NO_LIMIT = sys.maxsize
 """For `Task.prepare`: nothing is truncated, so that one pass gives both lengths and masks."""
@@ -108,12 +112,15 @@ class Preview:
         }
 
 
+@public
 def preview(
     recipe: str | Path | RunConfig,
     overrides: Sequence[str] = (),
     *,
-    num_samples: int = 0,
+    num_samples: Annotated[int, Field(ge=0)] = 0,
     client: str | None = None,
+    rows: Any = None,
+    model: Any = None,
 ) -> Preview:
     """Check a recipe and show its rows as the model reads them, without loading the model.
 
@@ -122,11 +129,19 @@ def preview(
         overrides: Keys to change, such as "train.max_length=256".
         num_samples: Number of train rows to show as text, starting with the first.
         client: The client whose rows to show; by default the first by name.
+        rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
+            iterator, or {client: rows}. They are written to a folder that is removed in the end.
+        model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
+            like the rows and not changed.
 
     Raises:
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """
-    checked = check(recipe, overrides)
+    with from_memory(rows, model, overrides) as changed:
+        return _preview(check(recipe, changed), num_samples, client)
+
+
+def _preview(checked: Checked, num_samples: int, client: str | None) -> Preview:
     run, rows = checked.run, dict(sorted(checked.rows.items()))
     chosen = _chosen(client, rows)
     tokenizer, warnings = load_tokenizer(run.model), list(checked.warnings)

@@ -8,6 +8,7 @@ from typing import Any
 
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import ConfigError, SilotuneError
+from silotune.core.public_call import public
 from silotune.core.types import ServerState
 from silotune.data.clients import ClientRows
 from silotune.data.files import locate
@@ -31,6 +32,7 @@ from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
 from silotune.workflows.check import Checked
 from silotune.workflows.folders import dotted_values, open_folder
+from silotune.workflows.in_memory import keep_beside
 from silotune.workflows.plan.outcome import measure_first, write_prediction
 from silotune.workflows.provenance import provenance_of
 from silotune.workflows.write_results import Spent, write_results
@@ -43,6 +45,7 @@ RUNTIMES = {
 """What runs a job's rounds, by `runtime.name`."""
 
 
+@public
 def run(
     recipe: str | Path | RunConfig | None = None,
     overrides: Sequence[str] = (),
@@ -50,6 +53,8 @@ def run(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     progress: Progress | None = None,
+    rows: Any = None,
+    model: Any = None,
 ) -> Run:
     """Run a recipe, or resume an interrupted run.
 
@@ -59,6 +64,10 @@ def run(
         out: The run folder to create; by default runs/<time>-<recipe>. Never overwritten.
         resume: A run folder to resume, with the recipe that is stored in it.
         progress: Told what happens; silent by default.
+        rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
+            iterator, or {client: rows}. They are written beside the run folder.
+        model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
+            like the rows and not changed.
 
     Returns:
         The finished run.
@@ -67,6 +76,7 @@ def run(
         SilotuneError: See errors.py. Whatever was finished stays in the run folder.
     """
     began = time.perf_counter()
+    overrides = keep_beside(out, rows, model, overrides, resume)
     folder, checked = open_folder(RunFolder, recipe, overrides, out=out, resume=resume)
     progress = progress or Progress()
     progress.note(f"run folder: {folder.path}")
@@ -222,6 +232,7 @@ def drive_rounds(job: Job, drive: Callable[[Job], Measured]) -> Measured:
         keep_spent(folder, time.perf_counter)  # also of a round that was not finished
 
 
+@public
 def base_folder(name: str) -> str | Path:
     """Where a `model.name` is found: the folder of a named source (fetched once), or the name."""
     return resolve(name)

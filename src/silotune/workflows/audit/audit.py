@@ -20,6 +20,7 @@ from silotune.core.algorithm import expected_layout, keep_local
 from silotune.core.atomic_files import free_place, make_folder, write_json
 from silotune.core.checksums import check_listed, list_files
 from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.public_call import public
 from silotune.core.reading_back import read_object
 from silotune.core.types import ServerState
 from silotune.data.reading import TaskRow
@@ -90,6 +91,7 @@ class Audit:
         return bool(self.result.get("is_refuted"))
 
 
+@public
 def audit(
     target: str | Path | RunConfig,
     overrides: Sequence[str] = (),

@@ -13,6 +13,7 @@ from typing import Any
 
 from silotune.core.atomic_files import write_atomically, write_json
 from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.public_call import as_path, public
 from silotune.core.wording import did_you_mean
 from silotune.federation.progress import Progress
 from silotune.recipes.arms import federated_arms
@@ -33,6 +34,7 @@ from silotune.workflows.compare.page import comparison_page
 from silotune.workflows.compare.statistics import compare_arms
 from silotune.workflows.data_overview import describe_split
 from silotune.workflows.folders import open_folder
+from silotune.workflows.in_memory import keep_beside
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Comparison:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))  # strings are accepted too
+        object.__setattr__(
+            self, "path", as_path(self.path, "Comparison")
+        )  # strings are accepted too
 
     @property
     def result(self) -> dict[str, Any]:
@@ -68,6 +72,7 @@ class Comparison:
         return self.path / "report.html"
 
 
+@public
 def compare(
     recipe: str | Path | RunConfig | None = None,
     overrides: Sequence[str] = (),
@@ -75,6 +80,8 @@ def compare(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     progress: Progress | None = None,
+    rows: Any = None,
+    model: Any = None,
 ) -> Comparison:
     """Train and score all arms, or resume an interrupted comparison.
 
@@ -84,11 +91,16 @@ def compare(
         out: The folder to create; by default runs/<time>-<recipe>. Never overwritten.
         resume: A comparison to resume, with its own recipe.
         progress: Receives progress messages; silent by default.
+        rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
+            iterator, or {client: rows}. They are written beside the run folder.
+        model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
+            like the rows and not changed.
 
     Raises:
         SilotuneError: See errors.py. Finished parts stay in the folder.
     """
     progress = progress or Progress()
+    overrides = keep_beside(out, rows, model, overrides, resume)
     folder, checked = open_folder(ComparisonFolder, recipe, overrides, out=out, resume=resume)
     try:
         _check(checked)

@@ -16,6 +16,7 @@ import numpy as np
 from silotune.core.atomic_files import free_place, make_folder, write_json, write_rows
 from silotune.core.checksums import check_listed, list_files
 from silotune.core.errors import ConfigError
+from silotune.core.public_call import as_path, public
 from silotune.core.reading_back import read_object
 from silotune.core.seeds import generator
 from silotune.core.stats import Interval, Labelled, label_scores, wilson
@@ -116,12 +117,16 @@ class Evaluation:
     path: Path
     """Holds scores.json, and every answer verbatim as JSONL."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", as_path(self.path, "Evaluation"))
+
     @property
     def scores(self) -> dict[str, Any]:
         """scores.json: the settings, and for each model its scores by suite."""
         return _read_scores(self.path)
 
 
+@public
 def evaluate(
     run: Run | Path | str, questions: Questions | None = None, *, progress: Progress | None = None
 ) -> Evaluation:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from silotune.core.errors import DataError
+from silotune.core.public_call import public
 from silotune.core.wording import human_bytes, human_seconds
 from silotune.data.files import locate
 from silotune.models.sources import check_name
-from silotune.recipes.parse import load_recipe
+from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
-from silotune.workflows.check import check, check_track
+from silotune.workflows.check import check, check_track, known_clients
+from silotune.workflows.in_memory import from_memory
 from silotune.workflows.plan.fit import Change, Limits, Prediction, find_changes
 from silotune.workflows.plan.measure import Measurement, is_at_hand, measure
 from silotune.workflows.plan.memory import (
@@ -80,12 +82,15 @@ class Plan:
         return {**found, "peak_bytes": self.peak_bytes}
 
 
+@public
 def plan(
     recipe: str | Path | RunConfig,
     overrides: Sequence[str] = (),
     *,
     measured: bool = True,
     limits: Limits | None = None,
+    rows: Any = None,
+    model: Any = None,
 ) -> Plan:
     """Predict what a run would cost.
 
@@ -94,11 +99,19 @@ def plan(
         overrides: Keys to change, such as "adapter.rank=4".
         measured: Run one real step in a separate process if the base is on this machine.
         limits: Limits for the run; the plan then lists changes that would fit them.
+        rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
+            iterator, or {client: rows}. They are written to a folder that is removed in the end.
+        model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
+            like the rows and not changed.
 
     Raises:
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """
-    run = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    with from_memory(rows, model, overrides) as changed:
+        return _plan(resolve_recipe(recipe, changed), measured=measured, limits=limits)
+
+
+def _plan(run: RunConfig, *, measured: bool, limits: Limits | None) -> Plan:
     check_name(run.model.name)
     check_track(run)
     here = measured and is_at_hand(run)
@@ -143,7 +156,7 @@ def _look_at_rows(run: RunConfig, *, needed: bool) -> tuple[RunConfig, int, list
 
     A data set on the hub is read only if its rows are needed, and it may be unreachable.
     """
-    known = run.partition.num_clients if run.partition is not None else None
+    known = known_clients(run)
     enough = known is not None and (run.task != "classify" or run.data.labels is not None)
     if not enough or needed or locate(run.data.path) is not None:
         try:

@@ -1,7 +1,8 @@
 """A recipe's model without its weights: which tensors it has, from config.json alone.
 
-The model is built on torch's meta device, where tensors have shapes and no memory. This file does
-not know message sizes or seconds.
+The model is built on torch's meta device, where tensors have shapes and no memory. If the
+config.json of a published model cannot be reached, its known shape is used. This file does not know
+message sizes or seconds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,10 +18,11 @@ from silotune.core.algorithm import Algorithm
 from silotune.core.errors import ModelError
 from silotune.core.types import ServerState
 from silotune.models.adapters import put_adapter, trained_parameters
-from silotune.models.base import quiet_libraries
+from silotune.models.base import ModelConfig, quiet_libraries
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, find_head, set_head
-from silotune.models.sources import resolve
+from silotune.models.known_shapes import KNOWN_SHAPES
+from silotune.models.sources import SOURCES, is_hub_id, is_ready, resolve
 from silotune.recipes.schema import RunConfig
 
 
@@ -41,17 +43,20 @@ class Shapes:
 def build_shapes(run: RunConfig) -> Shapes:
     """Build what a recipe trains. No weights are read; of a hub model, only config.json is fetched.
 
+    Of a model whose shape is known, nothing has to be fetched.
+
     Args:
         run: With the task classify, it names all labels.
 
     Raises:
         ModelError: There is no such model, or the adapter does not fit it.
     """
-    base, notes = _base(run), tuple[str, ...]()
+    base, notes = _base(run)
     labels, kind = run.task == "classify", run.adapter.kind
     head: Head | None = None
     if labels:
-        fresh, notes = _fresh_pooler(base, run)
+        fresh, more = _fresh_pooler(base, run)
+        notes += more
         head = find_head(base, fresh)
     with torch.device("meta"), quiet_libraries():
         if kind != "full":
@@ -74,14 +79,11 @@ def first_state(shapes: Shapes, algorithm: Algorithm, num_clients: int) -> Serve
         return ServerState(0, adapter, algorithm.init(adapter, num_clients))
 
 
-def _base(run: RunConfig) -> Any:
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-    )
+def _base(run: RunConfig) -> tuple[Any, tuple[str, ...]]:
+    """The plain model, and what has to be said about where its shape is from."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    cfg, place = run.model, resolve(run.model.name)
+    cfg = run.model
     kind: Any = AutoModelForCausalLM
     more: dict[str, Any] = {}
     if run.task == "classify":
@@ -91,9 +93,7 @@ def _base(run: RunConfig) -> Any:
         dtype = torch.float32  # unquantised layers become float32, and so do the activations
     with quiet_libraries():
         try:
-            config = AutoConfig.from_pretrained(
-                place, revision=cfg.revision, trust_remote_code=False, **more
-            )
+            config, notes = _config(cfg, more)
             with torch.device("meta"):
                 base = kind.from_config(config, dtype=dtype)
         except (OSError, ValueError) as error:
@@ -102,7 +102,32 @@ def _base(run: RunConfig) -> Any:
                 f"model.name = '{cfg.name}': its config.json cannot be read: {first_line}\n"
                 "  Give a folder that holds it, or a hub id that this machine can reach."
             ) from error
-    return base.requires_grad_(run.adapter.kind == "full")
+    return base.requires_grad_(run.adapter.kind == "full"), notes
+
+
+def _config(cfg: ModelConfig, more: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """The model's own configuration, or else its known shape and a note that says so."""
+    from transformers import AutoConfig
+
+    known = KNOWN_SHAPES.get(cfg.name) if cfg.revision is None else None
+    if known is not None and not is_fetched(cfg.name):
+        return known.config(**more), ()  # a plan downloads no weights
+    try:
+        place = resolve(cfg.name)
+        config = AutoConfig.from_pretrained(
+            place, revision=cfg.revision, trust_remote_code=False, **more
+        )
+    except OSError:
+        if known is None or not is_hub_id(cfg.name):
+            raise
+        note = f"the hub gave no config.json of {cfg.name}: its shape is from {known.source}"
+        return known.config(**more), (note,)
+    return config, ()
+
+
+def is_fetched(name: str) -> bool:
+    """Whether using the model starts no download of a named source's weights."""
+    return name not in SOURCES or is_ready(name)
 
 
 def _fresh_pooler(base: Any, run: RunConfig) -> tuple[list[str], tuple[str, ...]]:
@@ -111,7 +136,7 @@ def _fresh_pooler(base: Any, run: RunConfig) -> tuple[list[str], tuple[str, ...]
     poolers = [n for n, _ in base.named_parameters() if n.startswith(within) and "pool" in n]
     if not poolers:
         return [], ()
-    place = resolve(run.model.name)
+    place = resolve(run.model.name) if is_fetched(run.model.name) else None
     files = sorted(place.glob("*.safetensors")) if isinstance(place, Path) else []
     if not files:
         return [], (

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
 
 from silotune.core.atomic_files import write_atomically, write_rows, written_rows
 from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.public_call import as_path, public
 from silotune.federation.metrics import held_out_losses
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
@@ -55,7 +58,7 @@ class Sweep:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))  # strings are accepted too
+        object.__setattr__(self, "path", as_path(self.path, "Sweep"))  # strings are accepted too
 
     @property
     def result(self) -> dict[str, Any]:
@@ -91,13 +94,14 @@ class Sweep:
         return self.path / "report.html"
 
 
+@public
 def sweep(
     recipe: str | Path | RunConfig | None = None,
     overrides: Sequence[str] = (),
     *,
     runs: Sequence[str] = (),
-    search: int = 0,
-    jobs: int | None = None,
+    search: Annotated[int, Field(ge=0)] = 0,
+    jobs: Annotated[int, Field(ge=1)] | None = None,
     out: Path | str | None = None,
     resume: Path | str | None = None,
     progress: Progress | None = None,
