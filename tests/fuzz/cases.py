@@ -1,6 +1,7 @@
 """The nine kinds of malformed input. What is used must give what whole input gives."""
 
 import contextlib
+import gzip
 import io
 import json
 import shutil
@@ -145,8 +146,8 @@ def recipe_text(assets: Assets, draw: Random) -> Case:
 
 
 def rows(assets: Assets, draw: Random) -> Case:
-    """Damaged rows in four formats: checked, previewed and run."""
-    ending = draw.choice(["jsonl", "jsonl", "csv", "json", "parquet"])
+    """Damaged rows in six formats: checked, previewed and run."""
+    ending = draw.choice(["jsonl", "jsonl", "jsonl.gz", "csv", "tsv", "json", "parquet"])
     place, table = assets.new_place(), hospital_rows()
     column = draw.choice(["source", "question", "answer"])
     how = draw.choice(["bytes", "bytes", "value", "value", "key", "column gone", "few", "long"])
@@ -180,13 +181,16 @@ def rows(assets: Assets, draw: Random) -> Case:
 
 
 def _as_file(table: Sequence[dict[str, Any]], ending: str) -> bytes:
+    if ending == "jsonl.gz":
+        return gzip.compress(_as_file(table, "jsonl"))
     if ending == "jsonl":
         text = "".join(json.dumps(row) + "\n" for row in table)
     elif ending == "json":
         text = json.dumps(table)
-    elif ending == "csv":
-        out = io.StringIO()
-        writer = DictWriter(out, sorted({key for row in table for key in row}) or ["question"])
+    elif ending in ("csv", "tsv"):
+        out, sign = io.StringIO(), "," if ending == "csv" else "\t"
+        keys = sorted({key for row in table for key in row}) or ["question"]
+        writer = DictWriter(out, keys, delimiter=sign)
         writer.writeheader()
         writer.writerows(table)
         text = out.getvalue()

@@ -13,10 +13,16 @@ from dataclasses import dataclass
 
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.wording import counted
-from silotune.data.files import Part
 from silotune.data.flwr_partition import partitioner_of
+from silotune.data.near_names import near_names
 from silotune.data.partition import PartitionConfig, Shares, names_in_column
-from silotune.data.partition_rows import column_values, partition_is_missing, partition_rows
+from silotune.data.partition_rows import (
+    column_values,
+    partition_is_missing,
+    partition_rows,
+    unnamed_rows,
+)
+from silotune.data.placed_rows import Mistake, Part, moved, refuse
 from silotune.data.reading import (
     DataConfig,
     TaskRow,
@@ -86,7 +92,7 @@ def cut_clients(
     task: str = "instruct",
     server_fraction: float = 0.0,
 ) -> tuple[dict[str, ClientRows], list[str]]:
-    """Like `load_clients`, and also return a warning for every kind of row that is not used.
+    """Like `load_clients`, and also return warnings: rows that are not used, names almost equal.
 
     There is no warning for rows that partition.only or a maximum leaves out, because the recipe
     asks for that.
@@ -96,10 +102,11 @@ def cut_clients(
         partitioner_of(partition)  # reports wrong options before any row is read
     everything, held = read_parts(cfg, task)
     train, _ = set_aside_server_rows(everything, server_fraction, cfg, seed=seed)
-    converted, held_converted = convert_parts(train, held, cfg, task)
     has_partition = partition is not None and (
         partition.by is not None or partition.kind is not None
     )
+    unnamed = _unnamed(train, held, partition)
+    converted, held_converted = convert_parts(train, held, cfg, task, unnamed)
     if train.files and has_partition:
         raise ConfigError(
             f"'{cfg.path}' holds one file per client, so [partition] has nothing to split.\n"
@@ -121,7 +128,12 @@ def cut_clients(
     if held is not None and held_converted is not None and held_shares is not None:
         apart = _Rows(row_digests(held.rows), held_converted, held_shares)
     clients = _assemble(own, apart, cfg, seed=seed, labels=labels)
-    return clients, _unused(everything, held, len(train.rows), shares, partition)
+    notes = [*everything.notes, *(held.notes if held else ())]
+    notes += near_names("clients", {*shares, *(held_shares or ())})
+    if task == "classify" and cfg.labels is None:
+        every = [*converted, *(held_converted or ())]
+        notes += near_names("labels", {row["label"] for row in every})
+    return clients, [*notes, *_unused(everything, held, len(train.rows), shares, partition)]
 
 
 def load_client(
@@ -183,7 +195,9 @@ def load_client_quietly(
         DataError: Files cannot be read, or hold too few rows.
         ConfigError: The settings do not fit the layout of the files.
     """
-    train, held = read_parts(cfg.model_copy(update={"skip_empty": False}), task, columns)
+    plain = cfg.model_copy(update={"skip_empty": False})
+    train, held = read_parts(plain, task, columns, complete=False)
+    refuse([*train.mistakes, *moved(held.mistakes if held else (), len(train.rows))])
     converted, problem = convert_quietly(train.rows, cfg, task)
     held_converted, other = convert_quietly(held.rows, cfg, task) if held else (None, "")
     own = _rows_of(name, train, converted)
@@ -203,6 +217,14 @@ def fingerprint(clients: Mapping[str, ClientRows]) -> str:
         rows = clients[name]
         digest.update(json.dumps([name, rows.train, rows.evaluation], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _unnamed(train: Part, held: Part | None, partition: PartitionConfig | None) -> list[Mistake]:
+    """The rows whose client has no name, if a column names the clients of one data set."""
+    if partition is None or partition.by is None or train.files:
+        return []
+    found = unnamed_rows(train, partition.by)
+    return [*found, *moved(unnamed_rows(held, partition.by) if held else (), len(train.rows))]
 
 
 def _unused(

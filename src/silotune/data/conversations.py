@@ -11,27 +11,25 @@ from typing import Any
 
 from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.wording import did_you_mean
-
-Message = dict[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": ...}. If a row has both an
-instruction and an input, its turn also contains them separately, under these names."""
+from silotune.data.cells import FIX_EMPTY, is_blank, is_missing, text_of
+from silotune.data.messages import Message, turn, turns
 
 Conversation = tuple[Message, ...]
-"""What a row teaches: at least one assistant turn; every assistant turn is an answer to learn."""
+"""What a row teaches: at least one assistant turn; every assistant turn is an answer to learn,
+unless it says "train": False."""
 
 Row = Mapping[str, Any]
-
-FIX_EMPTY = "  Fill it in, remove the row, or skip all such rows: data.skip_empty = true."
 
 CONVERSATIONS = (
     ("messages",),
     ("prompt", "completion"),
     ("instruction", "input", "output"),
     ("question", "answer"),
+    ("conversations",),
 )
 """The columns of the known formats, in the order in which they are tried; input is optional."""
 
-ROLES = ("system", "user", "assistant")
+OPTIONAL = ("input",)
 
 
 def conversation(
@@ -44,9 +42,9 @@ def conversation(
 ) -> Conversation:
     """Turn one row into a conversation.
 
-    Without `prompt` and `completion`, the row has the first of these formats that fits its columns:
-    `messages`; `prompt` and `completion` (texts, or lists of messages); `instruction`, `input`
-    (optional) and `output`; `question` and `answer`.
+    Without `prompt` and `completion`, the row has the first of these formats whose columns it has
+    and fills: `messages`; `prompt` and `completion` (texts, or lists of messages); `instruction`,
+    `input` (optional) and `output`; `question` and `answer`; `conversations`.
 
     Args:
         row: Column names and values. Columns that no format uses are ignored.
@@ -70,17 +68,17 @@ def conversation(
     if prompt is not None and completion is not None:
         user = _fill(prompt, row, where=where, setting="data.prompt")
         answer = _fill(completion, row, where=where, setting="data.completion")
-        turns = [_turn("user", user), _turn("assistant", answer)]
+        found = [turn("user", user), turn("assistant", answer)]
     elif prompt is None and completion is None:
-        turns = _by_format(row, where)
+        found = _by_format(row, where)
     else:
         raise ConfigError(
             "data.prompt and data.completion belong together, but one of them is missing.\n"
             "  Set both."
         )
-    if system is not None and all(turn["role"] != "system" for turn in turns):
-        turns = [_turn("system", system), *turns]
-    return tuple(turns)
+    if system is not None and all(one["role"] != "system" for one in found):
+        found = [turn("system", system), *found]
+    return tuple(found)
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -123,81 +121,73 @@ def list_columns(columns: Iterable[str]) -> str:
 
 
 def _by_format(row: Row, where: str) -> list[Message]:
-    if "messages" in row:
-        return _turns(row["messages"], where=where, column="messages", needs_answer=True)
-    if "prompt" in row and "completion" in row:
-        return [
-            *_text_or_turns(row["prompt"], where=where, column="prompt", role="user"),
-            *_text_or_turns(row["completion"], where=where, column="completion", role="assistant"),
-        ]
-    if "instruction" in row and "output" in row:
-        asked = _text(row["instruction"], where=where, what="column 'instruction'")
-        turn, extra = _turn("user", asked), row.get("input")
-        if not is_missing(extra):
-            extra = _text(extra, where=where, what="column 'input'", may_be_empty=True)
-            if extra.strip():  # also separately, for templates that have a place for the input
-                joined = _turn("user", f"{asked}\n\n{extra}")
-                turn = {**joined, "instruction": asked, "input": extra}
-        answer = _text(row["output"], where=where, what="column 'output'")
-        return [turn, _turn("assistant", answer)]
-    if "question" in row and "answer" in row:
-        asked = _text(row["question"], where=where, what="column 'question'")
-        answer = _text(row["answer"], where=where, what="column 'answer'")
-        return [_turn("user", asked), _turn("assistant", answer)]
-    raise DataError(
+    there = [names for names in CONVERSATIONS if {*names} - {*OPTIONAL} <= row.keys()]
+    # a table in which rows of several formats meet has the columns of all of them in every row
+    filled = [n for n in there if not any(is_blank(row[c]) for c in n if c not in OPTIONAL)]
+    match next(iter(filled or there), None):
+        case ("messages",) | ("conversations",) as names:
+            return turns(row[names[0]], where=where, column=names[0], needs_answer=True)
+        case ("prompt", "completion"):
+            return [
+                *_text_or_turns(row["prompt"], where=where, column="prompt", role="user"),
+                *_text_or_turns(row["completion"], where=where, column="completion"),
+            ]
+        case ("instruction", "input", "output"):
+            asked, answer = _texts(row, "instruction", "output", where=where)
+            return [_with_input(asked, row.get("input"), where), turn("assistant", answer)]
+        case ("question", "answer"):
+            asked, answer = _texts(row, "question", "answer", where=where)
+            return [turn("user", asked), turn("assistant", answer)]
+        case _:
+            raise _no_format(row, where)
+
+
+def _no_format(row: Row, where: str) -> DataError:
+    text_only = (
+        '\n  Rows with a text and no question cannot be learned with task = "instruct"; to learn '
+        'the texts as answers,\n  set data.prompt = "Write a note." and data.completion = "{text}".'
+    )
+    return DataError(
         f"{where}: no known format fits the columns {list_columns(row)}.\n"
         "  Accepted: messages; prompt and completion; instruction, input (optional) and output; "
-        "question and answer.\n"
+        "question and answer; conversations.\n"
         '  For other columns set data.prompt = "{a column}" and data.completion = "{a column}".'
+        + ("text" in row)
+        * text_only
     )
 
 
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+def _with_input(asked: str, extra: object, where: str) -> Message:
+    if is_missing(extra):
+        return turn("user", asked)
+    extra = text_of(extra, where=where, what="column 'input'", may_be_empty=True)
+    if not extra.strip():
+        return turn("user", asked)
+    # also separately, for templates that have a place for the input
+    return {**turn("user", f"{asked}\n\n{extra}"), "instruction": asked, "input": extra}
 
 
-def _text_or_turns(value: object, *, where: str, column: str, role: str) -> list[Message]:
+def _texts(row: Row, *columns: str, where: str) -> list[str]:
+    """The texts of some columns. What cannot be fixed by skipping empty rows is said first."""
+    found: list[str] = []
+    empty: EmptyRowError | None = None
+    for column in columns:
+        try:
+            found.append(text_of(row[column], where=where, what=f"column '{column}'"))
+        except EmptyRowError as error:
+            empty = empty or error
+    if empty is not None:
+        raise empty
+    return found
+
+
+def _text_or_turns(
+    value: object, *, where: str, column: str, role: str = "assistant"
+) -> list[Message]:
     if isinstance(value, list):
         answers = role == "assistant"
-        return _turns(value, where=where, column=column, needs_answer=answers)
-    return [_turn(role, _text(value, where=where, what=f"column '{column}'"))]
-
-
-def _turns(value: object, *, where: str, column: str, needs_answer: bool) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: column '{column}' is not a list of messages, or is empty.\n"
-            '  Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}] '
-            "in a .jsonl, .json or .parquet file."
-        )
-    turns = [
-        _message(item, where=where, what=f"column '{column}', message {n}")
-        for n, item in enumerate(value, start=1)
-    ]
-    if needs_answer and all(turn["role"] != "assistant" for turn in turns):
-        raise DataError(
-            f"{where}: column '{column}' has no assistant turn, so there is nothing to learn.\n"
-            "  Add the answer as a message with the role assistant, or remove the row."
-        )
-    return turns
-
-
-def _message(item: object, *, where: str, what: str) -> Message:
-    if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
-        raise DataError(
-            f"{where}: {what} is not an object with role and content.\n"
-            '  Write each message as {"role": "user", "content": "..."}.'
-        )
-    if item["role"] not in ROLES:
-        raise DataError(f"{where}: {what} has an unknown role.\n  Use one of: {', '.join(ROLES)}.")
-    # An empty system turn is a common way to switch off a model's own system text.
-    may_be_empty = item["role"] == "system"
-    content = _text(item["content"], where=where, what=what, may_be_empty=may_be_empty)
-    # rows that were converted before keep their separate instruction and input
-    separate = {
-        key: item[key] for key in ("instruction", "input") if isinstance(item.get(key), str)
-    }
-    return {**_turn(item["role"], content), **(separate if len(separate) == 2 else {})}
+        return turns(value, where=where, column=column, needs_answer=answers)
+    return [turn(role, text_of(value, where=where, what=f"column '{column}'"))]
 
 
 def _fill(template: str, row: Row, *, where: str, setting: str) -> str:
@@ -212,7 +202,7 @@ def _fill(template: str, row: Row, *, where: str, setting: str) -> str:
                 f"{where}: {setting} uses column '{column}', which does not exist."
                 f"{did_you_mean(column, row)}\n  The columns are {list_columns(row)}."
             )
-        text = _text(row[column], where=where, what=f"column '{column}'", may_be_empty=True)
+        text = text_of(row[column], where=where, what=f"column '{column}'", may_be_empty=True)
         filled, from_row = filled + text, from_row + text
     # The fixed part of "Answer: {answer}" must not hide that the row itself is empty.
     if not filled.strip() or (any(c for _, c in pieces) and not from_row.strip()):
@@ -221,40 +211,3 @@ def _fill(template: str, row: Row, *, where: str, setting: str) -> str:
             f"{where}: {setting} is empty in this row (from {columns}).\n{FIX_EMPTY}"
         )
     return filled
-
-
-def is_missing(value: object) -> bool:
-    """Whether a cell is absent: None, or the NaN that pandas writes for it."""
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def _text(value: object, *, where: str, what: str, may_be_empty: bool = False) -> str:
-    if is_missing(value):
-        raise EmptyRowError(f"{where}: {what} is missing.\n{FIX_EMPTY}")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}: {what} has the type {type(value).__name__}, but must be text.\n"
-            "  Put the text there, or build it from columns with data.prompt and "
-            "data.completion."
-        )
-    if not may_be_empty and not value.strip():
-        raise EmptyRowError(f"{where}: {what} is empty.\n{FIX_EMPTY}")
-    check_characters(value, where=where, what=what)
-    return value
-
-
-def check_characters(text: str, *, where: str, what: str) -> None:
-    """Refuse half a character: JSON accepts it, tokenizers do not.
-
-    Raises:
-        DataError: The text contains one; the message names the place.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: {what} contains half a character (a lone surrogate).\n"
-            "  Save the file again as UTF-8, or remove the row."
-        ) from None

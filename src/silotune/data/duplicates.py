@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from silotune.data.clients import ClientRows
+from silotune.data.conversations import Message
 from silotune.data.labelled_texts import LabelledText
 from silotune.data.reading import TaskRow
 
@@ -95,8 +96,13 @@ def _key(row: TaskRow) -> _Key:
         texts = cast(LabelledText, row)
         question = [texts["text"], texts.get("text_pair")]
         return _Key(_digest(question), _digest([*question, texts["label"]]))
-    turns = [(turn["role"], turn["content"]) for turn in row]
+    turns = [(turn["role"], turn["content"], *_context(turn)) for turn in row]
     return _Key(_digest([turn for turn in turns if turn[0] != "assistant"]), _digest(turns))
+
+
+def _context(turn: Message) -> list[str]:
+    """Sets an answer that is only read apart from the same answer that is learned."""
+    return [] if turn.get("train", True) else ["context"]
 
 
 def _digest(value: object) -> bytes:

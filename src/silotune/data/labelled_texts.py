@@ -11,7 +11,8 @@ from typing import Any
 
 from silotune.core.errors import DataError, EmptyRowError
 from silotune.core.wording import did_you_mean
-from silotune.data.conversations import FIX_EMPTY, check_characters, is_missing, list_columns
+from silotune.data.cells import FIX_EMPTY, check_characters, is_missing
+from silotune.data.conversations import list_columns
 
 LabelledText = dict[str, str]
 """{"text": ..., "label": ...}, and for a pair of texts also "text_pair"."""

@@ -24,6 +24,11 @@ Shares = dict[str, list[int]]
 """Client name -> row numbers from 0, ascending. Names are sorted, no client is empty."""
 
 
+EVERY_ROW_NEEDS_A_NAME = (
+    "Every row needs a value there: fill it in, remove the row, or choose another column."
+)
+
+
 class PartitionConfig(Config):
     """How to split one data set into clients: by column, at random, by length, topic or library."""
 
@@ -240,15 +245,15 @@ def names_in_column(
     values: Sequence[object], column: str, places: Sequence[str] | None = None
 ) -> list[str]:
     """The values as stripped strings, one per row. Arguments and errors as in `by_column`."""
-    bad = [n for n, value in enumerate(values) if not _is_name(value)]
+    bad = [n for n, value in enumerate(values) if not is_name(value)]
     if bad:
         shown = ", ".join(places[n] if places else f"row {n + 1}" for n in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise DataError(
             f"column '{column}' is empty, or not a single value, at {shown}{more}.\n"
-            "  Every row needs a value there: fill it in, remove the row, or choose another column."
+            f"  {EVERY_ROW_NEEDS_A_NAME}"
         )
-    return [str(value).strip() for value in values]
+    return list(map(_name, values))
 
 
 def name_held_parts(parts: Sequence[Sequence[int]], quality: str) -> Shares:
@@ -297,7 +302,8 @@ def _by_size(sizes: Sequence[int], gen: torch.Generator) -> list[int]:
     return sorted(order, key=sizes.__getitem__)
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
+    """Whether a cell can name a client or a label."""
     # NaN, the one value that differs from itself, is how pandas writes a missing cell.
     return (
         value is not None
@@ -305,6 +311,12 @@ def _is_name(value: object) -> bool:
         and not isinstance(value, list | dict)
         and bool(str(value).strip())
     )
+
+
+def _name(value: object) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # how a column of whole numbers is stored once a cell was missing
+    return str(value).strip()
 
 
 def _group(names: Sequence[str]) -> Shares:

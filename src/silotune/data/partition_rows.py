@@ -11,18 +11,21 @@ import torch
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.seeds import generator
 from silotune.core.wording import did_you_mean
-from silotune.data.conversations import is_missing, list_columns
-from silotune.data.files import Part, PlacedRow
+from silotune.data.cells import is_missing
+from silotune.data.conversations import list_columns
 from silotune.data.flwr_partition import by_partitioner
 from silotune.data.partition import (
+    EVERY_ROW_NEEDS_A_NAME,
     PartitionConfig,
     Shares,
     by_column,
     by_length,
     dirichlet,
     iid,
+    is_name,
     names_in_column,
 )
+from silotune.data.placed_rows import Mistake, Part, PlacedRow
 from silotune.data.reading import DataConfig, TaskRow
 from silotune.data.topics import by_topic
 
@@ -102,6 +105,21 @@ def column_values(part: Part, column: str, setting: str) -> tuple[Sequence[objec
         )
     values = [row.columns.get(column) for row in part.rows]
     return values, column, [row.where for row in part.rows]
+
+
+def unnamed_rows(part: Part, column: str) -> list[Mistake]:
+    """The rows in which the column that names the clients has no name; none if it is absent."""
+    if all(column not in row.columns for row in part.rows):
+        return []
+    return [
+        Mistake(
+            n,
+            f"{row.where}: column '{column}' is empty, or not a single value.\n"
+            f"  {EVERY_ROW_NEEDS_A_NAME}",
+        )
+        for n, row in enumerate(part.rows)
+        if not is_name(row.columns.get(column))
+    ]
 
 
 def partition_is_missing(cfg: DataConfig, rows: Sequence[PlacedRow]) -> DataError:

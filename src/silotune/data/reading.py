@@ -3,7 +3,9 @@
 Reads files and the hub, and converts row by row. Knows neither clients nor what they hold out.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,16 @@ from pydantic import Field, model_validator
 
 from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.types import Config
-from silotune.core.wording import counted
 from silotune.data.conversations import (
     CONVERSATIONS,
     Conversation,
     conversation,
     parse_template,
 )
-from silotune.data.files import Part, PlacedRow, locate, no_such_file, read_hub, read_place
+from silotune.data.file_formats import no_such_file
+from silotune.data.files import locate, read_hub, read_place, search_place
 from silotune.data.labelled_texts import FORMATS, LabelledText, check_all_pairs, labelled_text
+from silotune.data.placed_rows import Mistake, Part, PlacedRow, moved, refuse
 
 HUB_ONLY = ("name", "split", "eval_split", "revision")
 """Settings that only apply to a data set on the hub."""
@@ -34,8 +37,8 @@ class DataConfig(Config):
     """A file or folder with the held-out rows, in the same layout as `path`; replaces
     `eval_fraction`."""
     eval_split: str | None = Field(default=None, min_length=1)
-    """Split of a hub data set with the held-out rows, for example "test"; replaces
-    `eval_fraction`."""
+    """Split with the held-out rows, for example "test": of a hub data set, or of a local folder
+    with parts such as train and test; replaces `eval_fraction`."""
     eval_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of its rows that each client holds out for scoring. A keyed hash decides each row by
     itself, so the number varies around this share; at least one row."""
@@ -130,20 +133,28 @@ def chooses_rows(cfg: DataConfig) -> bool:
 
 
 def read_parts(
-    cfg: DataConfig, task: str, columns: Collection[str] | None = None
+    cfg: DataConfig,
+    task: str,
+    columns: Collection[str] | None = None,
+    *,
+    complete: bool = True,
 ) -> tuple[Part, Part | None]:
     """The train rows, and the held-out rows if these are stored separately.
+
+    Single rows that cannot be read are among the parts' mistakes: pass the parts to
+    `convert_parts`, or the mistakes to `refuse`.
 
     Args:
         cfg: Where the rows are.
         task: What rows become.
         columns: The only columns that are kept; None for all.
+        complete: As in `read_file`. If not, whether a row can be used depends on that row alone.
 
     Raises:
         DataError: Files or the hub cannot be read.
         ConfigError: The settings do not fit where the rows are.
     """
-    train, held = _read_both(cfg)
+    train, held = _read_both(cfg, complete=complete)
     if columns is not None:
         train, held = _only_columns(train, columns), held and _only_columns(held, columns)
     return without_empty(train, cfg, task), held and without_empty(held, cfg, task)
@@ -155,7 +166,7 @@ def _only_columns(part: Part, columns: Collection[str]) -> Part:
         PlacedRow(row.where, {k: v for k, v in row.columns.items() if k in columns})
         for row in part.rows
     ]
-    return Part(rows, part.files, part.num_empty)
+    return replace(part, rows=rows)
 
 
 def without_empty(part: Part, cfg: DataConfig, task: str) -> Part:
@@ -168,6 +179,7 @@ def without_empty(part: Part, cfg: DataConfig, task: str) -> Part:
         return part
     kept = [n for n, row in enumerate(part.rows) if not _is_empty(row, cfg, task)]
     if not kept:
+        refuse(part.mistakes)
         raise DataError(f"every row of '{cfg.path}' lacks a text.\n  Fill in the missing texts.")
     renumbered = {old: new for new, old in enumerate(kept)}
     files = {
@@ -179,7 +191,14 @@ def without_empty(part: Part, cfg: DataConfig, task: str) -> Part:
                 f"every row of client '{name}' lacks a text.\n"
                 "  Fill in the missing texts in its file."
             )
-    return Part([part.rows[n] for n in kept], files, len(part.rows) - len(kept))
+    mistakes = [Mistake(bisect_left(kept, old.row), old.text) for old in part.mistakes]
+    return replace(
+        part,
+        rows=[part.rows[n] for n in kept],
+        files=files,
+        num_empty=len(part.rows) - len(kept),
+        mistakes=tuple(mistakes),
+    )
 
 
 def _is_empty(row: PlacedRow, cfg: DataConfig, task: str) -> bool:
@@ -192,17 +211,19 @@ def _is_empty(row: PlacedRow, cfg: DataConfig, task: str) -> bool:
     return False
 
 
-def _read_both(cfg: DataConfig) -> tuple[Part, Part | None]:
+def _read_both(cfg: DataConfig, *, complete: bool) -> tuple[Part, Part | None]:
     place = locate(cfg.path)
     if place is None:
-        return _read_hub_parts(cfg)
-    hub_keys = [key for key in HUB_ONLY if _is_changed(cfg, key)]
+        return _read_hub_parts(cfg, complete=complete)
+    # a folder with parts has splits, too
+    only = [key for key in HUB_ONLY if key != "eval_split" or not place.is_dir()]
+    hub_keys = [key for key in only if _is_changed(cfg, key)]
     if hub_keys:
         raise ConfigError(
             f"data.{', data.'.join(hub_keys)}: only for data sets on the hub, but '{cfg.path}' is "
             "local.\n  Remove the setting, or set data.path to a hub data set."
         )
-    train, held = read_place(place)
+    train, held = search_place(place, held_out=cfg.eval_split, complete=complete)
     if held is not None and (cfg.eval_path is not None or _is_changed(cfg, "eval_fraction")):
         key = "eval_path" if cfg.eval_path is not None else "eval_fraction"
         raise ConfigError(
@@ -211,7 +232,7 @@ def _read_both(cfg: DataConfig) -> tuple[Part, Part | None]:
         )
     if cfg.eval_path is None:
         return train, held
-    return train, _read_held_out(Path(cfg.eval_path).expanduser(), train)
+    return train, _read_held_out(Path(cfg.eval_path).expanduser(), train, complete=complete)
 
 
 def read_all(path: str) -> list[PlacedRow]:
@@ -227,7 +248,7 @@ def read_all(path: str) -> list[PlacedRow]:
     return [*train.rows, *(held.rows if held else [])]
 
 
-def _read_hub_parts(cfg: DataConfig) -> tuple[Part, Part | None]:
+def _read_hub_parts(cfg: DataConfig, *, complete: bool) -> tuple[Part, Part | None]:
     def read(split: str) -> Part:
         return Part(read_hub(cfg.path, name=cfg.name, split=split, revision=cfg.revision))
 
@@ -235,7 +256,7 @@ def _read_hub_parts(cfg: DataConfig) -> tuple[Part, Part | None]:
     if cfg.eval_split is not None:
         return train, read(cfg.eval_split)
     if cfg.eval_path is not None:
-        return train, _read_held_out(Path(cfg.eval_path).expanduser(), train)
+        return train, _read_held_out(Path(cfg.eval_path).expanduser(), train, complete=complete)
     return train, None
 
 
@@ -248,12 +269,12 @@ def _overlap(split: str, other: str) -> bool:
     return split == other or split.startswith(f"{other}[") or other.startswith(f"{split}[")
 
 
-def _read_held_out(place: Path, train: Part) -> Part:
+def _read_held_out(place: Path, train: Part, *, complete: bool) -> Part:
     if not place.exists():
         raise no_such_file(place)
-    held, second_part = read_place(place)
+    held, second_part = search_place(place, alone=not train.files, complete=complete)
     if second_part is not None or bool(held.files) != bool(train.files):
-        layout = "a folder with one file per client" if train.files else "one file"
+        layout = "a folder with one file per client" if train.files else "one file or its shards"
         raise ConfigError(
             f"data.eval_path: '{place}' does not have the same layout as data.path.\n"
             f"  Use {layout}."
@@ -265,34 +286,47 @@ def _read_held_out(place: Path, train: Part) -> Part:
 
 
 def convert_parts(
-    train: Part, held: Part | None, cfg: DataConfig, task: str
+    train: Part,
+    held: Part | None,
+    cfg: DataConfig,
+    task: str,
+    others: Sequence[Mistake] = (),
 ) -> tuple[list[TaskRow], list[TaskRow] | None]:
     """Convert the rows of both parts, and report the mistakes of both together.
 
+    Args:
+        train: The train rows.
+        held: The held-out rows, or None.
+        cfg: What the rows look like.
+        task: What rows become.
+        others: Mistakes that were found elsewhere; rows are counted through both parts.
+
     Raises:
-        DataError: Names the first rows that cannot be used.
+        DataError: Names the rows that cannot be read or used.
     """
     rows = [*train.rows, *(held.rows if held else [])]
-    converted = convert(rows, cfg, task)
+    unread = [*train.mistakes, *moved(held.mistakes if held else (), len(train.rows))]
+    converted = convert(rows, cfg, task, [*unread, *others])
     return converted[: len(train.rows)], converted[len(train.rows) :] if held else None
 
 
-def convert(rows: Sequence[PlacedRow], cfg: DataConfig, task: str) -> list[TaskRow]:
+def convert(
+    rows: Sequence[PlacedRow], cfg: DataConfig, task: str, others: Sequence[Mistake] = ()
+) -> list[TaskRow]:
     """Convert rows for a task.
 
     Raises:
-        DataError: Names the first rows that cannot be used, and how to fix them.
+        DataError: Names the rows that cannot be used, and how to fix them, with the other mistakes.
     """
     read = READERS[task]
     found: list[TaskRow] = []
-    problems: list[str] = []
-    for row in rows:
+    mistakes = list(others)
+    for n, row in enumerate(rows):
         try:
             found.append(read(row, cfg))
         except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError(_join_problems(problems))
+            mistakes.append(Mistake(n, str(error)))
+    refuse(mistakes)
     if task == "classify":
         check_all_pairs(found, [row.where for row in rows])
     return found
@@ -360,12 +394,3 @@ READERS: dict[str, Callable[[PlacedRow, DataConfig], TaskRow]] = {
     "classify": _as_labelled,
 }
 """Task -> the function that converts a row for it."""
-
-
-def _join_problems(problems: Sequence[str], shown: int = 5) -> str:
-    """The first lines of the first problems, then each distinct fix once."""
-    parts = [problem.partition("\n") for problem in problems[:shown]]
-    heads = [head for head, _, _ in parts]
-    if len(problems) > shown:
-        heads.append(f"and {counted(len(problems) - shown, 'more row')}")
-    return "\n".join([*heads, *dict.fromkeys(fix for _, _, fix in parts)])

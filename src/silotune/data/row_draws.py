@@ -27,8 +27,8 @@ from typing import Any
 from uuid import UUID
 
 from silotune.core.seeds import derive
-from silotune.data.conversations import is_missing
-from silotune.data.files import PlacedRow
+from silotune.data.cells import is_missing
+from silotune.data.placed_rows import PlacedRow
 
 RULE = "keyed hash of each row"
 """Recorded with a run: its rows cannot be split again by another rule."""

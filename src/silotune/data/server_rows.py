@@ -3,9 +3,11 @@
 Reads the server's own file, or chooses a share of the train rows. Knows no clients and no models.
 """
 
+from dataclasses import replace
+
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.wording import counted
-from silotune.data.files import Part, PlacedRow
+from silotune.data.placed_rows import Part, PlacedRow, refuse
 from silotune.data.reading import (
     DataConfig,
     TaskRow,
@@ -38,6 +40,7 @@ def load_server_rows(
         rows = without_empty(Part(read_all(path)), cfg, task).rows
     else:
         everything, _ = read_parts(cfg, task)
+        refuse(everything.mistakes)
         rows = set_aside_server_rows(everything, fraction, cfg, seed=seed_of_split(cfg, seed))[1]
     return tuple(convert(rows, cfg, task))
 
@@ -77,4 +80,4 @@ def set_aside_server_rows(
             f"server.data_fraction = {fraction:g} of {counted(len(train.rows), 'row')} leaves the "
             "server or the clients without rows.\n  Choose another fraction, or add rows."
         )
-    return Part(rest), own
+    return replace(train, rows=rest), own

@@ -1,6 +1,7 @@
 """Read a recipe: TOML and overrides in, a checked RunConfig out; and back to TOML."""
 
 import re
+import sys
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -17,6 +18,7 @@ from silotune.core.reading_back import parse_toml, reason
 from silotune.core.wording import counted, did_you_mean
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS, chosen_algorithm
 from silotune.recipes.contradictions import contradictions
+from silotune.recipes.local_data import drop_hub_keys
 from silotune.recipes.mistakes import explain, nearest_key
 from silotune.recipes.schema import RunConfig
 
@@ -37,7 +39,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         recipe: A shipped name, or the path of a TOML file.
         overrides: Dotted keys, for example "train.lr=5e-4". A value is read as TOML, or as text if
-            it is not valid TOML; `none` removes a key.
+            it is not valid TOML; `none` removes a key. With a local `data.path`, keys that belong
+            to the recipe's own data set on the hub fall away, with a note on stderr.
 
     Raises:
         ConfigError: All mistakes together, each with its key and a fix.
@@ -50,12 +53,12 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: not valid TOML: {reason(error)}.\n"
             '  Fix the line. A recipe has lines such as rounds = 3 or data.path = "rows.csv".'
         ) from error
-    problems: list[str] = []
-    for override in overrides:
-        problem = _apply(table, override)
-        if problem:
-            problems.append(problem)
-    return parse(table, name=path.stem, problems=problems)
+    problems = [problem for override in overrides if (problem := _apply(table, override))]
+    note = drop_hub_keys(table, _keys(overrides))
+    run = parse(table, name=path.stem, problems=problems)
+    if note is not None:
+        sys.stderr.write(f"note: {note}\n")
+    return run
 
 
 def resolve_recipe(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
@@ -74,7 +77,8 @@ def with_overrides(run: RunConfig, overrides: Sequence[str], *, name: str = "rec
 
     Args:
         run: The recipe.
-        overrides: As in `load_recipe`. Another algorithm starts from its own defaults.
+        overrides: As in `load_recipe`, without its note. Another algorithm starts from its own
+            defaults.
         name: What an error calls the recipe.
 
     Raises:
@@ -82,6 +86,7 @@ def with_overrides(run: RunConfig, overrides: Sequence[str], *, name: str = "rec
     """
     table = tomllib.loads(to_toml(run))
     problems = [problem for text in overrides if (problem := _apply(table, text))]
+    drop_hub_keys(table, _keys(overrides))
     if chosen_algorithm(table["algorithm"]) != chosen_algorithm(run.algorithm):
         table["algorithm"] = {}
         for text in overrides:
@@ -103,6 +108,10 @@ def _find(recipe: str | Path) -> Path:
         f"recipe '{recipe}': no such file or shipped recipe.{near}\n"
         f"  Give the path of a TOML file, or a shipped name: {', '.join(shipped)}."
     )
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {override.partition("=")[0].strip() for override in overrides}
 
 
 def _apply(table: dict[str, Any], override: str) -> str | None:

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 import silotune
 from silotune.core.errors import ConfigError, DataError
+from silotune.data.cells import FIX_EMPTY
 from silotune.data.clients import ClientRows, cut_clients, fingerprint, load_client, load_clients
-from silotune.data.conversations import FIX_EMPTY
 from silotune.data.files import EXAMPLES
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
@@ -28,11 +28,11 @@ def questions(talks):
 
 
 def test_bad_rows_are_reported_together(tmp_path):
-    rows = make_rows(2) + [{"question": SECRET, "answer": ""}] * 8
+    rows = make_rows(2) + [{"source": "north", "question": SECRET, "answer": ""}] * 23
     path = write(tmp_path / "data.jsonl", rows)
     lines = error_of(load, path, BY_SOURCE).split("\n")
     assert lines == [
-        *(f"{path}:{n}: column 'answer' is empty." for n in range(3, 8)),
+        *(f"{path}:{n}: column 'answer' is empty." for n in range(3, 23)),
         "and 3 more rows",
         FIX_EMPTY,
     ]
@@ -434,7 +434,7 @@ def test_rows_without_a_text_may_be_left_out_and_are_counted(tmp_path):
 def test_leaving_rows_out_hides_no_other_mistake(tmp_path):
     path = write(tmp_path / "data.jsonl", [*make_rows(4), {"source": "north", "question": ["a"]}])
     cfg = DataConfig(path=str(path), skip_empty=True)
-    with pytest.raises(DataError, match=r"data.jsonl:5: no known format"):
+    with pytest.raises(DataError, match=r"data.jsonl:5: column 'question' has the type list"):
         load_clients(cfg, PartitionConfig(by="source"), seed=17)
 
 
@@ -533,7 +533,7 @@ def test_a_missing_partition_column_offers_the_nearest(tmp_path, cut, setting):
 def test_an_empty_client_name_is_named_by_its_line(tmp_path, value):
     path = write(tmp_path / "data.jsonl", make_rows(3) + make_rows(1, value))
     text = error_of(load, path, BY_SOURCE)
-    assert f"column 'source' is empty, or not a single value, at {path}:4." in text
+    assert f"{path}:4: column 'source' is empty, or not a single value." in text
 
 
 def test_a_client_without_held_out_rows_is_named(tmp_path):

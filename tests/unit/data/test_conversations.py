@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.wording import did_you_mean
-from silotune.data.conversations import FIX_EMPTY, conversation, list_columns, parse_template
+from silotune.data.cells import FIX_EMPTY
+from silotune.data.conversations import conversation, list_columns, parse_template
 
 WHERE = "data.csv:7"
 SECRET = "hypertension"
@@ -175,7 +176,7 @@ def test_a_row_in_no_known_format_lists_columns_formats_and_the_fix():
     assert text == (
         "data.csv:7: no known format fits the columns 'title', 'body'.\n"
         "  Accepted: messages; prompt and completion; instruction, input (optional) and output; "
-        "question and answer.\n"
+        "question and answer; conversations.\n"
         '  For other columns set data.prompt = "{a column}" and data.completion = "{a column}".'
     )
 
@@ -218,7 +219,7 @@ def test_half_a_character_is_refused_before_a_tokenizer_sees_it():
     )
 
 
-@pytest.mark.parametrize("value", [SECRET, [], None, {"role": "user"}])
+@pytest.mark.parametrize("value", [SECRET, [], 3, {"role": "user"}])
 def test_messages_that_are_no_list_are_refused(value):
     assert "column 'messages' is not a list of messages" in error_of({"messages": value})
 

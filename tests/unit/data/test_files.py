@@ -36,10 +36,10 @@ def test_a_csv_row_is_named_by_its_first_line(tmp_path):
     assert places(path) == [f"{path}:2", f"{path}:5"]
 
 
-def test_a_short_csv_row_misses_its_last_columns(tmp_path):
+def test_the_cells_that_a_short_csv_row_lacks_are_empty(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("question,answer\na\n")
-    assert read_rows(path) == [{"question": "a"}]
+    assert read_rows(path) == [{"question": "a", "answer": ""}]
 
 
 def test_a_missing_file_offers_the_nearest(tmp_path):
@@ -59,7 +59,7 @@ def test_an_unknown_ending_lists_the_known_ones(tmp_path):
     path.write_bytes(b"x")
     text = error_of(find, path)
     assert "files ending in '.xlsx' cannot be read." in text
-    assert "Save it as one of .jsonl, .json, .csv, .parquet." in text
+    assert "Save it as one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet." in text
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_csv_row_with_too_many_cells_is_named(tmp_path):
     assert f"{path}:3: the row has 3 cells, the header has 2." in error_of(find, path)
 
 
-@pytest.mark.parametrize("rest", [f'"{SECRET}', f'"{SECRET}" x,b', "a" * 200_000])
+@pytest.mark.parametrize("rest", [f'"{SECRET}', f'"{SECRET}" x,b'])
 def test_a_damaged_csv_is_named_by_its_line(tmp_path, rest):
     path = tmp_path / "data.csv"
     path.write_text(f"question,answer\na,b\n{rest}\nc,d\n")
@@ -131,13 +131,6 @@ def test_two_csv_columns_of_one_name_are_refused(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("question,answer,answer\na,b,c\n")
     assert f"{path}:1: column names occur more than once: 'answer'." in error_of(find, path)
-
-
-@pytest.mark.parametrize("sign", [";", "\t"])
-def test_a_csv_without_commas_is_recognised(tmp_path, sign):
-    path = tmp_path / "data.csv"
-    path.write_text(f"question{sign}answer\na{sign}b\n")
-    assert "separated by semicolons or tabs." in error_of(find, path)
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):
@@ -193,23 +186,6 @@ def test_an_unreachable_hub_is_an_error_that_says_what_was_tried(monkeypatch, tm
     )
 
 
-def test_other_files_beside_train_are_refused(tmp_path):
-    write(tmp_path / "train.jsonl", make_rows(4))
-    write(tmp_path / "dev.jsonl", make_rows(4))
-    assert "'dev.jsonl' is neither the train nor the eval file." in error_of(find, tmp_path)
-
-
-def test_an_eval_file_without_train_is_refused(tmp_path):
-    write(tmp_path / "eval.jsonl", make_rows(4))
-    assert "there is an eval file, but no train file." in error_of(find, tmp_path)
-
-
-def test_two_files_of_one_client_are_refused(tmp_path):
-    write(tmp_path / "north.csv", make_rows(5))
-    write(tmp_path / "north.jsonl", make_rows(5))
-    assert "'north.csv' and 'north.jsonl' would be the same client." in error_of(find, tmp_path)
-
-
 def test_a_client_in_an_unknown_kind_of_file_is_not_lost(tmp_path):
     write(tmp_path / "north.csv", make_rows(5))
     (tmp_path / "south.xlsx").write_bytes(b"x")
@@ -220,9 +196,9 @@ def test_a_client_in_an_unknown_kind_of_file_is_not_lost(tmp_path):
 
 def test_a_folder_without_data_is_refused(tmp_path):
     (tmp_path / "north").mkdir()
-    assert "the folder contains no data file (.jsonl, .json, .csv, .parquet)." in error_of(
-        find, tmp_path
-    )
+    text = error_of(find, tmp_path)
+    assert "no data file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet)." in text
+    assert "Its subfolders are not searched: 'north'." in text
 
 
 def test_a_hub_row_is_named_by_its_split_and_number(monkeypatch):

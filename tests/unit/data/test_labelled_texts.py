@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from silotune.core.errors import DataError
+from silotune.data.cells import FIX_EMPTY
 from silotune.data.clients import fingerprint, load_client, load_clients
-from silotune.data.conversations import FIX_EMPTY
 from silotune.data.labelled_texts import FORMATS, labelled_text, sorted_labels
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
@@ -279,10 +279,10 @@ def test_a_real_client_gets_the_labels_and_the_split_of_its_simulation(tmp_path)
 
 
 def test_bad_rows_are_reported_together_and_the_fix_once(tmp_path):
-    bad = [{"site": "north", "text": SECRET, "label": "x"}] * 7
+    bad = [{"site": "north", "text": SECRET, "label": "x"}] * 22
     path = write(tmp_path / "a.jsonl", SPAM[:2] + bad)
     assert error_of_call(load, path, labels=("0", "1")).split("\n") == [
-        *(f"{path}:{n}: column 'label' has the unknown label 'x'." for n in range(3, 8)),
+        *(f"{path}:{n}: column 'label' has the unknown label 'x'." for n in range(3, 23)),
         "and 2 more rows",
         "  data.labels contains '0', '1'. Add the label there, or remove the row.",
     ]

@@ -32,12 +32,16 @@ class Quality:
 def question_of(talk: Conversation) -> tuple[Conversation, str]:
     """The turns before the last answer, and that answer: what a model is asked, and the reference.
 
+    An answer that is only context ("train": False) is no reference.
+
     Example:
         >>> talk = ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"})
         >>> question_of(talk)[1]
         '4'
     """
-    last = max(i for i, turn in enumerate(talk) if turn["role"] == "assistant")
+    last = max(
+        i for i, turn in enumerate(talk) if turn["role"] == "assistant" and turn.get("train", True)
+    )
     return talk[:last], talk[last]["content"]
 
 
