@@ -59,10 +59,10 @@ def build_tiny_encoder(
     config = transformers.AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer),
-        max_position_embeddings=160,
         pad_token_id=tokenizer.pad_token_id,
         **names,
-        **{"initializer_range": 0.2} | more,  # wide, so that a text makes a difference
+        # a wide range, so that a text makes a difference
+        **{"initializer_range": 0.2, "max_position_embeddings": 160} | more,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -27,7 +27,7 @@ from silotune.deployment.join import KEY, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
 from silotune.federation.client_config import check_base, check_steps, own_recipe, own_rows
 from silotune.federation.recipe_model import give_template
-from silotune.models.base import folder_of_base, load_tokenizer
+from silotune.models.base import folder_of_base, inspect_base, load_tokenizer
 from silotune.models.sources import content_hash
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks import build_task
@@ -220,9 +220,11 @@ def _rows(joined: Joined, run: RunConfig) -> Finding:
 
 
 def _model(joined: Joined, run: RunConfig, expected: str | None) -> Finding:
+    labels = (run.data.labels or ()) if run.task == "classify" else ()
+    _, notes = inspect_base(run.model, labels)  # before the memory check, whose error is shorter
     sha256 = content_hash(folder_of_base(run.model))
     check_base(joined.own, sha256)
-    text = f"{run.model.name}, sha256 {sha256[:12]}..."
+    text = f"{run.model.name}, sha256 {sha256[:12]}..." + "".join(f"; {note}" for note in notes)
     if expected is None:
         fix = "The server announces its base model as soon as a run has started."
         return Finding("model", "look", text, fix)

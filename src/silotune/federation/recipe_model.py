@@ -8,6 +8,7 @@ from silotune.data.chat_templates import resolve_template, set_template
 from silotune.federation.progress import Progress
 from silotune.models.heads import check_length
 from silotune.models.loading import LoadedModel, load_model
+from silotune.models.vocabulary import check_vocabulary
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks.instruct import check_packing
 
@@ -26,6 +27,9 @@ def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
         device=run.runtime.device,
         labels=run.data.labels or () if run.task == "classify" else (),
     )
+    if progress is not None:
+        for note in loaded.notes:
+            progress.note(f"warning: {note}")
     if run.task == "classify":
         check_length(loaded.model, run.train.max_length)
         return loaded
@@ -33,6 +37,8 @@ def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
         check_packing(loaded, run.train.max_length)
     if give_template(loaded.tokenizer, run) and progress is not None:
         progress.note(f"{run.model.name} has no chat template: the plain one is used")
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(loaded.tokenizer, rows, f"model.name = '{run.model.name}'")
     return loaded
 
 

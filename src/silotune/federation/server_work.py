@@ -86,6 +86,7 @@ def load_teacher(run: RunConfig, tokenizer: Any, rows: Sequence[TaskRow]) -> Loa
         seed=derive(run.seed, "teacher"),
         device=run.runtime.device,
         labels=run.data.labels or (),
+        key="distill.teacher",
     )
     teacher.tokenizer.chat_template = tokenizer.chat_template  # the recipe decides the template
     check_same_tokenizer(run, tokenizer, teacher.tokenizer, rows)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from silotune.core.errors import ModelError
 from silotune.core.seeds import generator
-from silotune.core.wording import counted
 
 
 @dataclass(frozen=True)
@@ -37,19 +36,9 @@ def find_head(base: Any, fresh: Sequence[str]) -> Head:
 
     Args:
         base: A plain model for classification.
-        fresh: Its tensors that its files do not contain.
-
-    Raises:
-        ModelError: Its files lack more than a head and a pooler.
+        fresh: Its tensors that its files do not contain; see `completeness.check_complete`.
     """
     within = f"{base.base_model_prefix}."
-    lost = [name for name in fresh if name.startswith(within) and "pool" not in name]
-    if lost:
-        raise ModelError(
-            f"model.name: the model is incomplete: its files lack {counted(len(lost), 'tensor')} "
-            f"or have them in another shape, the first is '{lost[0]}'.\n"
-            "  Use a folder or hub id that contains all weights of the model."
-        )
     outside = dict.fromkeys(name.split(".", 1)[0] for name in outside_tensors(base))
     inside = {f"{within}{name.split('.')[1]}" for name in fresh if name.startswith(within)}
     return Head((*outside, *sorted(inside)), tuple(fresh))
@@ -61,15 +50,23 @@ def check_length(base: Any, max_length: int) -> None:
     Raises:
         ModelError: Rows may be too long; the message says how many tokens fit.
     """
-    for name, module in base.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            before = 0 if module.padding_idx is None else module.padding_idx + 1  # as in RoBERTa
-            room = module.num_embeddings - before
-            if max_length > room:
-                raise ModelError(
-                    f"train.max_length = {max_length}: the model has {room} positions.\n"
-                    f"  Set train.max_length = {room} or less."
-                )
+    room = num_positions(base)
+    if room is not None and max_length > room:
+        raise ModelError(
+            f"train.max_length = {max_length}: the model has {room} positions.\n"
+            f"  Set train.max_length = {room} or less."
+        )
+
+
+def num_positions(base: Any) -> int | None:
+    """How many tokens an encoder has learned positions for; None if it has not learned any."""
+    tables = [
+        module.num_embeddings
+        - (0 if module.padding_idx is None else module.padding_idx + 1)  # as in RoBERTa
+        for name, module in base.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    return min(tables, default=None)
 
 
 def outside_tensors(base: Any) -> list[str]:

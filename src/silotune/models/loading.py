@@ -6,7 +6,7 @@ swapped. This file knows nothing about clients, rounds or the network.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from silotune.models.adapters import (
     trained_parameters,
 )
 from silotune.models.base import ModelConfig, load_base, quiet_libraries
+from silotune.models.causality import check_causal
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, draw_head, find_head, head_as_loaded, set_head
 from silotune.models.quantization import Quantization, check_quantization, prepare_for_training
@@ -47,6 +48,8 @@ class LoadedModel:
     """The trained tensors that belong to a classification head, by the same names."""
     head_modules: Head | None = None
     """The modules of that head in the model."""
+    notes: tuple[str, ...] = ()
+    """What is allowed about the base but may be surprising."""
 
     @property
     def has_adapter(self) -> bool:
@@ -69,6 +72,7 @@ def load_model(
     seed: int,
     device: str = "auto",
     labels: Sequence[str] = (),
+    key: str = "model.name",
 ) -> LoadedModel:
     """Load a base model and put a fresh adapter on it.
 
@@ -80,12 +84,14 @@ def load_model(
         device: "auto", "cpu", "cuda" or "mps".
         labels: Classes to distinguish; with any, the model gets a classification head. Tensors of
             the head that the base does not have are drawn from (seed, "head").
+        key: The setting that names the base, for messages.
 
     Returns:
         The model in evaluation mode on its device; adapter tensors are float32.
 
     Raises:
-        ModelError: No such model, or it has no modules with the names in `targets`.
+        ModelError: No such model, its files are damaged or incomplete, it is an encoder and there
+            are no labels, or it has no modules with the names in `targets`.
         ConfigError: This machine cannot quantise.
     """
     global _num_base_loads
@@ -94,7 +100,7 @@ def load_model(
     check_adapter(adapter_cfg, model_cfg.quantization, where)
     dtype = pick_dtype(model_cfg.dtype, where, whole=adapter_cfg.kind == "full")
     with torch.random.fork_rng(devices=[]):  # transformers draws a head, which is redrawn here
-        base, tokenizer, fresh = load_base(model_cfg, dtype, where, labels)
+        base, tokenizer, fresh, notes = load_base(model_cfg, dtype, where, labels, key=key)
     _num_base_loads += 1
     quantised = model_cfg.quantization != "none"
     if quantised:
@@ -102,14 +108,17 @@ def load_model(
     head = find_head(base, fresh) if labels else None
     if head is not None:
         draw_head(base, head, seed)
+    if not quantised:  # quantised weights were placed there while loading
+        base.to(where)
+    if not labels:
+        check_causal(base, f"{key} = '{model_cfg.name}'")
     if model_cfg.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    if not quantised:  # quantised weights were placed there while loading
-        base.to(where)
-    return _with_adapter(
+    loaded = _with_adapter(
         base, tokenizer, where, dtype, adapter_cfg, seed, head, quantization=model_cfg.quantization
     )
+    return replace(loaded, notes=notes)
 
 
 def _with_adapter(
@@ -171,7 +180,8 @@ def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> Load
         if loaded.quantization == "none":
             for module in head.modules:  # as loaded: the trained part was float32
                 base.get_submodule(module).to(loaded.dtype)
-        base.load_state_dict(before, strict=False)
+        left = base.load_state_dict(before, strict=False)  # strict: the head is not all of it
+        assert not left.unexpected_keys, left.unexpected_keys
         draw_head(base, head, seed)
     return _with_adapter(
         base,

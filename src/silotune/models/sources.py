@@ -148,7 +148,7 @@ def check_name(name: str, key: str = "model.name") -> None:
             f"{key}: '{name}' is a file, not a model folder.\n"
             "  Use the folder that contains config.json and *.safetensors."
         )
-    elif _looks_like_path(name):
+    elif looks_like_path(name):
         raise ModelError(
             f"{key}: there is no folder '{name}'.\n"
             "  Fix the path (it is relative to the current folder), or use one of "
@@ -165,7 +165,8 @@ def _names() -> str:
     return ", ".join(f"'{name}'" for name in sorted(SOURCES))
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be a path, because no hub id is written like that."""
     outside = name.startswith((".", "/", "~")) or name.endswith("/")
     return outside or "\\" in name or name.count("/") > 1
 

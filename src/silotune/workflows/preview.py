@@ -1,7 +1,8 @@
 """Preview a recipe's rows as a model reads them: lengths, truncation, duplicates.
 
-This loads the tokenizer, never a model. Numbers, client names and labels may be shown to others.
-Samples contain rows and are meant only for the machine that holds these rows.
+This loads the tokenizer, and examines the base's files without reading its weights. Numbers, client
+names and labels may be shown to others. Samples contain rows and are meant only for the machine
+that holds these rows.
 """
 
 import sys
@@ -27,7 +28,7 @@ from silotune.federation.client import cut_note
 from silotune.federation.client_config import is_client_folder
 from silotune.federation.recipe_model import give_template
 from silotune.federation.server_work import server_rows
-from silotune.models.base import load_tokenizer, quiet_libraries
+from silotune.models.base import ModelConfig, inspect_base, quiet_libraries
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Task
@@ -124,6 +125,8 @@ def preview(
 ) -> Preview:
     """Check a recipe and show its rows as the model reads them, without loading the model.
 
+    Damaged, incomplete or unsuitable files of the base (or of a teacher) are found here too.
+
     Args:
         recipe: A shipped recipe's name, a TOML file, or a recipe.
         overrides: Keys to change, such as "train.max_length=256".
@@ -144,7 +147,8 @@ def preview(
 def _preview(checked: Checked, num_samples: int, client: str | None) -> Preview:
     run, rows = checked.run, dict(sorted(checked.rows.items()))
     chosen = _chosen(client, rows)
-    tokenizer, warnings = load_tokenizer(run.model), list(checked.warnings)
+    tokenizer, notes = _inspect(run)
+    warnings = [*checked.warnings, *notes]
     if run.task != "classify" and give_template(tokenizer, run):
         warnings.append(f"{run.model.name} has no chat template: the plain one is used")
     task, limit, own = build_task(run.task, run.data.labels), run.train.max_length, server_rows(run)
@@ -156,6 +160,17 @@ def _preview(checked: Checked, num_samples: int, client: str | None) -> Preview:
         ]
     warnings += data_warnings(clients, limit)
     return Preview(run, describe_partition(run), clients, len(own), warnings, samples)
+
+
+def _inspect(run: RunConfig) -> tuple[Any, list[str]]:
+    """The base's tokenizer, and notes on base and teacher, whose weights are not read."""
+    labels = (run.data.labels or ()) if run.task == "classify" else ()
+    tokenizer, found = inspect_base(run.model, labels)
+    notes = list(found)
+    if run.distill.teacher is not None:
+        teacher = ModelConfig(name=run.distill.teacher)
+        notes += inspect_base(teacher, labels, key="distill.teacher")[1]
+    return tokenizer, notes
 
 
 def _chosen(client: str | None, rows: Mapping[str, ClientRows]) -> str:

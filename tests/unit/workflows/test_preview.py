@@ -1,6 +1,8 @@
 """A preview counts what training will do, and its numbers contain no text."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import silotune
-from silotune.core.errors import ConfigError
+from silotune.core.errors import ConfigError, ModelError
 from silotune.data.partition import PartitionConfig
 from silotune.models.loading import num_base_loads
 from silotune.recipes.parse import load_recipe, parse
@@ -24,7 +26,7 @@ from silotune.workflows.preview import (
     sample,
 )
 from tests.conftest import build_tiny_model, build_tokenizer, write_jsonl, write_tiny_recipe
-from tests.tiny_encoders import build_encoder_tokenizer
+from tests.tiny_encoders import build_encoder_tokenizer, build_tiny_encoder
 from tests.unit.data.client_rows import by_name, client, talk, text
 
 LABELS = classify(("no", "yes"))
@@ -269,3 +271,41 @@ def test_rows_of_the_server_are_counted(tmp_path, recipe):
     assert found.num_server == 1
     same = found.clients["hospital-0"].duplicates
     assert same.num_elsewhere + same.num_leaked == 1
+
+
+# --- the base's files
+
+
+def damaged(tiny_model: Path, folder: Path) -> Path:
+    base = Path(shutil.copytree(tiny_model, folder / "base"))
+    (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return base
+
+
+def test_a_damaged_base_is_found_without_loading_it(recipe, tiny_model, tmp_path):
+    """Regression: only a run found it, by a traceback."""
+    with pytest.raises(ModelError, match=r"'model.safetensors' is a Git LFS pointer"):
+        silotune.preview(recipe, [f"model.name={damaged(tiny_model, tmp_path)}"])
+
+
+def test_an_encoder_is_refused_before_its_rows_are_read_as_questions(recipe, tmp_path):
+    base = build_tiny_encoder(tmp_path / "bert", kind="AutoModelForMaskedLM")
+    with pytest.raises(ModelError, match="reads in both directions"):
+        silotune.preview(recipe, [f"model.name={base}"])
+
+
+def test_a_base_without_weights_is_said_not_to_have_been_examined(recipe, tiny_model, tmp_path):
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (base / "model.safetensors").unlink()
+    (warning,) = silotune.preview(recipe, [f"model.name={base}"]).warnings
+    assert warning.endswith("are not on this machine, so they were not examined")
+
+
+def test_a_client_examines_its_base_before_it_takes_part(recipe, tiny_model, tmp_path):
+    from silotune.deployment.doctor import _guarded, _model
+
+    run = load_recipe(recipe, [f"model.name={damaged(tiny_model, tmp_path)}"])
+    (finding,) = _guarded("model", lambda: _model(None, run, None))
+    assert (finding.verdict, finding.what) == ("FAIL", "model")
+    assert "Git LFS pointer" in finding.text
+    assert "git lfs pull" in finding.fix

@@ -19,6 +19,7 @@ from silotune.core.errors import ModelError
 from silotune.core.types import ServerState
 from silotune.models.adapters import put_adapter, trained_parameters
 from silotune.models.base import ModelConfig, quiet_libraries
+from silotune.models.base_files import check_files
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, find_head, set_head
 from silotune.models.known_shapes import KNOWN_SHAPES
@@ -144,6 +145,7 @@ def _fresh_pooler(base: Any, run: RunConfig) -> tuple[list[str], tuple[str, ...]
         )
     from safetensors import safe_open
 
+    check_files(place, f"model.name = '{run.model.name}'")
     held: set[str] = set()
     for path in files:
         with safe_open(path, framework="pt") as file:  # reads the names, not the tensors

@@ -400,7 +400,7 @@ def test_files_that_lack_a_layer_are_refused_and_the_tensor_is_named(shelf, fami
     config = json.loads((folder / "config.json").read_text())
     key = "n_layers" if family == "distilbert" else "num_hidden_layers"
     (folder / "config.json").write_text(json.dumps(config | {key: 2}))
-    with pytest.raises(ModelError, match=rf"the first is '{tensor}[\s\S]*contains all weights"):
+    with pytest.raises(ModelError, match=rf"the files lack \d+ tensors \('{tensor}"):
         load(folder, family)
 
 

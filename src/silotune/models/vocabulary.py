@@ -1,0 +1,44 @@
+"""Whether a model has a row of its embedding for every token that its tokenizer makes."""
+
+from typing import Any
+
+from silotune.core.errors import ModelError
+from silotune.core.safe_text import one_line
+from silotune.core.wording import counted
+
+ROLES = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "unk_token")
+"""Tokens that a tokenizer writes by itself."""
+
+
+def check_vocabulary(tokenizer: Any, num_rows: int, what: str) -> None:
+    """Refuse a tokenizer whose tokens the model does not know.
+
+    Some published models have added tokens beyond their embedding that no text ever uses (Gemma 3
+    has one for images), so only tokens that texts do use are counted: those of the vocabulary, of
+    the chat template, and those that the tokenizer writes by itself.
+
+    Args:
+        tokenizer: With its chat template, if it has one.
+        num_rows: Rows of the model's input embedding.
+        what: The setting and its value, for messages.
+
+    Raises:
+        ModelError: Says how many tokens either side has.
+    """
+    known = tokenizer.get_vocab()
+    beyond = [token for token, number in known.items() if number >= num_rows]
+    if not beyond:
+        return
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    written = {getattr(tokenizer, role, None) for role in ROLES}
+    template = str(tokenizer.chat_template or "")
+    needed = [t for t in beyond if t not in added or t in written or t in template]
+    if needed:
+        first = min(needed, key=lambda token: known[token])
+        raise ModelError(
+            f"{what}: the tokenizer has {counted(max(known.values()) + 1, 'token')}, but the "
+            f"model's embedding has {counted(num_rows, 'row')}; the first token without a row is "
+            f"'{one_line(first, longest=40)}'.\n"
+            "  Resize the embedding in transformers (resize_token_embeddings, then "
+            "save_pretrained), or use the model's original tokenizer."
+        )
