@@ -29,6 +29,9 @@ CHANGES_THE_ADAPTER = [
     'data.prompt="{source}: {question}"; data.completion="{answer}"',
     'data.system="Be brief."',
     "data.template=plain",
+    "data.date=2001-02-03; data.template={{ strftime_now('%Y') }}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
     "data.split_seed=5",
     'partition.only=["hospital-0"]',
     "sampling.fraction=0.5",

@@ -1,13 +1,17 @@
-"""How a conversation becomes text: the templates by name, and how to set one on a tokenizer.
+"""How a conversation becomes text: find a template, set it on a tokenizer, and render with it.
 
 The same template is used for training, scoring and answers, and is saved with the adapter. All are
-Jinja, and run in the sandbox in which transformers renders chat templates.
+Jinja, and run in the sandbox in which transformers renders chat templates. A template is a program:
+it may refuse a conversation, leave parts of it out, or read the clock. See `template_traits`.
 """
 
+from collections.abc import Callable
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
 from silotune.core.errors import ConfigError, ModelError
+from silotune.core.safe_text import one_line
 from silotune.core.wording import did_you_mean
 from silotune.data.conversations import Conversation
 from silotune.data.template_limits import (
@@ -15,99 +19,26 @@ from silotune.data.template_limits import (
     check_operations,
     render_within_limits,
 )
-
-END = "{{ eos_token }}"
-"""What the templates in this file write after each answer."""
-
-PLAIN = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}" + END + "{% endif %}{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+from silotune.data.template_texts import END, PLAIN, TEMPLATES
+from silotune.data.template_traits import (
+    TemplateError,
+    fold_system,
+    give_traits,
+    render_as_is,
+    template_of,
+    traits_of,
 )
-"""For base models, whose tokenizers have no chat template."""
 
-THREE_BLOCK = (
-    "{% for message in messages %}"
-    "{{ {'system': '### Instruction:', 'user': '### Input:', 'assistant': '### Response:'}"
-    "[message['role']] + '\\n' + message['content'].strip() }}"
-    "{% if message['role'] == 'assistant' %}" + END + "{% endif %}"
-    "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
-)
-"""Instruction (the system text), input (the question) and response, separated by blank lines."""
-
-_SYSTEM = (
-    "{% set first = messages[0] if messages else {} %}"
-    "{% set system = first['content'] if first['role'] == 'system' else '' %}"
-)
-_PREAMBLE = "Below is an instruction that describes a task"
-_REQUEST = "Write a response that appropriately completes the request."
-
-ALPACA = (
-    _SYSTEM + "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}"
-    "{% set extra = message['input'] or '' %}"
-    "{{ (system or '" + _PREAMBLE + "' + (', paired with an input that provides further context. '"
-    " if extra else '. ') + '" + _REQUEST + "') + '\\n\\n' }}"
-    "{{ '### Instruction:\\n' + (message['instruction'] or message['content']) + '\\n\\n' }}"
-    "{% if extra %}{{ '### Input:\\n' + extra + '\\n\\n' }}{% endif %}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ '### Response:\\n' + message['content'] }}" + END + "{{ '\\n\\n' }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
-"""Alpaca's wording (Taori et al. 2023), with the answer on a separate line as in alpaca-lora. A
-system text replaces the preamble."""
-
-VICUNA = (
-    "{% if messages and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
-    "{% else %}{{ 'A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}"
-    "{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '' if loop.index0 and "
-    "messages[loop.index0 - 1]['role'] == 'assistant' else ' ' }}"
-    "{{ 'USER: ' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT: ' + message['content'] }}"
-    + END
-    + "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-"""The same as FastChat's vicuna_v1.1."""
-
-FLOWERTUNE = (
-    _SYSTEM + "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}"
-    "{{ (system or '" + _PREAMBLE + ". " + _REQUEST + "')"
-    " + '\\n### Instruction:\\n' + message['content'] + '\\n' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ '### Response: ' + message['content'] }}"
-    + END
-    + "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response: ' }}{% endif %}"
-)
-"""FlowerTune's text: Alpaca's wording without blank lines, the answer on the same line as its
-header."""
-
-TEMPLATES: dict[str, str | None] = {
-    "auto": None,
-    "plain": PLAIN,
-    "three-block": THREE_BLOCK,
-    "alpaca": ALPACA,
-    "vicuna": VICUNA,
-    "flowertune": FLOWERTUNE,
-}
-"""By the name that data.template uses. auto is the model's own, or plain if it has none."""
+BEGIN = "{{ bos_token }}"
+"""What stands in front of our own templates if a tokenizer begins every text with a token."""
 
 PROBE: Conversation = (
     {"role": "user", "content": "a question"},
     {"role": "assistant", "content": "an answer"},
+)
+REASONED: Conversation = (
+    PROBE[0],
+    {"role": "assistant", "content": "<think>\na thought\n</think>\n\nan answer"},
 )
 
 
@@ -158,21 +89,18 @@ def _check_text(text: str) -> None:
         return found
 
     try:
-        asked = render_within_limits(lambda: rendered(PROBE[:1], ask=True))
-        full = render_within_limits(lambda: rendered(PROBE, ask=False))
-    except TemplateLimitError:
+        _check_answer(lambda talk, ask: render_within_limits(lambda: rendered(talk, ask=ask)))
+    except (TemplateLimitError, ConfigError):
         raise
     except Exception as error:  # a template is a program and can fail in any way
         raise ConfigError(
             f"data.template: not a Jinja chat template: {error}\n"
             "  It can use `messages`, `add_generation_prompt` and `eos_token`."
         ) from error
-    _check_answer(asked, full)
 
 
-def _check_answer(asked: str, full: str) -> None:
-    asked = asked.rstrip(" ")  # as in `render`
-    if not full.startswith(asked) or PROBE[1]["content"] not in full[len(asked) :]:
+def _check_answer(render_: Callable[[Conversation, bool], str]) -> None:
+    if not _answers_follow(render_):
         raise ConfigError(
             "data.template: in a rendered conversation, the answer does not follow the text that "
             "add_generation_prompt writes, so nothing would be learned.\n"
@@ -182,21 +110,37 @@ def _check_answer(asked: str, full: str) -> None:
         )
 
 
-def set_template(tokenizer: Any, template: str = "auto", *, end_token: bool = True) -> bool:
+def _answers_follow(render_: Callable[[Conversation, bool], str]) -> bool:
+    """Whether the words of a prompt and of its answer are there, one behind the other.
+
+    A template for reasoning may ask with an open <think>, which only reasoned answers have.
+    """
+
+    def follows(talk: Conversation) -> bool:
+        asked, full = render_(talk[:1], True).rstrip(" "), render_(talk, False)
+        return full.startswith(asked) and PROBE[1]["content"] in full[len(asked) :]
+
+    return follows(PROBE) or follows(REASONED)
+
+
+def set_template(
+    tokenizer: Any, template: str = "auto", *, end_token: bool = True, date: str | None = None
+) -> bool:
     """Set a recipe's template on a tokenizer; "auto" sets the plain one if it has none.
 
     Args:
         tokenizer: Changed in place.
         template: A name, or Jinja text.
-        end_token: False removes the end token from a template in this file: some published systems
+        end_token: False removes the end token from one of our own templates: some published systems
             trained without it, so their models never learn to stop.
+        date: The day (YYYY-MM-DD) for templates that write one; the clock's if None.
 
     Returns:
         Whether the plain template was set because the tokenizer has none.
 
     Raises:
-        ModelError: The tokenizer has no end token.
-        ConfigError: The model's own template does not write the answer.
+        ModelError: The tokenizer has no end token, or its own template cannot be used.
+        ConfigError: The template does not write the answer.
     """
     if tokenizer.eos_token is None:
         raise ModelError(
@@ -204,20 +148,48 @@ def set_template(tokenizer: Any, template: str = "auto", *, end_token: bool = Tr
             "  Use a model whose tokenizer defines eos_token."
         )
     text = TEMPLATES.get(template, template)
-    if not end_token and TEMPLATES.get(template) is None:
+    is_own = TEMPLATES.get(template) is not None
+    if not end_token and not is_own:
         raise ConfigError(
             "train.compat = 'no-end-token' removes the end token from silotune's own templates, "
             "but data.template is not one of them.\n  Use one of silotune's templates."
         )
     has_none = text is None and not tokenizer.chat_template
     if has_none:
-        text = PLAIN
+        text, is_own = PLAIN, True
+    if text is not None:
+        text = text if end_token else text.replace(END, "")
+        tokenizer.chat_template = (BEGIN if is_own and begins_texts(tokenizer) else "") + text
+    day = None if date is None else Date.fromisoformat(date)
     if text is None:
-        check_operations(str(tokenizer.chat_template))
-        _check_answer(render(tokenizer, PROBE[:1], ask=True), render(tokenizer, PROBE, ask=False))
-    else:
-        tokenizer.chat_template = text if end_token else text.replace(END, "")
+        _check_models_own(tokenizer)
+    give_traits(tokenizer, day)
     return has_none
+
+
+def begins_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its bos token in front of every text, as Llama's and Gemma's do."""
+    return tokenizer.bos_token_id is not None and (
+        tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    )
+
+
+def _check_models_own(tokenizer: Any) -> None:
+    """Try the template that came with a model, on conversations that are nobody's."""
+    use = "  Set data.template to one of silotune's templates, or to a file with your own."
+    try:
+        check_operations(template_of(tokenizer))
+        _answers = _answers_follow(lambda talk, ask: render_as_is(tokenizer, talk, ask=ask))
+    except TemplateError as error:
+        why = one_line(str(error.__cause__ or error))
+        raise ModelError(f"the model's own chat template cannot be used: {why}\n{use}") from error
+    if not _answers:
+        raise ConfigError(
+            "data.template = 'auto': in the model's own chat template, the answer does not follow "
+            "the text that add_generation_prompt writes (it may open a <think> that the template "
+            "takes out of answers), so a model that is asked would begin elsewhere than it has "
+            f"learned to.\n{use}"
+        )
 
 
 def render(tokenizer: Any, messages: Conversation, *, ask: bool) -> str:
@@ -225,10 +197,20 @@ def render(tokenizer: Any, messages: Conversation, *, ask: bool) -> str:
 
     It ends before the space that some templates write in front of the answer: most tokenizers join
     the space to the answer's first word, so the model must generate it as it did in training.
+
+    If the template takes no system text, as Gemma's, the text is put in front of the first
+    question.
+
+    Raises:
+        TemplateError: The template refuses this conversation.
+        TemplateLimitError: It does not end, or writes too much.
     """
-    text = render_within_limits(
-        lambda: tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=ask
-        )
-    )
+    traits = traits_of(tokenizer)
+    if traits.refuses_system:
+        messages = fold_system(messages)
+    if ask and not messages:  # the assistant speaks first, and no template is asked for that
+        first = ({"role": "assistant", "content": PROBE[1]["content"]},)
+        text = render_as_is(tokenizer, first, ask=False, date=traits.date)
+        return text.partition(PROBE[1]["content"])[0].rstrip(" ")
+    text = render_as_is(tokenizer, messages, ask=ask, date=traits.date)
     return text.rstrip(" ") if ask else text

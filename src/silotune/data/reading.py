@@ -6,10 +6,11 @@ Reads files and the hub, and converts row by row. Knows neither clients nor what
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.types import Config
@@ -22,6 +23,7 @@ from silotune.data.conversations import (
 from silotune.data.file_formats import no_such_file
 from silotune.data.files import locate, read_hub, read_place, search_place
 from silotune.data.labelled_texts import FORMATS, LabelledText, check_all_pairs, labelled_text
+from silotune.data.placed import PlacedConversation
 from silotune.data.placed_rows import Mistake, Part, PlacedRow, moved, refuse
 
 HUB_ONLY = ("name", "split", "eval_split", "revision")
@@ -60,6 +62,9 @@ class DataConfig(Config):
     text, "### Input:" with the question, "### Response:". alpaca, vicuna and flowertune: the
     templates of these projects. Or a file with your own Jinja chat template, which is saved with
     the run."""
+    date: str | None = None
+    """The day, as YYYY-MM-DD, for chat templates that write today's date. If absent, the day on
+    which the run starts; the run keeps it."""
     max_rows: int | None = Field(default=None, ge=1)
     """Maximum number of training rows per client, chosen by a keyed hash of each row."""
     max_eval_rows: int | None = Field(default=None, ge=1)
@@ -81,6 +86,11 @@ class DataConfig(Config):
     split_seed: int | None = Field(default=None, ge=0)
     """Seed for the partition into clients and the held-out rows; the run's seed if absent. Set it
     to run several seeds on the same held-out rows."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day_as_text(cls, value: object) -> object:
+        return value.isoformat() if isinstance(value, date) else value  # TOML has dates
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "DataConfig":
@@ -105,6 +115,8 @@ class DataConfig(Config):
                 has_placeholder[key] = any(column for _, column in parse_template(template or ""))
             except ValueError as error:
                 mistakes.append(f"{key} {error}")
+        if self.date is not None and not _is_day(self.date):
+            mistakes.append("date is no day of the calendar; write it as YYYY-MM-DD")
         if self.text_pair is not None and self.text is None:
             mistakes.append("text_pair goes with text; set both")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
@@ -114,6 +126,13 @@ class DataConfig(Config):
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 TaskRow = Any
@@ -369,13 +388,14 @@ def usual_columns(columns: Collection[str]) -> list[str]:
 
 
 def _as_conversation(row: PlacedRow, cfg: DataConfig) -> Conversation:
-    return conversation(
+    turns = conversation(
         row.columns,
         where=row.where,
         prompt=cfg.prompt,
         completion=cfg.completion,
         system=cfg.system,
     )
+    return PlacedConversation(turns, row.where)
 
 
 def _as_labelled(row: PlacedRow, cfg: DataConfig) -> LabelledText:

@@ -26,7 +26,7 @@ from silotune.deployment.consortium.kit import certificate_of
 from silotune.deployment.join import KEY, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
 from silotune.federation.client_config import check_base, check_steps, own_recipe, own_rows
-from silotune.federation.recipe_model import give_template
+from silotune.federation.recipe_model import give_template, warn_of_template
 from silotune.models.base import folder_of_base, inspect_base, load_tokenizer
 from silotune.models.sources import content_hash
 from silotune.recipes.schema import RunConfig
@@ -216,6 +216,9 @@ def _rows(joined: Joined, run: RunConfig) -> Finding:
         text += f"; {told.train.num_cut} truncated, {told.train.num_dropped} left out"
         fix = f"They are longer than train.max_length = {run.train.max_length}."
         return Finding("rows", "look", text, fix)
+    if surprises := list(warn_of_template(tokenizer, run, {name: rows})):
+        fix = "Compare these rows with the chat template, see docs/models.md."
+        return Finding("rows", "look", "; ".join((text, *surprises)), fix)
     return Finding("rows", "ok", text)
 
 

@@ -1,16 +1,29 @@
 """The model that a recipe asks for: the base with its first adapter and its chat template."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from silotune.data.chat_templates import resolve_template, set_template
+from silotune.data.chat_templates import (
+    PROBE,
+    TEMPLATES,
+    begins_texts,
+    render,
+    resolve_template,
+    set_template,
+)
+from silotune.data.clients import ClientRows
+from silotune.data.reading import TaskRow
+from silotune.data.template_traits import traits_of
 from silotune.federation.progress import Progress
 from silotune.models.heads import check_length
 from silotune.models.loading import LoadedModel, load_model
 from silotune.models.vocabulary import check_vocabulary
 from silotune.recipes.schema import RunConfig
+from silotune.training.generate import teach_end
 from silotune.training.tasks.instruct import check_packing
+from silotune.training.tasks.template_warnings import template_warnings
 
 
 def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
@@ -39,13 +52,54 @@ def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
         progress.note(f"{run.model.name} has no chat template: the plain one is used")
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     check_vocabulary(loaded.tokenizer, rows, f"model.name = '{run.model.name}'")
+    teach_end(loaded)
     return loaded
 
 
 def give_template(tokenizer: Any, run: RunConfig) -> bool:
     """Set a recipe's template on its tokenizer; see `set_template`."""
     template = resolve_template(run.data.template)
-    return set_template(tokenizer, template, end_token="no-end-token" not in run.train.compat)
+    has_end = "no-end-token" not in run.train.compat
+    return set_template(tokenizer, template, end_token=has_end, date=run.data.date)
+
+
+def warn_of_template(
+    tokenizer: Any,
+    run: RunConfig,
+    clients: Mapping[str, ClientRows],
+    server: Sequence[TaskRow] = (),
+) -> Iterator[str]:
+    """What a recipe's chat template does that may be surprising, in general and to these rows.
+
+    Args:
+        tokenizer: With the recipe's template, see `give_template`.
+        run: The recipe.
+        clients: The rows of all clients, as far as this machine reads them. Under [privacy], those
+            of real clients are not looked at.
+        server: The server's own rows.
+    """
+    if run.task == "classify":
+        return
+    traits = traits_of(tokenizer)
+    if traits.end is None and "no-end-token" not in run.train.compat:
+        yield (
+            "the chat template writes no token behind an answer, so the model does not learn to "
+            "stop: answers go on up to their maximum length; use a data.template that writes "
+            "eos_token there"
+        )
+    if traits.writes_date:
+        day = "today's" if run.data.date is None else f"{run.data.date} (data.date)"
+        yield f"the chat template writes a date, in this run {day}"
+    own = run.data.template not in TEMPLATES and begins_texts(tokenizer)
+    if own and not render(tokenizer, PROBE, ask=False).startswith(tokenizer.bos_token):
+        yield (
+            "the tokenizer begins every text with its bos token, and data.template does not write "
+            "it; begin the template with {{ bos_token }}"
+        )
+    rows = [row for own in clients.values() for row in (*own.train, *own.evaluation)]
+    if run.runtime.name == "flower" and run.privacy.unit != "none":
+        rows = []
+    yield from template_warnings(tokenizer, [*rows, *server])
 
 
 def local_tensors(run: RunConfig, loaded: LoadedModel) -> frozenset[str]:

@@ -18,6 +18,7 @@ from silotune.core.types import ServerState
 from silotune.core.wording import counted, human_seconds
 from silotune.data.reading import TaskRow
 from silotune.data.server_rows import load_server_rows
+from silotune.data.template_traits import give_traits, traits_of
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
@@ -89,6 +90,8 @@ def load_teacher(run: RunConfig, tokenizer: Any, rows: Sequence[TaskRow]) -> Loa
         key="distill.teacher",
     )
     teacher.tokenizer.chat_template = tokenizer.chat_template  # the recipe decides the template
+    if run.task != "classify":
+        give_traits(teacher.tokenizer, traits_of(tokenizer).date)
     check_same_tokenizer(run, tokenizer, teacher.tokenizer, rows)
     return teacher
 

@@ -25,7 +25,7 @@ def check_vocabulary(tokenizer: Any, num_rows: int, what: str) -> None:
     Raises:
         ModelError: Says how many tokens either side has.
     """
-    known = tokenizer.get_vocab()
+    known: dict[str, int] = tokenizer.get_vocab()
     beyond = [token for token, number in known.items() if number >= num_rows]
     if not beyond:
         return
@@ -34,7 +34,7 @@ def check_vocabulary(tokenizer: Any, num_rows: int, what: str) -> None:
     template = str(tokenizer.chat_template or "")
     needed = [t for t in beyond if t not in added or t in written or t in template]
     if needed:
-        first = min(needed, key=lambda token: known[token])
+        first = min(needed, key=known.__getitem__)
         raise ModelError(
             f"{what}: the tokenizer has {counted(max(known.values()) + 1, 'token')}, but the "
             f"model's embedding has {counted(num_rows, 'row')}; the first token without a row is "

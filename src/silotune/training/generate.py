@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from silotune.data.chat_templates import render
+from silotune.data.chat_templates import PROBE, render
 from silotune.data.conversations import Conversation
+from silotune.data.template_traits import traits_of
 from silotune.models.loading import LoadedModel
 
 
@@ -131,7 +132,29 @@ def _until_end(loaded: LoadedModel, new: list[int], ends: Sequence[int]) -> Answ
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
-    """The end token that training used, and those that the base uses."""
+    """The tokens that end an answer: the tokenizer's, and those that the model knows.
+
+    `teach_end` adds the one that the chat template writes.
+    """
     own: Any = loaded.model.generation_config.eos_token_id
     base = own if isinstance(own, list) else [own]
     return sorted({loaded.tokenizer.eos_token_id, *(token for token in base if token is not None)})
+
+
+def teach_end(loaded: LoadedModel) -> None:
+    """Let a model end its answers with the token that its chat template writes there.
+
+    A base model's end token usually ends documents, not turns. The model's generation settings and
+    its tokenizer are changed, in memory and in everything that is saved or exported. Nothing
+    changes if they know the token already.
+    """
+    tokenizer = loaded.tokenizer
+    end = traits_of(tokenizer).end
+    known = end_tokens(loaded)
+    if end is None or (token := tokenizer.convert_tokens_to_ids(end)) in known:
+        return
+    loaded.model.generation_config.eos_token_id = [*known, token]
+    text, before = render(tokenizer, PROBE, ask=False), tokenizer.eos_token
+    tokenizer.eos_token = end
+    if render(tokenizer, PROBE, ask=False) != text:  # the template writes eos_token elsewhere
+        tokenizer.eos_token = before

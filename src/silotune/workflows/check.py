@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ def _checked(run: RunConfig, *, offline: bool) -> Checked:
     if run.data.template not in TEMPLATES:  # the run keeps the text, even if the file moves
         text = resolve_template(run.data.template)
         run = run.model_copy(update={"data": run.data.model_copy(update={"template": text})})
+    if run.data.date is None and run.task == "instruct":  # a resumed run keeps its day
+        today = {"date": date.today().isoformat()}
+        run = run.model_copy(update={"data": run.data.model_copy(update=today)})
     check_track(run)
     device = pick_device(run.runtime.device)
     check_quantization(run.model.quantization, device, "model.quantization")

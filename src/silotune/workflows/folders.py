@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from silotune.core.atomic_files import free_place
 from silotune.core.errors import ConfigError
 from silotune.federation.run_folder import RunFolder
+from silotune.recipes.parse import load_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.workflows.check import Checked, check
 
@@ -32,7 +33,9 @@ def open_folder(
             raise ConfigError("out and resume exclude each other.\n  Give only one of them.")
         folder = kind.open(Path(resume))
         if recipe is not None:
-            _check_same_recipe(check(recipe, overrides).run, folder)
+            given = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+            same = () if given.data.date else ("data.date",)  # the day on which the run began
+            _check_same_recipe(check(recipe, overrides).run, folder, same)
         elif overrides:
             raise ConfigError(
                 "a resumed run keeps its recipe, so overrides do not apply.\n"
@@ -62,9 +65,10 @@ def dotted_values(run: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def _check_same_recipe(given: RunConfig, folder: RunFolder) -> None:
+def _check_same_recipe(given: RunConfig, folder: RunFolder, ignored: Sequence[str]) -> None:
     old, new = dotted_values(folder.run), dotted_values(given)
-    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    keys = (old.keys() | new.keys()).difference(ignored)
+    different = sorted(key for key in keys if old.get(key) != new.get(key))
     if different:
         raise ConfigError(
             f"the recipe differs from that of {folder.path} in: {', '.join(different)}.\n"

@@ -26,13 +26,13 @@ from silotune.data.partition import PartitionConfig
 from silotune.data.reading import TaskRow
 from silotune.federation.client import cut_note
 from silotune.federation.client_config import is_client_folder
-from silotune.federation.recipe_model import give_template
+from silotune.federation.recipe_model import give_template, warn_of_template
 from silotune.federation.server_work import server_rows
 from silotune.models.base import ModelConfig, inspect_base, quiet_libraries
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks import build_task
+from silotune.training.tasks.answer_spans import encode_rows, trained_spans
 from silotune.training.tasks.base import Task
-from silotune.training.tasks.instruct import trained_spans
 from silotune.workflows.check import Checked, check
 from silotune.workflows.data_overview import quantiles
 from silotune.workflows.in_memory import from_memory
@@ -158,7 +158,7 @@ def _preview(checked: Checked, num_samples: int, client: str | None) -> Preview:
             sample(row, tokenizer, task, limit, client=chosen, number=n)
             for n, row in enumerate(rows[chosen].train[:num_samples], start=1)
         ]
-    warnings += data_warnings(clients, limit)
+        warnings += [*data_warnings(clients, limit), *warn_of_template(tokenizer, run, rows, own)]
     return Preview(run, describe_partition(run), clients, len(own), warnings, samples)
 
 
@@ -264,8 +264,7 @@ def sample(
         read = "".join(texts) + "label: "
         return Sample(client, number, num_tokens, (("read", read), ("learned", row["label"])))
     text, spans = trained_spans(tokenizer, row)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts = [start for start, _ in encoded["offset_mapping"]]
+    ((_, starts),) = encode_rows(tokenizer, [(text, spans)])
     end = starts[max_length] if len(starts) > max_length else len(text)
     return Sample(client, number, len(starts), _pieces(text, spans, end))
 

@@ -17,9 +17,10 @@ from silotune.federation.client import ClientData
 from silotune.federation.client_memory import check_memories
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Both, Progress
-from silotune.federation.recipe_model import load_for, local_tensors
+from silotune.federation.recipe_model import load_for, local_tensors, warn_of_template
 from silotune.federation.roster import is_consortium
 from silotune.federation.run_folder import RunFolder
+from silotune.federation.server_work import server_rows
 from silotune.federation.trackers import Tracker
 from silotune.models.loading import LoadedModel, num_base_loads, read_adapter
 from silotune.models.sources import resolve
@@ -183,6 +184,9 @@ def open_run(
         measuring_s = time.perf_counter() - before
         progress.note(f"loading {run.model.name}")
         loaded = load_for(run, progress)
+    if data is None:  # otherwise whoever prepared it has said this
+        for text in warn_of_template(loaded.tokenizer, run, checked.rows, server_rows(run)):
+            progress.note(f"warning: {text}")
     provenance = provenance_of(folder, checked, loaded)
     state = folder.load_state() or _first_state(run, loaded, folder, checked.rows)
     if run.runtime.name != "flower":  # there, clients keep their memory themselves

@@ -16,7 +16,7 @@ from silotune.core.types import AdapterState
 from silotune.data.clients import fingerprint
 from silotune.federation.client import ClientData, Worker
 from silotune.federation.progress import Progress
-from silotune.federation.recipe_model import load_for
+from silotune.federation.recipe_model import load_for, warn_of_template
 from silotune.federation.run_folder import RunFolder
 from silotune.models.loading import (
     LoadedModel,
@@ -38,7 +38,8 @@ def needs(run: RunConfig) -> str:
     """What a recipe needs of its base and tokenizer; recipes with equal needs can share them."""
     ends = "no-end-token" in run.train.compat
     labels = run.data.labels if run.task == "classify" else None
-    return repr((run.model, run.runtime.device, run.task, labels, run.data.template, ends))
+    template = (run.data.template, run.data.date, ends)
+    return repr((run.model, run.runtime.device, run.task, labels, template))
 
 
 class SharedBase:
@@ -114,6 +115,8 @@ class Bench:
             task = build_task(run.task, run.data.labels)
             worker = Worker(loaded, task, run, fedavg(FedAvgConfig()))
             self._tokens = (repr(about), prepare_clients(checked.rows, worker))
+            for text in warn_of_template(loaded.tokenizer, run, checked.rows):
+                self.progress.note(f"warning: {text}")
         return self._tokens[1]
 
     def forget(self) -> None:

@@ -244,7 +244,7 @@ def test_every_key_of_data_is_a_location_or_a_format():
     """A new key of [data] must be added to one of the two."""
     formats = {"eval_fraction", "prompt", "completion", "system", "max_rows"}
     formats |= {"max_eval_rows", "template", "split_seed", "labels", "text", "text_pair"}
-    formats |= {"skip_empty"}
+    formats |= {"skip_empty", "date"}
     assert set(DataConfig.model_fields) == LOCATIONS | formats | {"label"}
     assert set(SERVERS) == LOCATIONS
 
@@ -255,6 +255,7 @@ FORMATS = {
     "completion": ("A: {a}", "Say: {a}"),
     "system": ("Be brief.", "Be kind."),
     "max_rows": (7, 5),
+    "date": ("2026-01-31", "2026-02-01"),
 }
 
 

@@ -22,6 +22,7 @@ from silotune.recipes.schema import RunConfig
 TEXTS = {
     *("data.prompt", "data.completion", "data.system", "data.label", "data.labels"),
     *("data.text", "data.text_pair", "adapter.targets", "adapter.peft"),
+    "data.date",  # checked to be a day
 }
 """Keys that reach a client's training as text: columns, words in front of rows, and names of
 modules. tests/unit/models/test_peft_options.py is about adapter.peft."""

@@ -379,6 +379,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "data.text_pair": ("other", ["task=classify", "data.text=one"]),
     "data.split_seed": ("8", []),
     "data.skip_empty": ("true", []),
+    "data.date": ('"2026-01-31"', []),
     "data.template": ("three-block", []),
     "partition.by": ("source", []),
     "partition.only": ('["a", "b"]', ["partition.by=source"]),

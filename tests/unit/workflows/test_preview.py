@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 import silotune
 from silotune.core.errors import ConfigError, ModelError
+from silotune.data.chat_templates import render
 from silotune.data.partition import PartitionConfig
 from silotune.models.loading import num_base_loads
 from silotune.recipes.parse import load_recipe, parse
 from silotune.training.tasks.base import Prepared, Task
 from silotune.training.tasks.classify import classify
-from silotune.training.tasks.instruct import INSTRUCT, render
+from silotune.training.tasks.instruct import INSTRUCT
 from silotune.workflows.preview import (
     data_warnings,
     describe_partition,
@@ -74,7 +75,7 @@ def test_counts_are_those_of_the_rows_that_training_prepares(tokenizer, texts, l
     assert found.trained_share == (num_trained / num_read if num_read else 0)
 
 
-def test_every_row_is_tokenised_once(tokenizer):
+def test_every_row_and_every_prompt_is_tokenised_once(tokenizer):
     class Counting:
         num_texts = 0
 
@@ -88,7 +89,8 @@ def test_every_row_is_tokenised_once(tokenizer):
     counting = Counting()
     north = client("north", [talk("a?", "b"), talk("c?", "d")])
     describe_rows(by_name(north, client("south", [talk("e?", "f")])), counting, INSTRUCT, 30)
-    assert counting.num_texts == 3 + 2, "three train rows, and one held-out row each"
+    rows = 3 + 2  # three train rows, and one held-out row each
+    assert counting.num_texts == 2 * rows, "each with its prompt, which must keep its ids"
 
 
 def test_rows_that_teach_nothing_even_untruncated_still_have_lengths():

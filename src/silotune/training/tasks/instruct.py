@@ -1,8 +1,8 @@
 """Supervised fine-tuning on conversations: the assistant's turns are learned, the prompts are not.
 
-The recipe's template renders each row once. The loss mask is placed by character offsets, so the
-ids are those of the template, and a prompt has the same ids at inference as in training. The end
-token of each assistant turn is learned, even if it doubles as the padding token.
+The recipe's template renders each row. The loss mask is placed by character offsets, and a prompt
+has the same ids at inference as in training. The end token of each assistant turn is learned, even
+if it doubles as the padding token. `answer_spans` says where answers are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,38 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from silotune.core.errors import DataError, ModelError
-from silotune.data.chat_templates import render
+from silotune.core.wording import counted
 from silotune.data.conversations import Conversation
+from silotune.data.placed import place_of
 from silotune.models.loading import LoadedModel
+from silotune.training.tasks.answer_spans import Spans, encode_rows, full_text, trained_spans
 from silotune.training.tasks.base import Batch, Example, Loss, Prepared, Task
-
-
-def trained_spans(tokenizer: Any, messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the character spans that are learned.
-
-    A span runs from the first character of an assistant's answer to the end of the end token after
-    it, or to the end of the turn if the template writes none.
-
-    Raises:
-        DataError: The template rewrites earlier turns when later ones follow, so no span can be
-            placed.
-    """
-    text, spans = render(tokenizer, messages, ask=False), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = len(render(tokenizer, messages[:i], ask=True))
-        turn = render(tokenizer, messages[: i + 1], ask=False)
-        if not text.startswith(turn) or not turn.startswith(
-            render(tokenizer, messages[:i], ask=True)
-        ):
-            raise DataError(
-                "the chat template changes earlier turns when later ones follow, so the loss mask "
-                "cannot be placed.\n  Use rows with one assistant turn, at the end."
-            )
-        end = turn.rfind(tokenizer.eos_token, start)
-        spans.append((start, len(turn) if end < 0 else end + len(tokenizer.eos_token)))
-    return text, spans
 
 
 def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Prepared:
@@ -55,19 +29,20 @@ def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Pr
         rows: Conversations with at least one assistant turn.
         tokenizer: A fast tokenizer with a chat template.
         max_length: Maximum length of a row in tokens; longer rows are truncated at the end.
+
+    Raises:
+        DataError: The chat template refuses a row, or its answers cannot be found in the text. The
+            message names the row's place.
     """
-    rendered = [trained_spans(tokenizer, row) for row in rows]
-    encoded = tokenizer(
-        [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
-    )
+    rendered = _rendered(rows, tokenizer)
     examples, kept, num_cut, num_dropped = [], [], 0, 0
-    for row, ((_, spans), ids, offsets) in enumerate(
-        zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for row, ((_, spans), (ids, starts)) in enumerate(
+        zip(rendered, encode_rows(tokenizer, rendered), strict=True)
     ):
-        starts = torch.tensor([start for start, _ in offsets])
         trained = torch.zeros(len(ids), dtype=torch.bool)
+        places = torch.tensor(starts)
         for start, end in spans:
-            trained |= (starts >= start) & (starts < end)
+            trained |= (places >= start) & (places < end)
         trained[0] = False  # nothing predicts the first token
         num_cut += len(ids) > max_length
         if trained[:max_length].any():
@@ -76,6 +51,23 @@ def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Pr
         else:
             num_dropped += 1
     return Prepared(tuple(examples), num_cut, num_dropped, tuple(kept))
+
+
+def _rendered(rows: Sequence[Conversation], tokenizer: Any) -> list[Spans]:
+    """The text and the learned spans of every row; the mistakes of all rows are told together."""
+    rendered: list[Spans] = []
+    problems: list[str] = []
+    for n, row in enumerate(rows, start=1):
+        try:
+            rendered.append(trained_spans(tokenizer, row))
+        except DataError as error:
+            problems.append(f"{place_of(row) or f'row {n}'}: {error}")
+    if problems:
+        more = len(problems) - 1
+        head, _, fix = problems[0].partition("\n")
+        others = f" ({counted(more, 'more row')} like it)" if more else ""
+        raise DataError(f"{head}{others}\n{fix}")
+    return rendered
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -211,7 +203,7 @@ def _head(loaded: LoadedModel) -> Any:
 
 def num_tokens(rows: Sequence[Conversation], tokenizer: Any) -> list[int]:
     """Number of tokens of each conversation, with its template, before truncation."""
-    texts = [render(tokenizer, row, ask=False) for row in rows]
+    texts = [full_text(tokenizer, row) for row in rows]
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 

@@ -139,7 +139,7 @@ def _fresh_pooler(base: Any, run: RunConfig) -> tuple[list[str], tuple[str, ...]
         return [], ()
     place = resolve(run.model.name) if is_fetched(run.model.name) else None
     files = sorted(place.glob("*.safetensors")) if isinstance(place, Path) else []
-    if not files:
+    if not files or not isinstance(place, Path):
         return [], (
             "the model's files are not on this machine: they are assumed to contain its pooler",
         )
