@@ -412,8 +412,8 @@ def test_a_result_that_the_disk_does_not_hold_as_it_was_trained_is_no_result(
     """Others lost days to adapters that were trained well and saved as zeros (opacus 820)."""
     save = write_results.save_adapter
 
-    def spoilt(loaded, folder, *, base_name):
-        save(loaded, folder, base_name=base_name)
+    def spoilt(loaded, folder, *, base):
+        save(loaded, folder, base=base)
         path = folder / "adapter_model.safetensors"
         tensors = load_file(path)
         name = next(name for name in tensors if "lora_B" in name)

@@ -121,7 +121,7 @@ def load_base(
 def inspect_base(
     cfg: ModelConfig, labels: Sequence[str], *, key: str = "model.name"
 ) -> tuple[Any, tuple[str, ...]]:
-    """Find what is wrong with a base without reading its weights, which takes about a second.
+    """Find what is wrong with a base without reading its weights.
 
     Args:
         cfg: Which base. Of a hub model that is not on this machine, only the tokenizer is fetched.

@@ -4,15 +4,17 @@ The base is loaded once per process, never per client or round; only the adapter
 swapped. This file knows nothing about clients, rounds or the network.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from silotune.core.atomic_files import write_json
 from silotune.core.tree import check_same_layout, layout_of
 from silotune.core.types import AdapterState
 from silotune.models.adapters import (
@@ -23,10 +25,14 @@ from silotune.models.adapters import (
     trained_parameters,
 )
 from silotune.models.base import ModelConfig, load_base, quiet_libraries
+from silotune.models.base_files import commit_of, public_reference
 from silotune.models.causality import check_causal
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, draw_head, find_head, head_as_loaded, set_head
 from silotune.models.quantization import Quantization, check_quantization, prepare_for_training
+
+LABELS = "labels.json"
+"""The file next to a classifier's adapter with the names of its classes, in order."""
 
 
 @dataclass(frozen=True)
@@ -244,22 +250,42 @@ def untrained(loaded: LoadedModel) -> Iterator[None]:
         yield
 
 
-def save_adapter(loaded: LoadedModel, folder: Path, *, base_name: str) -> None:
+def save_adapter(loaded: LoadedModel, folder: Path, *, base: ModelConfig) -> None:
     """Save the model's current state: a PEFT folder, or a plain model folder if all weights learn.
+
+    The folder says which base it belongs to, as far as others can use that: no path of this
+    machine, the commit of a hub model, and a classifier's labels in the order of its classes.
 
     Args:
         loaded: The model, which already holds the adapter to save.
         folder: Created; `PeftModel.from_pretrained(base, folder)` reads it.
-        base_name: Name of the base in the folder: the recipe's `model.name`, never a local path.
+        base: The base that `loaded` was made of.
     """
-    with quiet_libraries():
+    with quiet_libraries():  # warnings are about options that were checked when it was loaded
         if loaded.has_adapter:
             for config in loaded.model.peft_config.values():
-                config.base_model_name_or_path = base_name
+                config.base_model_name_or_path = public_reference(base.name)
+                config.revision = commit_of(base.name, base.revision)
                 config.inference_mode = True
+                _sort_sets(config)
             loaded.model.save_pretrained(folder, save_embedding_layers=False)
+            if loaded.head_modules is not None:
+                save_labels(folder, list(loaded.model.config.id2label.values()))
         else:
             loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
     # PEFT writes a card full of empty headings; the run's own card is one level up
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def save_labels(folder: Path, labels: Sequence[str]) -> None:
+    """Write a classifier's labels next to its adapter, in the order of its classes."""
+    write_json(folder / LABELS, list(labels))
+
+
+def _sort_sets(config: Any) -> None:
+    """Make the order of names in adapter_config.json independent of Python's hash seed."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (set, frozenset)):
+            setattr(config, field.name, sorted(cast(set[str], value)))

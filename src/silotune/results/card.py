@@ -3,8 +3,10 @@
 A card is meant to be published with an adapter, so it contains nothing that a client wrote.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from silotune.core.safe_text import markdown, plain
@@ -12,6 +14,9 @@ from silotune.core.wording import counted
 from silotune.federation.metrics import Row
 from silotune.federation.privacy_statement import privacy_lines
 from silotune.models.adapters import PROMPT_KINDS
+from silotune.models.base_files import public_name, public_reference
+from silotune.models.loading import LABELS
+from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
 from silotune.results.published import published
 from silotune.results.summary import (
@@ -51,7 +56,7 @@ def model_card(
     summary, rows, split, _ = published(summary, rows, split)
     lines = "\n".join(
         [
-            *_heading(run, summary, provenance["base"]),
+            *_heading(run, summary),
             *_results(summary),
             *_label_scores(summary),
             *_warnings(summary),
@@ -67,7 +72,7 @@ def model_card(
             "",
             *_predicted(summary),
             *_privacy(summary),
-            *_use(run, provenance["run"]),
+            *_use(run, provenance),
             *_provenance(run, summary, provenance),
             "",
         ]
@@ -75,18 +80,20 @@ def model_card(
     return plain(lines)
 
 
-def _heading(run: RunConfig, summary: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+def _heading(run: RunConfig, summary: Mapping[str, Any]) -> list[str]:
     """Metadata for the hub, the title, how the model was trained, and the verdict."""
+    name = public_name(run.model.name)
+    described = SOURCES[name].what if name in SOURCES else name
     return [
         "---",
         f"library_name: {'transformers' if run.adapter.kind == 'full' else 'peft'}",
-        f"base_model: {base['name']}",
+        *([f"base_model: {name}"] if is_on_hub(run) else []),
         "tags: [federated-learning, silotune]",
         "---",
         "",
-        f"# {base['name']}, fine-tuned by {counted(len(summary['clients']), 'client')}",
+        f"# {name}, fine-tuned by {counted(len(summary['clients']), 'client')}",
         "",
-        f"{base['description']}. {counted(summary['rounds'], 'round')} of {summary['algorithm']}; "
+        f"{described}. {counted(summary['rounds'], 'round')} of {summary['algorithm']}; "
         f"{what_is_trained(run)}. The clients' rows were never pooled. Clients sent float32 "
         f"changes of the trained tensors, without secure aggregation{_noise(run)}.",
         "",
@@ -153,9 +160,10 @@ def _predicted(summary: Mapping[str, Any]) -> list[str]:
     return [*markdown_table(table), "", *(f"- {note}" for note in prediction_notes(summary)), ""]
 
 
-def _use(run: RunConfig, path: str) -> list[str]:
-    ask = f'silotune ask {path} "your question"'
-    return ["## Use", "", "```", ask, "```", "", *python_use(run), ""]
+def _use(run: RunConfig, provenance: Mapping[str, Any]) -> list[str]:
+    ask = f'silotune ask {without_folders(provenance["run"])} "your question"'
+    code = python_use(run, revision_in(provenance), folder="adapter")
+    return ["## Use", "", "```", ask, "```", "", *code, ""]
 
 
 def _provenance(
@@ -165,10 +173,11 @@ def _provenance(
     return [
         "## Provenance",
         "",
-        f"- data: {provenance['data']['path']}"
+        f"- data: {without_folders(provenance['data']['path'])}"
         # someone who knows all other rows could use the hash to test guesses for one row
         + ("" if "privacy" in summary else f", sha256 of all rows {provenance['data']['sha256']}"),
-        f"- base: {base['name']}, sha256 {base['sha256']}",
+        f"- base: {public_name(run.model.name)}, sha256 {base['sha256']}"
+        + (f", revision {revision}" if (revision := revision_in(provenance)) else ""),
         f"- adapter: sha256 {summary['adapter_sha256']}, after round {summary['result_round']}",
         f"- seed {run.seed}; recipe in `recipe.toml`, versions in `provenance.json`, every round "
         "and client in `metrics.jsonl`"
@@ -200,23 +209,78 @@ def what_is_trained(run: RunConfig) -> str:
     return f"{name} of rank {a.rank} (alpha {a.alpha:g}) on {where}"
 
 
-def python_use(run: RunConfig) -> list[str]:
-    """How to load the adapter, as lines of Markdown."""
-    kind, more = "AutoModelForCausalLM", ""
-    if run.task == "classify":
-        kind = "AutoModelForSequenceClassification"
-        more = f", num_labels={len(run.data.labels or ())}"
+def is_on_hub(run: RunConfig) -> bool:
+    """Whether the base has a name that everyone can load it by."""
+    return run.model.name not in SOURCES and public_name(run.model.name) == run.model.name
+
+
+def revision_in(provenance: Mapping[str, Any]) -> str | None:
+    """The commit of the base, or what the recipe says; None for a base that is not on the hub."""
+    base = provenance["base"]
+    return base.get("commit") or base.get("revision")  # earlier runs did not record the commit
+
+
+def without_folders(path: str) -> str:
+    """A path for others: one that begins at this machine's root or home loses its folders."""
+    at = Path(path)
+    return at.name if at.is_absolute() or path.startswith("~") or ".." in at.parts else path
+
+
+def python_use(run: RunConfig, revision: str | None, *, folder: str) -> list[str]:
+    """How to load the adapter, as lines of Markdown that end with code.
+
+    Args:
+        run: The resolved recipe.
+        revision: Of a base on the hub; see `revision_in`.
+        folder: Where the adapter is, seen from the card.
+    """
+    place = "This" if folder == "." else f"`{folder}/`"
+    head = "SequenceClassification" if run.task == "classify" else "CausalLM"
     if run.adapter.kind == "full":
-        return [f"`adapter/` is a model folder for `{kind}.from_pretrained`."]
+        return [f"{place} is a model folder for `AutoModelFor{head}.from_pretrained`."]
+    name = public_reference(run.model.name)
+    found, more = json.dumps(name, ensure_ascii=False), list[str]()
+    words = f"{place} is a PEFT folder:"
+    if run.model.name in SOURCES:
+        found = f"base_folder({found})"
+    elif is_on_hub(run):
+        more = [f'revision="{revision}"'] if revision else []
+    else:
+        words = (
+            f"{place} is a PEFT folder. Its base is not on the hub: put the folder that has the "
+            f"sha256 under Provenance (of config.json and *.safetensors), or a link to it, at "
+            f"`{name}`."
+        )
+    if run.task == "classify":
+        more += ["id2label=dict(enumerate(labels))"]
+        more += ["label2id={name: n for n, name in enumerate(labels)}"]
+        more += ["ignore_mismatched_sizes=True"]  # the adapter brings its own head
+    call = f"AutoModelFor{head}.from_pretrained("
     return [
-        "`adapter/` is a PEFT folder:",
+        words,
         "",
         "```python",
+        *(["import json", "from pathlib import Path", ""] if run.task == "classify" else []),
         "from peft import PeftModel",
-        "from silotune import base_folder",
-        f"from transformers import {kind}",
+        *(["from silotune import base_folder"] if run.model.name in SOURCES else []),
+        f"from transformers import AutoModelFor{head}, AutoTokenizer",
         "",
-        f'base = {kind}.from_pretrained(base_folder("{run.model.name}"){more})',
-        'model = PeftModel.from_pretrained(base, "adapter")',
+        *_labels_line(run, folder),
+        *(
+            [f"base = {call}", f"    {found},", *(f"    {option}," for option in more), ")"]
+            if len(more) > 1
+            else [f"base = {call}{', '.join([found, *more])})"]
+        ),
+        f'model = PeftModel.from_pretrained(base, "{folder}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
         "```",
+    ]
+
+
+def _labels_line(run: RunConfig, folder: str) -> list[str]:
+    if run.task != "classify":
+        return []
+    file = f"{folder}/{LABELS}".removeprefix("./")
+    return [
+        f'labels = json.loads(Path("{file}").read_text("utf-8"))  # in the order of the classes'
     ]

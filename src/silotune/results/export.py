@@ -21,10 +21,12 @@ from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.models.adapters import PROMPT_KINDS
 from silotune.models.base import quiet_libraries
+from silotune.models.base_files import commit_of, public_name, public_reference
 from silotune.models.gguf_write import GgufType, check_llama, check_tokenizer, write_llama
-from silotune.models.loading import LoadedModel
+from silotune.models.heads import num_positions
+from silotune.models.loading import LoadedModel, save_labels
 from silotune.recipes.schema import RunConfig
-from silotune.results.export_card import ExportKind, base_name, export_card, gguf_name, licence_of
+from silotune.results.export_card import ExportKind, export_card, gguf_name, licence_of
 
 LOGIT_TOLERANCE = 1e-3
 """How far merging may move a logit, as a share of the largest. Rounding in float32 is near 1e-6."""
@@ -134,7 +136,7 @@ def export_run(
     provenance = folder.read_json("provenance.json")
     moved = None
     if kind == "peft" or (kind == "merged" and run.adapter.kind == "full"):
-        write = _copier(path / "adapter", base_name(run))
+        write = _copier(path / "adapter", run)
     else:
         progress.note(f"loading {run.model.name}")
         loaded = load(plain_recipe(run, provenance["dtype"]))
@@ -146,7 +148,7 @@ def export_run(
             model.to(getattr(torch, provenance["dtype"]))  # rounded once, at the end
             write = _model_writer(model, loaded.tokenizer)
         else:
-            about = {"name": f"{base_name(run)}, fine-tuned by silotune"}
+            about = {"name": f"{public_name(run.model.name)}, fine-tuned by silotune"}
             about["description"] = f"adapter sha256 {summary['adapter_sha256']}"
             if licence := licence_of(run):
                 about["license"] = licence
@@ -177,7 +179,11 @@ def merge(loaded: LoadedModel) -> tuple[Any, float | None]:
     model = loaded.model.float()
     if not loaded.has_adapter:
         return model, None
-    ids = loaded.tokenizer(PROBE, return_tensors="pt")
+    room = (num_positions(model), getattr(model.config, "max_position_embeddings", None))
+    longest = min((n for n in room if n is not None), default=None)
+    ids = loaded.tokenizer(
+        PROBE, return_tensors="pt", truncation=longest is not None, max_length=longest
+    )
     with torch.inference_mode():
         expected = model(**ids).logits
     try:
@@ -196,14 +202,18 @@ def merge(loaded: LoadedModel) -> tuple[Any, float | None]:
     return plain, moved
 
 
-def _copier(adapter: Path, base: str) -> Callable[[Path], None]:
+def _copier(adapter: Path, run: RunConfig) -> Callable[[Path], None]:
     def write(part: Path) -> None:
         for file in adapter.iterdir():
             shutil.copyfile(file, part / file.name)
         config = part / "adapter_config.json"
-        if config.is_file():
+        if config.is_file():  # an earlier version's names a path, and neither commit nor labels
             table = json.loads(config.read_text(encoding="utf-8"))
-            write_json(config, table | {"base_model_name_or_path": base})
+            table["base_model_name_or_path"] = public_reference(run.model.name)
+            table["revision"] = commit_of(run.model.name, run.model.revision)
+            write_json(config, table)
+            if run.task == "classify":
+                save_labels(part, run.data.labels or ())
 
     return write
 

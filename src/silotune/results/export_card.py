@@ -7,16 +7,16 @@ client wrote, no client's name and no path on this machine.
 import importlib.metadata
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from silotune.core.wording import counted
 from silotune.federation.privacy_statement import privacy_lines
 from silotune.models.base import folder_of_base
+from silotune.models.base_files import public_name
 from silotune.models.gguf_write import GgufType
-from silotune.models.sources import SOURCES, is_hub_id
+from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
-from silotune.results.card import python_use, what_is_trained
+from silotune.results.card import is_on_hub, python_use, revision_in, what_is_trained
 from silotune.results.published import published
 from silotune.results.summary import unit_of
 
@@ -50,7 +50,7 @@ def export_card(
             *(line for note in _notes(run, provenance, moved, kind) for line in (note, "")),
             "## Use",
             "",
-            *_use(run, kind, gguf_type),
+            *_use(run, revision_in(provenance), kind, gguf_type),
             "",
             "## Provenance",
             "",
@@ -65,13 +65,13 @@ def _heading(
 ) -> list[str]:
     """Metadata for the hub, the title, and how the model was trained."""
     library = {"peft": "peft", "merged": "transformers", "gguf": "gguf"}[kind]
-    licence, name = licence_of(run), base_name(run)
+    licence, name = licence_of(run), public_name(run.model.name)
     described = provenance["base"]["description"] if run.model.name in SOURCES else name
     private = "privacy" in summary
     return [
         "---",
         f"library_name: {library}",
-        *([f"base_model: {name}"] if is_hub_id(run.model.name) else []),
+        *([f"base_model: {name}"] if is_on_hub(run) else []),
         *([f"license: {licence.lower()}"] if licence else []),
         "tags: [federated-learning, silotune]",
         "---",
@@ -109,20 +109,14 @@ def _provenance(
         + ("" if "privacy" in summary else f", sha256 of all {provenance['data']['sha256']}"),
         f"- rounds: {summary['rounds']} of {summary['algorithm']}; this is the result after round "
         f"{summary['result_round']}",
-        f"- base: {base_name(run)}, sha256 {base['sha256']}"
-        + (f", revision {base['revision']}" if base["revision"] else "")
+        f"- base: {public_name(run.model.name)}, sha256 {base['sha256']}"
+        + (f", revision {revision}" if (revision := revision_in(provenance)) else "")
         + f"; licence {licence_of(run) or 'unknown: see its own card'}",
         f"- {'weights' if run.adapter.kind == 'full' else 'adapter'}: sha256 "
         f"{summary['adapter_sha256']}",
         f"- trained with silotune {provenance['versions']['silotune']}, exported with "
         f"{importlib.metadata.version('silotune')}; seed {run.seed}",
     ]
-
-
-def base_name(run: RunConfig) -> str:
-    """The base's public name; for a folder on this machine, only the last part of its path."""
-    name = run.model.name
-    return name if name in SOURCES or is_hub_id(name) else Path(name).expanduser().resolve().name
 
 
 def licence_of(run: RunConfig) -> str | None:
@@ -157,10 +151,9 @@ def _notes(
     return notes
 
 
-def _use(run: RunConfig, kind: ExportKind, gguf_type: GgufType) -> list[str]:
-    if kind == "peft":  # the run's card names a subfolder of the run and the base's path
-        text = "\n".join(python_use(run)).replace(f'"{run.model.name}"', f'"{base_name(run)}"')
-        return text.replace('"adapter"', '"."').replace("`adapter/`", "This").splitlines()
+def _use(run: RunConfig, revision: str | None, kind: ExportKind, gguf_type: GgufType) -> list[str]:
+    if kind == "peft":
+        return python_use(run, revision, folder=".")
     if kind == "gguf":
         name = gguf_name(gguf_type)
         return [

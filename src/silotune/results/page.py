@@ -5,6 +5,7 @@ html/report.html arranges them. The template escapes all data: names, questions,
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ from silotune.core.safe_text import plain
 from silotune.core.wording import counted
 from silotune.federation.metrics import Row, held_out_losses
 from silotune.federation.privacy_statement import privacy_lines
+from silotune.models.base_files import public_name
+from silotune.models.sources import SOURCES
 from silotune.recipes.parse import to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.results import charts
-from silotune.results.card import python_use
+from silotune.results.card import python_use, revision_in, without_folders
 from silotune.results.charts import Interval, Split
 from silotune.results.published import published
 from silotune.results.summary import (
@@ -34,6 +37,8 @@ from silotune.results.verdicts import run_verdict
 
 Samples = Sequence[Mapping[str, Any]]
 """client, question, reference, and answers by name ("base", "federated", ...)."""
+_PATH = re.compile(r'"[/~][^"\n]*/([^"/\n]+)/?"')
+"""In a recipe: a text that is a path from this machine's root or from a home folder."""
 
 
 class Drawing(NamedTuple):
@@ -74,7 +79,7 @@ def run_page(
     return render(
         "report.html",
         kind="run",
-        title=f"{provenance['base']['name']}, fine-tuned by "
+        title=f"{public_name(run.model.name)}, fine-tuned by "
         f"{counted(len(summary['clients']), 'client')}",
         subtitle=f"{counted(summary['rounds'], 'round')} of {summary['algorithm']}, result after "
         f"round {summary['result_round']}",
@@ -194,10 +199,23 @@ def shared_parts(
         "samples": samples,
         "split": split,
         "split_charts": drawn(_split_charts(split)),
-        "recipe": to_toml(run),
+        "recipe": _PATH.sub(r'"\1"', to_toml(run)),
         "seed": run.seed,
-        "provenance": provenance,
+        "provenance": _for_others(run, provenance),
         "rows_sha256": rows_sha256(run, provenance),
+    }
+
+
+def _for_others(run: RunConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """provenance.json without the folders of this machine."""
+    base, data = provenance["base"], provenance["data"]
+    if run.model.name not in SOURCES:
+        base = {**base, "description": public_name(run.model.name)}
+    return {
+        **provenance,
+        "run": without_folders(provenance["run"]),
+        "base": {**base, "revision": revision_in(provenance)},
+        "data": {**data, "path": without_folders(data["path"])},
     }
 
 
@@ -208,9 +226,11 @@ def rows_sha256(run: RunConfig, provenance: Mapping[str, Any]) -> str | None:
 
 def _use(run: RunConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
     """The usage lines of the model card, as words and code."""
-    words, _, code = "\n".join(python_use(run)).partition("```python")
+    words, _, code = "\n".join(
+        python_use(run, revision_in(provenance), folder="adapter")
+    ).partition("```python")
     return {
-        "ask": f'silotune ask {provenance["run"]} "your question"',
+        "ask": f'silotune ask {without_folders(provenance["run"])} "your question"',
         "words": words.replace("`", "").strip(),
         "python": code.strip().removesuffix("```").strip(),
     }

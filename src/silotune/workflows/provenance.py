@@ -14,6 +14,7 @@ from silotune.data.row_draws import RULE as HELD_OUT_RULE
 from silotune.federation.roster import is_consortium
 from silotune.federation.run_folder import RunFolder
 from silotune.models.base import folder_of_base
+from silotune.models.base_files import commit_of, public_name
 from silotune.models.loading import LoadedModel
 from silotune.models.sources import SOURCES, content_hash
 from silotune.recipes.schema import RunConfig
@@ -30,9 +31,10 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
         "run": str(folder.path),
         "base": {
             "name": run.model.name,
-            "description": source.what if source else run.model.name,
+            "description": source.what if source else public_name(run.model.name),
             "sha256": content_hash(folder_of_base(run.model)),
             "revision": run.model.revision,
+            "commit": commit_of(run.model.name, run.model.revision),
         },
         "data": {
             "path": run.data.path,

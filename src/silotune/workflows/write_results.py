@@ -184,8 +184,7 @@ def _save_result(
     loaded: LoadedModel, run: RunConfig, result: ServerState, folder: RunFolder
 ) -> Path:
     write_adapter(loaded, result.adapter)
-    name = run.model.name
-    place = folder.install("adapter", lambda part: save_adapter(loaded, part, base_name=name))
+    place = folder.install("adapter", lambda part: save_adapter(loaded, part, base=run.model))
     if loaded.has_adapter:
         _check_saved(place, result.adapter)
     return place

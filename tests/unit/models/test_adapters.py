@@ -235,7 +235,7 @@ def test_peft_reads_the_saved_adapter_and_has_its_loss(wide, kind, tmp_path):
 
     loaded = load(wide, kind)
     moved(loaded)
-    save_adapter(loaded, tmp_path / "adapter", base_name="owner/base")
+    save_adapter(loaded, tmp_path / "adapter", base=ModelConfig(name="owner/base"))
     base = AutoModelForCausalLM.from_pretrained(wide)
     model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     batch = collate(examples_of(loaded))

@@ -150,7 +150,7 @@ class Arms:
             adapter, cost = train_alone(self._worker(run), data, plan, first, place / "state")
             if self.loaded.has_adapter:
                 write_adapter(self.loaded, adapter)
-                save_adapter(self.loaded, place / "adapter", base_name=self.run.model.name)
+                save_adapter(self.loaded, place / "adapter", base=self.run.model)
             return adapter, cost
 
         return train

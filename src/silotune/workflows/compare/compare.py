@@ -16,6 +16,7 @@ from silotune.core.errors import ConfigError, RunFolderError
 from silotune.core.public_call import as_path, public
 from silotune.core.wording import did_you_mean
 from silotune.federation.progress import Progress
+from silotune.models.base_files import public_name
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
 from silotune.workflows.check import Checked
@@ -152,7 +153,7 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
     result = {
         "name": folder.path.name,
         "seeds": list(seeds_of(run)),
-        "base_name": run.model.name,
+        "base_name": public_name(run.model.name),
         "result": "federated",
         "arms": read_costs(parts),
         **numbers,

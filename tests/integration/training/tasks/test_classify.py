@@ -630,7 +630,7 @@ def check_peft_folder(loaded: LoadedModel, base: Path, folder: Path) -> dict[str
     """PEFT alone, on a plain model with its own head, gives the same logits as ours."""
     from peft import PeftModel
 
-    save_adapter(loaded, folder, base_name="a-base")
+    save_adapter(loaded, folder, base=ModelConfig(name="owner/base"))
     plain = plain_model(base, num_labels=len(LABELS))
     with quiet_libraries():
         theirs = PeftModel.from_pretrained(plain, str(folder)).eval()
@@ -642,7 +642,7 @@ def check_peft_folder(loaded: LoadedModel, base: Path, folder: Path) -> dict[str
         ).logits
     torch.testing.assert_close(logits_of(loaded), own)
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["task_type"]) == ("a-base", "SEQ_CLS")
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("owner/base", "SEQ_CLS")
     return load_file(folder / "adapter_model.safetensors")
 
 
@@ -653,7 +653,7 @@ def test_a_fully_trained_model_is_saved_as_one_that_transformers_reads(
 ):
     loaded = load(shelf(family), family, kind="full", head=head)
     learn(loaded, 2)
-    save_adapter(loaded, tmp_path / "whole", base_name="a-base")
+    save_adapter(loaded, tmp_path / "whole", base=ModelConfig(name="owner/base"))
     plain = plain_model(tmp_path / "whole")
     assert tuple(plain.config.id2label[n] for n in range(3)) == LABELS
     batch = collate(prepared(loaded))
