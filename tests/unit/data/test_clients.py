@@ -83,6 +83,7 @@ def hub_with(monkeypatch, **splits):
         return splits[split]
 
     monkeypatch.setattr("datasets.load_dataset", stand_in)
+    monkeypatch.setattr("silotune.data.files.why_offline", lambda: None)
     return asked
 
 
