@@ -140,7 +140,7 @@ def _parse(text: str, sign: str, before: int) -> _Table:
         if cells is None:
             return _Table(header, header_line, records, broken)
         line, last = last + 1, lines.line_num + before  # a record may span lines: this is the first
-        if not any(cell.strip() for cell in cells):
+        if not "".join(cells).strip():
             continue
         if not header:
             header, header_line = cells, line
@@ -165,9 +165,11 @@ def _rows(table: _Table, path: Path, between: str) -> FileRows:
         )
         return FileRows([], (*mistakes, Mistake(0, text)))
     columns = _columns(table, path, mistakes)
+    places, names = [n for n, _ in columns], [name for _, name in columns]
+    is_whole = len(places) == table.width
     rows: list[PlacedRow] = []
     for line, cells in table.records:
-        if any(cell.strip() for cell in cells[table.width :]):
+        if len(cells) > table.width and "".join(cells[table.width :]).strip():
             mistakes.append(
                 Mistake(
                     len(rows),
@@ -177,7 +179,8 @@ def _rows(table: _Table, path: Path, between: str) -> FileRows:
             )
             continue
         filled = cells + [""] * (table.width - len(cells))
-        rows.append(PlacedRow(f"{path}:{line}", {name: filled[n] for n, name in columns}))
+        kept = filled if is_whole else [filled[n] for n in places]
+        rows.append(PlacedRow(f"{path}:{line}", dict(zip(names, kept, strict=False))))
     return FileRows(rows, tuple(mistakes), tuple(_notes(rows, path)))
 
 
