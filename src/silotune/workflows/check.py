@@ -63,6 +63,17 @@ class Checked:
         )
 
 
+def on_a_day(run: RunConfig) -> RunConfig:
+    """A recipe with the day for templates that write one: today, unless it names a day.
+
+    The resolved recipe is what a folder keeps and clients receive, so a run has one day only.
+    """
+    if run.data.date is not None or run.task != "instruct":
+        return run
+    today = {"date": date.today().isoformat()}
+    return run.model_copy(update={"data": run.data.model_copy(update=today)})
+
+
 @public
 def check(
     recipe: str | Path | RunConfig,
@@ -101,9 +112,7 @@ def _checked(run: RunConfig, *, offline: bool) -> Checked:
     if run.data.template not in TEMPLATES:  # the run keeps the text, even if the file moves
         text = resolve_template(run.data.template)
         run = run.model_copy(update={"data": run.data.model_copy(update={"template": text})})
-    if run.data.date is None and run.task == "instruct":  # a resumed run keeps its day
-        today = {"date": date.today().isoformat()}
-        run = run.model_copy(update={"data": run.data.model_copy(update=today)})
+    run = on_a_day(run)
     check_track(run)
     device = pick_device(run.runtime.device)
     check_quantization(run.model.quantization, device, "model.quantization")

@@ -10,6 +10,7 @@ from silotune.data.template_traits import fold_system, give_traits, render_as_is
 from silotune.federation.recipe_model import warn_of_template
 from silotune.recipes.parse import parse
 from silotune.training.tasks.instruct import prepare
+from silotune.workflows.check import on_a_day
 from tests.chat_templates import FAMILIES, family_tokenizer, tokenizer_for
 from tests.conftest import CHATML, build_tokenizer
 
@@ -132,6 +133,15 @@ def test_the_day_changes_nothing_else_than_the_date():
     assert not traits_of(plain).writes_date
     told = render_as_is(plain, ROW, ask=False, date=date(2001, 2, 3))
     assert told == render(plain, ROW, ask=False)
+
+
+def test_a_recipe_gets_one_day_and_keeps_it():
+    run = parse(RECIPE)
+    dated = on_a_day(run)
+    assert dated.data.date == date.today().isoformat()
+    assert on_a_day(dated) == dated
+    labelled = parse({**RECIPE, "task": "classify"})
+    assert on_a_day(labelled) == labelled
 
 
 def test_a_day_that_is_none_is_a_mistake_in_the_recipe():

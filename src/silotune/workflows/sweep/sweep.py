@@ -24,6 +24,7 @@ from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import usable_threads
 from silotune.recipes.sweep_grid import read_axes
 from silotune.results.run import Run
+from silotune.workflows.check import on_a_day
 from silotune.workflows.folders import place_for
 from silotune.workflows.shared_base import Bench, attempt, needs
 from silotune.workflows.sweep.page import sweep_page
@@ -136,7 +137,7 @@ def sweep(
     elif recipe is None:
         raise ConfigError("there is no recipe.\n  Give a recipe, or --resume SWEEP-FOLDER.")
     else:
-        base = read_sweep(recipe, overrides, runs, search)
+        base = on_a_day(read_sweep(recipe, overrides, runs, search))
         trials = trials_of(base)
         num_runs = base.sweep.search or len(trials)
         check_trials(trials)
