@@ -19,6 +19,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_question_to_the_hub():
+    """Tests need no network: whether the hub answers is asked in tests of that question only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("silotune.core.hub._ask", lambda: None)
+        yield
+
+
 # A busy machine must not fail a property by its clock. In CI the examples are the same every time;
 # elsewhere they are new ones, so that the properties keep being searched; `make slow` uses more.
 settings.register_profile(

@@ -119,7 +119,8 @@ def read_hub(path: str, *, name: str | None, split: str, revision: str | None) -
         found: Iterable[Any] = datasets.load_dataset(path, name, split=split, revision=revision)
         rows = [PlacedRow(f"{path}, {split}, row {n}", dict(r)) for n, r in enumerate(found, 1)]
     except Exception as error:  # the libraries raise dozens of types, which all mean this
-        if reason is not None and "/" in path:
+        is_missing = isinstance(error, ConnectionError | FileNotFoundError)  # from the cache too
+        if reason is not None and is_missing and "/" in path:
             raise unreachable(path, reason) from error
         raise DataError(
             f"'{path}' is neither a named example nor a local file or folder, and its split "

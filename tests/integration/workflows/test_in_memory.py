@@ -19,7 +19,6 @@ from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 @pytest.fixture
 def recipe(tmp_path, tiny_model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return write_tiny_recipe(tmp_path, tiny_model)
 
 

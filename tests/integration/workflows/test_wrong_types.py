@@ -17,7 +17,6 @@ WITH_ARGUMENTS = [name for name in FUNCTIONS if name != "shipped_recipes"]
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.mark.parametrize("name", WITH_ARGUMENTS)

@@ -10,9 +10,13 @@ from huggingface_hub import constants
 
 from silotune.core import hub
 
+ASK = hub._ask
+"""Before tests/conftest.py replaces it."""
+
 
 @pytest.fixture(autouse=True)
 def _as_a_new_process(monkeypatch):
+    monkeypatch.setattr(hub, "_ask", ASK)
     monkeypatch.setattr(hub, "_last", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)

@@ -1,5 +1,6 @@
 import pytest
 
+from silotune.core.errors import DataError, HubUnreachable
 from silotune.data.files import EXAMPLES, locate, read_hub, read_place, read_rows
 from tests.unit.data.row_files import SECRET, error_of, make_rows, write
 
@@ -184,6 +185,27 @@ def test_an_unreachable_hub_is_an_error_that_says_what_was_tried(monkeypatch, tm
         "'my_foldr' is neither a named example nor a local file or folder, and its split "
         "'train' could not be read from the hub (ConnectionError). Did you mean 'my_folder'?"
     )
+
+
+@pytest.mark.parametrize(
+    ("trouble", "expected"),
+    [
+        (ConnectionError(SECRET), HubUnreachable),
+        (FileNotFoundError(SECRET), HubUnreachable),  # offline, it is not in the cache either
+        (ValueError("Unknown split"), DataError),  # the data set is in the cache: a mistake
+    ],
+)
+def test_only_rows_that_cannot_be_had_are_unreachable(monkeypatch, trouble, expected):
+    def stand_in(*args, **settings):
+        raise trouble
+
+    monkeypatch.setattr("datasets.load_dataset", stand_in)
+    monkeypatch.setattr("silotune.data.files.why_offline", lambda: "no answer\x1b[2J")
+    with pytest.raises(DataError) as found:
+        read_hub("org/rows", name=None, split="tset", revision=None)
+    assert type(found.value) is expected
+    assert SECRET not in str(found.value)
+    assert "\x1b" not in str(found.value)
 
 
 def test_a_client_in_an_unknown_kind_of_file_is_not_lost(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from silotune.core.errors import ConfigError, DataError
+from silotune.core.hub import why_offline
 from silotune.core.wording import did_you_mean
 from silotune.data.conversations import Row, list_columns
 from silotune.data.files import PlacedRow, no_such_file, read_place
@@ -144,6 +145,7 @@ def read_hub(name: str, hub: Hub, columns: tuple[str, ...]) -> list[PlacedRow]:
 
     # Not files.read_hub: its messages mention a recipe's [data], and it cannot name a folder. In an
     # exported copy, a config is a folder.
+    why_offline()  # if the hub does not answer, its library looks into its cache at once
     try:
         found: Any = datasets.load_dataset(
             hub.path,
