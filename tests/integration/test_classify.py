@@ -109,7 +109,7 @@ def test_card_and_page_hold_the_label_table_and_how_to_load_it(done):
         assert "Matthews" in text
     assert "perplexity" not in card
     assert "AutoModelForSequenceClassification" in card
-    assert "num_labels=3" in card
+    assert "adapter/labels.json" in card
 
 
 def test_a_text_is_classified_by_the_finished_run(done):
@@ -288,7 +288,7 @@ def test_an_unknown_label_is_an_error_with_its_place(place):
     with pytest.raises(DataError) as caught:
         silotune.check(recipe(place, data__labels=["good", "bad"]))
     assert "rows.jsonl:3: column 'label' has the unknown label 'odd'" in str(caught.value)
-    assert "and 15 more rows" in str(caught.value)
+    assert str(caught.value).count("unknown label") == 20, "there are no more"
 
 
 def test_labels_that_a_client_has_never_seen_and_lone_labels_are_named_warnings(tmp_path, place):

@@ -360,6 +360,7 @@ def test_a_revoked_client_is_out_at_once_and_nobody_else(first, place):
     assert clients == dict.fromkeys(others, True)
 
 
+@pytest.mark.slow  # this file does the same step by step
 def test_a_rehearsal_does_all_of_it_and_leaves_nothing_running(tiny_model, tmp_path):
     """Split from one data set, as in a simulation; one client, as each needs several processes."""
     recipe = write_tiny_recipe(tmp_path, tiny_model)

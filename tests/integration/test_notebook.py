@@ -23,6 +23,7 @@ def outputs_of(cell) -> str:
 
 
 # ipykernel and its own libraries warn about one another (ipykernel 7.4, jupyter_client 8.10)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_tells_its_story_on_a_reduced_setting(tiny_model, tmp_path):
     rows = [

@@ -10,6 +10,7 @@ from silotune.core.errors import ConfigError, UpdateError
 from silotune.recipes.parse import parse
 from silotune.results.summary import prediction_notes, prediction_table
 from silotune.runtime import inprocess
+from silotune.workflows.check import on_a_day
 from silotune.workflows.plan import outcome as plan_outcome
 from silotune.workflows.plan.measure import Measurement
 from silotune.workflows.plan.memory import BatchShape
@@ -189,7 +190,7 @@ def test_a_resumed_run_reads_its_prediction_and_measures_nothing(recipe, tmp_pat
         silotune.run(run, out=tmp_path / "run", progress=Stop())
     before = (tmp_path / "run" / "plan.json").read_bytes()
     done = silotune.run(resume=tmp_path / "run")
-    assert measured == [run]
+    assert measured == [on_a_day(run)]
     assert (done.path / "plan.json").read_bytes() == before
     found = done.summary["predicted"]
     assert found["bytes"]["difference"] == 0

@@ -17,7 +17,11 @@ from silotune.federation.progress import PlainProgress
 from silotune.privacy.accountant import Epsilon, Steps, spent_in_all
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.engine]
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.engine,
+    pytest.mark.slow,  # runtime/test_real_client.py asks a client the same without an engine
+]
 
 DELTA, NOISE = 1e-2, 1.0
 CLIENTS = ("hospital-0", "hospital-1", "hospital-2")

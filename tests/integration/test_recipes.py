@@ -122,9 +122,11 @@ def test_a_recipe_runs_end_to_end_on_a_small_model(name, wide_model, instruct_fi
 
 
 @pytest.mark.parametrize("name", [n for n in PUBLISHED if load_recipe(n).track])
-def test_a_leaderboards_rules_are_kept_or_the_track_is_taken_out(name, instruct_file):
+def test_a_leaderboards_rules_are_kept_or_the_track_falls_away(name, instruct_file):
+    own = f"data.path={instruct_file / 'instruct.jsonl'}"
     with pytest.raises(ConfigError, match=r"allow:\n.*data\.path[\s\S]*track=none"):
-        silotune.check(name, [f"data.path={instruct_file / 'instruct.jsonl'}"])
+        silotune.check(name, [own, f"track={load_recipe(name).track}"])
+    assert load_recipe(name, [own]).track is None
 
 
 def test_the_blueprints_published_privacy_is_worth_what_its_noise_says(instruct_file):

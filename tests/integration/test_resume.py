@@ -69,7 +69,9 @@ def listen():
         signal.signal(name, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", ["SIGINT", "SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_cleanly_and_it_resumes(whole, tmp_path, name):
     recipe, _ = whole
     out = tmp_path / "run"

@@ -77,6 +77,8 @@ def _check(
     try:
         adapter.validate_python(value, strict=True)
     except ValidationError as error:
+        if isinstance(value, str) and all(m["type"] == "literal_error" for m in error.errors()):
+            return  # an unknown word: the function knows which of its words is meant
         inner = [
             m for m in error.errors() if m["type"] in ("greater_than_equal", "less_than_equal")
         ]

@@ -23,7 +23,7 @@ from silotune.data.conversations import (
 from silotune.data.file_formats import no_such_file
 from silotune.data.files import locate, read_hub, read_place, search_place
 from silotune.data.labelled_texts import FORMATS, LabelledText, check_all_pairs, labelled_text
-from silotune.data.placed import PlacedConversation
+from silotune.data.placed_conversation import PlacedConversation
 from silotune.data.placed_rows import Mistake, Part, PlacedRow, moved, refuse
 
 HUB_ONLY = ("name", "split", "eval_split", "revision")

@@ -92,7 +92,7 @@ def test_the_place_of_our_own_error_is_where_it_was_raised():
     row = {"question": SECRET, "answer": ""}
     failure = failure_from(caught(lambda: conversation(row, where=SECRET)), client="n", round_=1)
     assert failure.code == "EmptyRowError"
-    assert re.fullmatch(r"conversations\.py:\d+ in _text", failure.place)
+    assert re.fullmatch(r"cells\.py:\d+ in \w+", failure.place)
     assert failure.fix == "the reason is in this client's log"
 
 

@@ -143,7 +143,7 @@ def test_values_of_other_libraries_become_plain(recipe):
         ({None: [{"q": "a"}]}, "a client's name has the type NoneType"),
         ([{"question": "Geheim"}] * 9, "no known format fits"),
     ],
-    ids=repr,
+    ids=lambda value: "an object" if type(value) is object else repr(value),
 )
 def test_rows_that_do_not_fit_are_one_error(recipe, rows, said):
     with pytest.raises(DataError, match=said) as found:

@@ -9,6 +9,13 @@ import silotune
 from silotune.core.errors import ConfigError, SilotuneError
 
 WRONG = [3, 3.5, b"x", {}, {"rounds": 1}, [], ["rounds=1"], object(), True]
+
+
+def by_type(value: object) -> str:
+    """A name for a value that is the same in every process, as xdist needs it."""
+    return type(value).__name__ if type(value) is object else repr(value)
+
+
 NO_PLACE = ["", "nowhere", "x" * 300, "a\0b", Path("/nowhere"), Path("a\0b"), Path("x" * 300)]
 FUNCTIONS = [name for name in silotune.__all__ if inspect.isfunction(getattr(silotune, name))]
 WITH_ARGUMENTS = [name for name in FUNCTIONS if name != "shipped_recipes"]
@@ -20,7 +27,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", WITH_ARGUMENTS)
-@pytest.mark.parametrize("value", [None, *WRONG], ids=repr)
+@pytest.mark.parametrize("value", [None, *WRONG], ids=by_type)
 def test_a_wrong_type_is_named(name, value):
     with pytest.raises(SilotuneError) as found:
         getattr(silotune, name)(value)
@@ -44,14 +51,14 @@ KEYWORDS = [
 
 
 @pytest.mark.parametrize(("name", "key"), KEYWORDS)
-@pytest.mark.parametrize("value", [b"x", object(), {3: 4}, 2.5], ids=repr)
+@pytest.mark.parametrize("value", [b"x", object(), {3: 4}, 2.5], ids=by_type)
 def test_a_keyword_of_a_wrong_type_is_named(name, key, value):
     with pytest.raises(SilotuneError, match=key):
         getattr(silotune, name)("hospitals", **{key: value})
 
 
 @pytest.mark.parametrize("name", ["Run", "Comparison", "Sweep", "Evaluation"])
-@pytest.mark.parametrize("value", [None, *WRONG], ids=repr)
+@pytest.mark.parametrize("value", [None, *WRONG], ids=by_type)
 def test_a_result_that_is_no_path_is_an_error(name, value):
     with pytest.raises(ConfigError, match=f"{name} has the type"):
         getattr(silotune, name)(value)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from silotune.core.errors import DataError, ModelError
 from silotune.core.wording import counted
 from silotune.data.conversations import Conversation
-from silotune.data.placed import place_of
+from silotune.data.placed_conversation import place_of
 from silotune.models.loading import LoadedModel
 from silotune.training.tasks.answer_spans import Spans, encode_rows, full_text, trained_spans
 from silotune.training.tasks.base import Batch, Example, Loss, Prepared, Task

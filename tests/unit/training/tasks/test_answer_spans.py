@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from silotune.core.errors import DataError, SilotuneError
 from silotune.data.chat_templates import TEMPLATES, render, set_template
 from silotune.data.conversations import conversation
-from silotune.data.placed import PlacedConversation
+from silotune.data.placed_conversation import PlacedConversation
 from silotune.data.template_traits import traits_of
 from silotune.training.tasks.answer_spans import encode_rows, full_text, trained_spans
 from silotune.training.tasks.instruct import prepare
