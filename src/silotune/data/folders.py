@@ -64,7 +64,7 @@ def layout_of(folder: Path, *, held_out: str | None = None, alone: bool = False)
         if held_out is not None:
             raise ConfigError(_no_part(folder, held_out, groups))
         return Layout([], [], {name.strip(): files for name, files in sorted(groups.items())})
-    others = [files[0].name for name, files in groups.items() if not _is_part(name)]
+    others = [files[0].name for name, files in groups.items() if not is_part(name)]
     if others:
         raise DataError(
             f"{folder}: '{sorted(others)[0]}' is neither a train nor a held-out part.\n"
@@ -85,8 +85,14 @@ def layout_of(folder: Path, *, held_out: str | None = None, alone: bool = False)
     )
 
 
-def _is_part(name: str) -> bool:
+def is_part(name: str) -> bool:
+    """Whether a file of this name, without its ending, is a part of one data set."""
     return name.lower() in (*TRAIN, *HELD_OUT)
+
+
+def is_client(name: str) -> bool:
+    """Whether a file of this name, without its ending, can be a whole client."""
+    return not is_part(name) and _SHARD.fullmatch(name) is None
 
 
 def _no_part(folder: Path, name: str, groups: Mapping[str, Sequence[Path]]) -> str:
@@ -103,7 +109,7 @@ def _refuse_parts(folder: Path, groups: Mapping[str, Sequence[Path]]) -> None:
     Raises:
         DataError: They are.
     """
-    exact = [name for name in groups if _is_part(name)]
+    exact = [name for name in groups if is_part(name)]
     begins = {name: found[1].lower() for name in groups if (found := _BEGINS.match(name))}
     both = {word in HELD_OUT for word in begins.values() if word in (*TRAIN, *HELD_OUT)}
     like = exact or ([n for n, word in begins.items() if word in HELD_OUT] if len(both) > 1 else [])
@@ -162,7 +168,7 @@ def _check_whole(folder: Path, name: str, group: Sequence[Path]) -> None:
     totals = {int(shard[3]) for shard in shards if shard}
     numbers = [int(shard[2]) for shard in shards if shard]
     if len(group) > 1 and (None in shards or len(totals) > 1 or len({*numbers}) < len(numbers)):
-        what = "part" if _is_part(name) else "client"
+        what = "part" if is_part(name) else "client"
         raise DataError(
             f"{folder}: '{group[0].name}' and '{group[1].name}' would be the same {what}.\n"
             "  Keep one of them, or rename one."
@@ -180,7 +186,7 @@ def _check_distinct(folder: Path, groups: Mapping[str, Sequence[Path]]) -> None:
     """Refuse two spellings of one part: Test and test, train and training."""
     parts: dict[str, str] = {}
     for name, files in groups.items():
-        if not _is_part(name):
+        if not is_part(name):
             continue
         word = "train" if name.lower() in TRAIN else name.lower()
         if word in parts:

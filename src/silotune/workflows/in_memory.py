@@ -24,12 +24,12 @@ import tomli_w
 from silotune.core.atomic_files import make_folder, owner_only, writing
 from silotune.core.errors import ConfigError, DataError, ModelError
 from silotune.core.safe_text import one_line
+from silotune.data.folders import TRAIN, is_client, is_part
+from silotune.data.reading import HUB_ONLY
 from silotune.models.sources import content_hash
 
 ROWS, MODELS = "rows-in-memory", "models-in-memory"
 """Folders beside the run folders."""
-SPLITS = ("train", "eval", "test", "validation", "valid", "dev")
-"""Names that a folder of rows gives to parts of one data set, so that no client can have them."""
 
 
 @contextmanager
@@ -68,8 +68,7 @@ def keep(rows: Any, model: Any, overrides: Sequence[str], beside: Path) -> list[
     if rows is not None:
         place, has_clients = _keep_rows(rows, beside)
         found.append(_override("data.path", str(place)))
-        # these keys are about a data set on the hub
-        found += [f"data.{key}=none" for key in ("name", "split", "eval_split", "revision")]
+        found += [f"data.{key}=none" for key in HUB_ONLY]
         if has_clients:
             found.append("partition=none")
     if model is not None:
@@ -129,11 +128,12 @@ def _parts_of(rows: Any) -> tuple[dict[str, Any], bool]:
     given = {_client_name(key): part for key, part in cast(Mapping[Any, Any], rows).items()}
     if not given or len(given) < len(cast(Mapping[Any, Any], rows)):
         raise DataError("rows has no clients, or a name twice.\n  Write {client: its rows, ...}.")
-    if "train" in given and len(given) <= 2 and set(given) <= set(SPLITS):
-        return {("train" if k == "train" else "eval"): v for k, v in given.items()}, False
+    trains = [name for name in given if name.lower() in TRAIN]
+    if len(trains) == 1 and len(given) <= 2 and all(map(is_part, given)):
+        return {("train" if k in trains else "eval"): v for k, v in given.items()}, False
     folded = [unicodedata.normalize("NFC", name).casefold() for name in given]
     for name, key in zip(given, folded, strict=True):
-        if key in SPLITS or folded.count(key) > 1 or not _is_file_name(name):
+        if not is_client(key) or folded.count(key) > 1 or not _is_file_name(name):
             raise DataError(
                 f"client '{one_line(name, longest=100)}' cannot be kept under its name: it is that "
                 "of a part of a data set, differs from another only in case, or is no file name.\n"

@@ -140,6 +140,10 @@ def test_values_of_other_libraries_become_plain(recipe):
         ({"..": [{"question": "a", "answer": "b"}]}, "cannot be kept"),
         ({"A": [{"q": "a"}], "a": [{"q": "a"}]}, "differs from another only in case"),
         ({"north": [{"q": "a"}], "test": [{"q": "b"}]}, "client 'test' cannot be kept"),
+        ({"north": [{"q": "a"}], "Val": [{"q": "b"}]}, "client 'Val' cannot be kept"),
+        ({"north": [{"q": "a"}], "training": [{"q": "b"}]}, "client 'training' cannot be kept"),
+        # Bug: a folder took them for shards, so two clients became one data set
+        ({f"site-0000{n}-of-00002": [{"q": "a"}] for n in (0, 1)}, "client 'site-00000-of-00002'"),
         ({None: [{"q": "a"}]}, "a client's name has the type NoneType"),
         ([{"question": "Geheim"}] * 9, "no known format fits"),
     ],
