@@ -136,6 +136,21 @@ def changed(table: dict, changes: dict) -> dict:
     return table
 
 
+def small_table(model: Path, data: Path) -> dict:
+    """A recipe's table on the tiny model, to be `changed`: three rounds of one step each."""
+    return {
+        "seed": 3,
+        "rounds": 3,
+        "model": {"name": str(model), "dtype": "float32"},
+        "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+        "data": {"path": str(data)},
+        "partition": {"by": "source"},
+        "train": {"batch_size": 2, "local_steps": 1, "lr": 1e-2, "max_length": 128},
+        "runtime": {"device": "cpu", "threads": 1},
+        "report": {"page": False, "samples": 0},
+    }
+
+
 @pytest.fixture
 def hospital_file(tmp_path) -> Path:
     return write_jsonl(tmp_path / "hospitals.jsonl", hospital_rows())

@@ -8,7 +8,14 @@ from typer.testing import CliRunner
 import silotune
 from silotune.cli import app
 from silotune.recipes.parse import parse
-from tests.conftest import build_tiny_model, changed, hospital_rows, write_jsonl, write_tiny_recipe
+from tests.conftest import (
+    build_tiny_model,
+    changed,
+    hospital_rows,
+    small_table,
+    write_jsonl,
+    write_tiny_recipe,
+)
 from tests.tiny_encoders import build_tiny_encoder
 
 
@@ -17,17 +24,7 @@ def recipe(tmp_path, tiny_model):
     data = write_jsonl(tmp_path / "rows.jsonl", hospital_rows(num_clients=4))
 
     def make(**changes):
-        table = {
-            "seed": 3,
-            "rounds": 3,
-            "model": {"name": str(tiny_model), "dtype": "float32"},
-            "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
-            "data": {"path": str(data)},
-            "partition": {"by": "source"},
-            "train": {"batch_size": 2, "local_steps": 1, "lr": 1e-2, "max_length": 128},
-            "runtime": {"device": "cpu", "threads": 1},
-            "report": {"page": False, "samples": 0},
-        }
+        table = small_table(tiny_model, data)
         return parse(changed(table, changes))
 
     return make

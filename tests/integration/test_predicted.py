@@ -16,7 +16,7 @@ from silotune.workflows.plan.measure import Measurement
 from silotune.workflows.plan.memory import BatchShape
 from silotune.workflows.plan.outcome import compare_with_prediction
 from silotune.workflows.plan.times import expected_times, rounds_within
-from tests.conftest import changed, hospital_rows, write_jsonl
+from tests.conftest import changed, hospital_rows, small_table, write_jsonl
 
 
 @pytest.fixture
@@ -24,17 +24,7 @@ def recipe(tmp_path, tiny_model):
     data = write_jsonl(tmp_path / "rows.jsonl", hospital_rows())
 
     def make(**changes):
-        table = {
-            "seed": 3,
-            "rounds": 3,
-            "model": {"name": str(tiny_model), "dtype": "float32"},
-            "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
-            "data": {"path": str(data)},
-            "partition": {"by": "source"},
-            "train": {"batch_size": 2, "local_steps": 1, "lr": 1e-2, "max_length": 128},
-            "runtime": {"device": "cpu", "threads": 1},
-            "report": {"page": False, "samples": 0},
-        }
+        table = small_table(tiny_model, data)
         return parse(changed(table, changes))
 
     return make

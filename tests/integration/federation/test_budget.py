@@ -22,7 +22,7 @@ from silotune.recipes.parse import parse
 from silotune.recipes.tracks import TRACKS
 from silotune.results.summary import budget_lines, budget_warnings
 from silotune.workflows.check import check, check_track
-from tests.conftest import changed, hospital_rows, write_jsonl
+from tests.conftest import changed, hospital_rows, small_table, write_jsonl
 
 # --- the ceiling, with clients that answer without training
 
@@ -276,18 +276,7 @@ def recipe(tmp_path, tiny_model):
     data = write_jsonl(tmp_path / "rows.jsonl", hospital_rows())
 
     def make(**changes):
-        table = {
-            "seed": 3,
-            "rounds": 4,
-            "model": {"name": str(tiny_model), "dtype": "float32"},
-            "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
-            "data": {"path": str(data)},
-            "partition": {"by": "source"},
-            "train": {"batch_size": 2, "local_steps": 1, "lr": 1e-2, "max_length": 128},
-            "checkpoint": {"every": 5},
-            "runtime": {"device": "cpu", "threads": 1},
-            "report": {"page": False, "samples": 0},
-        }
+        table = small_table(tiny_model, data) | {"rounds": 4, "checkpoint": {"every": 5}}
         return parse(changed(table, changes))
 
     return make
