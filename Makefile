@@ -1,9 +1,10 @@
 # Two commands: `make demo` and `make test`. Both install what requirements.lock pins into .venv.
+# Modules are compiled when they are first used: most of what the libraries install never is.
 # `make env EXTRAS=web,deploy` adds what some commands need: pyproject.toml lists the extras.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c requirements.lock
 EXTRAS ?=
 comma := ,
 
@@ -42,7 +43,7 @@ unit: dev
 
 slow: dev
 	$(BIN)/pytest tests -m slow
-	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not slow" -n 2 --dist loadfile tests/unit
+	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m hypothesis -n 2 --dist loadfile tests/unit tests/integration
 
 # Malformed input of nine kinds, and kill -9 at random moments: each prints a table and takes most of an hour.
 SEED ?= 1

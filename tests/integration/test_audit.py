@@ -238,6 +238,7 @@ def test_rows_that_are_learned_by_heart_are_found_and_their_secrets_exposed(
     assert control["mean_bits"] < 2.5, "what was never seen is not exposed"
 
 
+@pytest.mark.slow  # test_planted_bugs.py attacks the noise of rows
 def test_the_command_attacks_protected_rows_through_canary_rows(recipe, tmp_path, few_others):
     rows = ["privacy.unit=record", "privacy.delta=1e-3", "privacy.target_epsilon=1", UNIFORM]
     keys = [*SMALL, *rows, "train.optimizer=sgd", "--canaries", "40", "--json"]

@@ -16,6 +16,7 @@ from silotune.cli import app
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
+from tests.forked import run_typed
 
 
 @pytest.fixture(autouse=True)
@@ -314,7 +315,7 @@ def test_mistakes_end_a_real_process_with_code_2(here, recipe):
 
 def test_a_mistake_found_in_the_model_leaves_no_folder_of_a_real_process(here, recipe):
     targets = 'adapter.targets=["q_porj"]'
-    done = run_process("run", recipe.name, targets, "--out", "first", cwd=here)
+    done = run_typed(["run", recipe.name, targets, "--out", "first"], cwd=here)
     assert (done.returncode, done.stdout) == (2, "")
     assert "ModelError: adapter.targets: this model has no module 'q_porj'." in done.stderr
     assert "nothing was trained, so the run folder is removed" in done.stderr

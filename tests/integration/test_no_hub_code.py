@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import silotune
-from tests.unit.models.test_quantization import build_wide
+from tests.integration.models.test_quantization import build_wide
 
 
 def test_no_code_is_asked_of_a_package_named_kernels(tmp_path):

@@ -126,14 +126,21 @@ def plan(*words):
     return CliRunner(env={"NO_COLOR": "1"}).invoke(app, ["plan", *map(str, words)])
 
 
-def test_an_available_model_is_measured_on_the_clients_own_rows(recipe, tmp_path):
-    run = recipe(evaluate__every=2)
-    found = silotune.plan(run)
+@pytest.fixture(scope="module")
+def plan_and_run(tmp_path_factory, tiny_model):
+    """One step is really measured, in a process of its own, for all tests here."""
+    place = tmp_path_factory.mktemp("measured")
+    data = write_jsonl(place / "rows.jsonl", hospital_rows(num_clients=4))
+    run = parse(changed(small_table(tiny_model, data), {"evaluate__every": 2}))
+    return silotune.plan(run), silotune.run(run, out=place / "run")
+
+
+def test_an_available_model_is_measured_on_the_clients_own_rows(plan_and_run):
+    found, done = plan_and_run
     assert found.measured is not None
     assert found.times is not None
     assert found.measured.real_rows
     assert found.peak_bytes == found.measured.peak_bytes > 1e8
-    done = silotune.run(run, out=tmp_path / "run")
     rows = [row for row in done.metrics if row["event"] == "train"]
     by_round = [
         sum(row["num_padded_tokens"] for row in rows if row["round"] == r) for r in (1, 2, 3)
@@ -154,7 +161,12 @@ def test_a_step_that_fails_leaves_an_estimate_and_says_why(recipe, tmp_path):
     assert "header" in why  # what the library says about the file
 
 
-def test_the_command_shows_bytes_memory_time_and_what_fits(tmp_path, tiny_model):
+def test_the_command_shows_bytes_memory_time_and_what_fits(
+    tmp_path, tiny_model, plan_and_run, monkeypatch
+):
+    monkeypatch.setattr(
+        "silotune.workflows.plan.plan.measure", lambda run: plan_and_run[0].measured
+    )
     path = write_tiny_recipe(tmp_path, tiny_model)
     done = plan(path, "--memory", "64", "--bytes", "9500")
     assert done.exit_code == 0, done.output

@@ -96,7 +96,14 @@ def shortened(name: str, model, rows) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+AT_ONCE = ("flowertune", "medical-dora")
+"""4 bits and a schedule; DoRA and a proximal term. What the others add is in files of its own."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in AT_ONCE else pytest.mark.slow) for n in PUBLISHED],
+)
 def test_a_recipe_runs_end_to_end_on_a_small_model(name, wide_model, instruct_file, tmp_path):
     run = load_recipe(name)
     done = silotune.run(name, shortened(name, wide_model, instruct_file), out=tmp_path / "run")

@@ -106,6 +106,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(done, recipe, tmp_path)
     assert [run["loss"] for run in runs(again)] == [run["loss"] for run in runs(done)]
 
 
+@pytest.mark.slow  # the next test has two processes too
 def test_runs_at_the_same_time_give_the_same_adapters(done, recipe, tmp_path):
     keys = [*KEYS, f"runtime.threads={run_of(done, runs(done)[0]).config.runtime.threads}"]
     found = silotune.sweep(recipe, keys, jobs=2, out=tmp_path / "s")

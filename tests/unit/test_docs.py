@@ -1,6 +1,7 @@
 """What the documents say is true: the reference is fresh, commands exist, snippets parse."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import re
@@ -110,6 +111,13 @@ def command_lines(page: Path) -> Iterator[str]:
     yield from re.findall(r"`(silotune [^`]+)`", prose)
 
 
+@functools.cache
+def command_group() -> click.Group:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    return group
+
+
 def check_command(line: str) -> None:
     """Parse a command line without running it.
 
@@ -117,8 +125,7 @@ def check_command(line: str) -> None:
         click.UsageError: There is no such command or option.
     """
     _, *words = shlex.split(line, comments=True)
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    group = command_group()
     above = click.Context(group, info_name="silotune")
     if words[0] in ("--help", "--version"):
         return

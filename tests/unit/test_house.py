@@ -1,6 +1,7 @@
 """The house keeps its shape: imports point up the list only, and importing costs nothing."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +41,15 @@ def modules() -> list[Path]:
     return [p for p in sorted(SOURCE.rglob("*.py")) if room_of(p) not in FRONT_DOOR]
 
 
-def imported(path: Path) -> set[str]:
+@functools.cache  # six tests ask about each file
+def imported(path: Path) -> frozenset[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+    return frozenset(names)
 
 
 def test_every_file_is_in_a_room():

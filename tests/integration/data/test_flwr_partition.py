@@ -5,7 +5,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError, DataError
@@ -21,7 +21,6 @@ def foreign(partitioner, num_clients=None, **options):
     )
 
 
-@settings(max_examples=30)
 @given(st.integers(1, 60), st.data())
 def test_our_iid_has_the_sizes_of_theirs(num_rows, data):
     num_clients = data.draw(st.integers(1, num_rows))

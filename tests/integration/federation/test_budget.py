@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import silotune
@@ -94,7 +94,6 @@ def bytes_of(num_rounds: int, *, asked: int, every: int) -> int:
     limit=st.integers(0, 2 * 4 * 4 + 3 * 4 + 8).map(lambda messages: messages * ONE),
     short=st.booleans(),
 )
-@settings(max_examples=40)
 def test_a_run_does_as_many_rounds_as_fit_below_its_ceiling(
     tmp_path_factory, asked, every, limit, short
 ):
@@ -178,7 +177,6 @@ def rounds_by_hand(steps, *, score: float, every: int, limit: float) -> int:
     every=st.integers(0, 3),
     limit=st.integers(1, 720),
 )
-@settings(max_examples=40)
 def test_a_run_ends_before_the_round_that_would_go_beyond_its_hours(
     tmp_path_factory, steps, score, every, limit
 ):

@@ -298,7 +298,6 @@ def test_each_topic_becomes_a_client_and_held_out_rows_go_to_theirs(seed):
 few_texts = st.lists(st.text("abc ", max_size=9), min_size=1, max_size=20)
 
 
-@settings(max_examples=30)
 @given(seeds, few_texts, st.integers(1, 4), st.integers(1, 2))
 def test_by_topic_uses_every_row_once_or_says_why_not(seed, texts, num_clients, at_least):
     cut, error = cut_or_error(by_topic, texts, num_clients, generator(seed), at_least=at_least)

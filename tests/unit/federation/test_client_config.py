@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError, Declined
@@ -562,7 +562,6 @@ turns = st.tuples(texts, texts, st.none() | texts).map(
 parts = st.lists(turns, min_size=1, max_size=3).map(tuple)
 
 
-@settings(max_examples=40)
 @given(names=st.lists(texts, min_size=1, max_size=3, unique=True), data=st.data())
 def test_any_text_survives_in_names_and_rows(tmp_path_factory, names, data):
     rows = {name: ClientRows(name, data.draw(parts), data.draw(parts)) for name in names}

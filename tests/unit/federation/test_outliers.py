@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.algorithms import ALGORITHMS
@@ -163,7 +163,6 @@ def test_one_or_two_updates_are_compared_with_the_adapter(tmp_path, names):
         assert [f.client for f in heard.failures] == (["south"] if refused else [])
 
 
-@settings(max_examples=100, deadline=None)
 @given(norms=st.lists(st.floats(0.1, 9.9), min_size=1, max_size=8), hostile=st.floats(1e6, 1e30))
 def test_honest_norms_are_never_refused_and_a_minority_of_huge_ones_always_is(norms, hostile):
     """Honest: within a factor of 99 of each other. Hostile: fewer than half."""

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -14,11 +14,9 @@ from silotune.core.seeds import generator
 from silotune.federation.sampling import cohort_size, num_needed, sample
 from silotune.recipes.sections import SamplingConfig
 
-PROPERTY = settings(max_examples=30, deadline=None)
 names = st.lists(st.text("abcdefgh0123", min_size=1, max_size=6), min_size=1, unique=True)
 
 
-@PROPERTY
 @given(names, st.floats(0.01, 1), st.integers(0, 2**31), st.randoms(use_true_random=False))
 def test_a_cohort_is_sorted_without_repeats_and_independent_of_the_order_of_names(
     names, fraction, seed, random

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.core.errors import UpdateError
@@ -118,7 +118,6 @@ def num_floats(delta, extra):
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@settings(max_examples=40)
 @given(
     sent=st.builds(Broadcast, st.integers(1, 10**6), states, extras, st.booleans()),
 )
@@ -131,7 +130,6 @@ def test_a_broadcast_arrives_bit_for_bit(carrier, sent):
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@settings(max_examples=40)
 @given(sent=updates, bytes_down=counts)
 def test_an_update_arrives_bit_for_bit_and_its_bytes_are_counted(carrier, sent, bytes_down):
     parcel = CARRIERS[carrier](wire.encode_update(sent))
@@ -147,7 +145,6 @@ def test_an_update_arrives_bit_for_bit_and_its_bytes_are_counted(carrier, sent, 
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@settings(max_examples=30)
 @given(sent=scores, bytes_down=counts, round_=counts)
 def test_a_score_arrives_with_what_it_cost(carrier, sent, bytes_down, round_):
     parcel = CARRIERS[carrier](wire.encode_score(sent, round_))
@@ -156,7 +153,6 @@ def test_a_score_arrives_with_what_it_cost(carrier, sent, bytes_down, round_):
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@settings(max_examples=30)
 @given(
     sent=st.builds(
         Failure,
@@ -357,7 +353,6 @@ def test_an_impossible_layout_is_refused_and_nothing_is_allocated(kind):
     assert time.perf_counter() - began < 5
 
 
-@settings(max_examples=100)
 @given(
     layout=st.lists(
         st.tuples(
@@ -564,7 +559,6 @@ def test_missing_numbers_are_noticed_by_the_layout():
     assert "more numbers" in refusal(unpack(DATA + bytes(4)))
 
 
-@settings(max_examples=100)
 @given(
     st.binary(max_size=60)
     | st.builds(
@@ -581,7 +575,6 @@ def test_any_bytes_are_a_parcel_or_refused(data):
     assert isinstance(parcel.about, dict)
 
 
-@settings(max_examples=100)
 @given(st.integers(0, len(DATA) - 1), st.integers(0, 255))
 def test_one_changed_byte_is_read_or_refused_by_our_own_error(at, byte):
     data = bytearray(DATA)
@@ -680,7 +673,6 @@ def test_an_array_that_is_not_a_row_of_float32_is_refused(kind):
         from_record(record_of(array))
 
 
-@settings(max_examples=40)
 @given(data=st.binary(max_size=40), shape=st.lists(st.integers(-1, 10), max_size=2))
 def test_any_bytes_in_an_array_are_numbers_or_refused(data, shape):
     array = Array("float32", tuple(shape), good_array().stype, data)

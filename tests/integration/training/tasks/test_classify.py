@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -205,7 +205,6 @@ def text_of(length: int, paired: bool) -> dict[str, str]:
     limit=st.integers(6, 30),
     paired=st.booleans(),
 )
-@settings(max_examples=40)
 def test_long_rows_are_truncated_by_the_tokenizer_and_keep_their_last_special_token(
     lengths, limit, paired
 ):
@@ -223,7 +222,6 @@ def test_long_rows_are_truncated_by_the_tokenizer_and_keep_their_last_special_to
 
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), paired=st.booleans())
-@settings(max_examples=40)
 def test_a_batch_is_padded_on_the_right_and_has_one_target_a_row(lengths, paired):
     rows = [text_of(n, paired) for n in lengths]
     examples = batch_of(rows)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.core.errors import DataError
@@ -26,14 +26,12 @@ words = st.text(alphabet="abcé 1?\n", min_size=1, max_size=20).filter(str.strip
 
 
 @given(question=words, reply=words)
-@settings(max_examples=50, deadline=None)
 def test_exactly_the_answer_and_its_end_token_are_learned(tokenizer, question, reply):
     (example,) = prepare([talk(question, reply)], tokenizer, 512).examples
     assert learned_text(tokenizer, example) == reply + "<|im_end|>"
 
 
 @given(turns=st.lists(st.tuples(words, words), min_size=1, max_size=3))
-@settings(max_examples=30, deadline=None)
 def test_every_assistant_turn_is_learned_and_no_user_turn(tokenizer, turns):
     row = talk(*(text for turn in turns for text in turn))
     (example,) = prepare([row], tokenizer, 512).examples
@@ -41,7 +39,6 @@ def test_every_assistant_turn_is_learned_and_no_user_turn(tokenizer, turns):
 
 
 @given(question=words, reply=words)
-@settings(max_examples=30, deadline=None)
 def test_ids_are_those_of_the_chat_template_itself(tokenizer, question, reply):
     row = talk(question, reply)
     (example,) = prepare([row], tokenizer, 512).examples
@@ -179,7 +176,6 @@ def test_only_trained_positions_reach_the_vocabulary():
 
 
 @given(lengths=st.lists(st.integers(2, 12), min_size=1, max_size=5), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
 def test_collate_pads_on_the_right_and_loses_no_trained_token(lengths, seed):
     examples = random_examples(seed, lengths)
     batch = collate(examples)

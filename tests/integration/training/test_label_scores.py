@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -62,7 +62,6 @@ def predictions(draw, max_rows=30):
 # --- scores ---
 
 
-@settings(max_examples=50)
 @given(predictions())
 def test_scores_are_those_of_scikit_learn(rows):
     assert label_scores(counts_of(*rows)) == pytest.approx(oracle(*rows), abs=1e-12)
@@ -378,7 +377,6 @@ UPDATE = Update(
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@settings(max_examples=30)
 @given(rows=predictions())
 def test_counts_of_labels_arrive_as_they_were_sent(carrier, rows):
     sent = score("north", rows[:2], rows[2])
