@@ -13,6 +13,7 @@ from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.wording import did_you_mean
 from silotune.data.cells import FIX_EMPTY, is_blank, is_missing, text_of
 from silotune.data.messages import Message, turn, turns
+from silotune.data.tool_turns import tools_of
 
 Conversation = tuple[Message, ...]
 """What a row teaches: at least one assistant turn; every assistant turn is an answer to learn,
@@ -21,15 +22,15 @@ unless it says "train": False."""
 Row = Mapping[str, Any]
 
 CONVERSATIONS = (
-    ("messages",),
-    ("prompt", "completion"),
+    ("messages", "tools"),
+    ("prompt", "completion", "tools"),
     ("instruction", "input", "output"),
     ("question", "answer"),
-    ("conversations",),
+    ("conversations", "tools"),
 )
-"""The columns of the known formats, in the order in which they are tried; input is optional."""
+"""The columns of the known formats, in the order in which they are tried."""
 
-OPTIONAL = ("input",)
+OPTIONAL = ("input", "tools")
 
 
 def conversation(
@@ -44,7 +45,8 @@ def conversation(
 
     Without `prompt` and `completion`, the row has the first of these formats whose columns it has
     and fills: `messages`; `prompt` and `completion` (texts, or lists of messages); `instruction`,
-    `input` (optional) and `output`; `question` and `answer`; `conversations`.
+    `input` (optional) and `output`; `question` and `answer`; `conversations`. Lists of messages may
+    have `tools` beside them.
 
     Args:
         row: Column names and values. Columns that no format uses are ignored.
@@ -77,7 +79,9 @@ def conversation(
             "  Set both."
         )
     if system is not None and all(one["role"] != "system" for one in found):
-        found = [turn("system", system), *found]
+        first = dict(found[0])
+        offered = {"tools": first.pop("tools")} if "tools" in first else {}
+        found = [{**turn("system", system), **offered}, first, *found[1:]]
     return tuple(found)
 
 
@@ -125,13 +129,16 @@ def _by_format(row: Row, where: str) -> list[Message]:
     # a table in which rows of several formats meet has the columns of all of them in every row
     filled = [n for n in there if not any(is_blank(row[c]) for c in n if c not in OPTIONAL)]
     match next(iter(filled or there), None):
-        case ("messages",) | ("conversations",) as names:
-            return turns(row[names[0]], where=where, column=names[0], needs_answer=True)
-        case ("prompt", "completion"):
-            return [
+        case ("messages", _) | ("conversations", _) as names:
+            found = turns(row[names[0]], where=where, column=names[0], needs_answer=True)
+            return _with_tools(found, row, where)
+        case ("prompt", "completion", _):
+            found = [
                 *_text_or_turns(row["prompt"], where=where, column="prompt", role="user"),
                 *_text_or_turns(row["completion"], where=where, column="completion"),
             ]
+            is_talk = isinstance(row["prompt"], list) or isinstance(row["completion"], list)
+            return _with_tools(found, row, where) if is_talk else found
         case ("instruction", "input", "output"):
             asked, answer = _texts(row, "instruction", "output", where=where)
             return [_with_input(asked, row.get("input"), where), turn("assistant", answer)]
@@ -140,6 +147,12 @@ def _by_format(row: Row, where: str) -> list[Message]:
             return [turn("user", asked), turn("assistant", answer)]
         case _:
             raise _no_format(row, where)
+
+
+def _with_tools(found: list[Message], row: Row, where: str) -> list[Message]:
+    """The same turns; the first of them says which tools the row offers, if it does."""
+    tools = tools_of(row.get("tools"), where=where)
+    return [{**found[0], "tools": tools}, *found[1:]] if tools else found
 
 
 def _no_format(row: Row, where: str) -> DataError:

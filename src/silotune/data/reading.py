@@ -16,6 +16,7 @@ from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.types import Config
 from silotune.data.conversations import (
     CONVERSATIONS,
+    OPTIONAL,
     Conversation,
     conversation,
     parse_template,
@@ -381,7 +382,7 @@ def convert_quietly(
 
 def usual_columns(columns: Collection[str]) -> list[str]:
     """Those of a file's columns that a known format uses; none if no format fits."""
-    answered = [names for names in CONVERSATIONS if {*names} - {"input"} <= {*columns}]
+    answered = [names for names in CONVERSATIONS if {*names} - {*OPTIONAL} <= {*columns}]
     labelled = [names for names in FORMATS if {*names, "label"} <= {*columns}]
     names = answered[0] if answered else (*max(labelled, key=len), "label") if labelled else ()
     return [column for column in names if column in columns]

@@ -4,6 +4,7 @@ The recipe is checked before it is written, and an existing file is never overwr
 model; knows nothing about clients other than what the rows say.
 """
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -252,6 +253,8 @@ def _plain(row: TaskRow, client: str, number: int) -> Sample:
     for turn in row:
         is_answer = turn["role"] == "assistant"
         pieces.append(("read", f"### {turn['role'].capitalize()}:\n"))
-        pieces.append(("learned" if is_answer else "read", turn["content"]))
+        calls = [json.dumps(call, ensure_ascii=False) for call in turn.get("tool_calls", ())]
+        text = "\n".join([turn["content"], *calls]).strip("\n")
+        pieces.append(("learned" if is_answer else "read", text))
         pieces.append(("read", "\n\n"))
     return Sample(client, number, 0, tuple(pieces[:-1]))
