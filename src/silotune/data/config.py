@@ -60,8 +60,8 @@ class DataConfig(Config):
     """classify: all classes, in the order of the model's outputs. If absent, the classes of all
     rows, sorted. Required with real clients, because no one else can read their rows."""
     text: str | None = Field(default=None, min_length=1)
-    """classify: the column of the text; if absent, found by the usual names (text, sentence,
-    ...)."""
+    """text and classify: the column of the text. If absent, "text"; with classify, found by the
+    usual names (text, sentence, ...)."""
     text_pair: str | None = Field(default=None, min_length=1)
     """classify: the column of the second text, for pairs; goes with `text`."""
     skip_empty: bool = False

@@ -32,6 +32,9 @@ CONVERSATIONS = (
 
 OPTIONAL = ("input", "tools")
 
+TEXT = "text"
+"""The column of a row that is only a text, and the role of its turn."""
+
 
 def conversation(
     row: Row,
@@ -83,6 +86,26 @@ def conversation(
         offered = {"tools": first.pop("tools")} if "tools" in first else {}
         found = [{**turn("system", system), **offered}, first, *found[1:]]
     return tuple(found)
+
+
+def plain_text(row: Row, *, where: str, column: str) -> Message:
+    """A row's text as a turn of nobody's, all of which is learned.
+
+    Args:
+        row: Column names and values. All other columns are ignored.
+        where: Place of the row for messages.
+        column: The column of the text.
+
+    Raises:
+        DataError: There is no such column, or its text is missing, empty or not a string.
+    """
+    if column not in row:
+        raise DataError(
+            f"{where}: there is no column '{column}' with a text.{did_you_mean(column, row)}\n"
+            f"  Set data.text to the column that holds it; the columns are {list_columns(row)}.\n"
+            '  For questions with answers, set task = "instruct".'
+        )
+    return turn(TEXT, text_of(row[column], where=where, what=f"column '{column}'"))
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -157,15 +180,15 @@ def _with_tools(found: list[Message], row: Row, where: str) -> list[Message]:
 
 def _no_format(row: Row, where: str) -> DataError:
     text_only = (
-        '\n  Rows with a text and no question cannot be learned with task = "instruct"; to learn '
-        'the texts as answers,\n  set data.prompt = "Write a note." and data.completion = "{text}".'
+        '\n  To learn whole texts, set task = "text"; to learn them as answers, set data.prompt = '
+        '"Write a note."\n  and data.completion = "{text}".'
     )
     return DataError(
         f"{where}: no known format fits the columns {list_columns(row)}.\n"
         "  Accepted: messages; prompt and completion; instruction, input (optional) and output; "
         "question and answer; conversations.\n"
         '  For other columns set data.prompt = "{a column}" and data.completion = "{a column}".'
-        + ("text" in row)
+        + (TEXT in row)
         * text_only
     )
 

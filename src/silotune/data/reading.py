@@ -14,8 +14,10 @@ from silotune.data.config import HUB_ONLY, DataConfig, is_changed
 from silotune.data.conversations import (
     CONVERSATIONS,
     OPTIONAL,
+    TEXT,
     Conversation,
     conversation,
+    plain_text,
 )
 from silotune.data.file_formats import no_such_file
 from silotune.data.files import locate, read_hub, read_place, search_place
@@ -25,7 +27,7 @@ from silotune.data.placed_rows import Mistake, Part, PlacedRow, moved, refuse
 
 TaskRow = Any
 """A row in the form that its task needs, and only the task looks inside: a Conversation to answer,
-or a LabelledText to classify."""
+a LabelledText to classify, or a text as the only turn of a Conversation."""
 
 
 def seed_of_split(cfg: DataConfig, seed: int) -> int:
@@ -262,7 +264,7 @@ def usual_columns(columns: Collection[str]) -> list[str]:
     """Those of a file's columns that a known format uses; none if no format fits."""
     answered = [names for names in CONVERSATIONS if {*names} - {*OPTIONAL} <= {*columns}]
     labelled = [names for names in FORMATS if {*names, "label"} <= {*columns}]
-    names = answered[0] if answered else (*max(labelled, key=len), "label") if labelled else ()
+    names = answered[0] if answered else (*max(labelled, key=len), "label") if labelled else (TEXT,)
     return [column for column in names if column in columns]
 
 
@@ -288,8 +290,14 @@ def _as_labelled(row: PlacedRow, cfg: DataConfig) -> LabelledText:
     )
 
 
+def _as_text(row: PlacedRow, cfg: DataConfig) -> Conversation:
+    turns = (plain_text(row.columns, where=row.where, column=cfg.text or TEXT),)
+    return PlacedConversation(turns, row.where)
+
+
 READERS: dict[str, Callable[[PlacedRow, DataConfig], TaskRow]] = {
     "instruct": _as_conversation,
     "classify": _as_labelled,
+    "text": _as_text,
 }
 """Task -> the function that converts a row for it."""

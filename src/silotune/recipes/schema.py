@@ -38,8 +38,10 @@ class RunConfig(Config):
     """Every random draw of a run is derived from it, by name."""
     rounds: int = Field(ge=1)
     """Rounds of training and aggregation."""
-    task: Literal["instruct", "classify"] = "instruct"
-    """instruct: answer like the rows do. classify: assign one of several labels to a text."""
+    task: Literal["instruct", "classify", "text"] = "instruct"
+    """instruct: answer like the rows do. classify: assign one of several labels to a text. text:
+    continue texts like those of the rows, of which every token is learned (continued
+    pre-training)."""
     track: TrackName | None = None
     """Follow the rules of this track of the FlowerTune LLM leaderboard: its data set, its number of
     clients, its limit for communication."""

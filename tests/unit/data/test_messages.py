@@ -229,10 +229,11 @@ def test_a_cell_that_is_no_json_list_says_how_to_write_one(text):
         read({"messages": text})
 
 
-def test_rows_of_text_alone_are_refused_with_the_way_out():
+def test_rows_of_text_alone_are_refused_with_two_ways_out():
     with pytest.raises(DataError) as caught:
         read({"text": SECRET})
-    assert 'data.completion = "{text}"' in str(caught.value)
+    assert 'data.completion = "{text}"' in " ".join(str(caught.value).split())
+    assert 'task = "text"' in str(caught.value)
     assert SECRET not in str(caught.value)
     found = read({"text": "b"}, prompt="Write a note.", completion="{text}")
     assert [turn["content"] for turn in found] == ["Write a note.", "b"]

@@ -285,6 +285,7 @@ def _with_rows(
         seed=run.seed,
         labels=(run.data.labels or ()) if run.task == "classify" else (),
         system=run.data.system,
+        is_text=run.task == "text",
         num_others=NUM_OTHERS,
     )
     progress.note(f"loading {run.model.name}")
@@ -300,7 +301,7 @@ def _with_rows(
     coins = [canary.is_in for canary in canaries]
     notes = [*_not_met(run, folder, checked, canaries), BLACK_BOX]
     told = result_of(coins, scores, statement(run, folder), notes)
-    if run.task == "instruct":
+    if run.task != "classify":
         progress.note("ranking secrets")
         told["exposure"] = {
             name: _exposure(loaded, run, canaries, after, is_in=is_in)

@@ -211,6 +211,15 @@ def _held_out(
         talks = _drawn(own.evaluation, cfg.limit, config.seed, client)
         prepared = task.prepare(talks, loaded.tokenizer, config.train.max_length)
         each = score_each(loaded, prepared.examples, task, batch_size=config.evaluate.batch_size)
+        scores[client] = {
+            "num_items": len(talks),
+            "loss": sum(s.loss_sum for s in each) / max(1, sum(s.num_tokens for s in each)),
+        }
+        if not task.is_asked:
+            kept += [
+                {"client": client, "loss_sum": s.loss_sum, "num_tokens": s.num_tokens} for s in each
+            ]
+            continue
         asked = [question_of(talk) for talk in talks]
         said = answers(
             loaded,
@@ -219,15 +228,11 @@ def _held_out(
             batch_size=cfg.batch_size,
         )
         judged = judge(said, [reference for _, reference in asked])
-        scores[client] = {
-            "num_items": len(talks),
-            "loss": sum(s.loss_sum for s in each) / max(1, sum(s.num_tokens for s in each)),
-            **mean_quality(judged),
-        }
+        scores[client] |= mean_quality(judged)
         for (talk, reference), one, quality in zip(asked, said, judged, strict=True):
             row = {"client": client, "question": talk[-1]["content"], "reference": reference}
             kept.append({**row, "answer": one.text, **asdict(quality)})
-    keys = ["loss", *Quality.__dataclass_fields__]
+    keys = ["loss", *(Quality.__dataclass_fields__ if task.is_asked else ())]
     mean = {key: sum(own[key] for own in scores.values()) / len(scores) for key in keys}
     return kept, {"clients": scores, "mean over clients": mean}
 
@@ -345,15 +350,18 @@ def _ways(
 def quality_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Header and rows: one line per client and model, over the run's own held-out questions."""
     keys = {"loss": 3, "rouge1": 3, "rouge2": 3, "rougeL": 3, "exact": 3, "length": 1, "ended": 2}
-    names = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "exact", "tokens", "ended")
-    lines: list[tuple[str, ...]] = [("client", "model", "questions", "loss", *names)]
-    clients = next(iter(scores["models"].values()))[HELD_OUT]["clients"]
+    names = ("loss", "ROUGE-1", "ROUGE-2", "ROUGE-L", "exact", "tokens", "ended")
+    first = next(iter(scores["models"].values()))[HELD_OUT]
+    clients, known = first["clients"], first["mean over clients"]
+    what = "questions" if "exact" in known else "rows"
+    shown = [name for name, key in zip(names, keys, strict=True) if key in known]
+    lines: list[tuple[str, ...]] = [("client", "model", what, *shown)]
     for client in (*clients, "mean over clients"):
         for model, found in scores["models"].items():
             held = found[HELD_OUT]
             own = held["clients"].get(client, held["mean over clients"])
             count = str(own.get("num_items", ""))
-            cells = (f"{own[key]:.{digits}f}" for key, digits in keys.items())
+            cells = (f"{own[key]:.{digits}f}" for key, digits in keys.items() if key in known)
             lines.append((client, model, count, *cells))
     return lines
 
