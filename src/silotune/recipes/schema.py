@@ -4,9 +4,9 @@ A field is the only place for its default, its help text and its range. This fil
 no data.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from silotune.core.types import Config
 from silotune.data.partition import PartitionConfig
@@ -63,3 +63,17 @@ class RunConfig(Config):
     report: ReportConfig = ReportConfig()
     compare: CompareConfig = CompareConfig()
     sweep: SweepConfig = SweepConfig()
+
+    if not TYPE_CHECKING:  # checkers keep the signature that follows from the fields
+
+        def __init__(self, **given: Any) -> None:
+            try:
+                super().__init__(**given)
+            except ValidationError:
+                from silotune.recipes.parse import parse
+
+                parse(given, name="RunConfig")
+                raise
+
+        # pydantic's mark of an __init__ that validation does not call: `parse` needs its own errors
+        __init__.__pydantic_base_init__ = True

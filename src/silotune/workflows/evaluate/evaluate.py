@@ -7,7 +7,7 @@ in a new folder inside the run folder.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from silotune.workflows.evaluate.suites.results import Answered, Way, summarise
 from silotune.workflows.evaluate.suites.scoring import score_generation, score_likelihood
 from silotune.workflows.evaluate.text_scores import Quality, judge, question_of
 from silotune.workflows.evaluate.text_scores import mean as mean_quality
+from silotune.workflows.in_memory import keep_rows
 from silotune.workflows.provenance import check_same_rows
 
 LM_EVAL = "lm-eval:"
@@ -55,8 +56,9 @@ class Questions:
 
     suites: Sequence[str] = ()
     """Names of suites, or "lm-eval:<task>"; if empty, the run's own held-out questions."""
-    data: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    """Suite -> a local file with its columns; the others are read from the hub."""
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Suite -> a local file with its columns, or such rows in memory, which are written beside the
+    run folder; the others are read from the hub."""
     max_new_tokens: int = 128
     """Maximum length of a generated answer, in tokens."""
     batch_size: int = 16
@@ -145,7 +147,7 @@ def evaluate(
         SilotuneError: See `read_questions` and `Run.load`.
     """
     run = run if isinstance(run, Run) else Run(Path(run))
-    cfg, progress = questions or Questions(), progress or Progress()
+    cfg, progress = _on_disk(questions or Questions(), run), progress or Progress()
     asked = read_questions(cfg)
     config = run.config
     if config.task == "classify" and cfg.suites:
@@ -175,6 +177,16 @@ def evaluate(
     write_json(place / "scores.json", scores)
     list_files(place, [path.name for path in place.glob("*.json*")])
     return Evaluation(place)
+
+
+def _on_disk(cfg: Questions, run: Run) -> Questions:
+    """The same questions, with those that are in memory in a file beside the run folder."""
+    beside = run.path.parent
+    files = {
+        name: Path(given) if isinstance(given, str | Path) else keep_rows(given, beside)
+        for name, given in cfg.data.items()
+    }
+    return replace(cfg, data=files)
 
 
 def _models(
