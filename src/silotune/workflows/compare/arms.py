@@ -74,7 +74,7 @@ class Arms:
         everything = tuple(e for own in self.data.values() for e in own.examples)
         self.server_rows = server_rows(run)
         if self.server_rows:  # the centralized arm trains on them, too
-            everything += build_lesson(run, self.server_rows, self.loaded.tokenizer).examples
+            everything += build_lesson(run, self.server_rows, self.loaded).examples
         self.pool = ClientData("centralized", everything, (), num_eval=0, num_cut=0, num_dropped=0)
         self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
         arms = 1 + len(self.data) + len(federated_arms(run))
