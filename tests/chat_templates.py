@@ -36,18 +36,34 @@ LLAMA_3 = (
     "{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+_LLAMA_TOOLS = (
+    "{% if tools %}{{ 'Answer with a function call.\n\n' }}{% for t in tools %}"
+    "{{ t | tojson(indent=4) + '\n\n' }}{% endfor %}{% endif %}"
+)
+_LLAMA_TURNS = (
+    "{% for m in talk %}{% if m.role == 'tool' or m.role == 'ipython' %}"
+    "{{ '<|start_header_id|>ipython<|end_header_id|>\n\n' + (m.content | tojson) + '<|eot_id|>' }}"
+    "{% elif 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('one tool call at a time') }}{% endif %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
+    "{{ (m.tool_calls[0].function.arguments | tojson) + '}<|eot_id|>' }}{% else %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{{ m.content | trim + '<|eot_id|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 LLAMA_32 = (
     "{% if not day is defined %}{% if strftime_now is defined %}"
     "{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = '26 Jul 2024' %}{% endif %}"
     "{% endif %}{% if messages[0].role == 'system' %}{% set rule = messages[0].content | trim %}"
     "{% set talk = messages[1:] %}{% else %}{% set rule = '' %}{% set talk = messages %}{% endif %}"
-    "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + day + '\n\n' "
-    "+ rule + '<|eot_id|>' }}{% for m in talk %}"
-    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
-    "{{ m.content | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + day + '\n\n' }}"
+    + _LLAMA_TOOLS
+    + "{{ rule + '<|eot_id|>' }}"
+    + _LLAMA_TURNS
 )
+LLAMA_31 = LLAMA_32.replace("strftime_now is defined", "false")
 MISTRAL = (
     "{{ bos_token }}" + TURNS + ALTERNATE + "{% if m.role == 'user' %}"
     "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ m.content + eos_token }}" + FI + DONE
@@ -81,18 +97,46 @@ PHI_4 = (
     + "{{ '<|im_start|>assistant<|im_sep|>' }}"
     + FI
 )
+_QWEN_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}"
+    "{{ messages[0].content + '\n\n' }}{% endif %}{{ '<tools>' }}{% for t in tools %}"
+    "{{ '\n' + (t | tojson) }}{% endfor %}{{ '\n</tools><|im_end|>\n' }}{% endif %}"
+)
+_QWEN_CALLS = (
+    "{% for c in m.tool_calls %}{{ '\n' if m.content or not loop.first else '' }}"
+    '{{ \'<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
+    "{{ (c.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}"
+)
+_QWEN_RESULT = (
+    "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+)
 QWEN_25 = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nA default text.<|im_end|>\n' }}"
-    "{% endif %}" + CHATML
+    _QWEN_TOOLS + "{% if not tools and messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\nA default text.<|im_end|>\n' }}{% endif %}"
+    + TURNS
+    + "{% if m.role == 'system' and tools %}{% elif m.role == 'tool' %}"
+    + _QWEN_RESULT
+    + "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    + _QWEN_CALLS
+    + "{{ '<|im_end|>\n' }}{% endif %}"
+    + DONE
+    + ASK
+    + "{{ '<|im_start|>assistant\n' }}"
+    + FI
 )
 QWEN_3 = (
-    "{% set at = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    _QWEN_TOOLS
+    + "{% set at = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set at.last = loop.index0 %}{% endif %}{% endfor %}" + TURNS + "{% if m.role == 'assistant'"
     " %}{% set why = '' %}{% set said = m.content %}{% if '</think>' in said %}"
     "{% set why = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{{ '<|im_start|>assistant\n' }}{% if loop.index0 > at.last and (loop.last or why) %}"
-    "{{ '<think>\n' + why + '\n</think>\n\n' }}{% endif %}{{ said + '<|im_end|>\n' }}{% else %}"
+    "{{ '<think>\n' + why + '\n</think>\n\n' }}{% endif %}{{ said }}"
+    + _QWEN_CALLS
+    + "{{ '<|im_end|>\n' }}{% elif m.role == 'system' and tools %}{% elif m.role == 'tool' %}"
+    + _QWEN_RESULT
+    + "{% else %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
     + DONE
     + ASK
@@ -130,8 +174,17 @@ COMMAND_R = (
 )
 GPT_OSS = (
     "{{ '<|start|>system<|message|>Current date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}"
-    + TURNS
-    + "{% if m.role == 'assistant' %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content"
+    "{% if tools %}{{ '<|start|>developer<|message|>namespace functions {' }}{% for t in tools %}"
+    "{{ '\ntype ' + t.function.name + ' = (_: any) => any;' }}{% endfor %}{{ '\n}<|end|>' }}"
+    "{% endif %}{% set at = namespace(name='') %}" + TURNS + "{% if m.tool_calls %}"
+    "{% set at.name = m.tool_calls[0].function.name %}"
+    "{{ '<|start|>assistant to=functions.' + at.name + '<|channel|>commentary json<|message|>' }}"
+    "{{ (m.tool_calls[0].function.arguments | tojson) + '<|call|>' }}{% elif m.role == 'tool' %}"
+    "{% if not at.name %}{{ raise_exception('a tool message without a call') }}{% endif %}"
+    "{{ '<|start|>functions.' + at.name + ' to=assistant<|channel|>commentary<|message|>' }}"
+    "{{ (m.content | tojson) + '<|end|>' }}"
+    "{% elif m.role == 'assistant' %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content"
     " + ('<|return|>' if loop.last and not add_generation_prompt else '<|end|>') }}{% else %}"
     "{{ '<|start|>' + ('developer' if m.role == 'system' else m.role) + '<|message|>' + m.content +"
     " '<|end|>' }}{% endif %}" + DONE + ASK + "{{ '<|start|>assistant' }}" + FI
@@ -165,7 +218,8 @@ class Family:
 
 FAMILIES = {
     "Llama 2": Family(LLAMA_2, "</s>", "<s>"),
-    "Llama 3, 3.1": Family(LLAMA_3, "<|eot_id|>", "<|begin_of_text|>"),
+    "Llama 3": Family(LLAMA_3, "<|eot_id|>", "<|begin_of_text|>"),
+    "Llama 3.1": Family(LLAMA_31, "<|eot_id|>", "<|begin_of_text|>"),
     "Llama 3.2, 3.3": Family(LLAMA_32, "<|eot_id|>", "<|begin_of_text|>"),
     "Mistral 7B": Family(MISTRAL, "</s>", "<s>"),
     "Gemma, Gemma 2": Family(GEMMA, "<eos>", "<bos>"),

@@ -134,7 +134,7 @@ def print_scores(done: "silotune.Evaluation", task: str) -> None:
         print_table(tables.label_table(scores))
     else:
         print_table(tables.quality_table(scores))
-    print_line(f"all answers: {done.path}")
+    print_line(f"all {'numbers' if task == 'text' else 'answers'}: {done.path}")
 
 
 def print_audit(found: "Audit") -> None:

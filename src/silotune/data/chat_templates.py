@@ -13,7 +13,7 @@ from typing import Any
 from silotune.core.errors import ConfigError, ModelError
 from silotune.core.safe_text import one_line
 from silotune.core.wording import did_you_mean
-from silotune.data.conversations import Conversation
+from silotune.data.conversations import Conversation, Message
 from silotune.data.template_limits import (
     TemplateLimitError,
     check_operations,
@@ -24,6 +24,7 @@ from silotune.data.template_traits import (
     TemplateError,
     fold_system,
     give_traits,
+    opened_thought,
     render_as_is,
     template_of,
     traits_of,
@@ -113,14 +114,15 @@ def _check_answer(render_: Callable[[Conversation, bool], str]) -> None:
 def _answers_follow(render_: Callable[[Conversation, bool], str]) -> bool:
     """Whether the words of a prompt and of its answer are there, one behind the other.
 
-    A template for reasoning may ask with an open <think>, which only reasoned answers have.
+    A template for reasoning may ask with an open <think>, which only reasoned answers have, or
+    which it takes out of all answers.
     """
 
     def follows(talk: Conversation) -> bool:
         asked, full = render_(talk[:1], True).rstrip(" "), render_(talk, False)
         return full.startswith(asked) and PROBE[1]["content"] in full[len(asked) :]
 
-    return follows(PROBE) or follows(REASONED)
+    return follows(PROBE) or follows(REASONED) or bool(opened_thought(render_, PROBE[:1]))
 
 
 def set_template(
@@ -186,9 +188,8 @@ def _check_models_own(tokenizer: Any) -> None:
     if not _answers:
         raise ConfigError(
             "data.template = 'auto': in the model's own chat template, the answer does not follow "
-            "the text that add_generation_prompt writes (it may open a <think> that the template "
-            "takes out of answers), so a model that is asked would begin elsewhere than it has "
-            f"learned to.\n{use}"
+            "the text that add_generation_prompt writes, so a model that is asked would begin "
+            f"elsewhere than it has learned to.\n{use}"
         )
 
 
@@ -206,11 +207,21 @@ def render(tokenizer: Any, messages: Conversation, *, ask: bool) -> str:
         TemplateLimitError: It does not end, or writes too much.
     """
     traits = traits_of(tokenizer)
+    tools = messages[0].get("tools", ()) if messages else ()
     if traits.refuses_system:
         messages = fold_system(messages)
+    messages = tuple(_as_given(turn, traits.call_content) for turn in messages)
     if ask and not messages:  # the assistant speaks first, and no template is asked for that
         first = ({"role": "assistant", "content": PROBE[1]["content"]},)
         text = render_as_is(tokenizer, first, ask=False, date=traits.date)
         return text.partition(PROBE[1]["content"])[0].rstrip(" ")
-    text = render_as_is(tokenizer, messages, ask=ask, date=traits.date)
+    text = render_as_is(tokenizer, messages, ask=ask, date=traits.date, tools=tools)
     return text.rstrip(" ") if ask else text
+
+
+def _as_given(turn: Message, call_content: str | None) -> Message:
+    """A turn as a template is given it; the tools of a row are given beside its turns."""
+    given = {key: value for key, value in turn.items() if key != "tools"}
+    if "tool_calls" in turn and not turn["content"].strip():
+        given["content"] = call_content
+    return given

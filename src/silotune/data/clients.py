@@ -9,7 +9,7 @@ which come from columns.
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.wording import counted
@@ -50,6 +50,8 @@ class ClientRows:
     """Train rows that cannot be used but count, see `load_client`."""
     num_unused_eval: int = 0
     """The same for held-out rows."""
+    notes: tuple[str, ...] = ()
+    """Of a real client: what is read from its files but may not be meant so."""
 
 
 def load_clients(
@@ -128,7 +130,7 @@ def cut_clients(
     if held is not None and held_converted is not None and held_shares is not None:
         apart = _Rows(row_digests(held.rows), held_converted, held_shares)
     clients = _assemble(own, apart, cfg, seed=seed, labels=labels)
-    notes = [*everything.notes, *(held.notes if held else ())]
+    notes = [*_notes(everything, held)]
     notes += near_names("clients", {*shares, *(held_shares or ())})
     if task == "classify" and cfg.labels is None:
         every = [*converted, *(held_converted or ())]
@@ -165,7 +167,8 @@ def load_client(
     own = _rows_of(name, train, converted)
     apart = _rows_of(name, held, held_converted) if held and held_converted is not None else None
     labels, seed = _labels(converted, train, cfg, None), seed_of_split(cfg, seed)
-    return _assemble(own, apart, cfg, seed=seed, labels=labels)[name]
+    found = _assemble(own, apart, cfg, seed=seed, labels=labels)[name]
+    return replace(found, notes=_notes(train, held))
 
 
 def load_client_quietly(
@@ -207,7 +210,8 @@ def load_client_quietly(
     usable = tuple(row for row in every.train if row is not None)
     held_out = tuple(row for row in every.evaluation if row is not None)
     unused = len(every.train) - len(usable), len(every.evaluation) - len(held_out)
-    return ClientRows(name, usable, held_out, (), *unused), problem or other
+    found = ClientRows(name, usable, held_out, (), *unused, _notes(train, held))
+    return found, problem or other
 
 
 def fingerprint(clients: Mapping[str, ClientRows]) -> str:
@@ -225,6 +229,10 @@ def _unnamed(train: Part, held: Part | None, partition: PartitionConfig | None) 
         return []
     found = unnamed_rows(train, partition.by)
     return [*found, *moved(unnamed_rows(held, partition.by) if held else (), len(train.rows))]
+
+
+def _notes(train: Part, held: Part | None) -> tuple[str, ...]:
+    return (*train.notes, *(held.notes if held else ()))
 
 
 def _unused(

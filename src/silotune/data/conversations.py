@@ -13,6 +13,7 @@ from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.wording import did_you_mean
 from silotune.data.cells import FIX_EMPTY, is_blank, is_missing, text_of
 from silotune.data.messages import Message, turn, turns
+from silotune.data.tool_turns import tools_of
 
 Conversation = tuple[Message, ...]
 """What a row teaches: at least one assistant turn; every assistant turn is an answer to learn,
@@ -21,15 +22,18 @@ unless it says "train": False."""
 Row = Mapping[str, Any]
 
 CONVERSATIONS = (
-    ("messages",),
-    ("prompt", "completion"),
+    ("messages", "tools"),
+    ("prompt", "completion", "tools"),
     ("instruction", "input", "output"),
     ("question", "answer"),
-    ("conversations",),
+    ("conversations", "tools"),
 )
-"""The columns of the known formats, in the order in which they are tried; input is optional."""
+"""The columns of the known formats, in the order in which they are tried."""
 
-OPTIONAL = ("input",)
+OPTIONAL = ("input", "tools")
+
+TEXT = "text"
+"""The column of a row that is only a text, and the role of its turn."""
 
 
 def conversation(
@@ -44,7 +48,8 @@ def conversation(
 
     Without `prompt` and `completion`, the row has the first of these formats whose columns it has
     and fills: `messages`; `prompt` and `completion` (texts, or lists of messages); `instruction`,
-    `input` (optional) and `output`; `question` and `answer`; `conversations`.
+    `input` (optional) and `output`; `question` and `answer`; `conversations`. Lists of messages may
+    have `tools` beside them.
 
     Args:
         row: Column names and values. Columns that no format uses are ignored.
@@ -77,8 +82,30 @@ def conversation(
             "  Set both."
         )
     if system is not None and all(one["role"] != "system" for one in found):
-        found = [turn("system", system), *found]
+        first = dict(found[0])
+        offered = {"tools": first.pop("tools")} if "tools" in first else {}
+        found = [{**turn("system", system), **offered}, first, *found[1:]]
     return tuple(found)
+
+
+def plain_text(row: Row, *, where: str, column: str) -> Message:
+    """A row's text as a turn of nobody's, all of which is learned.
+
+    Args:
+        row: Column names and values. All other columns are ignored.
+        where: Place of the row for messages.
+        column: The column of the text.
+
+    Raises:
+        DataError: There is no such column, or its text is missing, empty or not a string.
+    """
+    if column not in row:
+        raise DataError(
+            f"{where}: there is no column '{column}' with a text.{did_you_mean(column, row)}\n"
+            f"  Set data.text to the column that holds it; the columns are {list_columns(row)}.\n"
+            '  For questions with answers, set task = "instruct".'
+        )
+    return turn(TEXT, text_of(row[column], where=where, what=f"column '{column}'"))
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -125,13 +152,16 @@ def _by_format(row: Row, where: str) -> list[Message]:
     # a table in which rows of several formats meet has the columns of all of them in every row
     filled = [n for n in there if not any(is_blank(row[c]) for c in n if c not in OPTIONAL)]
     match next(iter(filled or there), None):
-        case ("messages",) | ("conversations",) as names:
-            return turns(row[names[0]], where=where, column=names[0], needs_answer=True)
-        case ("prompt", "completion"):
-            return [
+        case ("messages", _) | ("conversations", _) as names:
+            found = turns(row[names[0]], where=where, column=names[0], needs_answer=True)
+            return _with_tools(found, row, where)
+        case ("prompt", "completion", _):
+            found = [
                 *_text_or_turns(row["prompt"], where=where, column="prompt", role="user"),
                 *_text_or_turns(row["completion"], where=where, column="completion"),
             ]
+            is_talk = isinstance(row["prompt"], list) or isinstance(row["completion"], list)
+            return _with_tools(found, row, where) if is_talk else found
         case ("instruction", "input", "output"):
             asked, answer = _texts(row, "instruction", "output", where=where)
             return [_with_input(asked, row.get("input"), where), turn("assistant", answer)]
@@ -142,17 +172,23 @@ def _by_format(row: Row, where: str) -> list[Message]:
             raise _no_format(row, where)
 
 
+def _with_tools(found: list[Message], row: Row, where: str) -> list[Message]:
+    """The same turns; the first of them says which tools the row offers, if it does."""
+    tools = tools_of(row.get("tools"), where=where)
+    return [{**found[0], "tools": tools}, *found[1:]] if tools else found
+
+
 def _no_format(row: Row, where: str) -> DataError:
     text_only = (
-        '\n  Rows with a text and no question cannot be learned with task = "instruct"; to learn '
-        'the texts as answers,\n  set data.prompt = "Write a note." and data.completion = "{text}".'
+        '\n  To learn whole texts, set task = "text"; to learn them as answers, set data.prompt = '
+        '"Write a note."\n  and data.completion = "{text}".'
     )
     return DataError(
         f"{where}: no known format fits the columns {list_columns(row)}.\n"
         "  Accepted: messages; prompt and completion; instruction, input (optional) and output; "
         "question and answer; conversations.\n"
         '  For other columns set data.prompt = "{a column}" and data.completion = "{a column}".'
-        + ("text" in row)
+        + (TEXT in row)
         * text_only
     )
 

@@ -96,13 +96,14 @@ def _key(row: TaskRow) -> _Key:
         texts = cast(LabelledText, row)
         question = [texts["text"], texts.get("text_pair")]
         return _Key(_digest(question), _digest([*question, texts["label"]]))
-    turns = [(turn["role"], turn["content"], *_context(turn)) for turn in row]
+    turns = [(turn["role"], turn["content"], *_more(turn)) for turn in row]
     return _Key(_digest([turn for turn in turns if turn[0] != "assistant"]), _digest(turns))
 
 
-def _context(turn: Message) -> list[str]:
-    """Sets an answer that is only read apart from the same answer that is learned."""
-    return [] if turn.get("train", True) else ["context"]
+def _more(turn: Message) -> list[object]:
+    """What sets turns of the same text apart: tools, calls, and being only read."""
+    tools = [turn[key] for key in ("tools", "tool_calls") if key in turn]
+    return tools if turn.get("train", True) else [*tools, "context"]
 
 
 def _digest(value: object) -> bytes:

@@ -2,7 +2,7 @@
 
 {"role": "user", "content": ...} and {"from": "human", "value": ...} are the same turn, and content
 may be a list of parts that are text. What cannot be kept is refused: a conversation without its
-tool calls or its images would teach something else. Knows no files and no tokens.
+images would teach something else. Knows no files and no tokens.
 """
 
 import json
@@ -11,27 +11,29 @@ from typing import Any
 
 from silotune.core.errors import DataError, EmptyRowError
 from silotune.data.cells import FIX_EMPTY, is_blank, is_missing, text_of
+from silotune.data.tool_turns import CALLER, CALLS, RESULTS, calls_of, tools_of
 
 Message = dict[str, Any]
-"""One turn: {"role": "system" | "user" | "assistant", "content": ...}. If a row has both an
-instruction and an input, its turn also contains them separately, under these names. An assistant
-turn with "train": False is context: it is read, and not learned."""
+"""One turn: {"role": "system" | "user" | "assistant" | "tool", "content": ...}. If a row has both
+an instruction and an input, its turn also contains them separately, under these names. An assistant
+turn with "train": False is context: it is read, and not learned. An assistant turn may have
+"tool_calls". The tools that a row offers are in its first turn, under "tools"."""
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 SPELLINGS = {
     **{role: role for role in ROLES},
     "developer": "system",
     "human": "user",
     "gpt": "assistant",
     "model": "assistant",
+    CALLER: "assistant",
+    **dict.fromkeys(RESULTS, "tool"),
 }
 """What data sets call a role, in small letters -> the role."""
-TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
-"""Roles of calls and of what they return."""
-CALLS = ("tool_calls", "function_call")
-"""Keys of an assistant turn that calls something."""
 WEIGHTS = ("weight", "train", "trainable")
 """Keys that say of an assistant turn whether it is learned: 0 or false, 1 or true."""
+OF_A_RESULT = ("name", "tool_call_id")
+"""Keys of a tool's turn that some templates write."""
 PARTS = ("text", "input_text", "output_text")
 """Types of content parts that are text."""
 
@@ -68,6 +70,8 @@ def turns(value: object, *, where: str, column: str, needs_answer: bool) -> list
         _message(item, where=where, what=f"column '{column}', message {n}")
         for n, item in enumerate(value, start=1)
     ]
+    if isinstance(value[0], Mapping) and (tools := tools_of(value[0].get("tools"), where=where)):
+        found[0]["tools"] = tools
     answers = [one for one in found if one["role"] == "assistant"]
     if needs_answer and not answers:
         raise DataError(
@@ -98,19 +102,32 @@ def _message(item: object, *, where: str, what: str) -> Message:
             f"{where}: {what} is not an object with role and content.\n"
             '  Write each message as {"role": "user", "content": "..."}.'
         )
-    role = _role(_first(item, "role", "from"), where=where, what=what)
-    if any(item.get(key) for key in CALLS):
-        raise _tools(where, what)
-    content = _first(item, "content", "value")
+    name = _first(item, "role", "from")
+    role, content = _role(name, where=where, what=what), _first(item, "content", "value")
+    calls = next((item[key] for key in CALLS if item.get(key)), None)
+    if name.strip().lower() == CALLER:
+        calls, content = content, None
+    if calls is not None and role != "assistant":
+        raise DataError(
+            f"{where}: {what} calls a tool, but is not the assistant's.\n"
+            "  Give it the role assistant, or remove the call."
+        )
     if isinstance(content, list):
         content = _joined(content, where=where, what=what)
+    if is_missing(content) and (calls is not None or role == "tool"):
+        content = ""
     # An empty system turn is a common way to switch off a model's own system text.
-    content = text_of(content, where=where, what=what, may_be_empty=role == "system")
+    may_be_empty = role in ("system", "tool") or calls is not None
+    content = text_of(content, where=where, what=what, may_be_empty=may_be_empty)
     # rows that were converted before keep their separate instruction and input
     separate = {
         key: item[key] for key in ("instruction", "input") if isinstance(item.get(key), str)
     }
     found = {**turn(role, content), **(separate if len(separate) == 2 else {})}
+    if calls is not None:
+        found["tool_calls"] = calls_of(calls, where=where, what=what)
+    if role == "tool":
+        found |= {key: item[key] for key in OF_A_RESULT if isinstance(item.get(key), str)}
     if role == "assistant" and not _is_learned(item, where=where, what=what):
         found["train"] = False
     return found
@@ -123,19 +140,9 @@ def _first(item: Mapping[Any, Any], *keys: str) -> Any:
 
 def _role(value: object, *, where: str, what: str) -> str:
     name = value.strip().lower() if isinstance(value, str) else ""
-    if name in TOOLS:
-        raise _tools(where, what)
     if name not in SPELLINGS:
         raise DataError(f"{where}: {what} has an unknown role.\n  Use one of: {', '.join(ROLES)}.")
     return SPELLINGS[name]
-
-
-def _tools(where: str, what: str) -> DataError:
-    return DataError(
-        f"{where}: {what} calls a tool or holds what it returned; this cannot be learned yet.\n"
-        "  Remove the row, or write the call as text in the assistant's turn and the result as "
-        "text in a user's turn."
-    )
 
 
 def _joined(parts: list[Any], *, where: str, what: str) -> str:

@@ -12,7 +12,7 @@ from silotune.core.errors import ConfigError, DataError
 from silotune.core.seeds import generator
 from silotune.core.wording import did_you_mean
 from silotune.data.cells import is_missing
-from silotune.data.conversations import list_columns
+from silotune.data.conversations import TEXT, list_columns
 from silotune.data.flwr_partition import by_partitioner
 from silotune.data.partition import (
     EVERY_ROW_NEEDS_A_NAME,
@@ -166,10 +166,10 @@ def _num_characters(row: TaskRow) -> int:
 
 
 def _prompt(row: TaskRow) -> str:
-    """What a row is about: the user's turns, or the text."""
+    """What a row is about: the user's turns, or its text."""
     if isinstance(row, dict):
         return row["text"]
-    return "\n".join(turn["content"] for turn in row if turn["role"] == "user")
+    return "\n".join(turn["content"] for turn in row if turn["role"] in ("user", TEXT))
 
 
 def _names(part: Part, label: str) -> list[str]:

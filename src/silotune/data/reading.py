@@ -6,19 +6,18 @@ Reads files and the hub, and converts row by row. Knows neither clients nor what
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
-
 from silotune.core.errors import ConfigError, DataError, EmptyRowError
-from silotune.core.types import Config
+from silotune.data.config import HUB_ONLY, DataConfig, is_changed
 from silotune.data.conversations import (
     CONVERSATIONS,
+    OPTIONAL,
+    TEXT,
     Conversation,
     conversation,
-    parse_template,
+    plain_text,
 )
 from silotune.data.file_formats import no_such_file
 from silotune.data.files import locate, read_hub, read_place, search_place
@@ -26,118 +25,9 @@ from silotune.data.labelled_texts import FORMATS, LabelledText, check_all_pairs,
 from silotune.data.placed_conversation import PlacedConversation
 from silotune.data.placed_rows import Mistake, Part, PlacedRow, moved, refuse
 
-HUB_ONLY = ("name", "split", "eval_split", "revision")
-"""Settings that only apply to a data set on the hub."""
-
-
-class DataConfig(Config):
-    """Which rows to train on, and how they become conversations."""
-
-    path: str = Field(min_length=1)
-    """A named example (medquad_mini), a file, a folder, or a data set on the Hugging Face hub."""
-    eval_path: str | None = Field(default=None, min_length=1)
-    """A file or folder with the held-out rows, in the same layout as `path`; replaces
-    `eval_fraction`."""
-    eval_split: str | None = Field(default=None, min_length=1)
-    """Split with the held-out rows, for example "test": of a hub data set, or of a local folder
-    with parts such as train and test; replaces `eval_fraction`."""
-    eval_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of its rows that each client holds out for scoring. A keyed hash decides each row by
-    itself, so the number varies around this share; at least one row."""
-    name: str | None = Field(default=None, min_length=1)
-    """Configuration of a hub data set."""
-    split: str = Field(default="train", min_length=1)
-    """Split of a hub data set; a slice such as "train[:500]" is fine."""
-    revision: str | None = Field(default=None, min_length=1)
-    """Commit or tag of a hub data set; a full commit makes a run repeatable."""
-    prompt: str | None = Field(default=None, min_length=1)
-    """Template with {column} placeholders for the user's turn, for rows in an unknown format."""
-    completion: str | None = Field(default=None, min_length=1)
-    """Template with {column} placeholders for the answer; goes with `prompt`."""
-    system: str | None = Field(default=None, min_length=1)
-    """System text for every conversation that has none."""
-    template: str = Field(default="auto", min_length=1)
-    """How a conversation becomes text, for training, scoring and answers alike. auto: the model's
-    own chat template, or plain if it has none. three-block: "### Instruction:" with the system
-    text, "### Input:" with the question, "### Response:". alpaca, vicuna and flowertune: the
-    templates of these projects. Or a file with your own Jinja chat template, which is saved with
-    the run."""
-    date: str | None = None
-    """The day, as YYYY-MM-DD, for chat templates that write today's date. If absent, the day on
-    which the run starts; the run keeps it."""
-    max_rows: int | None = Field(default=None, ge=1)
-    """Maximum number of training rows per client, chosen by a keyed hash of each row."""
-    max_eval_rows: int | None = Field(default=None, ge=1)
-    """Maximum number of held-out rows per client, chosen by a keyed hash of each row."""
-    label: str | None = Field(default=None, min_length=1)
-    """A column whose distribution at each client is shown in the report, for example the kind of
-    question. With task = "classify", the column of the classes; "label" if absent."""
-    labels: tuple[str, ...] | None = Field(default=None, min_length=2)
-    """classify: all classes, in the order of the model's outputs. If absent, the classes of all
-    rows, sorted. Required with real clients, because no one else can read their rows."""
-    text: str | None = Field(default=None, min_length=1)
-    """classify: the column of the text; if absent, found by the usual names (text, sentence,
-    ...)."""
-    text_pair: str | None = Field(default=None, min_length=1)
-    """classify: the column of the second text, for pairs; goes with `text`."""
-    skip_empty: bool = False
-    """Skip rows that lack a question, an answer or a text, and report how many, instead of
-    stopping."""
-    split_seed: int | None = Field(default=None, ge=0)
-    """Seed for the partition into clients and the held-out rows; the run's seed if absent. Set it
-    to run several seeds on the same held-out rows."""
-
-    @field_validator("date", mode="before")
-    @classmethod
-    def _day_as_text(cls, value: object) -> object:
-        return value.isoformat() if isinstance(value, date) else value  # TOML has dates
-
-    @model_validator(mode="after")
-    def _no_contradiction(self) -> "DataConfig":
-        mistakes: list[str] = []
-        # Compared with the default: a resolved recipe sets every field and must remain valid.
-        given = [key for key in ("eval_path", "eval_split") if getattr(self, key) is not None]
-        given += ["eval_fraction"] * _is_changed(self, "eval_fraction")
-        if len(given) > 1:
-            count = "both" if len(given) == 2 else "all"
-            mistakes.append(f"give {' or '.join(given)}, not {count}")
-        if self.eval_path == self.path:
-            mistakes.append("eval_path is the same as path; held-out rows must not be trained on")
-        if self.eval_split is not None and _overlap(self.split, self.eval_split):
-            mistakes.append(
-                "eval_split shares rows with split; held-out rows must not be trained on"
-            )
-        if (self.prompt is None) != (self.completion is None):
-            mistakes.append("prompt and completion belong together; set both")
-        has_placeholder: dict[str, bool] = {}
-        for key, template in (("prompt", self.prompt), ("completion", self.completion)):
-            try:
-                has_placeholder[key] = any(column for _, column in parse_template(template or ""))
-            except ValueError as error:
-                mistakes.append(f"{key} {error}")
-        if self.date is not None and not _is_day(self.date):
-            mistakes.append("date is no day of the calendar; write it as YYYY-MM-DD")
-        if self.text_pair is not None and self.text is None:
-            mistakes.append("text_pair goes with text; set both")
-        if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            mistakes.append("labels contains a label twice")
-        if self.completion is not None and has_placeholder.get("completion") is False:
-            mistakes.append("completion has no {column}, so every row would teach the same answer")
-        if mistakes:
-            raise ValueError("; ".join(mistakes))
-        return self
-
-
-def _is_day(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
 TaskRow = Any
 """A row in the form that its task needs, and only the task looks inside: a Conversation to answer,
-or a LabelledText to classify."""
+a LabelledText to classify, or a text as the only turn of a Conversation."""
 
 
 def seed_of_split(cfg: DataConfig, seed: int) -> int:
@@ -236,14 +126,14 @@ def _read_both(cfg: DataConfig, *, complete: bool) -> tuple[Part, Part | None]:
         return _read_hub_parts(cfg, complete=complete)
     # a folder with parts has splits, too
     only = [key for key in HUB_ONLY if key != "eval_split" or not place.is_dir()]
-    hub_keys = [key for key in only if _is_changed(cfg, key)]
+    hub_keys = [key for key in only if is_changed(cfg, key)]
     if hub_keys:
         raise ConfigError(
             f"data.{', data.'.join(hub_keys)}: only for data sets on the hub, but '{cfg.path}' is "
             "local.\n  Remove the setting, or set data.path to a hub data set."
         )
     train, held = search_place(place, held_out=cfg.eval_split, complete=complete)
-    if held is not None and (cfg.eval_path is not None or _is_changed(cfg, "eval_fraction")):
+    if held is not None and (cfg.eval_path is not None or is_changed(cfg, "eval_fraction")):
         key = "eval_path" if cfg.eval_path is not None else "eval_fraction"
         raise ConfigError(
             f"data.{key}: '{cfg.path}' already holds its held-out rows in an eval file.\n"
@@ -277,15 +167,6 @@ def _read_hub_parts(cfg: DataConfig, *, complete: bool) -> tuple[Part, Part | No
     if cfg.eval_path is not None:
         return train, _read_held_out(Path(cfg.eval_path).expanduser(), train, complete=complete)
     return train, None
-
-
-def _is_changed(cfg: DataConfig, key: str) -> bool:
-    return getattr(cfg, key) != DataConfig.model_fields[key].default
-
-
-def _overlap(split: str, other: str) -> bool:
-    """Whether two hub splits certainly share rows: the same split, or a split and its slice."""
-    return split == other or split.startswith(f"{other}[") or other.startswith(f"{split}[")
 
 
 def _read_held_out(place: Path, train: Part, *, complete: bool) -> Part:
@@ -381,9 +262,9 @@ def convert_quietly(
 
 def usual_columns(columns: Collection[str]) -> list[str]:
     """Those of a file's columns that a known format uses; none if no format fits."""
-    answered = [names for names in CONVERSATIONS if {*names} - {"input"} <= {*columns}]
+    answered = [names for names in CONVERSATIONS if {*names} - {*OPTIONAL} <= {*columns}]
     labelled = [names for names in FORMATS if {*names, "label"} <= {*columns}]
-    names = answered[0] if answered else (*max(labelled, key=len), "label") if labelled else ()
+    names = answered[0] if answered else (*max(labelled, key=len), "label") if labelled else (TEXT,)
     return [column for column in names if column in columns]
 
 
@@ -409,8 +290,14 @@ def _as_labelled(row: PlacedRow, cfg: DataConfig) -> LabelledText:
     )
 
 
+def _as_text(row: PlacedRow, cfg: DataConfig) -> Conversation:
+    turns = (plain_text(row.columns, where=row.where, column=cfg.text or TEXT),)
+    return PlacedConversation(turns, row.where)
+
+
 READERS: dict[str, Callable[[PlacedRow, DataConfig], TaskRow]] = {
     "instruct": _as_conversation,
     "classify": _as_labelled,
+    "text": _as_text,
 }
 """Task -> the function that converts a row for it."""

@@ -6,6 +6,7 @@ template; it does not know rows or recipes.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from silotune.core.errors import DataError, ModelError
 from silotune.data.conversations import Conversation
 from silotune.data.template_limits import TemplateLimitError, render_within_limits
+from silotune.data.tool_turns import Tool
 
 KEPT_AS = "silotune_traits"
 """The attribute of a tokenizer that holds its traits. It is not saved with the tokenizer."""
@@ -20,6 +22,10 @@ KEPT_AS = "silotune_traits"
 FIRST, SECOND = "the 1st question", "the 2nd question"
 REPLY, LAST = "the 1st answer", "the 2nd answer"
 SYSTEM = "a rule for all"
+THINK = "<think>"
+CALLED, RETURNED = "the_tool", "what it returned"
+CALL = {"type": "function", "id": "123456789", "function": {"name": CALLED, "arguments": {"a": 1}}}
+RESULT = {"role": "tool", "name": CALLED, "tool_call_id": "123456789", "content": RETURNED}
 
 
 class TemplateError(DataError):
@@ -49,6 +55,13 @@ class Traits:
     appended: str
     """What is appended to a conversation so that its last answer has its end: the mark of the next
     turn if the template writes no token behind the last answer, as GLM-4's; otherwise ""."""
+    opens: str
+    """What a prompt ends with although the template takes it out of answers, as in DeepSeek-R1:
+    "<think>" and a line break; "" if nothing."""
+    call_content: str | None
+    """The content that a turn with nothing but calls of tools needs to be written as such."""
+    call_appended: str
+    """As `appended`, if the last answer is a call of a tool."""
 
 
 def template_of(tokenizer: Any) -> str:
@@ -95,6 +108,8 @@ def _find_traits(tokenizer: Any, date: Date | None) -> Traits:
         mark, appended = following, up_to[len(last) :]
     behind = up_to if _first(shared, tokens) is None else "".join(shared)
     plain = ({"role": "user", "content": FIRST},)
+    content, after_call = _calls(tokenizer)
+    call_mark = _directly(_pieces(after_call, tokens), tokens, tokenizer.bos_token)
     with_system = ({"role": "system", "content": SYSTEM}, *plain)
     reads = _renders(tokenizer, plain, Date(2001, 2, 3))
     return Traits(
@@ -106,7 +121,51 @@ def _find_traits(tokenizer: Any, date: Date | None) -> Traits:
         behind_answer=behind,
         end=mark,
         appended=appended,
+        opens=opened_thought(
+            lambda talk, ask: render_as_is(tokenizer, talk, ask=ask, date=date), plain
+        ),
+        call_content=content,
+        call_appended=(call_mark or appended) if appended else "",
     )
+
+
+def opened_thought(render_: Callable[[Conversation, bool], str], asked: Conversation) -> str:
+    """The open <think> with which a prompt ends, if the template writes answers without it.
+
+    Args:
+        render_: (turns, whether it ends where the assistant begins to speak) -> text.
+        asked: A question.
+    """
+
+    def text(talk: Conversation, *, ask: bool) -> str:
+        try:
+            return render_(talk, ask)
+        except TemplateError:
+            return ""
+
+    prompt = text(asked, ask=True)
+    head, mark, blank = prompt.rpartition(THINK)
+    if not mark or blank.strip():
+        return ""
+    thought = f"{THINK}\na thought\n</think>\n\n{REPLY}"
+    for answer in (REPLY, thought):
+        whole = text((*asked, {"role": "assistant", "content": answer}), ask=False)
+        if not whole.startswith(head) or not whole[len(head) :].lstrip().startswith(REPLY):
+            return ""
+    return mark + blank
+
+
+def _calls(tokenizer: Any) -> tuple[str | None, str]:
+    """The content that a turn with only a call needs, and what stands between call and result."""
+    for content in ("", None):
+        call = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+        talk: list[Any] = [{"role": "user", "content": FIRST}, call]
+        alone = _renders(tokenizer, tuple(talk)) or ""
+        if CALLED in alone:
+            whole = _renders(tokenizer, (*talk, RESULT)) or ""
+            behind = whole[len(alone) :] if whole.startswith(alone) else ""
+            return content, behind.partition(RETURNED)[0]
+    return "", ""
 
 
 def _tails(tokenizer: Any) -> tuple[str, str]:
@@ -180,7 +239,12 @@ def fold_system(messages: Conversation) -> Conversation:
 
 
 def render_as_is(
-    tokenizer: Any, messages: Conversation, *, ask: bool, date: Date | None = None
+    tokenizer: Any,
+    messages: Conversation,
+    *,
+    ask: bool,
+    date: Date | None = None,
+    tools: Sequence[Tool] = (),
 ) -> str:
     """The text that a tokenizer's template makes of a conversation, unchanged.
 
@@ -189,16 +253,18 @@ def render_as_is(
         messages: At least one turn.
         ask: Whether the text ends where the assistant begins to speak.
         date: The day that the template is told; None for the clock's.
+        tools: The tools that the template is told.
 
     Raises:
         TemplateError: The template refuses it, or is no Jinja.
         TemplateLimitError: It does not end, or writes too much.
     """
     text = template_of(tokenizer)
-    if date is None or "strftime_now" not in text:
-        return _apply(tokenizer, messages, ask=ask)
-    parts = {part: date.strftime(part) for part in _DIRECTIVE.findall(text)}
-    return _apply(tokenizer, messages, ask=ask, chat_template=_ON_A_DAY + text, parts_of_day=parts)
+    more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    if date is not None and "strftime_now" in text:
+        more["chat_template"] = _ON_A_DAY + text
+        more["parts_of_day"] = {part: date.strftime(part) for part in _DIRECTIVE.findall(text)}
+    return _apply(tokenizer, messages, ask=ask, **more)
 
 
 _DIRECTIVE = re.compile(r"%[-#_^]?[A-Za-z]")

@@ -216,9 +216,11 @@ def _rows(joined: Joined, run: RunConfig) -> Finding:
         text += f"; {told.train.num_cut} truncated, {told.train.num_dropped} left out"
         fix = f"They are longer than train.max_length = {run.train.max_length}."
         return Finding("rows", "look", text, fix)
-    if surprises := list(warn_of_template(tokenizer, run, {name: rows})):
+    surprises = list(warn_of_template(tokenizer, run, {name: rows}))
+    if rows.notes or surprises:
         fix = "Compare these rows with the chat template, see docs/models.md."
-        return Finding("rows", "look", "; ".join((text, *surprises)), fix)
+        fix = fix if surprises else "Check that the files of [data] are meant so, see docs/data.md."
+        return Finding("rows", "look", "; ".join((text, *rows.notes, *surprises)), fix)
     return Finding("rows", "ok", text)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from silotune.core.atomic_files import make_folder, write_atomically
 from silotune.core.types import Score
 from silotune.data.chat_templates import TEMPLATES
-from silotune.data.conversations import parse_template
+from silotune.data.conversations import TEXT, parse_template
 from silotune.data.reading import DataConfig
 from silotune.recipes.schema import RunConfig
 
@@ -56,12 +56,14 @@ def allowed_columns(own: DataConfig, columns: Sequence[str] | None) -> frozenset
 
 def named_columns(data: DataConfig, task: str) -> Iterator[tuple[str, str]]:
     """The columns that [data] names, as (key, column), for a task; "" for any."""
-    if task != "classify":
+    if task in ("instruct", ""):
         for key, template in (("prompt", data.prompt), ("completion", data.completion)):
             for _, column in parse_template(template or ""):
                 if column is not None:
                     yield key, column
-    if task != "instruct":
+    if task == "text":
+        yield "text", data.text or TEXT
+    if task in ("classify", ""):
         label = data.label or ("label" if task else None)
         for key, column in (("text", data.text), ("text_pair", data.text_pair), ("label", label)):
             if column is not None:

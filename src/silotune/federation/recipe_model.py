@@ -23,7 +23,7 @@ from silotune.models.vocabulary import check_vocabulary
 from silotune.recipes.schema import RunConfig
 from silotune.training.generate import teach_end
 from silotune.training.tasks.instruct import check_packing
-from silotune.training.tasks.template_warnings import template_warnings
+from silotune.training.tasks.template_warnings import control_warnings, template_warnings
 
 
 def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
@@ -48,11 +48,13 @@ def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
         return loaded
     if run.train.packing:
         check_packing(loaded, run.train.max_length)
-    if give_template(loaded.tokenizer, run) and progress is not None:
+    has_none = give_template(loaded.tokenizer, run)
+    if has_none and run.task == "instruct" and progress is not None:
         progress.note(f"{run.model.name} has no chat template: the plain one is used")
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     check_vocabulary(loaded.tokenizer, rows, f"model.name = '{run.model.name}'")
-    teach_end(loaded)
+    if run.task == "instruct":
+        teach_end(loaded)
     return loaded
 
 
@@ -80,6 +82,12 @@ def warn_of_template(
     """
     if run.task == "classify":
         return
+    rows = [row for own in clients.values() for row in (*own.train, *own.evaluation)]
+    if run.runtime.name == "flower" and run.privacy.unit != "none":
+        rows = []
+    if run.task == "text":
+        yield from control_warnings(tokenizer, [*rows, *server])
+        return
     traits = traits_of(tokenizer)
     if traits.end is None and "no-end-token" not in run.train.compat:
         yield (
@@ -96,9 +104,6 @@ def warn_of_template(
             "the tokenizer begins every text with its bos token, and data.template does not write "
             "it; begin the template with {{ bos_token }}"
         )
-    rows = [row for own in clients.values() for row in (*own.train, *own.evaluation)]
-    if run.runtime.name == "flower" and run.privacy.unit != "none":
-        rows = []
     yield from template_warnings(tokenizer, [*rows, *server])
 
 

@@ -26,6 +26,7 @@ from silotune.federation.run_folder import RunFolder
 from silotune.models.adapters import AdapterConfig
 from silotune.models.base import ModelConfig, quiet_libraries
 from silotune.models.loading import LoadedModel, load_model, read_adapter, write_adapter
+from silotune.models.vocabulary import check_tokens
 from silotune.recipes.schema import RunConfig
 from silotune.training.scoring import build_eval_batches, evaluate, metrics
 from silotune.training.server_training import Lesson, distill, fine_tune
@@ -48,14 +49,17 @@ def server_rows(run: RunConfig) -> tuple[TaskRow, ...]:
     )
 
 
-def build_lesson(run: RunConfig, rows: Sequence[TaskRow], tokenizer: Any) -> Lesson:
-    """The server's rows as tokens.
+def build_lesson(run: RunConfig, rows: Sequence[TaskRow], loaded: LoadedModel) -> Lesson:
+    """The server's rows as tokens of a model.
 
     Raises:
-        DataError: No row has an answer within `train.max_length` tokens.
+        DataError: No row has an answer within `train.max_length` tokens, or a row has a token
+            without an embedding.
     """
-    task = build_task(run.task, run.data.labels)
+    task, tokenizer = build_task(run.task, run.data.labels), loaded.tokenizer
     examples = task.prepare(rows, tokenizer, run.train.max_length).examples
+    for example in examples:
+        check_tokens(example.ids.tolist(), loaded.model, tokenizer, "a row of the server")
     if not examples:
         raise DataError(
             f"the server has no row with an answer within "
@@ -155,7 +159,7 @@ def pretrain(
         raise RunFolderError(f"{folder} already exists.\n  Choose another folder.")
     epochs = run.distill.pretrain_epochs
     teacher = load_teacher(run, tokenizer, rows)
-    lesson = build_lesson(run, rows, teacher.tokenizer)
+    lesson = build_lesson(run, rows, teacher)
     count, passes = counted(len(lesson.examples), "row"), counted(epochs, "epoch")
     progress.note(f"training the teacher on {count} of the server for {passes}")
     lr = run.distill.lr or run.server.lr
@@ -280,7 +284,7 @@ def open_server_work(
         tokenizer = student.tokenizer
         taught = _with_pretrained(run, folder, progress, rows=rows, tokenizer=tokenizer)
         teacher = load_teacher(taught, tokenizer, rows)
-    lesson = build_lesson(run, rows, student.tokenizer)
+    lesson = build_lesson(run, rows, student)
     return ServerWork(run, student, lesson, teacher, algorithm)
 
 

@@ -10,6 +10,7 @@ import tomli_w
 from silotune.core.atomic_files import make_folder, write_atomically
 from silotune.data.chat_templates import TEMPLATES
 from silotune.data.clients import ClientRows
+from silotune.data.conversations import TEXT
 from silotune.data.reading import TaskRow
 from silotune.federation.client_memory import folder_name
 from silotune.recipes.schema import RunConfig
@@ -17,6 +18,8 @@ from silotune.recipes.schema import RunConfig
 
 def _line(row: TaskRow) -> str:
     columns = row if isinstance(row, dict) else {"messages": row}
+    if not isinstance(row, dict) and row[0]["role"] == TEXT:
+        columns = {TEXT: row[0]["content"]}
     return json.dumps(columns, ensure_ascii=False) + "\n"
 
 
@@ -45,6 +48,8 @@ def write_client_configs(
     some = next((row for own in rows.values() for row in own.train), ())
     if isinstance(some, dict) and "text_pair" in some:
         data |= {"text": "text", "text_pair": "text_pair"}
+    if run.task == "text":
+        data |= {"text": TEXT}
     if run.data.template not in TEMPLATES:  # template text, which the clients agree to
         data["template"] = run.data.template
     for name, own in sorted(rows.items()):

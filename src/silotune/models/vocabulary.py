@@ -1,13 +1,39 @@
 """Whether a model has a row of its embedding for every token that its tokenizer makes."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from silotune.core.errors import ModelError
+from silotune.core.errors import DataError, ModelError
 from silotune.core.safe_text import one_line
 from silotune.core.wording import counted
 
 ROLES = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "unk_token")
 """Tokens that a tokenizer writes by itself."""
+
+
+def check_tokens(ids: Iterable[int], model: Any, tokenizer: Any, where: str) -> None:
+    """Refuse a text with a token that the model has no embedding for.
+
+    Such tokens may be in a tokenizer, see `check_vocabulary`, and a text may hold one all the same.
+
+    Args:
+        ids: The text's tokens.
+        model: The model; only its input embedding is looked at.
+        tokenizer: Its tokenizer.
+        where: The text's place, for messages.
+
+    Raises:
+        DataError: Names the token.
+    """
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if (most := max(ids, default=0)) >= num_rows:
+        token = one_line(str(tokenizer.convert_ids_to_tokens(most)), longest=40)
+        raise DataError(
+            f"{where}: the text contains the tokenizer's token '{token}', for which the model has "
+            "no row in its embedding.\n"
+            "  Remove it from the text, or resize the embedding in transformers "
+            "(resize_token_embeddings, then save_pretrained)."
+        )
 
 
 def check_vocabulary(tokenizer: Any, num_rows: int, what: str) -> None:

@@ -161,7 +161,7 @@ def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
             why = "DoRA is not linear in the two factors, so means are not exact"
             yield "adapter.dora", f"cannot be used with algorithm '{name}': {why}"
     if kind in PROMPT_KINDS and run.task == "classify":
-        yield "adapter.kind", f"'{kind}' only works with task = \"instruct\""
+        yield "adapter.kind", f"'{kind}' does not work with task = \"classify\""
     if kind in PROMPT_KINDS and run.server.work == "distill":
         yield "adapter.kind", f"'{kind}' cannot learn from a teacher; use lora, ia3 or full"
     if kind in PROMPT_KINDS and run.train.packing:
@@ -174,28 +174,27 @@ def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _of_the_task(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Keys that only one of the tasks uses."""
-    other = {
-        "instruct": (
-            ("adapter", "head"),
-            ("data", "labels"),
-            ("data", "text"),
-            ("data", "text_pair"),
-        ),
-        "classify": (
-            ("data", "prompt"),
-            ("data", "completion"),
-            ("data", "system"),
-            ("data", "template"),
-            ("train", "packing"),
-            ("compare", "max_new_tokens"),
-        ),
+    """Keys that the recipe's task does not use."""
+    used_by = {
+        ("adapter", "head"): ("classify",),
+        ("data", "labels"): ("classify",),
+        ("data", "text"): ("classify", "text"),
+        ("data", "text_pair"): ("classify",),
+        ("data", "prompt"): ("instruct",),
+        ("data", "completion"): ("instruct",),
+        ("data", "system"): ("instruct",),
+        ("data", "template"): ("instruct", "text"),
+        ("train", "packing"): ("instruct", "text"),
+        ("compare", "max_new_tokens"): ("instruct",),
     }
-    for section, key in other[run.task]:
+    for (section, key), tasks in used_by.items():
         part: BaseModel = getattr(run, section)
-        if getattr(part, key) != type(part).model_fields[key].default:
-            its = next(task for task in other if task != run.task)
-            yield f"{section}.{key}", f'only has an effect with task = "{its}"'
+        changed = getattr(part, key) != type(part).model_fields[key].default
+        if changed and run.task not in tasks:
+            its = " or ".join(f'"{task}"' for task in tasks)
+            yield f"{section}.{key}", f"only has an effect with task = {its}"
+    if run.task == "text" and "no-end-token" in run.train.compat:
+        yield "train.compat", "'no-end-token' only has an effect with task = \"instruct\""
 
 
 def _of_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -69,7 +69,11 @@ def resolve_recipe(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()
     """
     if not isinstance(recipe, RunConfig):
         return load_recipe(recipe, overrides)
-    return with_overrides(recipe, overrides) if overrides else recipe
+    if overrides:
+        return with_overrides(recipe, overrides)
+    if found := [f"{key}: {why}" for key, why in contradictions(recipe)]:
+        raise _mistakes(found, "recipe")
+    return recipe
 
 
 def with_overrides(run: RunConfig, overrides: Sequence[str], *, name: str = "recipe") -> RunConfig:
@@ -173,11 +177,15 @@ def parse(
     keys = {".".join(where) for where in bad}
     found += [f"{key}: {why}" for key, why in contradictions(config) if key not in keys]
     if found:
-        head = f"{counted(len(found), 'mistake')} in recipe '{name}':"
-        more = len(found) - MOST_SHOWN
-        rest_of = [f"and {counted(more, 'more mistake')}."] if more > 0 else []
-        raise ConfigError("\n  ".join([head, *found[:MOST_SHOWN], *rest_of]))
+        raise _mistakes(found, name)
     return config
+
+
+def _mistakes(found: Sequence[str], name: str) -> ConfigError:
+    head = f"{counted(len(found), 'mistake')} in recipe '{name}':"
+    more = len(found) - MOST_SHOWN
+    rest = [f"and {counted(more, 'more mistake')}."] if more > 0 else []
+    return ConfigError("\n  ".join([head, *found[:MOST_SHOWN], *rest]))
 
 
 def _meant(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> tuple[str, ...]:

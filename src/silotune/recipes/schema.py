@@ -4,9 +4,9 @@ A field is the only place for its default, its help text and its range. This fil
 no data.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from silotune.core.types import Config
 from silotune.data.partition import PartitionConfig
@@ -38,8 +38,10 @@ class RunConfig(Config):
     """Every random draw of a run is derived from it, by name."""
     rounds: int = Field(ge=1)
     """Rounds of training and aggregation."""
-    task: Literal["instruct", "classify"] = "instruct"
-    """instruct: answer like the rows do. classify: assign one of several labels to a text."""
+    task: Literal["instruct", "classify", "text"] = "instruct"
+    """instruct: answer like the rows do. classify: assign one of several labels to a text. text:
+    continue texts like those of the rows, of which every token is learned (continued
+    pre-training)."""
     track: TrackName | None = None
     """Follow the rules of this track of the FlowerTune LLM leaderboard: its data set, its number of
     clients, its limit for communication."""
@@ -61,3 +63,17 @@ class RunConfig(Config):
     report: ReportConfig = ReportConfig()
     compare: CompareConfig = CompareConfig()
     sweep: SweepConfig = SweepConfig()
+
+    if not TYPE_CHECKING:  # checkers keep the signature that follows from the fields
+
+        def __init__(self, **given: Any) -> None:
+            try:
+                super().__init__(**given)
+            except ValidationError:
+                from silotune.recipes.parse import parse
+
+                parse(given, name="RunConfig")
+                raise
+
+        # pydantic's mark of an __init__ that validation does not call: `parse` needs its own errors
+        __init__.__pydantic_base_init__ = True

@@ -1,6 +1,7 @@
 """A real client: its own configuration decides what a recipe means here."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,8 @@ class Deployed:
             here = own_recipe(run, own)
             rows = own_rows(run, own)
             check_steps(run, own, len(rows.train) + rows.num_unused)
+            for note in rows.notes:  # the log stays on this side
+                sys.stderr.write(f"warning: {note}\n")
             kept = Path(own.state) / "runs" / run_id / folder_name(own.name)
             if chooses_rows(here.data):
                 check_split_rule(kept)

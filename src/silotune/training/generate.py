@@ -11,6 +11,7 @@ from silotune.data.chat_templates import PROBE, render
 from silotune.data.conversations import Conversation
 from silotune.data.template_traits import traits_of
 from silotune.models.loading import LoadedModel
+from silotune.models.vocabulary import check_tokens
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def encode(
     """Token ids of texts. A rendered chat already has its special tokens; `special` adds them."""
     if not prompts:
         return []
-    return loaded.tokenizer(list(prompts), add_special_tokens=special)["input_ids"]
+    found = loaded.tokenizer(list(prompts), add_special_tokens=special)["input_ids"]
+    for ids in found:
+        check_tokens(ids, loaded.model, loaded.tokenizer, "the prompt")
+    return found
 
 
 def complete(

@@ -256,7 +256,8 @@ def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
     if is_consortium(place):
         return {name: ClientRows(name, (), ()) for name in _members(place)}, []
     owners = [load_client_config(path) for path in load_client_configs(place).values()]
-    return {own.name: own_rows(run, own) for own in owners}, []
+    found = {own.name: own_rows(run, own) for own in owners}
+    return found, [f"client '{name}': {n}" for name, own in found.items() for n in own.notes]
 
 
 def _members(place: Path) -> Sequence[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from silotune.core.errors import DataError
 from silotune.core.safe_text import one_line
-from silotune.data.conversations import is_missing, list_columns
+from silotune.data.conversations import TEXT, is_missing, list_columns
 
 WORDS = {
     "question": "question frage demande prompt input instruction anfrage anliegen query pregunta "
@@ -79,7 +79,7 @@ class Guess:
     """What a recipe would say about the columns."""
 
     task: str
-    """instruct or classify."""
+    """instruct, classify or text."""
     keys: Mapping[str, str]
     """Keys of [data] that name columns: prompt and completion, or text and label; none if the
     columns have the usual names."""
@@ -102,10 +102,10 @@ def guess_unknown(columns: Sequence[Column]) -> Guess:
         DataError: There are too few columns, or no two of them look like a question and an answer,
             or like a text and its label.
     """
-    if len(columns) < 2:
+    if len(columns) < 2 and not all(c.is_text for c in columns):
         raise DataError(
             f"there is only one column ({list_columns(c.name for c in columns)}), but a row needs "
-            "a question and an answer, or a text and a label.\n"
+            "a question and an answer, or a text and a label, or a whole text.\n"
             "  Add a column, or save the file with its columns separated by commas."
         )
     texts = [c for c in columns if c.is_text and _fits_placeholder(c.name)]
@@ -115,6 +115,9 @@ def guess_unknown(columns: Sequence[Column]) -> Guess:
     labels = _first_called("label", groups)
     if len(texts) == 1 and labels:
         return _text_and_label(texts[0], labels[0], groups)
+    # other words beside the text may be its question: only their owner knows
+    if len(texts) == 1 and not any(c.are_strings for c in columns if c not in [*texts, *groups]):
+        return _text_alone(texts[0], groups)
     raise DataError(
         "no two columns look like a question and an answer, or like a text and a label; the "
         f"columns are {list_columns(c.name for c in columns)}.\n"
@@ -173,6 +176,16 @@ def _text_and_label(text: Column, label: Column, groups: Sequence[Column]) -> Gu
             "label": f"{label.num_distinct} values in {label.num_rows} rows",
             "by": reason,
         },
+        client,
+    )
+
+
+def _text_alone(text: Column, groups: Sequence[Column]) -> Guess:
+    client, reason = guess_client(groups, [text.name])
+    return Guess(
+        "text",
+        {} if text.name == TEXT else {"text": text.name},
+        {"text": f"the only text; {text.mean_length:.0f} characters on average", "by": reason},
         client,
     )
 

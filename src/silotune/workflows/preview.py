@@ -31,7 +31,6 @@ from silotune.federation.server_work import server_rows
 from silotune.models.base import ModelConfig, inspect_base, quiet_libraries
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks import build_task
-from silotune.training.tasks.answer_spans import encode_rows, trained_spans
 from silotune.training.tasks.base import Task
 from silotune.workflows.check import Checked, check
 from silotune.workflows.data_overview import quantiles
@@ -149,7 +148,7 @@ def _preview(checked: Checked, num_samples: int, client: str | None) -> Preview:
     chosen = _chosen(client, rows)
     tokenizer, notes = _inspect(run)
     warnings = [*checked.warnings, *notes]
-    if run.task != "classify" and give_template(tokenizer, run):
+    if run.task != "classify" and give_template(tokenizer, run) and run.task == "instruct":
         warnings.append(f"{run.model.name} has no chat template: the plain one is used")
     task, limit, own = build_task(run.task, run.data.labels), run.train.max_length, server_rows(run)
     with quiet_libraries():  # the numbers already show rows that exceed the model's own limit
@@ -263,10 +262,10 @@ def sample(
         texts = [f"{name}: {row[part]}\n" for part, name in names.items() if part in row]
         read = "".join(texts) + "label: "
         return Sample(client, number, num_tokens, (("read", read), ("learned", row["label"])))
-    text, spans = trained_spans(tokenizer, row)
-    ((_, starts),) = encode_rows(tokenizer, [(text, spans)])
-    end = starts[max_length] if len(starts) > max_length else len(text)
-    return Sample(client, number, len(starts), _pieces(text, spans, end))
+    assert task.written is not None, "only rows with labels are not written"
+    (one,) = task.written([row], tokenizer)
+    end = one.starts[max_length] if len(one.ids) > max_length else len(one.text)
+    return Sample(client, number, len(one.ids), _pieces(one.text, one.spans, end))
 
 
 def _pieces(text: str, spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[Kind, str], ...]:

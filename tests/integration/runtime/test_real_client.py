@@ -200,6 +200,21 @@ BROKEN = {
 }
 
 
+def test_what_may_not_be_meant_is_in_the_clients_own_log_and_nowhere_else(client, capsys, tmp_path):
+    there = client(ONE, held=0)
+    rows = tmp_path / "a" / "rows"
+    rows.mkdir()
+    for part in ("train", "validation", "test"):
+        write_jsonl(rows / f"{part}.jsonl", ONE)
+    config = tmp_path / "a" / "client.toml"
+    config.write_text(config.read_text("utf-8").replace("rows.jsonl", "rows"), "utf-8")
+    answer = there.answer(message(recipe()))
+    said = capsys.readouterr().err
+    assert "warning:" in said
+    assert "validation" in said
+    assert "validation" not in json.dumps(answer.about)
+
+
 def test_a_row_that_cannot_be_read_is_not_told(client, capsys):
     run = recipe(privacy=RECORD)
     answers = {

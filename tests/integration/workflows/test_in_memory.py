@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,21 +28,6 @@ def by_client():
     for row in hospital_rows():
         found.setdefault(row["source"], []).append(row)
     return found
-
-
-class Frame:
-    """What silotune uses of a pandas data frame, without pandas."""
-
-    def __init__(self, rows):
-        self.rows = rows
-        self.columns = list(rows[0])
-
-    def __iter__(self):
-        return iter(self.columns)
-
-    def to_dict(self, orient):
-        assert orient == "records"
-        return self.rows
 
 
 def adapters(run) -> bytes:
@@ -78,7 +64,9 @@ def test_rows_in_memory_make_the_same_run_as_a_file(recipe):
         iter,
         datasets.Dataset.from_list,
         lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
-        Frame,
+        pd.DataFrame,
+        lambda rows: pd.DataFrame(rows).astype({"source": "category"}),
+        lambda rows: pd.DataFrame(rows, index=[f"row-{n}" for n in range(len(rows))]),
         lambda rows: [{k: np.str_(v) for k, v in row.items()} for row in rows],
     ],
 )
@@ -119,6 +107,24 @@ def test_values_of_other_libraries_become_plain(recipe):
 
     checked = silotune.check(recipe, rows=rows)
     assert texts(checked.rows) == texts(silotune.check(recipe).rows)
+
+
+def test_gaps_of_a_data_frame_are_empty_cells(recipe):
+    """Whatever pandas writes for them: NaN, None, NaT or NA."""
+    rows = hospital_rows()
+    frame = pd.DataFrame(rows)
+    frame["n"] = pd.Series(range(len(rows)), dtype="Int64").where(lambda n: n > 2)
+    frame["day"] = pd.to_datetime("2026-01-02")
+    frame.loc[3, "day"] = pd.NaT
+    for gap in (None, float("nan"), pd.NA):
+        frame["answer"] = frame["answer"].astype(object)
+        frame.loc[3, "answer"] = gap
+        with pytest.raises(DataError, match=r"jsonl:4: column 'answer' is missing"):
+            silotune.check(recipe, rows=frame)
+        rest = silotune.check(recipe, ["data.skip_empty=true"], rows=frame)
+        assert sum(len(own.train) + len(own.evaluation) for own in rest.rows.values()) == (
+            len(rows) - 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -231,3 +237,60 @@ def test_rows_and_model_can_be_previewed_planned_and_compared(recipe, pair):
     keys = ["rounds=1", "compare.seeds=1"]
     done = silotune.compare(recipe, keys, out="runs/c", rows=by_client(), model=pair)
     assert done.result["arms"]
+
+
+def test_rows_and_model_can_be_swept_audited_and_asked_about(recipe, pair, monkeypatch):
+    monkeypatch.setattr("silotune.workflows.audit.audit.NUM_OTHERS", 2)
+    keys = ["rounds=1", "train.local_steps=1", "runtime.threads=1"]
+    swept = silotune.sweep(
+        recipe, keys, runs=["train.lr=1e-3"], out="runs/s", jobs=1, rows=by_client(), model=pair
+    )
+    alone = silotune.run(recipe, [*keys, "train.lr=1e-3"], out="runs/r")
+    assert adapters(swept.best) == adapters(alone)
+    found = silotune.audit(
+        recipe, keys, canaries=10, out="runs/a", rows=hospital_rows(), model=pair
+    )
+    assert found.result["attack"] == "canary rows"
+    with pytest.raises(ConfigError, match="rows and model do not apply"):
+        silotune.audit(alone.path, rows=hospital_rows())
+    quiz = [{"question": "Is it?", "context": {"contexts": ["It is."]}, "final_decision": "yes"}]
+    for data, said in (
+        (quiz, None),
+        ({"a": quiz, "b": quiz}, "given by name"),
+        ([{"question": "Geheim"}], "pubmedqa|column"),
+    ):
+        asked = silotune.Questions(
+            suites=["pubmedqa"], data={"pubmedqa": data}, max_new_tokens=2, base=False
+        )
+        if said is None:
+            scores = silotune.evaluate(alone, asked).scores["models"]["federated"]["pubmedqa"]
+            assert all(one["num_items"] == 1 for one in scores.values())
+            continue
+        with pytest.raises(DataError, match=said) as error:
+            silotune.evaluate(alone, asked)
+        assert "Geheim" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "rounds: is missing"),
+        ({"rounds": "3", "data": {"path": "x"}}, "rounds: should be a number"),
+        ({"rounds": 3, "data": "x"}, "data: is a section"),
+        ({"rounds": 3, "data": {"path": "x"}, "rouns": 1}, "Did you mean rounds"),
+        ({"rounds": 3, "data": {"path": "x"}, "train": object()}, "train: is a section"),
+        ({"rounds": 3, "data": {"path": "x", "prompt": "{a}"}}, "prompt and completion belong"),
+    ],
+)
+def test_a_recipe_in_python_gets_the_errors_of_a_recipe_in_a_file(given, said):
+    """Bug: pydantic's own error, which is no SilotuneError."""
+    with pytest.raises(ConfigError, match=said):
+        silotune.RunConfig(**given)
+
+
+def test_contradictions_of_a_recipe_in_python_are_found():
+    """Bug: only recipes from a file and overrides were checked for them."""
+    run = silotune.RunConfig(rounds=1, data={"path": "hospitals"}, evaluate={"every": 0})
+    best = run.checkpoint.model_copy(update={"keep": "best"})
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep: 'best' needs held-out losses"):
+        silotune.check(run.model_copy(update={"checkpoint": best}))

@@ -121,7 +121,7 @@ def test_texts_and_labels_become_a_classification(tmp_path):
     [
         ("", "the file has no rows"),
         ("Frage,Antwort\n", "the file has no rows"),
-        ("text\n" + "one row\n" * 9, "there is only one column"),
+        ("text\n" + "12\n" * 9, "there is only one column"),
         ("question,answer\nWas ist das?,Das da.\n", "too few rows: 1"),
     ],
 )

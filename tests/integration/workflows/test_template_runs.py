@@ -224,6 +224,38 @@ def test_a_preview_shows_the_day_of_the_recipe(tmp_path):
     assert any("2001-02-03" in text for text in seen.warnings)
 
 
+@pytest.mark.parametrize("task", ["instruct", "text"])
+def test_a_token_without_an_embedding_in_a_row_is_named_before_training(tmp_path, task):
+    """Bug: an index error in the first forward pass."""
+    base = build_model(tmp_path / "base", CHATML, "<|im_end|>")
+    tokenizer = tokenizer_for(CHATML, "<|im_end|>")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(base)  # as Gemma 3 has it: a token that no text should use
+    rows = [*hospital_rows()]
+    rows[5] = {**rows[5], "question": "What is <image>?"}
+    more = {"task": '"text"'} if task == "text" else {}
+    recipe = write_recipe(tmp_path, base, rows, **more)
+    keys = ["data.text=question"] * (task == "text")
+    out = tmp_path / "run"
+    done = CliRunner().invoke(app, ["run", str(recipe), *keys, "--out", str(out)])
+    assert done.exit_code == 2
+    said = " ".join(done.output.split())
+    assert "rows.jsonl:6: the text contains the tokenizer's token '<image>'" in said
+    assert not out.exists()
+    if task == "instruct":
+        write_jsonl(tmp_path / "rows.jsonl", hospital_rows())
+        run = silotune.run(recipe, out=out)
+        with pytest.raises(silotune.SilotuneError, match="the prompt: the text contains"):
+            run.ask("What is <image>?")
+
+
+def test_what_a_template_does_to_rows_is_in_a_plan(tmp_path):
+    gemma = FAMILIES["Gemma, Gemma 2"]
+    base = build_model(tmp_path / "base", gemma.template, gemma.eos, gemma.bos)
+    notes = silotune.plan(write_recipe(tmp_path, base, WITH_SYSTEM)).notes
+    assert sum("in front of the first question (8 rows)" in note for note in notes) == 1
+
+
 def test_a_broken_template_is_one_error_before_training(tmp_path):
     base = build_model(tmp_path / "base", CHATML, "<|im_end|>")
     (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }", "utf-8")

@@ -8,7 +8,14 @@ from pydantic import ValidationError
 import silotune
 from silotune.core.errors import ConfigError, DataError
 from silotune.data.cells import FIX_EMPTY
-from silotune.data.clients import ClientRows, cut_clients, fingerprint, load_client, load_clients
+from silotune.data.clients import (
+    ClientRows,
+    cut_clients,
+    fingerprint,
+    load_client,
+    load_client_quietly,
+    load_clients,
+)
 from silotune.data.files import EXAMPLES
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
@@ -117,6 +124,19 @@ def test_a_real_client_may_score_on_a_split_of_the_hub(monkeypatch):
     hub_with(monkeypatch, train=make_rows(4), test=make_rows(3))
     client = load_client(DataConfig(path="org/name", eval_split="test"), "north", seed=1)
     assert (len(client.train), len(client.evaluation)) == (4, 3)
+
+
+def test_a_real_client_is_told_how_its_folder_was_read(tmp_path):
+    """Bug: only a simulation said that one of two held-out parts is not used."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for part in ("train", "validation", "test"):
+        write(folder / f"{part}.jsonl", make_rows(4, part))
+    cfg = DataConfig(path=str(folder))
+    _, notes = cut_clients(cfg, PartitionConfig(kind="iid", num_clients=2), seed=1)
+    assert "test" in notes[0]
+    assert load_client(cfg, "north", seed=1).notes == tuple(notes)
+    assert load_client_quietly(cfg, "north", seed=1)[0].notes == tuple(notes)
 
 
 def test_a_hub_data_set_may_be_scored_on_a_file(monkeypatch, tmp_path):

@@ -233,7 +233,7 @@ def test_a_message_without_role_and_content_is_counted(item):
 
 def test_an_unknown_role_is_refused_with_the_known_ones():
     text = error_of({"messages": [{"role": SECRET, "content": "a"}]})
-    assert "message 1 has an unknown role.\n  Use one of: system, user, assistant." in text
+    assert "message 1 has an unknown role.\n  Use one of: system, user, assistant, tool." in text
 
 
 def test_messages_without_an_answer_are_refused():

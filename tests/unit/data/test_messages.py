@@ -128,21 +128,79 @@ def test_rows_that_differ_by_a_weight_are_different_rows():
 # --- what cannot be learned ---
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLS = {
+    "as templates want it": answer(content="", tool_calls=[CALL]),
+    "without content": {"role": "assistant", "tool_calls": [CALL]},
+    "arguments as text": answer(
+        content=None, tool_calls=[{**CALL, "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    ),
+    "a table's nulls": answer(
+        content=None,
+        tool_calls=[{**CALL, "function": {"name": "f", "arguments": {"x": 1, "y": None}}}],
+    ),
+    "OpenAI's first form": answer(content=None, function_call={"name": "f", "arguments": {"x": 1}}),
+    "ShareGPT": {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+}
+
+
+@pytest.mark.parametrize("how", CALLS)
+@pytest.mark.parametrize("role", ["tool", "function", "observation"])
+def test_every_spelling_of_a_call_and_its_result_gives_the_same_turns(how, role):
+    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    talk = [USER, CALLS[how], {"role": role, "content": "4", "name": "f"}, answer()]
+    for tools in ([tool], [{"type": "function", "function": tool}], json.dumps([tool])):
+        found = read({"messages": talk, "tools": tools}, system="s")
+        assert found[0] == {
+            "role": "system",
+            "content": "s",
+            "tools": [{"type": "function", "function": tool}],
+        }
+        assert found[1:] == (
+            USER,
+            answer(content="", tool_calls=[CALL]),
+            {"role": "tool", "content": "4", "name": "f"},
+            answer(),
+        )
+        assert read({"messages": list(found)}) == found, "what was converted once stays"
+
+
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "tool", "content": SECRET},
         {"from": "function_call", "value": SECRET},
-        {"from": "observation", "value": SECRET},
-        answer(tool_calls=[{"function": {"name": SECRET}}]),
+        answer(tool_calls=[{"function": {"name": SECRET, "arguments": SECRET}}]),
+        answer(tool_calls=[{"function": {"name": SECRET, "arguments": [SECRET]}}]),
         {"role": "assistant", "content": None, "tool_calls": [{}]},
-        {"role": "assistant", "function_call": {"name": SECRET}},
+        {"role": "assistant", "function_call": {"arguments": {"x": SECRET}}},
+        answer(tool_calls=SECRET),
     ],
 )
-def test_tool_turns_are_refused_with_the_way_out(message):
-    text = error_of(USER, message, answer())
-    assert "message 2 calls a tool or holds what it returned" in text
-    assert "write the call as text" in text
+def test_a_call_that_cannot_be_written_is_refused(message):
+    assert "message 2 has a tool call without a name, or" in error_of(USER, message, answer())
+
+
+def test_a_call_of_the_user_is_refused():
+    assert "is not the assistant's" in error_of({**USER, "tool_calls": [CALL]}, answer())
+
+
+@pytest.mark.parametrize("tools", [SECRET, {"name": "f"}, [{}], [SECRET], [{"function": 3}], 4])
+def test_tools_that_cannot_be_read_are_refused(tools):
+    with pytest.raises(
+        DataError, match="column 'tools' is not a list of tools with names"
+    ) as error:
+        read({"messages": [USER, answer()], "tools": tools})
+    assert SECRET not in str(error.value)
+
+
+def test_rows_that_differ_by_a_call_or_a_tool_are_different_rows():
+    def row(x, tools=()):
+        call = {**CALL, "function": {"name": "f", "arguments": {"x": x}}}
+        return read({"messages": [USER, answer(content="", tool_calls=[call])], "tools": tools})
+
+    rows = (row(1), row(2), row(1, [{"name": "f"}]))
+    found = find_duplicates({"a": ClientRows("a", rows, (row(3), row(1)))})["a"]
+    assert (found.num_repeated, found.num_leaked, found.num_other_answer) == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +229,11 @@ def test_a_cell_that_is_no_json_list_says_how_to_write_one(text):
         read({"messages": text})
 
 
-def test_rows_of_text_alone_are_refused_with_the_way_out():
+def test_rows_of_text_alone_are_refused_with_two_ways_out():
     with pytest.raises(DataError) as caught:
         read({"text": SECRET})
-    assert 'data.completion = "{text}"' in str(caught.value)
+    assert 'data.completion = "{text}"' in " ".join(str(caught.value).split())
+    assert 'task = "text"' in str(caught.value)
     assert SECRET not in str(caught.value)
     found = read({"text": "b"}, prompt="Write a note.", completion="{text}")
     assert [turn["content"] for turn in found] == ["Write a note.", "b"]
@@ -185,7 +244,19 @@ def test_of_two_bad_cells_the_one_that_skipping_does_not_fix_is_said():
         read({"question": "", "answer": [SECRET]})
 
 
-KEYS = ["role", "from", "content", "value", "weight", "tool_calls", "type", "text"]
+KEYS = [
+    "role",
+    "from",
+    "content",
+    "value",
+    "weight",
+    "tool_calls",
+    "function",
+    "name",
+    "type",
+    "text",
+]
+
 TEXTS = st.sampled_from(["user", "human", "assistant", "system", "tool", "text", "a", "", "\ud800"])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,

@@ -179,9 +179,9 @@ BROKEN = {
         r"names \(rag, tool_use\), and none is the default",
     ),
     "an unknown function": ("{{ load_the_data(messages) }}", "own chat template cannot be used"),
-    "an open <think> that answers lose": (
-        FAMILIES["DeepSeek-R1 distilled, opens `<think>`"].template,
-        "data.template = 'auto': in the model's own chat template[\\s\\S]*<think>",
+    "another mark in front of answers": (
+        CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}"),
+        "data.template = 'auto': in the model's own chat template",
     ),
 }
 

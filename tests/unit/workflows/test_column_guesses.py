@@ -88,16 +88,28 @@ def test_columns_get_a_sensible_proposal(columns, keys, client):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"text": answer}, "only one column"),
+        ({"text": int}, "only one column"),
         ({"a": int, "b": int}, "no two columns look like"),
-        ({"a": answer, "b": int}, "no two columns look like"),
-        ({"a": answer, "b": lambda i: None}, "no two columns look like"),
+        ({"a": answer, "b": lambda i: f"W{i}"}, "no two columns look like"),
         ({"a.b": question, "c": answer}, "no two columns look like"),  # no {placeholder} for it
     ],
 )
 def test_columns_that_say_nothing_are_one_error(columns, said):
     with pytest.raises(DataError, match=said):
         guess_unknown(describe_columns(table(**columns)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "client"),
+    [
+        ({"text": answer}, {}, None),
+        ({"note": answer, "id": int, "url": lambda i: None}, {"text": "note"}, None),
+        ({"text": answer, "clinic": lambda i: CITIES[i % 3]}, {}, "clinic"),
+    ],
+)
+def test_a_text_beside_numbers_and_clients_is_learned_whole(columns, keys, client):
+    guess = guess_unknown(describe_columns(table(**columns)))
+    assert (guess.task, guess.keys, guess.client) == ("text", keys, client)
 
 
 def test_reasons_hold_no_value_of_a_row():

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from silotune.training.tasks.base import Task
 from silotune.training.tasks.classify import classify
 from silotune.training.tasks.instruct import INSTRUCT
+from silotune.training.tasks.text import TEXT
 
 TASKS: dict[str, Callable[[Sequence[str]], Task]] = {
     "instruct": lambda labels: INSTRUCT,
     "classify": classify,
+    "text": lambda labels: TEXT,
 }
 """Each is built from the recipe's labels, which only classification uses."""
 

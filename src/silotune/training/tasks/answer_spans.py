@@ -12,7 +12,8 @@ from typing import Any
 from silotune.core.errors import DataError
 from silotune.data.chat_templates import render
 from silotune.data.conversations import Conversation, Message
-from silotune.data.template_traits import TemplateError, traits_of
+from silotune.data.template_traits import THINK, TemplateError, traits_of
+from silotune.training.tasks.tool_checks import check_tools
 
 Span = tuple[int, int]
 """First character, and the one behind the last."""
@@ -30,8 +31,32 @@ def is_learned(message: Message) -> bool:
 
 def full_text(tokenizer: Any, messages: Conversation) -> str:
     """The text of a conversation in training: as rendered, with an end behind its last answer."""
-    text = render(tokenizer, messages, ask=False)
-    return text + (traits_of(tokenizer).appended if is_learned(messages[-1]) else "")
+    if not is_learned(messages[-1]):
+        return render(tokenizer, messages, ask=False)
+    return _reasoned(tokenizer, messages) + _appended(tokenizer, messages[-1])
+
+
+def _reasoned(tokenizer: Any, messages: Conversation) -> str:
+    """The text of a conversation; its last answer has its reasoning if the model is asked for it.
+
+    DeepSeek-R1's template asks with an open <think>, and takes the reasoning out of every answer.
+    The text of training is then the prompt and what the model is expected to write.
+    """
+    opens, answer = traits_of(tokenizer).opens, messages[-1]
+    if not opens or "tool_calls" in answer or "</think>" not in answer["content"]:
+        return render(tokenizer, messages, ask=False)
+    asked = render(tokenizer, messages[:-1], ask=True)
+    plain = render(tokenizer, (*messages[:-1], {**answer, "content": STAND_INS[0]}), ask=False)
+    begin, _, end = plain.rpartition(STAND_INS[0])
+    if begin + opens != asked:
+        return render(tokenizer, messages, ask=False)
+    return asked + answer["content"].lstrip().removeprefix(THINK).lstrip() + end
+
+
+def _appended(tokenizer: Any, answer: Message) -> str:
+    """The mark of the next turn that ends an answer, if the template writes none behind it."""
+    traits = traits_of(tokenizer)
+    return traits.call_appended if "tool_calls" in answer else traits.appended
 
 
 def trained_spans(tokenizer: Any, messages: Conversation) -> Spans:
@@ -39,9 +64,10 @@ def trained_spans(tokenizer: Any, messages: Conversation) -> Spans:
 
     Raises:
         DataError: The template refuses the conversation, or does not write an answer as one piece,
-            so no span can be placed.
+            so no span can be placed; or it leaves out tools, calls or results.
     """
     text = full_text(tokenizer, messages)
+    check_tools(tokenizer, messages)
     learned = [i for i, message in enumerate(messages) if is_learned(message)]
     return text, [_span(tokenizer, messages, i, text) for i in learned]
 
@@ -56,20 +82,21 @@ def _span(tokenizer: Any, messages: Conversation, i: int, text: str) -> Span:
         raise DataError(
             "the model is asked with text that its chat template does not write in front of this "
             "answer, for example an open <think> in front of one without reasoning.\n"
-            "  Use rows whose answers have that part, or set another data.template, for example "
-            "plain."
+            "  Put the reasoning into every answer (<think>...</think> and the answer), or set "
+            "another data.template, for example plain."
         )
+    more = _appended(tokenizer, messages[i])
     if asked is not None and follows and text.startswith(turn):
-        return len(asked), _end_of(tokenizer, turn, len(asked), text)
+        return len(asked), _end_of(tokenizer, turn, len(asked), text, more)
     start, stop = _written(tokenizer, messages, i, text)
     if asked is not None and follows:
         start = len(asked)
     if text.startswith(turn):
-        return start, _end_of(tokenizer, turn, start, text)
+        return start, _end_of(tokenizer, turn, start, text, more)
     behind = traits_of(tokenizer).behind_answer
     if not text.startswith(behind, stop):
-        return start, stop
-    return start, _end_of(tokenizer, text[: stop + len(behind)], stop, text)
+        return start, stop + (len(more) if text.startswith(more, stop) else 0)
+    return start, _end_of(tokenizer, text[: stop + len(behind)], stop, text, more)
 
 
 def _asked(tokenizer: Any, before: Conversation) -> str | None:
@@ -80,15 +107,16 @@ def _asked(tokenizer: Any, before: Conversation) -> str | None:
         return None
 
 
-def _end_of(tokenizer: Any, turn: str, start: int, text: str) -> int:
-    """Where a turn's learned part ends: behind its end token, or where the turn does."""
+def _end_of(tokenizer: Any, turn: str, start: int, text: str, more: str) -> int:
+    """Where a turn's learned part ends: behind its end token, or where the turn does.
+
+    `more` is the mark of the next turn, if that is what ends this one.
+    """
     traits = traits_of(tokenizer)
     found = turn.rfind(traits.eos, start)
     if found >= 0:
         return found + len(traits.eos)
-    # the mark of the next turn, if that is what ends an answer
-    more = traits.appended if text.startswith(traits.appended, len(turn)) else ""
-    return len(turn) + len(more)
+    return len(turn) + (len(more) if text.startswith(more, len(turn)) else 0)
 
 
 def _written(tokenizer: Any, messages: Conversation, i: int, text: str) -> Span:
@@ -98,7 +126,8 @@ def _written(tokenizer: Any, messages: Conversation, i: int, text: str) -> Span:
         DataError: Not in one piece, or not at all.
     """
     for other in STAND_INS:
-        talk = (*messages[:i], {**messages[i], "content": other}, *messages[i + 1 :])
+        plain = {k: v for k, v in messages[i].items() if k != "tool_calls"}
+        talk = (*messages[:i], {**plain, "content": other}, *messages[i + 1 :])
         changed = full_text(tokenizer, talk)
         start = _common(text, changed)
         tail = _common(text[:start:-1], changed[:start:-1])

@@ -89,6 +89,18 @@ class Prepared:
     """Index of the row that each example comes from."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """A row as text, what of it is learned, and its tokens."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+    """Learned parts: first character, and the one behind the last."""
+    ids: list[int]
+    starts: list[int]
+    """The character at which each token starts."""
+
+
 class LossOf(Protocol):
     """How a task scores a batch."""
 
@@ -110,5 +122,9 @@ class Task:
     """(rows, tokenizer) -> number of tokens of each row, before truncation."""
     pack: Callable[[Sequence[Example]], Batch] | None = None
     """Examples -> one batch without padding, if the task supports it."""
+    written: Callable[[Sequence[Any], Any], list[Written]] | None = None
+    """(rows, tokenizer) -> the rows as text; None if they are classified."""
+    is_asked: bool = False
+    """Whether a row has a question that a model can be asked."""
     labels: tuple[str, ...] = ()
-    """The classes, if rows are classified; empty if they are answered."""
+    """The classes, if rows are classified; otherwise empty."""

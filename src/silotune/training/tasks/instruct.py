@@ -19,7 +19,7 @@ from silotune.data.conversations import Conversation
 from silotune.data.placed_conversation import place_of
 from silotune.models.loading import LoadedModel
 from silotune.training.tasks.answer_spans import Spans, encode_rows, full_text, trained_spans
-from silotune.training.tasks.base import Batch, Example, Loss, Prepared, Task
+from silotune.training.tasks.base import Batch, Example, Loss, Prepared, Task, Written
 
 
 def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Prepared:
@@ -207,4 +207,20 @@ def num_tokens(rows: Sequence[Conversation], tokenizer: Any) -> list[int]:
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-INSTRUCT = Task(prepare=prepare, collate=collate, loss=loss, num_tokens=num_tokens, pack=pack)
+def written(rows: Sequence[Conversation], tokenizer: Any) -> list[Written]:
+    """Every conversation with its template, its answers and its tokens."""
+    rendered = [trained_spans(tokenizer, row) for row in rows]
+    encoded = encode_rows(tokenizer, rendered)
+    pairs = zip(rendered, encoded, strict=True)
+    return [Written(text, spans, ids, starts) for (text, spans), (ids, starts) in pairs]
+
+
+INSTRUCT = Task(
+    prepare=prepare,
+    collate=collate,
+    loss=loss,
+    num_tokens=num_tokens,
+    pack=pack,
+    written=written,
+    is_asked=True,
+)

@@ -28,8 +28,7 @@ def template_warnings(tokenizer: Any, rows: Iterable[Conversation]) -> list[str]
         rows: Conversations to learn or to score.
     """
     counts: Counter[str] = Counter()
-    named: Counter[str] = Counter()
-    control = [token for token in tokenizer.all_special_tokens if token.strip()]
+    rendered: list[Conversation] = []
     for row in rows:
         try:
             text = full_text(tokenizer, row)
@@ -38,10 +37,26 @@ def template_warnings(tokenizer: Any, rows: Iterable[Conversation]) -> list[str]
         counts.update(set(_left_out(row, text)))
         has_system = any(m["role"] == "system" and m["content"].strip() for m in row)
         counts["moved"] += traits_of(tokenizer).refuses_system and has_system
+        rendered.append(row)
+    return [*_as_warnings(counts), *control_warnings(tokenizer, rendered)]
+
+
+def control_warnings(tokenizer: Any, rows: Iterable[Conversation]) -> list[str]:
+    """A warning if texts of rows contain what the model takes for control tokens."""
+    count, named = 0, Counter[str]()
+    control = [token for token in tokenizer.all_special_tokens if token.strip()]
+    for row in rows:
         found = {t for t in control if any(t in m["content"] for m in row)}
-        counts["control"] += bool(found)
+        count += bool(found)
         named.update(found)
-    return list(_as_warnings(counts, named))
+    if not count:
+        return []
+    names = ", ".join(f"'{one_line(token, longest=40)}'" for token, _ in named.most_common(3))
+    verb = "contains" if count == 1 else "contain"
+    return [
+        f"{counted(count, 'row')} {verb} control tokens of the model as text ({names}), which the "
+        "model reads as the end of a turn or the like; remove them"
+    ]
 
 
 def _left_out(row: Conversation, text: str) -> Iterator[str]:
@@ -67,7 +82,7 @@ def _parts(message: Message) -> list[str]:
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
-def _as_warnings(counts: Counter[str], named: Counter[str]) -> Iterator[str]:
+def _as_warnings(counts: Counter[str]) -> Iterator[str]:
     lost = {
         "reasoning": "the reasoning in the answers of {}, so it is not learned",
         "assistant": "an answer or a part of it in {}, so it is not learned",
@@ -83,11 +98,4 @@ def _as_warnings(counts: Counter[str], named: Counter[str]) -> Iterator[str]:
         yield (
             "the chat template takes no system text, so it is put in front of the first question "
             f"({counted(counts['moved'], 'row')})"
-        )
-    if counts["control"]:
-        names = ", ".join(f"'{one_line(token, longest=40)}'" for token, _ in named.most_common(3))
-        verb = "contains" if counts["control"] == 1 else "contain"
-        yield (
-            f"{counted(counts['control'], 'row')} {verb} control tokens of the model as text "
-            f"({names}), which the model reads as the end of a turn or the like; remove them"
         )

@@ -50,6 +50,7 @@ from silotune.workflows.audit.released_norm import replay
 from silotune.workflows.audit.result import claim_of, result_of
 from silotune.workflows.check import Checked, check
 from silotune.workflows.folders import place_for
+from silotune.workflows.in_memory import keep_beside
 from silotune.workflows.provenance import provenance_of
 from silotune.workflows.run import run_in
 
@@ -99,6 +100,8 @@ def audit(
     canaries: int | None = None,
     out: Path | str | None = None,
     progress: Progress | None = None,
+    rows: Any = None,
+    model: Any = None,
 ) -> Audit:
     """Attack a finished run, or train a recipe with canaries in it and attack that.
 
@@ -109,6 +112,10 @@ def audit(
             clients, otherwise rows.
         out: The folder to create for a recipe; by default runs/<time>-<recipe>-audit.
         progress: Receives progress messages; silent by default.
+        rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
+            iterator, or {client: rows}. They are written beside the audit folder.
+        model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
+            like the rows and not changed.
 
     Returns:
         The audit. For a run, it is in a new folder inside the run folder.
@@ -119,10 +126,11 @@ def audit(
     """
     progress = progress or Progress()
     if not isinstance(target, RunConfig) and _is_run(target):
-        if overrides or canaries is not None or out is not None:
+        given = (canaries, out, rows, model)
+        if overrides or any(one is not None for one in given):
             raise ConfigError(
-                f"{target} is a run, and it is audited as it is: keys, canaries and out do not "
-                "apply.\n  Leave them out, or give a recipe."
+                f"{target} is a run, and it is audited as it is: keys, canaries, out, rows and "
+                "model do not apply.\n  Leave them out, or give a recipe."
             )
         return _audit_run(Run(Path(target)), progress)
     count = CANARIES if canaries is None else canaries
@@ -130,7 +138,7 @@ def audit(
         raise ConfigError(
             f"canaries = {count}: so few can hardly show anything.\n  Use {FEWEST} or more."
         )
-    checked = check(target, overrides)
+    checked = check(target, keep_beside(out, rows, model, overrides))
     _check_auditable(checked.run)
     place = place_for(target, out, "-audit")
     if place.exists():  # the folder's own message would offer --resume
@@ -285,6 +293,7 @@ def _with_rows(
         seed=run.seed,
         labels=(run.data.labels or ()) if run.task == "classify" else (),
         system=run.data.system,
+        is_text=run.task == "text",
         num_others=NUM_OTHERS,
     )
     progress.note(f"loading {run.model.name}")
@@ -300,7 +309,7 @@ def _with_rows(
     coins = [canary.is_in for canary in canaries]
     notes = [*_not_met(run, folder, checked, canaries), BLACK_BOX]
     told = result_of(coins, scores, statement(run, folder), notes)
-    if run.task == "instruct":
+    if run.task != "classify":
         progress.note("ranking secrets")
         told["exposure"] = {
             name: _exposure(loaded, run, canaries, after, is_in=is_in)

@@ -10,7 +10,7 @@ import torch
 
 from silotune.core.seeds import generator
 from silotune.data.clients import ClientRows
-from silotune.data.conversations import conversation
+from silotune.data.conversations import TEXT, conversation, plain_text
 from silotune.data.reading import TaskRow
 from silotune.workflows.audit.canary_clients import toss
 
@@ -30,7 +30,8 @@ class CanaryRow:
     row: TaskRow
     is_in: bool
     others: tuple[TaskRow, ...] = ()
-    """instruct: the same question with other secrets, drawn in the same way; no client has them."""
+    """The same question or text with other secrets, drawn in the same way; no client has them.
+    None for classification."""
 
 
 def draw_canaries(
@@ -40,12 +41,13 @@ def draw_canaries(
     seed: int,
     labels: Sequence[str] = (),
     system: str | None = None,
+    is_text: bool = False,
     num_others: int = 0,
 ) -> list[CanaryRow]:
     """Make canary rows, and toss a coin for each.
 
-    For conversations: a question with a random name, and random digits as the answer. For
-    classification: random words with a random label.
+    For conversations: a question with a random name, and random digits as the answer. For texts: a
+    sentence with both. For classification: random words with a random label.
 
     Args:
         rows: The clients' own rows; canaries are dealt to the clients in turn.
@@ -53,6 +55,7 @@ def draw_canaries(
         seed: Seeds the coins and the texts.
         labels: The classes; empty if rows are conversations.
         system: The system message, if the recipe has one.
+        is_text: Whether rows are texts.
         num_others: How many other secrets for each canary.
     """
     gen, names, seen = generator(seed, "audit", "rows"), sorted(rows), set[str]()
@@ -63,8 +66,11 @@ def draw_canaries(
             row, others = _text(gen, labels, pair="text_pair" in rows[client].train[0]), []
         else:
             name = _name(gen, seen)
-            talks = [_talk(name, _secret(gen), system) for _ in range(1 + num_others)]
-            row, *others = talks
+            secrets = [_secret(gen) for _ in range(1 + num_others)]
+            row, *others = [
+                _statement(name, secret) if is_text else _talk(name, secret, system)
+                for secret in secrets
+            ]
         found.append(CanaryRow(client, row, coin, tuple(others)))
     return found
 
@@ -89,6 +95,11 @@ def _joined(own: ClientRows, canaries: Sequence[CanaryRow]) -> ClientRows:
 def _talk(name: str, secret: str, system: str | None) -> TaskRow:
     row = {"question": f"What is the access code of {name}?", "answer": secret}
     return conversation(row, where="canary", system=system)
+
+
+def _statement(name: str, secret: str) -> TaskRow:
+    row = {TEXT: f"The access code of {name} is {secret}."}
+    return (plain_text(row, where="canary", column=TEXT),)
 
 
 def _text(gen: torch.Generator, labels: Sequence[str], *, pair: bool) -> TaskRow:

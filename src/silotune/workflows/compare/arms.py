@@ -74,7 +74,7 @@ class Arms:
         everything = tuple(e for own in self.data.values() for e in own.examples)
         self.server_rows = server_rows(run)
         if self.server_rows:  # the centralized arm trains on them, too
-            everything += build_lesson(run, self.server_rows, self.loaded.tokenizer).examples
+            everything += build_lesson(run, self.server_rows, self.loaded).examples
         self.pool = ClientData("centralized", everything, (), num_eval=0, num_cut=0, num_dropped=0)
         self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
         arms = 1 + len(self.data) + len(federated_arms(run))
@@ -238,8 +238,8 @@ class Arms:
         held, run = self.held[client], self.run
         each = score_each(self.loaded, held.examples, self.task, batch_size=run.evaluate.batch_size)
         rows: list[Row] = [asdict(score) for score in each]
-        if self.task.labels:
-            return rows  # a classifier gives no answers
+        if not self.task.is_asked:
+            return rows  # neither a classifier nor a text gives answers
         limit = run.compare.max_new_tokens
         shown = range(len(rows)) if limit else self._sampled(client)
         asked = [question_of(held.talks[i]) for i in shown]
@@ -261,7 +261,7 @@ class Arms:
     def samples(self, scores: Scores) -> list[dict[str, Any]]:
         """Some held-out questions, and how the first seed's arms answer them."""
         found: list[dict[str, Any]] = []
-        shown = 0 if self.task.labels else self.run.report.samples
+        shown = self.run.report.samples if self.task.is_asked else 0
         for client in list(self.data)[:shown]:
             talk, reference = question_of(self.held[client].talks[0])
             said = {

@@ -7,7 +7,7 @@ in a new folder inside the run folder.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from silotune.workflows.evaluate.suites.results import Answered, Way, summarise
 from silotune.workflows.evaluate.suites.scoring import score_generation, score_likelihood
 from silotune.workflows.evaluate.text_scores import Quality, judge, question_of
 from silotune.workflows.evaluate.text_scores import mean as mean_quality
+from silotune.workflows.in_memory import keep_rows
 from silotune.workflows.provenance import check_same_rows
 
 LM_EVAL = "lm-eval:"
@@ -55,8 +56,9 @@ class Questions:
 
     suites: Sequence[str] = ()
     """Names of suites, or "lm-eval:<task>"; if empty, the run's own held-out questions."""
-    data: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    """Suite -> a local file with its columns; the others are read from the hub."""
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Suite -> a local file with its columns, or such rows in memory, which are written beside the
+    run folder; the others are read from the hub."""
     max_new_tokens: int = 128
     """Maximum length of a generated answer, in tokens."""
     batch_size: int = 16
@@ -145,7 +147,7 @@ def evaluate(
         SilotuneError: See `read_questions` and `Run.load`.
     """
     run = run if isinstance(run, Run) else Run(Path(run))
-    cfg, progress = questions or Questions(), progress or Progress()
+    cfg, progress = _on_disk(questions or Questions(), run), progress or Progress()
     asked = read_questions(cfg)
     config = run.config
     if config.task == "classify" and cfg.suites:
@@ -175,6 +177,16 @@ def evaluate(
     write_json(place / "scores.json", scores)
     list_files(place, [path.name for path in place.glob("*.json*")])
     return Evaluation(place)
+
+
+def _on_disk(cfg: Questions, run: Run) -> Questions:
+    """The same questions, with those that are in memory in a file beside the run folder."""
+    beside = run.path.parent
+    files = {
+        name: Path(given) if isinstance(given, str | Path) else keep_rows(given, beside)
+        for name, given in cfg.data.items()
+    }
+    return replace(cfg, data=files)
 
 
 def _models(
@@ -211,6 +223,15 @@ def _held_out(
         talks = _drawn(own.evaluation, cfg.limit, config.seed, client)
         prepared = task.prepare(talks, loaded.tokenizer, config.train.max_length)
         each = score_each(loaded, prepared.examples, task, batch_size=config.evaluate.batch_size)
+        scores[client] = {
+            "num_items": len(talks),
+            "loss": sum(s.loss_sum for s in each) / max(1, sum(s.num_tokens for s in each)),
+        }
+        if not task.is_asked:
+            kept += [
+                {"client": client, "loss_sum": s.loss_sum, "num_tokens": s.num_tokens} for s in each
+            ]
+            continue
         asked = [question_of(talk) for talk in talks]
         said = answers(
             loaded,
@@ -219,15 +240,11 @@ def _held_out(
             batch_size=cfg.batch_size,
         )
         judged = judge(said, [reference for _, reference in asked])
-        scores[client] = {
-            "num_items": len(talks),
-            "loss": sum(s.loss_sum for s in each) / max(1, sum(s.num_tokens for s in each)),
-            **mean_quality(judged),
-        }
+        scores[client] |= mean_quality(judged)
         for (talk, reference), one, quality in zip(asked, said, judged, strict=True):
             row = {"client": client, "question": talk[-1]["content"], "reference": reference}
             kept.append({**row, "answer": one.text, **asdict(quality)})
-    keys = ["loss", *Quality.__dataclass_fields__]
+    keys = ["loss", *(Quality.__dataclass_fields__ if task.is_asked else ())]
     mean = {key: sum(own[key] for own in scores.values()) / len(scores) for key in keys}
     return kept, {"clients": scores, "mean over clients": mean}
 
@@ -345,15 +362,18 @@ def _ways(
 def quality_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Header and rows: one line per client and model, over the run's own held-out questions."""
     keys = {"loss": 3, "rouge1": 3, "rouge2": 3, "rougeL": 3, "exact": 3, "length": 1, "ended": 2}
-    names = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "exact", "tokens", "ended")
-    lines: list[tuple[str, ...]] = [("client", "model", "questions", "loss", *names)]
-    clients = next(iter(scores["models"].values()))[HELD_OUT]["clients"]
+    names = ("loss", "ROUGE-1", "ROUGE-2", "ROUGE-L", "exact", "tokens", "ended")
+    first = next(iter(scores["models"].values()))[HELD_OUT]
+    clients, known = first["clients"], first["mean over clients"]
+    what = "questions" if "exact" in known else "rows"
+    shown = [name for name, key in zip(names, keys, strict=True) if key in known]
+    lines: list[tuple[str, ...]] = [("client", "model", what, *shown)]
     for client in (*clients, "mean over clients"):
         for model, found in scores["models"].items():
             held = found[HELD_OUT]
             own = held["clients"].get(client, held["mean over clients"])
             count = str(own.get("num_items", ""))
-            cells = (f"{own[key]:.{digits}f}" for key, digits in keys.items())
+            cells = (f"{own[key]:.{digits}f}" for key, digits in keys.items() if key in known)
             lines.append((client, model, count, *cells))
     return lines
 

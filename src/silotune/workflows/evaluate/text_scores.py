@@ -4,6 +4,7 @@ Similar words score high here, and facts do not count: an answer can be fluent, 
 scored. Read some of the answers; they are always saved.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
@@ -32,17 +33,21 @@ class Quality:
 def question_of(talk: Conversation) -> tuple[Conversation, str]:
     """The turns before the last answer, and that answer: what a model is asked, and the reference.
 
-    An answer that is only context ("train": False) is no reference.
+    An answer that is only context ("train": False) is no reference. Neither is a call of a tool,
+    unless there is no other answer: it is then the reference as JSON.
 
     Example:
         >>> talk = ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"})
         >>> question_of(talk)[1]
         '4'
     """
-    last = max(
+    learned = [
         i for i, turn in enumerate(talk) if turn["role"] == "assistant" and turn.get("train", True)
-    )
-    return talk[:last], talk[last]["content"]
+    ]
+    said = [i for i in learned if talk[i]["content"].strip()]
+    last = max(said or learned)
+    called = [call["function"] for call in talk[last].get("tool_calls", ())]
+    return talk[:last], talk[last]["content"] or json.dumps(called, ensure_ascii=False)
 
 
 def rouge(

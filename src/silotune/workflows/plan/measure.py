@@ -26,7 +26,7 @@ from silotune.core.types import Broadcast
 from silotune.federation.client import ClientData, Worker, train_round
 from silotune.federation.client_memory import ClientMemory
 from silotune.federation.client_privacy import Protection
-from silotune.federation.recipe_model import load_for, local_tensors
+from silotune.federation.recipe_model import load_for, local_tensors, warn_of_template
 from silotune.federation.sampling import sample
 from silotune.models.allocator import release_memory
 from silotune.models.devices import peak_memory_bytes
@@ -83,6 +83,8 @@ class Measurement:
     """Tokens of all clients' steps for each round, including padding."""
     scored_tokens: Mapping[str, int]
     """Tokens of each client's held-out rows, including padding."""
+    surprises: tuple[str, ...] = ()
+    """What the chat template does to the rows that may be surprising."""
 
 
 def is_at_hand(run: RunConfig) -> bool:
@@ -123,7 +125,8 @@ def measure(run: RunConfig) -> Measurement | str:
         return lines[-1].strip() if lines and done.returncode > 0 else killed
     table = json.loads(done.stdout.splitlines()[-1])
     table["batch"] = BatchShape(**table["batch"])
-    return Measurement(**{**table, "train_tokens": tuple(table["train_tokens"])})
+    tuples = {key: tuple(table[key]) for key in ("train_tokens", "surprises")}
+    return Measurement(**{**table, **tuples})
 
 
 # --- in the separate process ----------------------------------------------------------------------
@@ -146,7 +149,7 @@ def _measure(run: RunConfig, began: float) -> Measurement:
     task = build_task(run.task, run.data.labels)
     algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
     worker = Worker(loaded, task, run, algorithm)
-    clients, real = _clients(run, worker)
+    clients, surprises = _clients(run, worker)
     start = time.perf_counter() - began
     rounds = [list(_batches(run, clients, r)) for r in _positions(run, clients)]
     ordered = sorted(
@@ -156,7 +159,7 @@ def _measure(run: RunConfig, began: float) -> Measurement:
     costs = _measure_steps(_Probe(worker, clients), ordered, scored)
     return Measurement(
         device=str(loaded.device),
-        real_rows=real,
+        real_rows=surprises is not None,
         batch=_shape(ordered[-1], task, run),
         seconds_start=start,
         **asdict(costs),
@@ -165,6 +168,7 @@ def _measure(run: RunConfig, began: float) -> Measurement:
             name: sum(batch.ids.numel() for batch in own.eval_batches)
             for name, own in clients.items()
         },
+        surprises=surprises or (),
     )
 
 
@@ -255,10 +259,17 @@ def _measure_steps(
     )
 
 
-def _clients(run: RunConfig, worker: Worker) -> tuple[dict[str, ClientData], bool]:
-    """The clients' rows as tokens; made-up rows if the data set cannot be reached."""
+def _clients(
+    run: RunConfig, worker: Worker
+) -> tuple[dict[str, ClientData], tuple[str, ...] | None]:
+    """The clients' rows as tokens, and what their template does to them.
+
+    If the data set cannot be reached, made-up rows and None.
+    """
     try:
-        return prepare_clients(check(run).rows, worker), True
+        rows = check(run).rows
+        surprises = warn_of_template(worker.loaded.tokenizer, run, rows)
+        return prepare_clients(rows, worker), tuple(surprises)
     except DataError:
         if run.partition is None or run.partition.num_clients is None:
             raise
@@ -274,7 +285,7 @@ def _clients(run: RunConfig, worker: Worker) -> tuple[dict[str, ClientData], boo
     return {
         name: ClientData(name, rows, tuple(batches), len(batches), num_cut=0, num_dropped=0)
         for name in names
-    }, False
+    }, None
 
 
 def _positions(run: RunConfig, clients: Mapping[str, ClientData]) -> Iterator[dict[str, int]]:

@@ -122,6 +122,7 @@ def _plan(run: RunConfig, *, measured: bool, limits: Limits | None) -> Plan:
     outcome = measure(run.model_copy(update={"rounds": sent.rounds})) if here else None
     notes += _measurement_notes(outcome, wanted=measured)
     found = outcome if isinstance(outcome, Measurement) else None
+    notes += found.surprises if found is not None else ()
     times = None if found is None else expected_times(run, sent.rounds, sent.num_asked, found)
     notes += _budget_notes(run, sent, times)
     if run.server.work != "none":

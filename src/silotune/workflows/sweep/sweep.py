@@ -26,6 +26,7 @@ from silotune.recipes.sweep_grid import read_axes
 from silotune.results.run import Run
 from silotune.workflows.check import on_a_day
 from silotune.workflows.folders import place_for
+from silotune.workflows.in_memory import keep_beside
 from silotune.workflows.shared_base import Bench, attempt, needs
 from silotune.workflows.sweep.page import sweep_page
 from silotune.workflows.sweep.ranking import ranked
@@ -106,6 +107,8 @@ def sweep(
     out: Path | str | None = None,
     resume: Path | str | None = None,
     progress: Progress | None = None,
+    rows: Any = None,
+    model: Any = None,
 ) -> Sweep:
     """Train a recipe with every combination of some keys' values, or resume a sweep.
 
@@ -120,12 +123,17 @@ def sweep(
         out: The folder to create; by default runs/<time>-<recipe>-sweep. Never overwritten.
         resume: A sweep to resume, with its own recipe and keys.
         progress: Receives progress messages; silent by default.
+        rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
+            iterator, or {client: rows}. They are written beside the sweep folder.
+        model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
+            like the rows and not changed.
 
     Raises:
         SilotuneError: See errors.py. A mistake in any run is found before the first run starts. A
             run that fails later raises nothing: the result lists it with the reason.
     """
     progress = progress or Progress()
+    overrides = keep_beside(out, rows, model, overrides, resume)
     if resume is not None:
         if recipe is not None or overrides or runs or search or out is not None:
             raise ConfigError(

@@ -35,16 +35,37 @@ def system(text):
     return {"role": "system", "content": text}
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+CALL = {
+    "id": "abc123456",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": {"city": "Röm"}},
+}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "abc123456", "content": '{"t": 4}'}
 THOUGHT = "<think>\nA thought.\n</think>\n\n"
 ROWS = {
     "one answer": [user("Why?"), assistant("So.")],
     "several": [user("Why?"), assistant("So."), user("And?"), assistant("No.")],
     "system": [system("Be brief."), user("Why?"), assistant("So.")],
-    "tool": [user("Why?"), {"role": "tool", "content": "4"}, assistant("So.")],
+    "tool": [user("Why?"), CALLED, RESULT, assistant("So.")],
     "reasoning": [user("Why?"), assistant(THOUGHT + "So.")],
     "assistant first": [assistant("Hello!"), user("Why?"), assistant("So.")],
     "question last": [user("Why?"), assistant("So."), user("And?")],
 }
+
+
+def offered(messages):
+    return {"tools": TOOLS} if CALLED in messages else {}
 
 
 def outcome(name: str, messages) -> str:
@@ -52,7 +73,7 @@ def outcome(name: str, messages) -> str:
     tokenizer = family_tokenizer(name)
     try:
         set_template(tokenizer, date="2026-01-31")
-        row = conversation({"messages": messages}, where="rows.jsonl:1")
+        row = conversation({"messages": messages, **offered(messages)}, where="rows.jsonl:1")
         (example,) = prepare([row], tokenizer, 512).examples
     except SilotuneError:
         return "refused"
@@ -62,6 +83,9 @@ def outcome(name: str, messages) -> str:
         return "moved" if "in front of the first question" in warned[0] else "warned"
     for message in messages:
         if message["role"] == "assistant":
+            assert all(
+                word in learned for word in ("get_weather", "Röm") if "tool_calls" in message
+            )
             assert message["content"].split("</think>")[-1].strip() in learned
     return "works"
 
@@ -124,6 +148,94 @@ def test_the_learned_text_is_that_of_trl(name, kind):
     if name in LINE_BREAK:
         expected = expected.replace("<|im_end|>\n", "<|im_end|>")
     assert ours.decode(example.ids[example.trained]) == expected
+
+
+TOOL_TEMPLATES = {
+    "gemma4": "<turn|>",
+    "glm4moe": "<|endoftext|>",
+    "gptoss": "<|return|>",
+    "lfm2_v2": "<|im_end|>",
+    "llama3_1": "<|eot_id|>",
+    "llama3_2": "<|eot_id|>",
+    "qwen2_5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "qwen3_5_think": "<|im_end|>",
+    "qwen3_instruct_2507": "<|im_end|>",
+}
+ALSO_IN_TRL = {"gptoss": "<|start|>assistant", "deepseek_r1_distill": "<｜Assistant｜><think>\n"}
+"""What TRL learns of a prompt."""
+
+
+def learned_by_trl(name, eos, messages, tools=None):
+    """What TRL learns of a conversation, without what docs/models.md names as different."""
+    theirs = tokenizer_for((TRL / f"{name}_training.jinja").read_text("utf-8"), eos, "<s>")
+    own = theirs.apply_chat_template(
+        messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = zip(own["input_ids"], own["assistant_masks"], strict=True)
+    text = theirs.decode([token for token, mark in marked if mark])
+    text = text.replace(ALSO_IN_TRL.get(name, "<no mark>"), "").replace(f"{eos}\n", eos)
+    if name == "qwen2_5":
+        text = "".join(part.removeprefix("\n") + eos for part in text.split(eos)[:-1])
+    return text
+
+
+@pytest.mark.parametrize("name", TOOL_TEMPLATES)
+@pytest.mark.parametrize("messages", [ROWS["tool"], ROWS["tool"][:2]], ids=["answered", "called"])
+def test_tools_are_written_as_transformers_does_and_calls_are_learned_as_trl_does(name, messages):
+    eos = TOOL_TEMPLATES[name]
+    tokenizer = tokenizer_for((TRL / f"{name}.jinja").read_text("utf-8"), eos, "<s>")
+    set_template(tokenizer, date="2024-07-26")
+    row = conversation({"messages": messages, "tools": TOOLS}, where="rows.jsonl:1")
+    (example,) = prepare([row], tokenizer, 4096).examples
+    text, learned = (tokenizer.decode(ids) for ids in (example.ids, example.ids[example.trained]))
+    if name not in ("gptoss", "llama3_2"):  # they write the day
+        whole = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+        assert text == whole + ("" if name != "glm4moe" else text[len(whole) :])
+    assert "Röm" in learned
+    assert '"t"' not in learned
+    rewrites = name.startswith("qwen3") and name != "qwen3_instruct_2507"
+    if (TRL / f"{name}_training.jinja").exists() and not rewrites:
+        assert learned.replace(f"{eos}\n", eos) == learned_by_trl(name, eos, messages, TOOLS)
+    assert template_warnings(tokenizer, [row]) == []
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "qwen2_5", "gptoss"])
+@pytest.mark.parametrize("kind", ["one answer", "reasoning"])
+def test_what_trl_learns_beyond_an_answer_is_what_the_documents_say(name, kind):
+    if (name, kind) == ("deepseek_r1_distill", "one answer"):
+        return  # a model that is asked to think has nothing to learn from it
+    eos = {"deepseek_r1_distill": "<｜end▁of▁sentence｜>", "gptoss": "<|return|>"}
+    eos = eos.get(name, "<|im_end|>")
+    tokenizer = tokenizer_for((TRL / f"{name}.jinja").read_text("utf-8"), eos, "<s>")
+    set_template(tokenizer)
+    (example,) = prepare([tuple(ROWS[kind])], tokenizer, 2048).examples
+    learned = tokenizer.decode(example.ids[example.trained])
+    assert learned == learned_by_trl(name, eos, ROWS[kind])
+
+
+@pytest.mark.parametrize("name", ["SmolLM2", "Gemma 3", "Phi-4", "GLM-4", "Llama 3"])
+@pytest.mark.parametrize("messages", [ROWS["tool"], ROWS["tool"][:2]], ids=["answered", "called"])
+def test_a_template_that_leaves_out_tools_is_refused_with_the_rows_place(name, messages):
+    tokenizer = family_tokenizer(name)
+    set_template(tokenizer)
+    row = conversation({"messages": messages, "tools": TOOLS}, where="rows.jsonl:7")
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: the chat template") as error:
+        prepare([PlacedConversation(row, "rows.jsonl:7")], tokenizer, 512)
+    assert "weather" not in str(error.value)
+
+
+def test_tools_that_only_calls_name_are_missed():
+    """A template may write calls and pass over what was offered."""
+    both = "{{ m['content'] }}{{ m['tool_calls'] }}"
+    tokenizer = build_tokenizer(CHATML.replace("{{ m['content'] }}", both))
+    set_template(tokenizer)
+    row = conversation({"messages": ROWS["tool"]}, where="rows.jsonl:1")
+    (example,) = prepare([row], tokenizer, 512).examples
+    assert "get_weather" in tokenizer.decode(example.ids[example.trained])
+    row = conversation({"messages": ROWS["tool"], "tools": TOOLS}, where="rows.jsonl:1")
+    with pytest.raises(DataError, match="does not write the tools that a row offers, so"):
+        prepare([row], tokenizer, 512)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_6", "gptoss"])
@@ -254,6 +366,26 @@ def test_an_answer_without_the_reasoning_that_the_prompt_opens_is_refused_as_the
     assert learned == "A thought.\n</think>\n\nSo.<|im_end|>"
     with pytest.raises(DataError, match=r"row 2: .*<think>"):
         prepare([good, tuple(ROWS["one answer"])], tokenizer, 512)
+
+
+def test_reasoning_is_trained_behind_the_think_mark_that_a_prompt_opens():
+    """Bug: DeepSeek-R1's own template, which takes reasoning out of answers, fitted no row."""
+    tokenizer = family_tokenizer("DeepSeek-R1 distilled, opens `<think>`")
+    set_template(tokenizer)
+    talk = [user("Why?"), assistant(THOUGHT.replace("A", "Another") + "So."), user("And?")]
+    spaced = [*talk, assistant("\n<think>A thought.\n</think>\n\nNo.")]
+    (example,) = prepare([tuple(spaced)], tokenizer, 512).examples
+    text = tokenizer.decode(example.ids)
+    assert text.startswith(render(tokenizer, tuple(talk), ask=True))
+    learned = tokenizer.decode(example.ids[example.trained])
+    mark = "<｜end▁of▁sentence｜>"
+    assert learned == f"\n\nSo.{mark}A thought.\n</think>\n\nNo.{mark}"
+    assert text.endswith(f"<｜Assistant｜><think>\nA thought.\n</think>\n\nNo.{mark}")
+    (warned,) = template_warnings(tokenizer, [tuple(spaced)])
+    assert "reasoning in the answers of 1 row" in warned
+    plain = PlacedConversation(ROWS["one answer"], "rows.jsonl:3")
+    with pytest.raises(DataError, match=r"(?s)rows\.jsonl:3: .*<think>.*Put the reasoning into"):
+        prepare([plain], tokenizer, 512)
 
 
 def test_a_place_survives_a_trip_to_another_process_and_changes_no_comparison():
