@@ -20,7 +20,8 @@ from silotune.deployment import join
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.consortium.kit import read_kit, read_request_file
 from silotune.federation.acceptance import check_update, what_is_expected
-from silotune.federation.client_config import load_client_config, own_recipe, own_rows
+from silotune.federation.client_config import load_client_config
+from silotune.federation.client_recipe import own_recipe, own_rows
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.mistakes import known_keys

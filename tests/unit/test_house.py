@@ -65,6 +65,12 @@ def test_a_file_imports_from_its_own_room_and_from_rooms_of_a_lower_rank(path):
             assert RANK[parts[1]] < RANK[own], f"{path.relative_to(SOURCE)} imports {name}"
 
 
+def test_no_file_grows_past_400_lines():
+    """Past that, a second idea has its own place."""
+    long = {p.name for p in modules() if len(p.read_text(encoding="utf-8").splitlines()) > 400}
+    assert not long
+
+
 def test_every_folder_says_what_it_is_for():
     for folder in {path.parent for path in modules()}:
         text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))

@@ -123,7 +123,7 @@ def print_sweep(done: "silotune.Sweep") -> None:
 
 def print_scores(done: "silotune.Evaluation", task: str) -> None:
     """Print the scores of suites if any was asked, otherwise those of the held-out rows."""
-    from silotune.workflows.evaluate import evaluate as tables
+    from silotune.workflows.evaluate import tables
 
     scores = done.scores
     if scores["settings"]["suites"]:

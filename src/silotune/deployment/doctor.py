@@ -25,7 +25,7 @@ from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.kit import certificate_of
 from silotune.deployment.join import KEY, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
-from silotune.federation.client_config import check_base, check_steps, own_recipe, own_rows
+from silotune.federation.client_recipe import check_base, check_steps, own_recipe, own_rows
 from silotune.federation.recipe_model import give_template, warn_of_template
 from silotune.models.base import folder_of_base, inspect_base, load_tokenizer
 from silotune.models.sources import content_hash

@@ -16,7 +16,7 @@ from silotune.core.errors import ConfigError
 from silotune.core.reading_back import read_object
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.supervisor import Note, Supervisor
-from silotune.federation.client_config import LOCATIONS
+from silotune.federation.client_recipe import LOCATIONS
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe, parse, to_toml
 from silotune.recipes.schema import RunConfig

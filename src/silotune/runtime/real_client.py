@@ -8,18 +8,17 @@ from pathlib import Path
 
 from silotune.core.errors import Declined
 from silotune.data.reading import chooses_rows
-from silotune.federation.client_config import (
-    ClientConfig,
+from silotune.federation.client_config import ClientConfig, load_client_config
+from silotune.federation.client_memory import check_memory, check_split_rule, folder_name
+from silotune.federation.client_privacy import Ledger
+from silotune.federation.client_recipe import (
     check_base,
     check_hours,
     check_steps,
     is_quiet,
-    load_client_config,
     own_recipe,
     own_rows,
 )
-from silotune.federation.client_memory import check_memory, check_split_rule, folder_name
-from silotune.federation.client_privacy import Ledger
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.outbound_log import FILE as OUTBOUND
 from silotune.federation.outbound_log import Outbound

@@ -19,8 +19,8 @@ from silotune.federation.client_config import (
     is_client_folder,
     load_client_config,
     load_client_configs,
-    own_rows,
 )
+from silotune.federation.client_recipe import own_rows
 from silotune.federation.privacy_guarantee import Promise, promise_of, too_few_for
 from silotune.federation.roster import is_consortium, names_in
 from silotune.federation.sampling import cohort_size

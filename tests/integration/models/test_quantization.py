@@ -15,7 +15,8 @@ from silotune.core.errors import ConfigError, ModelError, SilotuneError
 from silotune.core.tree import sha256
 from silotune.core.types import Broadcast, Score, ServerState, Update
 from silotune.data.clients import load_clients
-from silotune.federation.client_config import ClientConfig, own_recipe
+from silotune.federation.client_config import ClientConfig
+from silotune.federation.client_recipe import own_recipe
 from silotune.models.adapters import AdapterConfig
 from silotune.models.base import ModelConfig
 from silotune.models.loading import (

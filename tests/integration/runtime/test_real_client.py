@@ -238,7 +238,7 @@ class _Unreadable:
 )
 def test_every_failure_of_a_private_client_is_the_same(client, monkeypatch, error):
     """Regression: code and line of an error answered questions about rows, at epsilon 0."""
-    monkeypatch.setattr("silotune.federation.client_config.load_client_quietly", _Unreadable(error))
+    monkeypatch.setattr("silotune.federation.client_recipe.load_client_quietly", _Unreadable(error))
     answer = client(ONE, **BUDGET).answer(message(recipe(privacy=RECORD)))
     failure = wire.decode_answer(answer, "north", bytes_down=0)
     assert isinstance(failure, Failure)

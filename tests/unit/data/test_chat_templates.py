@@ -12,11 +12,8 @@ from silotune.core.tree import sha256
 from silotune.data.chat_templates import PLAIN, TEMPLATES, render, resolve_template, set_template
 from silotune.data.clients import load_clients
 from silotune.data.conversations import conversation
-from silotune.federation.client_config import (
-    load_client_config,
-    own_recipe,
-    own_rows,
-)
+from silotune.federation.client_config import load_client_config
+from silotune.federation.client_recipe import own_recipe, own_rows
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import give_template
 from silotune.federation.simulated_clients import write_client_configs

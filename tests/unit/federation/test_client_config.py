@@ -14,16 +14,18 @@ from silotune.core.errors import ConfigError, Declined
 from silotune.data.clients import ClientRows, load_clients
 from silotune.data.reading import DataConfig
 from silotune.federation.client_config import (
-    LOCATIONS,
     ClientConfig,
     LimitsConfig,
     OwnRuntimeConfig,
-    check_base,
-    check_hours,
-    check_steps,
     is_client_folder,
     load_client_config,
     load_client_configs,
+)
+from silotune.federation.client_recipe import (
+    LOCATIONS,
+    check_base,
+    check_hours,
+    check_steps,
     own_recipe,
     own_rows,
 )

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from silotune.core.errors import ConfigError, Declined
 from silotune.core.types import Score
 from silotune.data.clients import ClientRows
-from silotune.federation.client_config import ClientConfig, load_client_config, own_recipe
+from silotune.federation.client_config import ClientConfig, load_client_config
+from silotune.federation.client_recipe import own_recipe
 from silotune.federation.consent import allowed_columns, is_large_enough
 from silotune.federation.roster import NAME, check_client_name
 from silotune.federation.simulated_clients import write_client_configs

@@ -22,10 +22,7 @@ import tomli_w
 from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import ConfigError
 from silotune.data.files import locate
-from silotune.federation.client_config import (
-    is_client_folder,
-    load_client_configs,
-)
+from silotune.federation.client_config import is_client_folder, load_client_configs
 from silotune.federation.simulated_clients import write_client_configs
 from silotune.models.sources import resolve
 from silotune.recipes.schema import RunConfig

@@ -21,12 +21,8 @@ from silotune.core.atomic_files import owner_only, write_json
 from silotune.core.errors import EngineError
 from silotune.data.files import EXAMPLES, locate
 from silotune.data.reading import DataConfig
-from silotune.federation.client_config import (
-    LOCATIONS,
-    SECTIONS_OF_THE_SERVER,
-    is_client_folder,
-    is_public,
-)
+from silotune.federation.client_config import is_client_folder
+from silotune.federation.client_recipe import LOCATIONS, SECTIONS_OF_THE_SERVER, is_public
 from silotune.federation.roster import MEMBERS, is_consortium
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig

@@ -7,7 +7,8 @@ import pytest
 import silotune
 from silotune.core.errors import ConfigError, Declined
 from silotune.data.clients import load_clients
-from silotune.federation.client_config import ClientConfig, load_client_config, own_recipe, own_rows
+from silotune.federation.client_config import ClientConfig, load_client_config
+from silotune.federation.client_recipe import own_recipe, own_rows
 from silotune.federation.simulated_clients import write_client_configs
 from silotune.recipes.parse import parse
 from silotune.workflows.check import check
