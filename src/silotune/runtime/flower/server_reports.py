@@ -4,6 +4,7 @@ They are lines of JSON in the engine's private folder: these cost nothing, outli
 and need no port. A bug's traceback goes to the engine's log, not here.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from silotune.core import errors
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import EngineError, SilotuneError
-from silotune.core.reading_back import read_object
+from silotune.core.reading_back import parse_object, read_object
 from silotune.core.types import Failure, Update
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
@@ -28,6 +29,7 @@ class FileProgress(Progress):
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / PROGRESS).open("a", encoding="utf-8", buffering=1)
+        self._file.write("\n")  # a process that was killed may have left half a line
         self._say("started", pid=os.getpid(), born=born(os.getpid()))
 
     def _say(self, event: str, **facts: Any) -> None:
@@ -112,7 +114,8 @@ class Follower:
                 if not line.endswith(b"\n"):
                     return  # being written
                 self._at += len(line)
-                yield json.loads(line)
+                with contextlib.suppress(ValueError):  # half a line of a process that was killed
+                    yield parse_object(line.decode())
 
 
 def born(pid: int) -> float | None:

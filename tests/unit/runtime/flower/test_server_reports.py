@@ -156,7 +156,7 @@ def test_a_line_that_is_being_written_waits(tmp_path):
 
 def test_the_lines_are_json_and_hold_no_tensor(tmp_path, written):
     tell(written)
-    lines = [json.loads(line) for line in (tmp_path / PROGRESS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / PROGRESS).read_text().splitlines() if line]
     assert [line["event"] for line in lines] == ["started", *(name for name, _ in CALLS)]
     done = lines[5]
     assert done == {
@@ -179,6 +179,18 @@ def test_a_resumed_server_app_continues_below_the_old_lines(tmp_path):
     heard = Recording()
     Follower(tmp_path, heard).follow()
     assert heard.calls == [("note", ("one",)), ("note", ("two",))]
+
+
+def test_half_a_line_of_a_killed_server_app_loses_nothing_of_the_next(tmp_path):
+    (tmp_path / PROGRESS).write_text('{"event": "note", "te')
+    progress = FileProgress(tmp_path)
+    progress.note("two")
+    progress.end()
+    heard = Recording()
+    follower = Follower(tmp_path, heard)
+    follower.follow()
+    assert follower.process is not None
+    assert heard.calls == [("note", ("two",))]
 
 
 # --- the outcome ---------------------------------------------------------------------------------
