@@ -116,6 +116,16 @@ def test_texts_and_labels_become_a_classification(tmp_path):
     assert made.samples[0].pieces[-1][1] in ("ja", "nein")
 
 
+def test_rows_with_tools_get_a_recipe_that_says_what_model_they_need(tmp_path):
+    """Bug: the recipe was written, and the command ended with an error about its first row."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    talk = [{"role": "user", "content": "Why?"}, call, {"role": "tool", "content": "4"}]
+    rows = [{"messages": [*talk, {"role": "assistant", "content": f"So {n}."}]} for n in range(9)]
+    made = silotune.new(write_jsonl(tmp_path / "calls.jsonl", rows))
+    assert "its chat template writes no tools" in made.text
+    assert '"name": "f"' in "".join(piece for _, piece in made.samples[0].pieces)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
