@@ -22,7 +22,8 @@ from silotune.core.wording import counted
 from silotune.data.conversations import TEXT, conversation, list_columns
 from silotune.data.files import EXAMPLES, PlacedRow, no_such_file
 from silotune.data.labelled_texts import labelled_text
-from silotune.data.reading import DataConfig, TaskRow, read_parts
+from silotune.data.placed_rows import refuse
+from silotune.data.reading import DataConfig, TaskRow, convert, read_parts
 from silotune.federation.recipe_model import give_template
 from silotune.models.base import load_tokenizer
 from silotune.models.sources import is_ready
@@ -94,6 +95,7 @@ def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
         )
     path = f"./{rows}" if str(rows) in EXAMPLES else str(rows)
     train, _ = read_parts(DataConfig(path=path), "instruct")
+    refuse(train.mistakes)
     if len(train.rows) < FEWEST_ROWS:
         raise DataError(
             f"{source}: too few rows: {len(train.rows)}; two clients need two rows each, one to "
@@ -125,6 +127,9 @@ def _guess(rows: Sequence[PlacedRow], source: Path) -> Guess:
     columns = describe_columns([row.columns for row in rows])
     known = _known_task(rows)
     if known is None:
+        # messages are chat rows, whatever is wrong with them
+        chat = [row for row in rows[:20] if {"messages", "conversations"} & row.columns.keys()]
+        convert(chat, DataConfig(path=str(source)), "instruct")
         try:
             return guess_unknown(columns)
         except DataError as error:

@@ -126,6 +126,18 @@ def test_rows_with_tools_get_a_recipe_that_says_what_model_they_need(tmp_path):
     assert '"name": "f"' in "".join(piece for _, piece in made.samples[0].pieces)
 
 
+def test_what_is_wrong_with_the_rows_is_said_and_not_guessed_around(tmp_path):
+    """Bugs: "too few rows: 0" for R's write.table, "only one column" for messages that are bad."""
+    table = tmp_path / "table.csv"
+    table.write_text('"question" "answer"\n' + '"1" "Why?" "So."\n' * 9, encoding="utf-8")
+    with pytest.raises(DataError, match=r"table\.csv:\d"):
+        silotune.new(table)
+    turns = [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]
+    rows = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}] * 9)
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: .*message 2 has an unknown role"):
+        silotune.new(rows)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
