@@ -166,7 +166,10 @@ def print_new(made: "silotune.NewRecipe") -> None:
     for text in made.guesses:
         print_line(text)
     if made.samples and not made.samples[0].num_tokens:
-        print_line("\nthe model is not on this machine yet, so rows are shown in a plain template")
+        print_line(
+            "\nrows are shown in a plain template: the model is not on this machine yet, or its "
+            "own template does not fit them"
+        )
     for found in made.samples:
         tokens = f": {counted(found.num_tokens, 'token')}" if found.num_tokens else ""
         print_line(f"\n{found.client}, train row {found.row}{tokens}")

@@ -34,6 +34,8 @@ WEIGHTS = ("weight", "train", "trainable")
 """Keys that say of an assistant turn whether it is learned: 0 or false, 1 or true."""
 OF_A_RESULT = ("name", "tool_call_id")
 """Keys of a tool's turn that some templates write."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which some data sets keep the reasoning of an answer."""
 PARTS = ("text", "input_text", "output_text")
 """Types of content parts that are text."""
 
@@ -112,6 +114,8 @@ def _message(item: object, *, where: str, what: str) -> Message:
             f"{where}: {what} calls a tool, but is not the assistant's.\n"
             "  Give it the role assistant, or remove the call."
         )
+    if role == "assistant":
+        _check_reasoning(item, where=where, what=what)
     if isinstance(content, list):
         content = _joined(content, where=where, what=what)
     if is_missing(content) and (calls is not None or role == "tool"):
@@ -143,6 +147,17 @@ def _role(value: object, *, where: str, what: str) -> str:
     if name not in SPELLINGS:
         raise DataError(f"{where}: {what} has an unknown role.\n  Use one of: {', '.join(ROLES)}.")
     return SPELLINGS[name]
+
+
+def _check_reasoning(item: Mapping[Any, Any], *, where: str, what: str) -> None:
+    """Refuse reasoning beside the content: models write it in different ways, or in none."""
+    beside = [key for key in REASONING if isinstance(item.get(key), str) and item[key].strip()]
+    if beside:
+        raise DataError(
+            f"{where}: {what} has its reasoning under '{beside[0]}', which is not read.\n"
+            "  Write it into the content (<think>, the reasoning, </think>, the answer), or remove "
+            "the key to learn answers alone."
+        )
 
 
 def _joined(parts: list[Any], *, where: str, what: str) -> str:

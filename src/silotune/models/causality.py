@@ -1,4 +1,4 @@
-"""Whether a model predicts each token from the tokens before it, as the task instruct requires.
+"""Whether a model predicts each token from the tokens before it, as all tasks but classify require.
 
 An encoder such as BERT sees the answer that it should predict, so its loss means nothing.
 """

@@ -22,7 +22,8 @@ from silotune.core.wording import counted
 from silotune.data.conversations import TEXT, conversation, list_columns
 from silotune.data.files import EXAMPLES, PlacedRow, no_such_file
 from silotune.data.labelled_texts import labelled_text
-from silotune.data.reading import DataConfig, TaskRow, read_parts
+from silotune.data.placed_rows import refuse
+from silotune.data.reading import DataConfig, TaskRow, convert, read_parts
 from silotune.federation.recipe_model import give_template
 from silotune.models.base import load_tokenizer
 from silotune.models.sources import is_ready
@@ -66,7 +67,8 @@ class NewRecipe:
     num_rows: int
     samples: tuple[Sample, ...]
     """A few train rows as the model will read them. Private: keep them out of logs and files. If
-    the model's tokenizer is not on this machine, in silotune's plain template, with 0 tokens."""
+    the model's tokenizer is not on this machine, or its template refuses a row, in silotune's plain
+    template, with 0 tokens."""
 
 
 @public
@@ -93,6 +95,7 @@ def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
         )
     path = f"./{rows}" if str(rows) in EXAMPLES else str(rows)
     train, _ = read_parts(DataConfig(path=path), "instruct")
+    refuse(train.mistakes)
     if len(train.rows) < FEWEST_ROWS:
         raise DataError(
             f"{source}: too few rows: {len(train.rows)}; two clients need two rows each, one to "
@@ -124,6 +127,9 @@ def _guess(rows: Sequence[PlacedRow], source: Path) -> Guess:
     columns = describe_columns([row.columns for row in rows])
     known = _known_task(rows)
     if known is None:
+        # messages are chat rows, whatever is wrong with them
+        chat = [row for row in rows[:20] if {"messages", "conversations"} & row.columns.keys()]
+        convert(chat, DataConfig(path=str(source)), "instruct")
         try:
             return guess_unknown(columns)
         except DataError as error:
@@ -200,7 +206,7 @@ def _text(
     lines += [
         "",
         "[model]",
-        _line("name", MODELS[guess.task], "small enough for a laptop; or a folder, or a hub id"),
+        _line("name", MODELS[guess.task], _about_the_model(rows, guess)),
         "",
         "[data]",
         _line("path", path, "relative to the folder in which silotune is started"),
@@ -212,6 +218,20 @@ def _text(
     if not has_clients:
         lines += ["", "[partition]", *_partition(guess, client, len(rows))]
     return "\n".join(lines) + "\n"
+
+
+def _about_the_model(rows: Sequence[PlacedRow], guess: Guess) -> str:
+    if guess.task == "instruct" and not guess.keys and any(map(_has_tools, rows[:20])):
+        return "its chat template writes no tools: choose a folder or hub id of a model that does"
+    return "small enough for a laptop; or a folder, or a hub id"
+
+
+def _has_tools(row: PlacedRow) -> bool:
+    try:
+        talk = conversation(row.columns, where=row.where)
+    except DataError:
+        return False
+    return any(turn["role"] == "tool" or {"tools", "tool_calls"} & turn.keys() for turn in talk)
 
 
 def _partition(guess: Guess, client: str | None, num_rows: int) -> list[str]:
@@ -245,12 +265,16 @@ def _samples(checked: Checked) -> tuple[Sample, ...]:
         if run.task != "classify":
             give_template(tokenizer, run)
     task, limit = build_task(run.task, run.data.labels), run.train.max_length
-    return tuple(
-        _plain(rows[name].train[n], name, n + 1)
-        if tokenizer is None
-        else sample(rows[name].train[n], tokenizer, task, limit, client=name, number=n + 1)
-        for n, name in chosen[:NUM_SAMPLES]
-    )
+
+    def shown(row: TaskRow, name: str, number: int) -> Sample:
+        if tokenizer is None:
+            return _plain(row, name, number)
+        try:
+            return sample(row, tokenizer, task, limit, client=name, number=number)
+        except DataError:  # of this model's template: `silotune data` says what to do about it
+            return _plain(row, name, number)
+
+    return tuple(shown(rows[name].train[n], name, n + 1) for n, name in chosen[:NUM_SAMPLES])
 
 
 def _plain(row: TaskRow, client: str, number: int) -> Sample:

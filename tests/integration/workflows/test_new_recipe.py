@@ -116,6 +116,28 @@ def test_texts_and_labels_become_a_classification(tmp_path):
     assert made.samples[0].pieces[-1][1] in ("ja", "nein")
 
 
+def test_rows_with_tools_get_a_recipe_that_says_what_model_they_need(tmp_path):
+    """Bug: the recipe was written, and the command ended with an error about its first row."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    talk = [{"role": "user", "content": "Why?"}, call, {"role": "tool", "content": "4"}]
+    rows = [{"messages": [*talk, {"role": "assistant", "content": f"So {n}."}]} for n in range(9)]
+    made = silotune.new(write_jsonl(tmp_path / "calls.jsonl", rows))
+    assert "its chat template writes no tools" in made.text
+    assert '"name": "f"' in "".join(piece for _, piece in made.samples[0].pieces)
+
+
+def test_what_is_wrong_with_the_rows_is_said_and_not_guessed_around(tmp_path):
+    """Bugs: "too few rows: 0" for R's write.table, "only one column" for messages that are bad."""
+    table = tmp_path / "table.csv"
+    table.write_text('"question" "answer"\n' + '"1" "Why?" "So."\n' * 9, encoding="utf-8")
+    with pytest.raises(DataError, match=r"table\.csv:\d"):
+        silotune.new(table)
+    turns = [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]
+    rows = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}] * 9)
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: .*message 2 has an unknown role"):
+        silotune.new(rows)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -180,6 +180,12 @@ def test_a_call_that_cannot_be_written_is_refused(message):
     assert "message 2 has a tool call without a name, or" in error_of(USER, message, answer())
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_the_content_is_refused_and_not_dropped(key):
+    assert f"has its reasoning under '{key}'" in error_of(USER, answer(**{key: SECRET}))
+    assert read({"messages": [USER, answer(**{key: None}), {**USER, key: "x"}]})[:2] == WANTED
+
+
 def test_a_call_of_the_user_is_refused():
     assert "is not the assistant's" in error_of({**USER, "tool_calls": [CALL]}, answer())
 
