@@ -149,7 +149,7 @@ def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> 
     parts = places(folder.path, run, arms.data)
     scores = read_scores(parts)
     num_train = {name: len(own.examples) for name, own in arms.data.items()}
-    numbers = compare_arms(scores, num_train=num_train, seed=run.seed)
+    numbers = compare_arms(scores, num_train=num_train)
     result = {
         "name": folder.path.name,
         "seeds": list(seeds_of(run)),

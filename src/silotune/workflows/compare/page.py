@@ -24,7 +24,14 @@ from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_wa
 
 MEAN = "mean over clients"
 
-SIGNS = {"gained": "▲", "lost": "▼", "no clear difference": "≈", "too few rows": "?"}
+SIGNS = {
+    "gained": "▲",
+    "lost": "▼",
+    "no clear difference": "≈",
+    "too few rows": "?",
+    "one seed: no verdict": "?",
+    "two seeds: no verdict": "?",
+}
 """A verdict has a sign and a word, so that it does not depend on colour alone."""
 
 
