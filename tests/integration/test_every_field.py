@@ -25,6 +25,7 @@ CHANGES_THE_ADAPTER = [
     'adapter.targets=["k_proj"]',
     "adapter.rslora=true",
     "data.eval_fraction=0.5",
+    "data.validation_fraction=0.3",
     "data.max_rows=3",
     'data.prompt="{source}: {question}"; data.completion="{answer}"',
     'data.system="Be brief."',

@@ -52,9 +52,11 @@ def print_run(done: "silotune.Run") -> None:
     for text in tables.budget_warnings(summary):
         print_line(f"\n{text}")
     print_line()
-    if done.config.report.note:
-        print_line(done.config.report.note)
-    for text in [*tables.budget_lines(summary), *tables.cost_lines(summary)]:
+    for text in [
+        *tables.notes_of(done.config),
+        *tables.budget_lines(summary),
+        *tables.cost_lines(summary),
+    ]:
         print_line(text)
     if "privacy" in summary:
         from silotune.federation.privacy_statement import privacy_lines

@@ -51,7 +51,7 @@ class ClientData:
     examples: tuple[Example, ...]
     eval_batches: tuple[Batch, ...]
     num_eval: int
-    """Held-out rows that are scored."""
+    """Rows that are scored: validation rows if the recipe asks for them, else held-out ones."""
     num_cut: int
     num_dropped: int
     num_unused: int = 0
@@ -97,7 +97,7 @@ def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
             the worker may say so.
     """
     limit = worker.run.train.max_length
-    own, held_out = (_prepare(part, worker) for part in (rows.train, rows.evaluation))
+    own, held_out = (_prepare(part, worker) for part in (rows.train, rows.scored))
     for part, prepared in (("train", own), ("held-out", held_out)):
         if not prepared.examples and not worker.quiet:
             raise DataError(

@@ -96,7 +96,7 @@ def warn_of_template(
             "the tokenizer begins every text with its bos token, and data.template does not write "
             "it; begin the template with {{ bos_token }}"
         )
-    rows = [row for own in clients.values() for row in (*own.train, *own.evaluation)]
+    rows = [row for own in clients.values() for row in own.every]
     if run.runtime.name == "flower" and run.privacy.unit != "none":
         rows = []
     yield from template_warnings(tokenizer, [*rows, *server])

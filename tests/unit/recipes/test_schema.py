@@ -365,6 +365,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "data.eval_path": ("held.csv", []),
     "data.eval_split": ("test", []),
     "data.eval_fraction": ("0.5", []),
+    "data.validation_fraction": ("0.25", []),
     "data.name": ("en", []),
     "data.split": ("train[:9]", []),
     "data.revision": ("abc", []),
