@@ -457,6 +457,11 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "report.tracker": ("mlflow", []),
     "compare.arms": ("{ slow = { train = { lr = 1e-5 } } }", []),
     "compare.history": ("true", []),
+    "compare.tune": ("{ lr = [1.5, 0.5], server_lr = [2.5, 0.25] }", []),
+    "compare.validation_fraction": ("0.25", []),
+    "compare.every": ("7", []),
+    "compare.group": ("disease", []),
+    "compare.centralized": ("false", []),
     "compare.seeds": ("5", []),
     "compare.algorithms": (
         '[{weights = "uniform", server_lr = 1.0, mu = 0.5, name = "fedprox"}]',

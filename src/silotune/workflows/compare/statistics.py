@@ -22,6 +22,7 @@ from silotune.core.crossed import (
 )
 from silotune.core.stats import Labelled
 from silotune.core.wording import human_bytes, human_seconds
+from silotune.recipes.tuning import words
 
 MIN_ROWS = 20
 """A client with fewer held-out rows gets no verdict."""
@@ -30,6 +31,7 @@ MIN_SEEDS = 3
 MAX_P = 0.05
 """A verdict's p-value is below it, corrected for all clients."""
 FEW_SEEDS = {1: "one seed: no verdict", 2: "two seeds: no verdict"}
+NOT_TUNED = "not tuned"
 LOCAL = "local"
 """The arm that the others are compared with: not having joined."""
 RESULT = "federated"
@@ -277,19 +279,28 @@ def score_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, .
 
 
 def difference_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, ...]]:
-    """Header and rows: one line per client; federated minus local, its interval, and a verdict."""
+    """Header and rows: one line per client; federated minus local, its interval, and a verdict.
+
+    The last column is what the lone client was trained with.
+    """
     arms = federated_arms(comparison)
     header = ["client"]
     for arm in arms:
         header += [f"{arm} - local", "verdict"]
-    lines = [tuple(header)]
+    lines = [(*header, "local with")]
     for name, numbers in _lines(comparison):
         cells = [name]
         for arm in arms:
             cells.append(_with_interval(numbers["differences"][metric][arm], signed=True))
             cells.append(numbers["verdicts"][metric][arm])
-        lines.append(tuple(cells))
+        lines.append((*cells, tuned_to(comparison, name) if "num_train" in numbers else ""))
     return lines
+
+
+def tuned_to(comparison: Mapping[str, Any], client: str) -> str:
+    """What a lone client was trained with, in words; "not tuned" if nothing was chosen."""
+    values = comparison.get("chosen", {}).get(LOCAL, {}).get(client)
+    return words(values) if values else NOT_TUNED
 
 
 MORE = {
@@ -321,13 +332,13 @@ def against_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str,
 
 def cost_table(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Header and rows: one line per arm, summed over all seeds."""
-    costs = comparison["arms"].values()
+    costs = _all_costs(comparison).values()
     extra = {key: name for key, name in MORE.items() if any(cost.get(key) for cost in costs)}
     more = tuple(extra.values())
     lines: list[tuple[str, ...]] = [
         ("arm", "tokens", "examples", "steps", "training", "sent up", "sent down", *more)
     ]
-    for arm, cost in comparison["arms"].items():
+    for arm, cost in _all_costs(comparison).items():
         if arm.startswith("only "):
             continue  # a part of the arm of lone clients
         counts = (f"{cost[key]:,}" for key in ("tokens", "examples", "steps"))
@@ -342,6 +353,12 @@ def cost_table(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         lines.append((arm, *counts, human_seconds(cost["seconds"]), *sent, *said))
     return lines
+
+
+def _all_costs(comparison: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The cost of each arm, and that of tuning it."""
+    tuning = comparison.get("tuning_costs", {})
+    return {**comparison["arms"], **{f"tuning {arm}": cost for arm, cost in tuning.items()}}
 
 
 def _lines(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
