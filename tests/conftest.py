@@ -192,6 +192,8 @@ threads = 1
 [report]
 page = false
 samples = 0
+[compare]
+tune = false
 """,
         encoding="utf-8",
     )

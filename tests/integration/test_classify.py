@@ -175,7 +175,7 @@ def compared(place, tmp_path_factory):
         place,
         server={"data_fraction": 0.2, "work": "distill"},
         distill={"teacher": str(place / "teacher"), "pretrain_epochs": 1, "attention": 1.0},
-        compare={"seeds": 2, "arms": ARMS, "history": True},
+        compare={"seeds": 2, "arms": ARMS, "history": True, "tune": False},
     )
     return silotune.compare(asked, out=tmp_path_factory.mktemp("compare") / "c")
 

@@ -63,6 +63,7 @@ def test_every_command_runs_in_the_order_shown(workplace, tiny_model):
             rest += ["--jobs=1"]  # processes for two runs cost more than the runs
         if verb == "compare":
             rest += ["data.max_rows=4", "data.max_eval_rows=2", "report.max_new_tokens=2"]
+            rest += ["compare.tune={lr=[1e-3]}"]
         asked = "What is 1?\n" if verb == "chat" else ""
         done = run_typed([verb, *rest], cwd=workplace, input=asked)
         assert done.returncode == 0, (command, done.stderr)

@@ -19,11 +19,15 @@ def print_checked(checked: "Checked") -> None:
     """Print every client's numbers of rows, the privacy guarantee, and warnings."""
     from silotune.federation.privacy_statement import check_lines
 
+    parts = {"train rows": "train", "validation rows": "validation", "held-out rows": "evaluation"}
+    if not any(own.validation for own in checked.rows.values()):
+        del parts["validation rows"]
     body = [
-        (name, str(len(own.train)), str(len(own.evaluation))) for name, own in checked.rows.items()
+        (name, *(str(len(getattr(own, part))) for part in parts.values()))
+        for name, own in checked.rows.items()
     ]
     if body:
-        print_table([("client", "train rows", "held-out rows"), *body])
+        print_table([("client", *parts), *body])
     for text in check_lines(checked.promise) if checked.promise is not None else ():
         print_line(text)
     for text in checked.warnings:
@@ -52,9 +56,11 @@ def print_run(done: "silotune.Run") -> None:
     for text in tables.budget_warnings(summary):
         print_line(f"\n{text}")
     print_line()
-    if done.config.report.note:
-        print_line(done.config.report.note)
-    for text in [*tables.budget_lines(summary), *tables.cost_lines(summary)]:
+    for text in [
+        *tables.notes_of(done.config),
+        *tables.budget_lines(summary),
+        *tables.cost_lines(summary),
+    ]:
         print_line(text)
     if "privacy" in summary:
         from silotune.federation.privacy_statement import privacy_lines
@@ -83,14 +89,20 @@ def print_answers(done: "silotune.Run") -> None:
 def print_comparison(done: "silotune.Comparison") -> None:
     """Print a comparison's tables, one set per metric, then costs and verdicts."""
     from silotune.workflows.compare import statistics as tables
-    from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
+    from silotune.workflows.compare.verdicts import (
+        comparison_verdict,
+        tuning_line,
+        worse_off_warnings,
+    )
 
     result = done.result
     for metric in result["metrics"].values():
         better = "lower" if metric["lower_is_better"] else "higher"
         print_line(f"\n{metric['label']} ({metric['unit']}, {better} is better)\n")
         print_table(tables.score_table(result, metric["key"]))
-        print_line("\ndifference from training alone, with 95 % intervals\n")
+        print_line(
+            f"\ndifference from training alone, with 95 % intervals. {tuning_line(result)}\n"
+        )
         print_table(tables.difference_table(result, metric["key"]))
         if against := tables.against_table(result, metric["key"]):
             print_line(f"\n{tables.AGAINST[0].lower()}{tables.AGAINST[1:]}\n")

@@ -18,6 +18,7 @@ from silotune.data.near_names import near_names
 from silotune.data.partition import PartitionConfig, Shares, names_in_column
 from silotune.data.partition_rows import (
     column_values,
+    group_names,
     partition_is_missing,
     partition_rows,
     unnamed_rows,
@@ -49,9 +50,23 @@ class ClientRows:
     num_unused: int = 0
     """Train rows that cannot be used but count, see `load_client`."""
     num_unused_eval: int = 0
-    """The same for held-out rows."""
+    """The same for the rows that are scored, see `scored`."""
     notes: tuple[str, ...] = ()
     """Of a real client: what is read from its files but may not be meant so."""
+    validation: tuple[TaskRow, ...] = ()
+    """Set aside from the train rows, for choices: neither trained on nor in the held-out part."""
+    groups: tuple[str, ...] = ()
+    """The group of each held-out row, if these were asked for; names that tell no value."""
+
+    @property
+    def scored(self) -> tuple[TaskRow, ...]:
+        """What a run scores: the validation rows if there are any, otherwise those held out."""
+        return self.validation or self.evaluation
+
+    @property
+    def every(self) -> tuple[TaskRow, ...]:
+        """All rows of all parts."""
+        return (*self.train, *self.validation, *self.evaluation)
 
 
 def load_clients(
@@ -61,6 +76,7 @@ def load_clients(
     seed: int,
     task: str = "instruct",
     server_fraction: float = 0.0,
+    group: str | None = None,
 ) -> dict[str, ClientRows]:
     """Read and check the rows of all clients of a simulation, and hold out a part of each client's.
 
@@ -75,6 +91,7 @@ def load_clients(
         task: What rows become: conversations for "instruct", labelled texts for "classify".
         server_fraction: Share of the train rows that the server owns, see `load_server_rows`. They
             go to no client.
+        group: A column; held-out rows with the same value belong together.
 
     Returns:
         The clients, sorted by name.
@@ -83,7 +100,9 @@ def load_clients(
         DataError: Files, rows or columns cannot be used.
         ConfigError: The settings do not fit the layout of the files.
     """
-    return cut_clients(cfg, partition, seed=seed, task=task, server_fraction=server_fraction)[0]
+    return cut_clients(
+        cfg, partition, seed=seed, task=task, server_fraction=server_fraction, group=group
+    )[0]
 
 
 def cut_clients(
@@ -93,6 +112,7 @@ def cut_clients(
     seed: int,
     task: str = "instruct",
     server_fraction: float = 0.0,
+    group: str | None = None,
 ) -> tuple[dict[str, ClientRows], list[str]]:
     """Like `load_clients`, and also return warnings: rows that are not used, names almost equal.
 
@@ -125,10 +145,11 @@ def cut_clients(
     if partition is not None and partition.by is not None:
         _check_no_client_lost(everything, partition.by, partition.only, shares)
     labels = _labels(converted, train, cfg, partition)
-    own = _Rows(row_digests(train.rows), converted, shares)
+    groups = [] if group is None else group_names(held or train, group)
+    own = _Rows(row_digests(train.rows), converted, shares, groups)
     apart = None
     if held is not None and held_converted is not None and held_shares is not None:
-        apart = _Rows(row_digests(held.rows), held_converted, held_shares)
+        apart = _Rows(row_digests(held.rows), held_converted, held_shares, groups)
     clients = _assemble(own, apart, cfg, seed=seed, labels=labels)
     notes = [*_notes(everything, held)]
     notes += near_names("clients", {*shares, *(held_shares or ())})
@@ -209,8 +230,11 @@ def load_client_quietly(
     every = clients[name]
     usable = tuple(row for row in every.train if row is not None)
     held_out = tuple(row for row in every.evaluation if row is not None)
-    unused = len(every.train) - len(usable), len(every.evaluation) - len(held_out)
-    found = ClientRows(name, usable, held_out, (), *unused, _notes(train, held))
+    validation = tuple(row for row in every.validation if row is not None)
+    num_scored = len(validation if every.validation else held_out)
+    unused = len(every.train) - len(usable), len(every.scored) - num_scored
+    notes = _notes(train, held)
+    found = ClientRows(name, usable, held_out, (), *unused, notes, validation)
     return found, problem or other
 
 
@@ -219,7 +243,8 @@ def fingerprint(clients: Mapping[str, ClientRows]) -> str:
     digest = hashlib.sha256()
     for name in sorted(clients):
         rows = clients[name]
-        digest.update(json.dumps([name, rows.train, rows.evaluation], sort_keys=True).encode())
+        parts = [rows.train, rows.evaluation, *([rows.validation] if rows.validation else [])]
+        digest.update(json.dumps([name, *parts], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -293,6 +318,8 @@ class _Rows:
     digests: Sequence[str]
     converted: Sequence[TaskRow]
     shares: Shares
+    groups: Sequence[str] = ()
+    """Each row's group, if these were asked for."""
 
 
 def _rows_of(name: str, part: Part, converted: Sequence[TaskRow]) -> _Rows:
@@ -307,6 +334,8 @@ def _assemble(
     if apart is not None:
         _check_same_clients(own.shares, apart.shares)
     held_places = places(own.digests, seed, "held-out")
+    validation_places = places(own.digests, seed, "validation")
+    own_eval_places = places(own.digests, seed, "max-eval-rows")
     train_places = places(own.digests, seed, "max-rows")
     source = apart or own
     eval_places = places(source.digests, seed, "max-eval-rows")
@@ -317,15 +346,22 @@ def _assemble(
             train, held = hold_out(train, cfg.eval_fraction, held_places)
         else:
             held = apart.shares[name]
+        validation: list[int] = []
+        if cfg.validation_fraction > 0:
+            _check_enough_to_validate(train, name)
+            train, validation = hold_out(train, cfg.validation_fraction, validation_places)
         if cfg.max_rows is not None:
             train = keep_at_most(train, cfg.max_rows, train_places)
         if cfg.max_eval_rows is not None:
             held = keep_at_most(held, cfg.max_eval_rows, eval_places)
+            validation = keep_at_most(validation, cfg.max_eval_rows, own_eval_places)
         clients[name] = ClientRows(
             name,
             tuple(own.converted[n] for n in train),
             tuple(source.converted[n] for n in held),
             tuple(labels[n] for n in train) if labels else (),
+            validation=tuple(own.converted[n] for n in validation),
+            groups=tuple(source.groups[n] for n in held) if source.groups else (),
         )
     return clients
 
@@ -352,4 +388,14 @@ def _check_enough_rows(rows: Sequence[int], name: str) -> None:
             f"client '{name}' has {counted(len(rows), 'row')}, but needs at least 2: one to train "
             "on and one to hold out.\n"
             "  Add rows for it, split the data into fewer clients, or set data.eval_path."
+        )
+
+
+def _check_enough_to_validate(rows: Sequence[int], name: str) -> None:
+    if len(rows) < 2:
+        raise DataError(
+            f"client '{name}' has {counted(len(rows), 'row')} besides the held-out ones, but with "
+            "data.validation_fraction needs at least 2: one to train on and one to choose by.\n"
+            "  Add rows for it, split the data into fewer clients, or remove "
+            "data.validation_fraction."
         )

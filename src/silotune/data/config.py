@@ -28,6 +28,10 @@ class DataConfig(Config):
     eval_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of its rows that each client holds out for scoring. A keyed hash decides each row by
     itself, so the number varies around this share; at least one row."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of its remaining rows that each client sets aside for choices, decided row by row like
+    the held-out part. If above 0, a run scores these rows instead of the held-out ones, which
+    `silotune compare` and `silotune evaluate` score once, at the end."""
     name: str | None = Field(default=None, min_length=1)
     """Configuration of a hub data set."""
     split: str = Field(default="train", min_length=1)

@@ -5,6 +5,7 @@ Finds the columns, lengths and texts that the functions in `partition`, `topics`
 """
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 
@@ -27,6 +28,7 @@ from silotune.data.partition import (
 )
 from silotune.data.placed_rows import Mistake, Part, PlacedRow
 from silotune.data.reading import DataConfig, TaskRow
+from silotune.data.row_draws import row_digests
 from silotune.data.topics import by_topic
 
 
@@ -105,6 +107,19 @@ def column_values(part: Part, column: str, setting: str) -> tuple[Sequence[objec
         )
     values = [row.columns.get(column) for row in part.rows]
     return values, column, [row.where for row in part.rows]
+
+
+def group_names(part: Part, column: str) -> list[str]:
+    """A name for the group of each row, which does not reveal the value in the column.
+
+    A row without a value is a group of its own.
+    """
+    values, _, _ = column_values(part, column, "compare.group")
+    given = [
+        f"row {digest}" if is_missing(value) or value == "" else f"value {value}"
+        for value, digest in zip(values, row_digests(part.rows), strict=True)
+    ]
+    return [sha256(name.encode()).hexdigest()[:16] for name in given]
 
 
 def unnamed_rows(part: Part, column: str) -> list[Mistake]:

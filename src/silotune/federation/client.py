@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from silotune.core.algorithm import Algorithm, LocalContext, LocalOutcome
 from silotune.core.errors import DataError
 from silotune.core.seeds import derive, generator
 from silotune.core.tree import check_finite, size_bytes, subtract
-from silotune.core.types import Broadcast, Score, Update
+from silotune.core.types import AdapterState, Broadcast, Score, Update
 from silotune.core.wording import counted
 from silotune.data.clients import ClientRows
 from silotune.data.placed_conversation import place_of
@@ -30,6 +30,7 @@ from silotune.models.allocator import release_memory
 from silotune.models.loading import LoadedModel, read_adapter, untrained, write_adapter
 from silotune.models.vocabulary import check_tokens
 from silotune.recipes.schema import RunConfig
+from silotune.training.local_step import OPTIMIZER
 from silotune.training.loop import (
     LocalResult,
     build_batches,
@@ -53,7 +54,7 @@ class ClientData:
     examples: tuple[Example, ...]
     eval_batches: tuple[Batch, ...]
     num_eval: int
-    """Held-out rows that are scored."""
+    """Rows that are scored: validation rows if the recipe asks for them, else held-out ones."""
     num_cut: int
     num_dropped: int
     num_unused: int = 0
@@ -81,6 +82,9 @@ class Worker:
     quiet: bool = False
     """Whether no row may decide if this client answers: rows that cannot be used are no error."""
 
+    keeps_optimizer: bool = False
+    """Whether a client's optimizer goes on from round to round, as in one long training."""
+
     @property
     def counts_all(self) -> bool:
         """Whether rows that cannot be used count like the others.
@@ -99,7 +103,7 @@ def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
             the worker may say so.
     """
     limit = worker.run.train.max_length
-    own, held_out = (_prepare(part, worker) for part in (rows.train, rows.evaluation))
+    own, held_out = (_prepare(part, worker) for part in (rows.train, rows.scored))
     for part, prepared in (("train", own), ("held-out", held_out)):
         if not prepared.examples and not worker.quiet:
             raise DataError(
@@ -243,7 +247,8 @@ def train_round(
     # 3. Train.
     lr = round_lr(run.train, broadcast.round, run.rounds)
     steps = _draw_steps(worker, data, protection, start=memory.position, count=count)
-    result = _train(worker, data, steps, context, protection, lr=lr)
+    optimizer = {k: t for k, t in memory.tensors.items() if k.startswith(OPTIMIZER)}
+    result = _train(worker, data, steps, context, protection, lr=lr, optimizer=optimizer)
     # 4. What changed, protected before anything is made of it.
     after = protection.hide_failure(read_adapter(loaded), start)
     moved = subtract(after, start)
@@ -254,7 +259,7 @@ def train_round(
     # 5. What is sent, and what stays.
     outcome = rule.finish(delta, result.lr_sum, context) if rule.finish else LocalOutcome()
     sent = {n: t for n, t in delta.items() if not rule.personal(n)}
-    kept = dict(outcome.memory)
+    kept = {**outcome.memory, **result.optimizer}
     if own := {n: after[n] for n in delta if rule.personal(n)}:
         kept["personal"] = {**personal, **own}
     update = Update(
@@ -311,6 +316,7 @@ def _train(
     protection: Protection,
     *,
     lr: float,
+    optimizer: Mapping[str, AdapterState],
 ) -> LocalResult:
     """Train the loaded adapter on these rows, under the round's protection."""
     run, task = worker.run, worker.task
@@ -326,6 +332,7 @@ def _train(
         seed=derive(run.seed, "dropout", data.name, protection.round),
         guard=protection.guard(),
         must_be_finite=protection.plan is None,
+        kept=optimizer if worker.keeps_optimizer else None,
     )
 
 

@@ -260,7 +260,7 @@ def own_rows(run: RunConfig, own: ClientConfig) -> ClientRows:
         data = data.model_copy(update={"split_seed": None})
     rows, problem = load_client_quietly(data, own.name, seed=seed, task=run.task, columns=columns)
     if rows.num_unused or rows.num_unused_eval:
-        num = len(rows.train) + len(rows.evaluation)
+        num = len(rows.train) + len(rows.scored)
         unused = rows.num_unused + rows.num_unused_eval
         sys.stderr.write(f"{unused} of {unused + num} rows cannot be used: {problem}\n")
     if limits.min_count is not None and len(rows.train) + rows.num_unused < limits.min_count:

@@ -82,7 +82,7 @@ def warn_of_template(
     """
     if run.task == "classify":
         return
-    rows = [row for own in clients.values() for row in (*own.train, *own.evaluation)]
+    rows = [row for own in clients.values() for row in own.every]
     if run.runtime.name == "flower" and run.privacy.unit != "none":
         rows = []
     if run.task == "text":

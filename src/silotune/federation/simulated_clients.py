@@ -44,18 +44,20 @@ def write_client_configs(
         The paths of the configurations, by client name.
     """
     paths: dict[str, Path] = {}
-    data = {"path": "train.jsonl", "eval_path": "eval.jsonl"}
+    data: dict[str, Any] = {"path": "train.jsonl", "eval_path": "eval.jsonl"}
     some = next((row for own in rows.values() for row in own.train), ())
     if isinstance(some, dict) and "text_pair" in some:
         data |= {"text": "text", "text_pair": "text_pair"}
     if run.task == "text":
         data |= {"text": TEXT}
+    if run.data.validation_fraction > 0:  # the rows that are scored are in the eval file
+        data["validation_fraction"] = 0.0
     if run.data.template not in TEMPLATES:  # template text, which the clients agree to
         data["template"] = run.data.template
     for name, own in sorted(rows.items()):
         place = folder / folder_name(name)
         make_folder(place)
-        for part, part_rows in (("train", own.train), ("eval", own.evaluation)):
+        for part, part_rows in (("train", own.train), ("eval", own.scored)):
             lines = [_line(row) for row in part_rows]
             write_atomically(place / f"{part}.jsonl", "".join(lines).encode())
         table: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Sections of a recipe that configure parts of higher rank than the recipe."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
@@ -155,8 +156,24 @@ class ReportConfig(Config):
 class CompareConfig(Config):
     """What `silotune compare` trains in addition to the recipe. A run ignores it."""
 
-    seeds: int = Field(default=3, ge=1)
-    """Number of seeds with which each arm is trained, counting up from the recipe's."""
+    seeds: int = Field(default=3, ge=1, le=1000)
+    """Number of seeds with which each arm is trained, counting up from the recipe's. Verdicts need
+    three."""
+    tune: bool | dict[str, tuple[float, ...]] = True
+    """What every arm tries on the validation rows, with a seed that is not used again, before it is
+    compared. lr: learning rates, by default the arm's own, a third and three times it. server_lr:
+    two server steps of the federated arms, by default the arm's own and a third of it, or three
+    times it if it is at most 1. false: every arm is trained as its recipe says."""
+    validation_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """What data.validation_fraction is in a comparison that tunes, if the recipe sets none."""
+    every: int = Field(default=1, ge=1)
+    """Rounds between two scores of the validation rows. Of the scored rounds, every arm's best one
+    counts. Without validation rows, and with [privacy], it is the last."""
+    group: str | None = Field(default=None, min_length=1)
+    """A column: held-out rows with the same value, such as a disease, count as one row in the
+    intervals."""
+    centralized: bool = True
+    """Also train on all rows in one place."""
     algorithms: tuple[AnyAlgorithmConfig, ...] = ()
     """More federated arms, by algorithm: names, or tables such as
     [{ name = "fedprox", mu = 0.1 }]."""
@@ -170,6 +187,26 @@ class CompareConfig(Config):
     max_new_tokens: int = Field(default=0, ge=0)
     """Answer every held-out question with at most this many tokens, and score the answers by ROUGE.
     0: no answers, only the loss."""
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _a_grid(cls, given: Any) -> Any:
+        if isinstance(given, bool):
+            return given
+        keys = cast(dict[str, Any], given) if isinstance(given, dict) else {"": ()}
+        for key, values in keys.items():
+            if key not in ("lr", "server_lr"):
+                raise ValueError("should be true, false, or lists of numbers for lr and server_lr")
+            listed = cast(Sequence[Any], values) if isinstance(values, (list, tuple)) else ()
+            numbers = {v for v in listed if type(v) in (int, float) and 0 < v < math.inf}
+            if not numbers or len(numbers) < len(listed):
+                raise ValueError(f"{key} should be different numbers above 0")
+        if len(keys.get("server_lr", (1, 3))) != 2:
+            raise ValueError(
+                "server_lr should be two numbers: every other arm has two ways to train, and all "
+                "arms get the same number of trials"
+            )
+        return keys or True
 
     @field_validator("algorithms", mode="before")
     @classmethod

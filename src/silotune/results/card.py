@@ -26,6 +26,7 @@ from silotune.results.summary import (
     is_scored,
     label_table,
     loss_table,
+    notes_of,
     prediction_notes,
     prediction_table,
     round_table,
@@ -99,7 +100,7 @@ def _heading(run: RunConfig, summary: Mapping[str, Any]) -> list[str]:
         "",
         run_verdict(summary),
         "",
-        *([run.report.note, ""] if run.report.note else []),
+        *(line for note in notes_of(run) for line in (note, "")),
     ]
 
 

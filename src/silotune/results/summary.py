@@ -122,6 +122,17 @@ def _label_scores(
     return {"clients": by_client, "overall": scores(rows)}
 
 
+def notes_of(run: RunConfig) -> list[str]:
+    """What has to stand beside a run's scores."""
+    notes = [run.report.note] if run.report.note else []
+    if run.data.validation_fraction > 0:
+        notes.append(
+            "The scores are of the validation rows (data.validation_fraction); the held-out rows "
+            "were not looked at: silotune evaluate scores them."
+        )
+    return notes
+
+
 def unit_of(summary: Mapping[str, Any]) -> str:
     """The unit of a loss: what it is averaged over."""
     return "nats per row" if summary.get("task") == "classify" else "nats per token"

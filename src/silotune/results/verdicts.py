@@ -15,12 +15,16 @@ PHRASES = {
     "lost": "lost",
     "no clear difference": "shows no clear difference",
     "too few rows": "has too few rows for a verdict",
+    "one seed: no verdict": "has no verdict from one seed",
+    "two seeds: no verdict": "has no verdict from two seeds",
 }
 COUNTED = {
     "gained": "gained",
     "lost": "lost",
     "no clear difference": "with no clear difference",
     "too few rows": "with too few rows",
+    "one seed: no verdict": "without a verdict, because there is one seed",
+    "two seeds: no verdict": "without a verdict, because there are two seeds",
 }
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class LocalResult:
     """Sum of the step sizes used."""
     seconds: float
     """Wall time of the loop."""
+    optimizer: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """The optimizer's memory, if it was asked for; see `optimizer_state`."""
 
 
 @dataclass
@@ -130,3 +132,35 @@ def take_step(optimizer: torch.optim.Optimizer, lr: float, totals: Totals) -> No
     optimizer.zero_grad(set_to_none=True)
     totals.lr_sum += lr
     totals.num_steps += 1
+
+
+OPTIMIZER = "optimizer."
+"""Begins the names under which an optimizer's memory is kept."""
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, learning: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, Tensor]]:
+    """What an optimizer remembers, by kind and tensor name, for example optimizer.exp_avg."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, p in learning.items():
+        for kind, value in optimizer.state.get(p, {}).items():
+            kept = value.detach().cpu().clone() if torch.is_tensor(value) else torch.tensor(value)
+            found.setdefault(f"{OPTIMIZER}{kind}", {})[name] = kept
+    return found
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    learning: Mapping[str, nn.Parameter],
+    kept: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Give an optimizer the memory that `optimizer_state` took from another one of its kind."""
+    for purpose, tensors in kept.items():
+        kind = purpose.removeprefix(OPTIMIZER)
+        for name, value in tensors.items():
+            p = learning[name]
+            # counts of steps: torch's own optimizers keep a float tensor, bitsandbytes an int
+            is_count = value.dtype == torch.int64 and value.ndim == 0
+            there = value if value.ndim == 0 else value.to(p.device)
+            optimizer.state[p][kind] = int(value) if is_count else there.clone()

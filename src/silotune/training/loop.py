@@ -7,12 +7,13 @@ a step.
 
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.errors import UpdateError
@@ -26,6 +27,8 @@ from silotune.training.local_step import (
     Totals,
     apply_rule,
     backward,
+    optimizer_state,
+    restore_optimizer,
     take_step,
     training_mode,
 )
@@ -219,6 +222,7 @@ def train(
     seed: int,
     guard: RowGuard | None = None,
     must_be_finite: bool = True,
+    kept: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> LocalResult:
     """Train the model in place, one optimizer step per element of `steps`.
 
@@ -237,6 +241,8 @@ def train(
         guard: Clips each row's gradient and adds noise to every step; for record-level privacy.
         must_be_finite: Whether a loss that is not finite is an error; not if the client adds noise
             itself, because the error would reveal something about its rows.
+        kept: The optimizer's memory from an earlier training, empty at the first; None for an
+            optimizer that begins again. With it, only the first training has a warm-up.
 
     Raises:
         UpdateError: The loss became NaN or infinite.
@@ -247,6 +253,8 @@ def train(
         p.requires_grad_(name in learning)
     fused = not loaded.has_adapter
     optimizer = build_optimizer(learning.values(), cfg, lr, fused=fused, device=loaded.device)
+    restore_optimizer(optimizer, learning, kept or {})
+    warm = cfg.warmup_steps if kept else 0
     totals = Totals.zero(loaded.device)
     with training_mode(loaded, seed, guard):
         for batches in steps:
@@ -254,8 +262,10 @@ def train(
             apply_rule(rule, learning, context, totals)
             if cfg.clip_norm > 0 and guard is None:
                 nn.utils.clip_grad_norm_(learning.values(), cfg.clip_norm)
-            take_step(optimizer, step_lr(cfg, lr, totals.num_steps), totals)
+            take_step(optimizer, step_lr(cfg, lr, totals.num_steps + warm), totals)
     result = totals.result()
+    if kept is not None:
+        result = replace(result, optimizer=optimizer_state(optimizer, learning))
     if must_be_finite and not math.isfinite(result.train_loss):
         raise UpdateError(
             "the training loss is not a number.\n  Lower train.lr or set train.clip_norm."

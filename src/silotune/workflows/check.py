@@ -208,7 +208,7 @@ def _with_labels(
     """The recipe with all labels: its own, or otherwise those of the rows."""
     if run.data.labels is not None:
         return run
-    everything = [*server, *(row for own in rows.values() for row in own.train + own.evaluation)]
+    everything = [*server, *(row for own in rows.values() for row in own.every)]
     labels = sorted_labels([row for row in everything if isinstance(row, dict)])
     if len(labels) < 2:
         raise DataError(

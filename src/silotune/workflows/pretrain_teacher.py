@@ -53,7 +53,7 @@ def pretrain_teacher(
             "  Set distill.teacher to the model that it was trained from."
         )
     place = place_for(recipe, out, "-teacher")
-    held_out = [row for client in checked.rows.values() for row in client.evaluation]
+    held_out = [row for client in checked.rows.values() for row in client.scored]
     pretrain(
         run,
         place,

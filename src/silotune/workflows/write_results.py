@@ -160,9 +160,7 @@ def _sample(
     run: RunConfig, rows: Mapping[str, ClientRows], loaded: LoadedModel
 ) -> list[dict[str, Any]]:
     """Held-out questions of the first clients, answered by the base and by the result."""
-    asked = {
-        name: question_of(rows[name].evaluation[0]) for name in sorted(rows)[: run.report.samples]
-    }
+    asked = {name: question_of(rows[name].scored[0]) for name in sorted(rows)[: run.report.samples]}
     talks, limit = [talk for talk, _ in asked.values()], run.report.max_new_tokens
     said: dict[str, list[Answer]] = {}
     if loaded.has_adapter:  # else the base is another model

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.core.crossed import (
+    Scored,
+    crossed_interval,
+    minus,
+    parts_of_labels,
+    parts_of_mean,
+)
 from silotune.core.errors import UpdateError
-from silotune.core.stats import Labelled, Scored, label_interval, label_scores, mean_interval
+from silotune.core.stats import Labelled, label_scores
 from silotune.core.types import Failure, Score, ServerState, Update
 from silotune.federation.acceptance import Known, check_scores, check_update, what_is_expected
 from silotune.federation.metrics import overall_scores
@@ -260,17 +267,16 @@ def labelled(seed, num_seeds=3, num_rows=40, num_labels=3, client="north", right
     return Labelled(client, given_, true, num_labels)
 
 
-def as_scored(rows, minus=None):
+def interval(clients, metric, others=None):
+    parts = [parts_of_labels(own, metric) for own in clients]
+    if others is not None:
+        parts = [minus(a, parts_of_labels(b, metric)) for a, b in zip(parts, others, strict=True)]
+    return crossed_interval(parts)
+
+
+def of_hits(rows):
     hits = (rows.given == rows.true).astype(float)
-    if minus is not None:
-        hits -= minus.given == minus.true
-    return Scored(rows.client, hits, np.ones(len(rows.true)))
-
-
-def close(one, other):
-    return np.allclose(
-        [one.mean, one.low, one.high], [other.mean, other.low, other.high], rtol=0, atol=1e-12
-    )
+    return parts_of_mean(Scored(rows.client, hits, np.ones(len(rows.true))))
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
@@ -279,21 +285,18 @@ def test_the_interval_of_accuracy_is_that_of_the_mean_of_hits(num_seeds, names):
     clients = [
         labelled(n, num_seeds, num_rows=20 + 10 * n, client=name) for n, name in enumerate(names)
     ]
-    one = label_interval(clients, "accuracy", seed=5, replicates=500)
-    assert close(one, mean_interval(list(map(as_scored, clients)), seed=5, replicates=500))
-    assert not close(one, mean_interval(list(map(as_scored, clients)), seed=6, replicates=500))
+    one, two = interval(clients, "accuracy"), crossed_interval(list(map(of_hits, clients)))
+    assert vars(one) == pytest.approx(vars(two), abs=1e-12)
 
 
-def test_the_interval_of_a_difference_of_accuracies_is_that_of_the_mean_of_differences():
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_difference_turned_round_has_the_interval_turned_round(metric):
     clients = [labelled(n, num_rows=30, client=c) for n, c in enumerate(("north", "south"))]
     others = [
         replace(c, given=labelled(n + 9, num_rows=30, right=0.4).given)
         for n, c in enumerate(clients)
     ]
-    one = label_interval(clients, "accuracy", minus=others, seed=5, replicates=500)
-    paired = [as_scored(a, b) for a, b in zip(clients, others, strict=True)]
-    assert close(one, mean_interval(paired, seed=5, replicates=500))
-    back = label_interval(others, "accuracy", minus=clients, seed=5, replicates=500)
+    one, back = interval(clients, metric, others), interval(others, metric, clients)
     assert (one.mean, one.low, one.high) == pytest.approx((-back.mean, -back.high, -back.low))
 
 
@@ -303,24 +306,19 @@ def test_the_estimate_is_the_mean_over_seeds_then_over_clients(metric):
     slow = [
         np.mean([oracle(list(own), list(c.true), 3)[metric] for own in c.given]) for c in clients
     ]
-    found = label_interval(clients, metric, seed=1, replicates=50)
-    assert found.mean == pytest.approx(np.mean(slow), abs=1e-12)
+    assert interval(clients, metric).mean == pytest.approx(np.mean(slow), abs=1e-12)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_an_arm_minus_itself_is_nothing(metric):
     clients = [labelled(1)]
-    found = label_interval(clients, metric, minus=clients, seed=1, replicates=100)
-    assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
-    assert not found.is_clear
+    found = interval(clients, metric, clients)
+    assert (found.mean, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_an_interval_contains_its_estimate_and_shrinks_with_rows(metric):
-    few, many = (
-        label_interval([labelled(3, num_rows=size)], metric, seed=1, replicates=1000)
-        for size in (30, 480)
-    )
+def test_an_interval_shrinks_with_rows(metric):
+    few, many = (interval([labelled(3, num_rows=size)], metric) for size in (30, 480))
     for found in (few, many):
         assert found.low < found.mean < found.high
     # sixteen times the rows: a quarter of the width
@@ -328,33 +326,37 @@ def test_an_interval_contains_its_estimate_and_shrinks_with_rows(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_an_interval_contains_its_estimate_if_labels_are_rare(metric):
-    # 77 labels with two rows each, all right (as small clients of Banking77 are): a replicate
-    # without a label's rows must not count it as 0, or the interval is below its own estimate
+def test_leaving_rows_out_gives_about_the_spread_that_new_rows_have(metric):
+    drawn = [interval([labelled(seed, 1, num_rows=100)], metric) for seed in range(200)]
+    real = 1.96 * np.std([found.mean for found in drawn])
+    said = np.mean([(found.high - found.low) / 2 for found in drawn])
+    assert said == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_labels_that_are_rare_and_always_right_have_no_spread(metric):
+    # 77 labels with two rows each, all right, as small clients of Banking77 are
     true = np.tile(np.arange(77), 2)
-    found = label_interval(
-        [Labelled("north", true[None], true, 77)], metric, seed=1, replicates=500
-    )
-    assert found.low <= found.mean + 1e-12
-    assert found.mean <= found.high + 1e-12
+    found = interval([Labelled("north", true[None], true, 77)], metric)
+    assert (found.low, found.high) == pytest.approx((found.mean, found.mean), abs=1e-12)
 
 
 def test_one_draw_of_rows_counts_for_all_seeds():
     # the same predictions asked ten times are not more rows (docs/decisions/0013)
     once = labelled(4, num_seeds=1)
     often = replace(once, given=np.repeat(once.given, 10, axis=0))
-    one, ten = (label_interval([c], "mcc", seed=1, replicates=300) for c in (once, often))
-    assert close(one, ten)
+    one, ten = (interval([c], "mcc") for c in (once, often))
+    assert vars(one) == pytest.approx(vars(ten), abs=1e-12)
 
 
 def test_the_interval_of_the_correlation_contains_the_true_value_nearly_as_often_as_it_claims():
     # two equally frequent labels, right in 80 of 100 cases for each: the correlation is 0.6
     rng, hits = np.random.default_rng(7), 0
-    for i in range(200):
+    for _ in range(200):
         true = rng.integers(0, 2, 60)
         given_ = np.where(rng.random((1, 60)) < 0.8, true, 1 - true)
         rows = Labelled("north", given_, true, 2)
-        found = label_interval([rows], "mcc", seed=i, replicates=300)
+        found = interval([rows], "mcc")
         hits += found.low <= 0.6 <= found.high
     assert 0.89 <= hits / 200 <= 0.99
 

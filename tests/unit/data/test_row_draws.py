@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.data.clients import load_client
+from silotune.core.errors import DataError
+from silotune.data.clients import load_client, load_clients
 from silotune.data.files import PlacedRow
+from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
 from silotune.data.row_draws import hold_out, keep_at_most, places, row_digests
 from tests.unit.data.row_files import make_rows, write
@@ -65,6 +67,53 @@ def test_each_row_less_changes_at_most_that_row(tmp_path, ending, task, fraction
         assert (train, held) in [(1, 0), (0, 1), (1, 2)]
         if held == 2:  # the only row that was held out is gone, so a train row takes its place
             assert len(whole.evaluation) == len(part.evaluation) == 1
+
+
+@pytest.mark.parametrize(("held", "validation", "seed"), [(0.05, 0.05, 1), (0.2, 0.3, 17)])
+def test_with_validation_rows_each_row_less_changes_one_train_row_at_most(
+    tmp_path, held, validation, seed
+):
+    """Three parts are two draws, and each draw passes on at most one row more or less."""
+    settings = {"seed": seed, "eval_fraction": held, "validation_fraction": validation}
+    whole = load(write(tmp_path / "whole.jsonl", TALKS), **settings)
+    plain = load(write(tmp_path / "whole.jsonl", TALKS), seed=seed, eval_fraction=held)
+    assert whole.evaluation == plain.evaluation, "the held-out rows are those without validation"
+    assert counted([*whole.train, *whole.validation]) == counted(plain.train)
+    assert whole.scored == whole.validation != ()
+    assert plain.scored == plain.evaluation
+    for gone in range(len(TALKS)):
+        fewer = TALKS[:gone] + TALKS[gone + 1 :]
+        part = load(write(tmp_path / "fewer.jsonl", fewer), **settings)
+        assert distance(whole.train, part.train) <= 1
+
+
+def test_a_client_with_too_few_rows_to_validate_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"'north' has 1 row[\s\S]*remove data.validation_fraction"):
+        load(write(tmp_path / "two.jsonl", make_rows(2)), validation_fraction=0.5)
+
+
+def test_the_groups_of_held_out_rows_tell_no_value(tmp_path):
+    rows = [
+        {**row, "disease": f"flu {n // 10}" if n < 40 else ""}
+        for n, row in enumerate(make_rows(57))
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    def grouped(column):
+        cfg, split = DataConfig(path=str(path), eval_fraction=0.5), PartitionConfig(by="source")
+        return load_clients(cfg, split, seed=17, group=column)
+
+    for own in grouped("disease").values():
+        asked = [talk[0]["content"] for talk in own.evaluation]
+        disease = {row["question"]: row["disease"] for row in rows}
+        assert len(own.groups) == len(asked)
+        assert not any("flu" in name for name in own.groups)
+        for i, a in enumerate(asked):
+            for j, b in enumerate(asked[:i]):
+                same = disease[a] == disease[b] != "" or a == b
+                assert (own.groups[i] == own.groups[j]) == same
+    with pytest.raises(DataError, match=r"compare.group = 'diseas'[\s\S]*Did you mean 'disease'"):
+        grouped("diseas")
 
 
 def test_one_row_appended_to_500_changes_one_train_row_at_most(tmp_path):
@@ -184,7 +233,7 @@ def test_about_the_fraction_is_held_out(fraction):
 
 def test_each_draw_is_independent_of_the_others():
     digests = row_digests(placed(make_rows(4000)))
-    draws = [places(digests, 17, name) for name in ("server-rows", "held-out", "max-rows")]
+    draws = [places(digests, 17, name) for name in ("server-rows", "held-out", "validation")]
     draws.append(places(digests, 18, "held-out"))
     for n, first in enumerate(draws):
         for second in draws[n + 1 :]:

@@ -311,3 +311,32 @@ def test_result_counts_are_those_of_the_batches(loaded, start, examples):
     assert result.num_tokens == sum(e.ids.numel() for e in examples)
     assert result.num_padded_tokens == sum(b.ids.numel() for s in steps for b in s)
     assert result.lr_sum == pytest.approx(2e-2)
+
+
+# --- an optimizer that is kept from round to round
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_two_trainings_with_a_kept_optimizer_are_one_long_training(
+    loaded, start, examples, optimizer
+):
+    cfg = TrainConfig(optimizer=optimizer, weight_decay=0.1, warmup_steps=2)
+    steps = [[collate(examples[i : i + 2])] for i in (0, 2, 4, 6)]
+    _, whole = run(loaded, start, steps, cfg)
+
+    def go_on(begin, some, kept):
+        write_adapter(loaded, begin)
+        context = LocalContext(dict(begin), {}, {})
+        more = {"round_": 1, "lr": 1e-2, "seed": 5, "kept": kept}
+        result = train(loaded, some, INSTRUCT, cfg, PLAIN, context, **more)
+        return result.optimizer, read_adapter(loaded)
+
+    memory, half = go_on(start, steps[:2], {})
+    if optimizer == "sgd":  # it remembers nothing, so each part has a warm-up
+        assert memory == {}
+        return
+    _, parted = go_on(half, steps[2:], memory)
+    assert sha256(parted) == sha256(whole)
+    _, restarted = go_on(half, steps[2:], {})
+    assert sha256(restarted) != sha256(whole)
+    assert go_on(half, steps[2:], None)[0] == {}, "nothing is returned unless it is asked for"

@@ -7,21 +7,22 @@ the scores mean.
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.core.atomic_files import make_folder, write_json, write_rows
 from silotune.core.checksums import list_files
+from silotune.core.errors import QuorumError, UpdateError, first_line
 from silotune.core.types import AdapterState
 from silotune.core.wording import human_seconds
-from silotune.data.conversations import Conversation
 from silotune.federation.client import ClientData, Worker
-from silotune.federation.client_memory import load_memory
-from silotune.federation.metrics import Row
+from silotune.federation.client_memory import folder_name, load_memory
+from silotune.federation.metrics import Row, held_out_losses
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.server_work import build_lesson, is_pretrained, pretrain, server_rows
@@ -29,42 +30,66 @@ from silotune.models.loading import LoadedModel, save_adapter, untrained, write_
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import CompareConfig
+from silotune.recipes.tuning import Point
 from silotune.results.run import Run
 from silotune.runtime.inprocess import prepare_clients
-from silotune.training.generate import answers
-from silotune.training.scoring import score_each
+from silotune.training.scoring import evaluate
 from silotune.training.tasks import build_task
-from silotune.training.tasks.base import Example
 from silotune.workflows.check import Checked
-from silotune.workflows.compare.folder import ComparisonFolder, place_alone, place_of
+from silotune.workflows.compare.folder import (
+    CENTRALIZED,
+    ComparisonFolder,
+    Trial,
+    num_parts,
+    place_alone,
+    place_of,
+    place_of_trial,
+    read_trial,
+    tuning_seed,
+)
+from silotune.workflows.compare.held_out import prepare_held_out, score_held_out
 from silotune.workflows.compare.local_training import (
     Cost,
+    Trained,
+    Validation,
     cost_of_run,
     rows_trained,
     train_alone,
 )
-from silotune.workflows.compare.statistics import Scores
-from silotune.workflows.evaluate.text_scores import judge, question_of
+from silotune.workflows.compare.statistics import LOCAL
 from silotune.workflows.provenance import provenance_of
 from silotune.workflows.run import run_in
 from silotune.workflows.shared_base import SharedBase
 
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A client's held-out rows."""
-
-    examples: tuple[Example, ...]
-    talks: tuple[Conversation, ...]
-    """The same rows as conversations."""
+Train = Callable[[Path], Trained]
+"""Trains a part in its folder."""
 
 
 class Arms:
     """Trains and scores arms: one base in memory, the clients' tokens, and the folder of parts."""
 
-    def __init__(self, folder: ComparisonFolder, checked: Checked, progress: Progress) -> None:
+    def __init__(
+        self,
+        folder: ComparisonFolder,
+        checked: Checked,
+        groups: Mapping[str, tuple[str, ...]],
+        progress: Progress,
+    ) -> None:
+        """Load the base and tokenize the rows; nothing is trained yet.
+
+        Args:
+            folder: Where parts go.
+            checked: The recipe and its rows.
+            groups: The group of each held-out row, by client; empty if rows are not grouped.
+            progress: Told what happens.
+        """
         self.folder, self.checked, self.progress = folder, checked, progress
         self.run = run = checked.run
+        self.has_validation = run.data.validation_fraction > 0
+        # what is personal is kept for the last round only, and losses of rows have no noise
+        self.picks_round = (
+            self.has_validation and run.privacy.unit == "none" and run.adapter.head != "local"
+        )
         self.task = build_task(run.task, run.data.labels)
         progress.note(f"comparison folder: {folder.path}")
         progress.note(f"loading {run.model.name}")
@@ -75,10 +100,15 @@ class Arms:
         self.server_rows = server_rows(run)
         if self.server_rows:  # the centralized arm trains on them, too
             everything += build_lesson(run, self.server_rows, self.loaded).examples
-        self.pool = ClientData("centralized", everything, (), num_eval=0, num_cut=0, num_dropped=0)
-        self.held = {name: self._held_out(checked.rows[name].evaluation) for name in self.data}
-        arms = 1 + len(self.data) + len(federated_arms(run))
-        self.num_parts, self.num_done = 1 + arms * run.compare.seeds, 0
+        self.pool = ClientData(CENTRALIZED, everything, (), num_eval=0, num_cut=0, num_dropped=0)
+        self.held = {
+            name: prepare_held_out(
+                checked.rows[name], groups.get(name, ()), self.task, self.loaded, run
+            )
+            for name in self.data
+        }
+        self.recipes = federated_arms(run)
+        self.num_parts, self.num_done = num_parts(run, len(self.data)), 0
 
     @property
     def loaded(self) -> LoadedModel:
@@ -89,27 +119,60 @@ class Arms:
         """A worker without a federation: whatever it learns is the result."""
         return Worker(self.loaded, self.task, run, fedavg(FedAvgConfig()))
 
-    def _held_out(self, talks: Sequence[Conversation]) -> HeldOut:
-        tokenizer, limit = self.loaded.tokenizer, self.run.train.max_length
-        prepared = self.task.prepare(talks, tokenizer, limit)
-        return HeldOut(prepared.examples, tuple(talks[row] for row in prepared.rows))
-
     # --- arms
 
     def base(self) -> None:
         """Score the untrained base."""
         first = self.base_model.dress(self._recipe(self.run, self.run.seed))
         with untrained(self.loaded):
-            self._part("base", "the base", lambda _: (first, Cost()), self.data)
+            self._part("base", "the base", lambda _: Trained(first, Cost()), self.data)
 
-    def federated(self, arm: str, recipe: RunConfig, seed: int) -> Run:
+    def federated(self, arm: str, point: Point, seed: int) -> Run:
         """Run an arm's recipe with this seed, as `silotune run` would."""
         place = place_of(arm, seed)
-        run = self._recipe(recipe, seed)
         path = self.folder.path / place / "run"
+        train = self._federation(arm, point, seed)
+        self._part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
+        return Run(path)
 
-        def train(_: Path) -> tuple[AdapterState, Cost]:
-            taught = self._with_teacher(run)
+    def alone(self, client: str, point: Point, seed: int, plan: Mapping[int, int]) -> None:
+        """One client without the others: the same rows and steps."""
+        place = place_alone(client, seed)
+        scored = self.data if client in self.run.compare.only else [client]
+        train = self._alone(self.data[client], point, seed, plan)
+        self._part(place, f"seed {seed}, {client} alone", train, scored)
+
+    def centralized(self, point: Point, seed: int, plan: Mapping[int, int]) -> None:
+        """All rows in one place."""
+        train = self._alone(self.pool, point, seed, plan)
+        self._part(place_of(CENTRALIZED, seed), f"seed {seed}, {CENTRALIZED}", train, self.data)
+
+    # --- trials: trained with the seed of tuning, and scored on the validation rows only
+
+    def try_federated(self, arm: str, point: Point) -> tuple[Trial, Run]:
+        """One trial of a federated arm."""
+        place = place_of_trial(arm, point.label)
+        train = self._federation(arm, point, tuning_seed(self.run))
+        return self._trial(place, f"tuning {arm}: {point.label}", train), Run(
+            self.folder.path / place / "run"
+        )
+
+    def try_alone(self, client: str | None, point: Point, plan: Mapping[int, int]) -> Trial:
+        """One trial of a lone client, or of all rows in one place."""
+        arm = f"{LOCAL}/{folder_name(client)}" if client is not None else CENTRALIZED
+        data = self.data[client] if client is not None else self.pool
+        train = self._alone(data, point, tuning_seed(self.run), plan)
+        who = f"{client} alone" if client is not None else CENTRALIZED
+        return self._trial(place_of_trial(arm, point.label), f"tuning {who}: {point.label}", train)
+
+    # --- training
+
+    def _federation(self, arm: str, point: Point, seed: int) -> Train:
+        run = self._recipe(point.run, seed)
+
+        def train(place: Path) -> Trained:
+            path = place / "run"
+            taught = self._with_teacher(run, self._recipe(self.recipes[arm], seed))
             opened = RunFolder.open(path) if path.exists() else RunFolder.create(path, taught)
             self.base_model.dress(run)  # before `self.loaded` is read: this may replace it
             with opened.locked():
@@ -123,37 +186,50 @@ class Arms:
                 )
             plan = rows_trained(done.metrics, self.data, run)
             trained = {n: t for n, t in done.adapter().items() if n in self.loaded.parameters}
-            return trained, cost_of_run(done.metrics, plan, done.summary)
-
-        self._part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
-        return Run(path)
-
-    def alone(self, client: str, seed: int, plan: Mapping[int, int]) -> None:
-        """One client without the others: the same rows, steps and learning rates."""
-        place = place_alone(client, seed)
-        scored = self.data if client in self.run.compare.only else [client]
-        train = self._alone(self.data[client], seed, plan)
-        self._part(place, f"seed {seed}, {client} alone", train, scored)
-
-    def centralized(self, seed: int, plan: Mapping[int, int]) -> None:
-        """All rows in one place."""
-        train = self._alone(self.pool, seed, plan)
-        self._part(place_of("centralized", seed), f"seed {seed}, centralized", train, self.data)
-
-    def _alone(
-        self, data: ClientData, seed: int, plan: Mapping[int, int]
-    ) -> Callable[[Path], tuple[AdapterState, Cost]]:
-        run = self._recipe(self.run, seed)
-
-        def train(place: Path) -> tuple[AdapterState, Cost]:
-            first = self.base_model.dress(run)  # first, because the worker keeps `self.loaded`
-            adapter, cost = train_alone(self._worker(run), data, plan, first, place / "state")
-            if self.loaded.has_adapter:
-                write_adapter(self.loaded, adapter)
-                save_adapter(self.loaded, place / "adapter", base=self.run.model)
-            return adapter, cost
+            at = done.summary["result_round"]
+            loss = held_out_losses(done.metrics).get(at) if self.has_validation else None
+            return Trained(trained, cost_of_run(done.metrics, plan, done.summary), at, loss)
 
         return train
+
+    def _alone(self, data: ClientData, point: Point, seed: int, plan: Mapping[int, int]) -> Train:
+        run = self._recipe(point.run, seed)
+
+        def train(place: Path) -> Trained:
+            first = self.base_model.dress(run)  # first, because the worker keeps `self.loaded`
+            worker = replace(self._worker(run), keeps_optimizer=point.keeps_optimizer)
+            validation = None
+            if self.has_validation:
+                names = list(self.data) if data is self.pool else [data.name]
+                every = self.run.compare.every if self.picks_round else run.rounds
+                validation = Validation(
+                    lambda adapter: self._validation_loss(names, adapter), every, self.picks_round
+                )
+            done = train_alone(worker, data, plan, first, place / "state", validation)
+            if self.loaded.has_adapter:
+                write_adapter(self.loaded, done.adapter)
+                save_adapter(self.loaded, place / "adapter", base=self.run.model)
+            return done
+
+        return train
+
+    def _validation_loss(self, names: Sequence[str], adapter: AdapterState) -> float:
+        """The loss on these clients' validation rows, weighted as a run does it."""
+        write_adapter(self.loaded, adapter)
+        rows: list[Row] = []
+        for name in names:
+            own = self.data[name]
+            found = evaluate(
+                self.loaded, own.eval_batches, self.task, client=name, num_examples=own.num_eval
+            )
+            about = {
+                "event": "evaluate",
+                "status": "ok",
+                "round": 0,
+                "num_tokens": found.num_tokens,
+            }
+            rows.append({**about, "loss": found.loss_sum / found.num_tokens})
+        return held_out_losses(rows)[0]
 
     def _recipe(self, recipe: RunConfig, seed: int) -> RunConfig:
         """An arm's recipe with a seed, on the rows of the first seed."""
@@ -161,31 +237,39 @@ class Arms:
         fixed = run.data.split_seed if run.data.split_seed is not None else run.seed
         # without a history, only the comparison scores the end; keep = "best" needs every score
         scored = run.compare.history or run.checkpoint.keep == "best"
+        every, checkpoint = run.evaluate.every if scored else 0, run.checkpoint
+        if self.picks_round:
+            every = run.compare.every
+            checkpoint = run.checkpoint.model_copy(update={"every": 1, "keep": "best"})
+        elif self.has_validation and not every:
+            every = run.rounds
         return recipe.model_copy(
             update={
                 "seed": seed,
                 "data": run.data.model_copy(update={"split_seed": fixed}),
-                "evaluate": run.evaluate
-                if scored
-                else run.evaluate.model_copy(update={"every": 0}),
+                "evaluate": run.evaluate.model_copy(update={"every": every}),
+                "checkpoint": checkpoint,
                 "report": run.report.model_copy(update={"page": False, "samples": 0}),
                 "compare": CompareConfig(),
             }
         )
 
-    def _with_teacher(self, run: RunConfig) -> RunConfig:
-        """The recipe with a trained teacher, trained once for all arms of a seed that share it."""
+    def _with_teacher(self, run: RunConfig, untuned: RunConfig) -> RunConfig:
+        """The recipe with a trained teacher, trained once for all arms of a seed that share it.
+
+        It is trained as the arm's untuned recipe says, so all points of an arm share it.
+        """
         how = run.distill
         asked = run.server.work == "distill" and how.pretrain_epochs > 0
         if not asked or is_pretrained(how.teacher or ""):
             return run
         rate = how.lr or run.server.lr
-        about = [how.teacher, how.pretrain_epochs, rate, run.train.model_dump()]
+        about = [how.teacher, how.pretrain_epochs, rate, untuned.train.model_dump()]
         mark = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         place = self.folder.path / f"seed-{run.seed}" / f"teacher-{mark}"
         if not place.exists():
             pretrain(
-                run,
+                untuned,
                 place,
                 self.progress,
                 rows=self.server_rows,
@@ -200,80 +284,69 @@ class Arms:
         self,
         place: str,
         title: str,
-        train: Callable[[Path], tuple[AdapterState, Cost]],
+        train: Train,
         clients: Sequence[str] | Mapping[str, Any],
         memory: Path | None = None,
     ) -> None:
-        """Train and score a part, unless it is finished.
+        """Train a part and score the held-out rows, unless it is finished.
 
         Args:
             place: Its folder, inside the comparison's folder.
             title: Its name in progress messages.
-            train: Takes the folder and returns the adapter and its cost.
+            train: Takes the folder and trains.
             clients: The clients whose held-out rows it is scored on.
             memory: The run folder where clients keep personal tensors.
         """
-        self.num_done += 1
-        folder = self.folder.path / place
-        if (folder / "part.json").is_file():
+        if (folder := self._begin(place, title)) is None:
             return
-        self.progress.note(f"[{self.num_done}/{self.num_parts}] {title}")
-        make_folder(folder)
-        adapter, cost = train(folder)
+        done = train(folder)
         rows = [
             {"client": client, **row}
             for client in clients
-            for row in self._score(client, {**adapter, **_personal(memory, client)})
+            for row in self._score(client, {**done.adapter, **_personal(memory, client)})
         ]
         write_rows(folder / "scores.jsonl", rows)
-        write_json(folder / "part.json", asdict(cost))
-        list_files(folder, ["scores.jsonl", "part.json"])
-        if cost.tokens:
+        self._finish(folder, done, ["scores.jsonl", "part.json"])
+
+    def _trial(self, place: str, title: str, train: Train) -> Trial:
+        """Train a trial, unless it is finished. One that diverges is a trial without a loss."""
+        if (folder := self._begin(place, title)) is not None:
+            try:
+                done = train(folder)
+            except (UpdateError, QuorumError) as error:
+                self.progress.note(f"  failed: {first_line(str(error))}")
+                done = Trained({}, Cost())
+            self._finish(folder, done, ["part.json"])
+        return read_trial(self.folder.path / place)
+
+    def _begin(self, place: str, title: str) -> Path | None:
+        """Create a part's folder; None if the part is finished."""
+        self.num_done += 1
+        folder = self.folder.path / place
+        if (folder / "part.json").is_file():
+            return None
+        self.progress.note(f"[{self.num_done}/{self.num_parts}] {title}")
+        make_folder(folder)
+        return folder
+
+    def _finish(self, folder: Path, done: Trained, files: Sequence[str]) -> None:
+        loss = done.validation_loss
+        known = loss if loss is not None and math.isfinite(loss) else None
+        about = {"round": done.round, "validation_loss": known}
+        write_json(folder / "part.json", {**asdict(done.cost), **about})
+        list_files(folder, files)
+        if (cost := done.cost).tokens:
             words = f"{cost.steps} steps, {cost.tokens} tokens in {human_seconds(cost.seconds)}"
-            self.progress.note(f"  {words}")
+            scored = f", validation loss {known:.3f}" if known is not None else ""
+            self.progress.note(f"  {words}{scored}")
 
     def _score(self, client: str, adapter: AdapterState) -> list[Row]:
         """One row per held-out row of the client, in the same order."""
         write_adapter(self.loaded, adapter)
-        held, run = self.held[client], self.run
-        each = score_each(self.loaded, held.examples, self.task, batch_size=run.evaluate.batch_size)
-        rows: list[Row] = [asdict(score) for score in each]
-        if not self.task.is_asked:
-            return rows  # neither a classifier nor a text gives answers
-        limit = run.compare.max_new_tokens
-        shown = range(len(rows)) if limit else self._sampled(client)
-        asked = [question_of(held.talks[i]) for i in shown]
-        limit = limit or run.report.max_new_tokens
-        said = answers(self.loaded, [talk for talk, _ in asked], max_new_tokens=limit)
-        for i, one in zip(shown, said, strict=True):
-            rows[i]["answer"] = one.text
-        if run.compare.max_new_tokens:
-            for row, quality in zip(rows, judge(said, [ref for _, ref in asked]), strict=True):
-                row.update(asdict(quality))
-        return rows
-
-    def _sampled(self, client: str) -> Sequence[int]:
-        """Which held-out rows are answered for the report: the first row of some clients."""
-        return range(min(1, list(self.data).index(client) < self.run.report.samples))
-
-    # --- for the report
-
-    def samples(self, scores: Scores) -> list[dict[str, Any]]:
-        """Some held-out questions, and how the first seed's arms answer them."""
-        found: list[dict[str, Any]] = []
-        shown = self.run.report.samples if self.task.is_asked else 0
-        for client in list(self.data)[:shown]:
-            talk, reference = question_of(self.held[client].talks[0])
-            said = {
-                arm: rows[client][0]["answer"].strip()
-                for arm, by_seed in scores.items()
-                if client in (rows := next(iter(by_seed.values()))) and "answer" in rows[client][0]
-            }
-            question = talk[-1]["content"]
-            found.append(
-                {"client": client, "question": question, "reference": reference, "answers": said}
-            )
-        return found
+        is_shown = list(self.data).index(client) < self.run.report.samples
+        return score_held_out(
+            self.loaded, self.task, self.run, self.held[client], is_shown=is_shown
+        )
 
 
 def _personal(run: Path | None, client: str) -> AdapterState:

@@ -14,7 +14,7 @@ from silotune.workflows.compare.statistics import (
     difference_table,
     score_table,
 )
-from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
+from silotune.workflows.compare.verdicts import comparison_verdict, tuning_line, worse_off_warnings
 
 
 def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
@@ -35,6 +35,7 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
     for key, metric in comparison["metrics"].items():
         better = "lower" if metric["lower_is_better"] else "higher"
         lines += ["", f"## {metric['label']} ({metric['unit']}, {better} is better)", ""]
+        lines += [markdown(tuning_line(comparison)), ""]
         lines += [*markdown_table(score_table(comparison, key)), ""]
         lines += markdown_table(difference_table(comparison, key))
         if against := against_table(comparison, key):

@@ -1,40 +1,47 @@
 """Was it worth joining? Train and score every arm of a comparison on the same held-out rows.
 
-The arms: the untouched base; each client alone, with exactly the rows and steps that it takes in
-the federated run; the federated run, with one or several algorithms; all rows in one place, with as
-many examples as all clients together. Seeds are paired: with one seed, every arm gets the same
-first adapter, cohorts and order of rows.
+The arms: the untouched base; each client alone, with exactly as many examples as it takes in the
+federated run; the federated run, with one or several algorithms; all rows in one place, with as
+many examples as all clients together. Every arm first tries the same number of settings on
+validation rows. Seeds are paired: with one seed, every arm gets the same first adapter, cohorts and
+order of rows. `_compare` is the protocol.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from silotune.core.atomic_files import write_atomically, write_json
-from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.errors import ConfigError, DataError, RunFolderError
 from silotune.core.public_call import as_path, public
 from silotune.core.wording import did_you_mean
+from silotune.data.clients import load_clients
 from silotune.federation.progress import Progress
 from silotune.models.base_files import public_name
-from silotune.recipes.arms import federated_arms
+from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.workflows.check import Checked
 from silotune.workflows.compare.arms import Arms
 from silotune.workflows.compare.card import comparison_card
 from silotune.workflows.compare.folder import (
     ComparisonFolder,
+    Places,
     places,
     read_costs,
+    read_rounds,
     read_scores,
     results,
     seeds_of,
 )
+from silotune.workflows.compare.held_out import samples
 from silotune.workflows.compare.local_training import Plan, pooled, rows_trained
 from silotune.workflows.compare.page import comparison_page
-from silotune.workflows.compare.statistics import compare_arms
+from silotune.workflows.compare.statistics import RESULT, Scores, compare_arms
+from silotune.workflows.compare.tuning import Chosen, choose
+from silotune.workflows.compare.verdicts import choice_notes
 from silotune.workflows.data_overview import describe_split
-from silotune.workflows.folders import open_folder
+from silotune.workflows.folders import open_folder, place_for
 from silotune.workflows.in_memory import keep_beside
 
 
@@ -102,13 +109,16 @@ def compare(
     """
     progress = progress or Progress()
     overrides = keep_beside(out, rows, model, overrides, resume)
+    if recipe is not None:
+        out = place_for(recipe, out) if resume is None else out
+        recipe, overrides = with_validation(resolve_recipe(recipe, overrides)), ()
     folder, checked = open_folder(ComparisonFolder, recipe, overrides, out=out, resume=resume)
     try:
-        _check(checked)
+        groups = _check(checked)
         with folder.locked():
-            return _compare(folder, checked, progress)
-    except ConfigError:
-        if resume is None:
+            return _compare(folder, checked, groups, progress)
+    except (ConfigError, DataError):
+        if resume is None and not (folder.path / "base").exists():
             folder.remove()
         raise
     except BaseException:
@@ -116,8 +126,27 @@ def compare(
         raise
 
 
-def _check(checked: Checked) -> None:
+def with_validation(run: RunConfig) -> RunConfig:
+    """The recipe of a comparison: with validation rows, if anything is to be chosen by them."""
+    if run.compare.tune is False or run.data.validation_fraction > 0:
+        return run
+    fraction = {"validation_fraction": run.compare.validation_fraction}
+    return run.model_copy(update={"data": run.data.model_copy(update=fraction)})
+
+
+def _check(checked: Checked) -> dict[str, tuple[str, ...]]:
+    """Find mistakes before a model is loaded; returns the groups of every client's held-out rows.
+
+    Raises:
+        ConfigError, DataError: What is wrong, and how to fix it.
+        RunFolderError: The comparison was begun by an older version.
+    """
     run = checked.run
+    if with_validation(run) != run:
+        raise RunFolderError(
+            "this comparison was begun by an older version of silotune, without validation rows.\n"
+            "  Finish it with that version, or start a new comparison."
+        )
     if run.runtime.name == "flower":
         raise ConfigError(
             "runtime.name = 'flower' cannot be compared: the local and the centralized arms are "
@@ -130,39 +159,83 @@ def _check(checked: Checked) -> None:
                 f"compare.only: there is no client '{name}'.{did_you_mean(name, checked.rows)}\n"
                 f"  The clients are: {', '.join(sorted(checked.rows))}."
             )
+    if run.compare.group is None:
+        return {}
+    rows = load_clients(
+        run.data,
+        run.partition,
+        seed=run.seed,
+        task=run.task,
+        server_fraction=run.server.data_fraction,
+        group=run.compare.group,
+    )
+    return {name: own.groups for name, own in rows.items()}
 
 
-def _compare(folder: ComparisonFolder, checked: Checked, progress: Progress) -> Comparison:
+def _compare(
+    folder: ComparisonFolder,
+    checked: Checked,
+    groups: Mapping[str, tuple[str, ...]],
+    progress: Progress,
+) -> Comparison:
+    """The protocol. A finished part is never trained again."""
     if folder.read_json("comparison.json") is not None:
         return Comparison(folder.path)
-    arms = Arms(folder, checked, progress)
-    run = checked.run
+    run, arms = checked.run, Arms(folder, checked, groups, progress)
+    # 1. The untouched base, which every arm starts from.
     arms.base()
+    # 2. Every arm tries the same number of settings. Validation rows choose, with a seed of their
+    #    own; a lone client chooses for itself, a federation once for all.
+    chosen = choose(arms)
+    # 3. Train every arm with what it chose, on equal examples. The best round by validation counts,
+    #    and its adapter is scored on the held-out rows: nothing was chosen by them.
     for seed in seeds_of(run):
         plan: Plan = {}
-        for arm, recipe in federated_arms(run).items():
-            done = arms.federated(arm, recipe, seed)
+        for arm, point in chosen.federated.items():
+            done = arms.federated(arm, point, seed)
             plan = plan or rows_trained(done.metrics, arms.data, run)
-        for client in arms.data:
-            arms.alone(client, seed, plan[client])
-        arms.centralized(seed, pooled(plan))
+        for client, point in chosen.local.items():
+            arms.alone(client, point, seed, plan[client])
+        if run.compare.centralized:
+            arms.centralized(chosen.centralized, seed, pooled(plan))
+    # 4. Differences from training alone, paired row by row, with intervals and verdicts.
     parts = places(folder.path, run, arms.data)
     scores = read_scores(parts)
     num_train = {name: len(own.examples) for name, own in arms.data.items()}
-    numbers = compare_arms(scores, num_train=num_train, seed=run.seed)
+    numbers = compare_arms(scores, num_train=num_train)
+    return _write(arms, parts, {**numbers, **_choices(arms, chosen, parts)}, scores)
+
+
+def _choices(arms: Arms, chosen: Chosen, parts: Places) -> dict[str, Any]:
+    """What the arms were trained with, and what finding it has cost."""
+    return {
+        "tuned": arms.run.compare.tune is not False,
+        "chosen": chosen.values(),
+        "num_trials": chosen.num_trials,
+        "at_edge": chosen.at_edge,
+        "tuning_costs": {arm: asdict(cost) for arm, cost in chosen.costs.items()},
+        "num_validation": {name: len(own.validation) for name, own in arms.checked.rows.items()},
+        "rounds": read_rounds(parts) if arms.picks_round else {},
+    }
+
+
+def _write(arms: Arms, parts: Places, numbers: dict[str, Any], scores: Scores) -> Comparison:
+    """Write what people and programs read about a comparison."""
+    folder, checked, run = arms.folder, arms.checked, arms.run
     result = {
         "name": folder.path.name,
         "seeds": list(seeds_of(run)),
         "base_name": public_name(run.model.name),
-        "result": "federated",
+        "result": RESULT,
         "arms": read_costs(parts),
         **numbers,
         "notes": [
             *([run.report.note] if run.report.note else []),
+            *choice_notes(numbers, run),
             *_privacy_notes(run),
             *numbers["notes"],
         ],
-        "samples": arms.samples(scores),
+        "samples": samples(arms.held, scores, run, arms.task),
         "split": describe_split(checked.rows, arms.loaded.tokenizer, arms.task),
     }
     write_atomically(folder.path / "README.md", comparison_card(result, run).encode())

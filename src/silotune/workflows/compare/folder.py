@@ -5,8 +5,9 @@ A part is one arm with one seed; in the arm of lone clients, it is one client wi
 held-out row.
 """
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from silotune.federation.metrics import Row, held_out_losses, overall_scores
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
+from silotune.recipes.tuning import federated_points, lone_points
 from silotune.results.run import Run
 from silotune.workflows.compare.local_training import Cost
 from silotune.workflows.compare.statistics import LOCAL, Scores
 
+CENTRALIZED = "centralized"
+"""The arm that trains on all rows in one place."""
 Places = dict[str, dict[int, dict[str, Path]]]
 """Arm -> seed -> part: by client in the arm of lone clients, else under "" for all clients."""
 
@@ -38,6 +42,43 @@ class ComparisonFolder(RunFolder):
 def seeds_of(run: RunConfig) -> range:
     """The recipe's seed and the ones that follow it."""
     return range(run.seed, run.seed + run.compare.seeds)
+
+
+def tuning_seed(run: RunConfig) -> int:
+    """The seed that all trials share. No arm is compared with it."""
+    return run.seed + 10_000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One finished trial of an arm."""
+
+    validation_loss: float
+    """Of its best round; infinity if training diverged."""
+    cost: Cost
+
+
+def place_of_trial(arm: str, label: str) -> str:
+    """The folder of a trial, inside the comparison's folder."""
+    return f"tuning/{'/'.join(map(folder_name, arm.replace(': ', '-').split('/')))}/{label}"
+
+
+def read_trial(part: Path) -> Trial:
+    """A finished trial."""
+    about = read_object(_checked(part, "part.json"), fix=_fix(part))
+    loss = about["validation_loss"]
+    return Trial(math.inf if loss is None else loss, Cost.of(about))
+
+
+def num_parts(run: RunConfig, num_clients: int) -> int:
+    """Parts of a comparison: the base, all trials, and all arms with every seed."""
+    federated, tune, each = federated_arms(run), run.compare.tune, int(run.compare.centralized)
+    arms = num_clients + each + len(federated)
+    trials = 0
+    if tune is not False:
+        trials = sum(len(federated_points(recipe, tune)) for recipe in federated.values())
+        trials += (num_clients + each) * len(lone_points(run, tune))
+    return 1 + trials + arms * run.compare.seeds
 
 
 def place_of(arm: str, seed: int) -> str:
@@ -66,7 +107,8 @@ def places(root: Path, run: RunConfig, clients: Iterable[str]) -> Places:
     }
     for client in run.compare.only:
         arms[f"only {client}"] = {s: {"": parts[client]} for s, parts in alone.items()}
-    for arm in (*federated_arms(run), "centralized"):
+    pooled = [CENTRALIZED] if run.compare.centralized else []
+    for arm in (*federated_arms(run), *pooled):
         arms[arm] = {seed: {"": root / place_of(arm, seed)} for seed in seeds}
     return arms
 
@@ -85,8 +127,18 @@ def read_costs(parts: Places) -> dict[str, dict[str, Any]]:
     for arm, by_seed in parts.items():
         total = Cost()
         for part in (place for own in by_seed.values() for place in own.values()):
-            total += Cost(**read_object(_checked(part, "part.json"), fix=_fix(part)))
+            total += Cost.of(read_object(_checked(part, "part.json"), fix=_fix(part)))
         found[arm] = asdict(total)
+    return found
+
+
+def read_rounds(parts: Places) -> dict[str, dict[str, list[int]]]:
+    """Arm -> client, or "" for all -> the round whose adapter counts, by seed."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for arm, by_seed in parts.items():
+        for owner, part in (item for own in by_seed.values() for item in own.items()):
+            about = read_object(_checked(part, "part.json"), fix=_fix(part))
+            found.setdefault(arm, {}).setdefault(owner, []).append(about["round"])
     return found
 
 

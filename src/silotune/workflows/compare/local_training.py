@@ -5,8 +5,9 @@ rounds, learning rates and batches. Whatever it learns is the result.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,36 @@ class Cost:
     """Tokens that the server trained on, for teacher and student."""
     seconds_server: float = 0.0
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Cost":
+        """The cost in a part.json."""
+        return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+
     def __add__(self, other: "Cost") -> "Cost":
         sums = {key: value + getattr(other, key) for key, value in asdict(self).items()}
         return Cost(**sums)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of training an arm once."""
+
+    adapter: AdapterState
+    cost: Cost
+    round: int = 0
+    """The round that it is from: the best one by validation, or the last."""
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How the rounds of a training are scored, so that the best one can be taken."""
+
+    loss: Callable[[AdapterState], float]
+    every: int
+    """Rounds between two scores; the last round is always scored."""
+    picks_round: bool
+    """Whether the best round is taken, or the last."""
 
 
 def train_alone(
@@ -69,7 +97,8 @@ def train_alone(
     plan: Mapping[int, int],
     first: AdapterState,
     place: Path,
-) -> tuple[AdapterState, Cost]:
+    validation: Validation | None = None,
+) -> Trained:
     """Train on one holder's rows, in the rounds of a federation but without one.
 
     Args:
@@ -78,23 +107,52 @@ def train_alone(
         plan: Round -> number of rows to train on. Each round has its own learning rate.
         first: The adapter to start from.
         place: Where the state is saved after every round. A call with the same folder resumes.
+        validation: How rounds are scored; not at all if absent.
+
+    Raises:
+        UpdateError: Training ended in NaN or infinity.
     """
-    adapter, cost, done, state = first, Cost(), 0, place / "adapter.safetensors"
+    now, state, best_place = _State(), place / "adapter.safetensors", place / "best.safetensors"
+    adapter, last = first, max(plan, default=0)
     make_folder(place)
     if state.is_file():
         adapter, about = load_tensors(state)
-        done, cost = int(about["round"]), Cost(**json.loads(about["cost"]))
-        check_memory(place / "memory", done)
+        now = _State.of(json.loads(about["state"]))
+        check_memory(place / "memory", now.round)
     for r, count in sorted(plan.items()):
-        if r <= done:
+        if r <= now.round:
             continue
         message = Broadcast(r, adapter, score=False)
         update = take_part(worker, data, message, place / "memory", count=count)
         adapter = add(adapter, update.delta)
         m = update.metrics
-        cost += Cost(int(m["num_tokens"]), count, int(m["num_steps"]), m["seconds_training"])
-        save_tensors(state, adapter, about={"round": str(r), "cost": json.dumps(asdict(cost))})
-    return adapter, cost
+        spent = Cost(int(m["num_tokens"]), count, int(m["num_steps"]), m["seconds_training"])
+        now = replace(now, round=r, cost=now.cost + spent)
+        if validation is not None and (r % validation.every == 0 or r == last):
+            loss = validation.loss(adapter)
+            if not validation.picks_round or now.loss is None or loss < now.loss:
+                now = replace(now, best=r, loss=loss if math.isfinite(loss) else None)
+                save_tensors(best_place, adapter, about={})
+        save_tensors(state, adapter, about={"state": json.dumps(asdict(now))})
+    if now.best:
+        adapter, _ = load_tensors(best_place)
+    return Trained(adapter, now.cost, now.best or last, now.loss)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a training without a federation is."""
+
+    round: int = 0
+    cost: Cost = Cost()
+    best: int = 0
+    """The round in best.safetensors; 0 if none was scored."""
+    loss: float | None = None
+    """Its loss on the validation rows."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "_State":
+        return cls(**{**record, "cost": Cost.of(record["cost"])})
 
 
 OF_SUMMARY = ("head_bytes_up", "head_bytes_down", "tokens_server", "seconds_server")

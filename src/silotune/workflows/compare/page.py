@@ -19,12 +19,23 @@ from silotune.results.page import (
     typeset,
 )
 from silotune.results.verdicts import gain, interval, signed
-from silotune.workflows.compare.statistics import AGAINST, against_table, cost_table
-from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
+from silotune.workflows.compare.statistics import AGAINST, against_table, cost_table, tuned_to
+from silotune.workflows.compare.verdicts import (
+    comparison_verdict,
+    tuning_line,
+    worse_off_warnings,
+)
 
 MEAN = "mean over clients"
 
-SIGNS = {"gained": "▲", "lost": "▼", "no clear difference": "≈", "too few rows": "?"}
+SIGNS = {
+    "gained": "▲",
+    "lost": "▼",
+    "no clear difference": "≈",
+    "too few rows": "?",
+    "one seed: no verdict": "?",
+    "two seeds: no verdict": "?",
+}
 """A verdict has a sign and a word, so that it does not depend on colour alone."""
 
 
@@ -68,7 +79,11 @@ def comparison_page(
         against_title=AGAINST,
         against=_against(comparison),
         client_verdicts=[
-            (name, [gain(c, key, comparison) for key in comparison["metrics"]])
+            (
+                name,
+                [gain(c, key, comparison) for key in comparison["metrics"]],
+                tuned_to(comparison, name),
+            )
             for name, c in comparison["clients"].items()
         ],
         warnings=worse_off_warnings(comparison),
@@ -76,6 +91,7 @@ def comparison_page(
         result=comparison["result"],
         metrics=_metrics(comparison),
         signs=SIGNS,
+        tuned=tuning_line(comparison),
         cost_table=[
             [name, *(cell.replace(",", " ") for cell in cells)]
             for name, *cells in cost_table(comparison)
@@ -137,17 +153,18 @@ def _score_charts(
     near = [arm for arm in arms if arm != "base" and arm not in lone]
     scores = {name: only_finite(groups[name]["scores"].get(key, {}), shown) for name in names}
     gaps = {name: only_finite(groups[name]["differences"].get(key, {}), near) for name in names}
+    tuned = tuning_line(comparison)
     label, unit, title = metric["label"], metric["unit"], capitalised(metric["label"])
     return [
         Drawing(
             f"{title}: every arm",
             charts.scores(scores, arms, metric=label, x_label=f"{label} ({unit})"),
-            f"{note}Dot: mean; line: 95\u00a0% interval; {better(metric)}.",
+            f"{note}Dot: mean; line: 95\u00a0% interval; {better(metric)}. {tuned}",
         ),
         Drawing(
             f"{title}: difference from training alone",
             charts.differences(gaps, arms, metric=label, x_label=f"arm minus local ({unit})"),
-            f"{note}Left of zero is {'better' if metric['lower_is_better'] else 'worse'}.",
+            f"{note}Left of zero is {'better' if metric['lower_is_better'] else 'worse'}. {tuned}",
         ),
     ]
 

@@ -11,13 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from silotune.core.stats import Interval, Labelled, Scored, label_interval, mean_interval
-from silotune.core.wording import counted, human_bytes, human_seconds
+from silotune.core.crossed import (
+    Parts,
+    Scored,
+    crossed_interval,
+    holm,
+    minus,
+    parts_of_labels,
+    parts_of_mean,
+)
+from silotune.core.stats import Labelled
+from silotune.core.wording import human_bytes, human_seconds
+from silotune.recipes.tuning import words
 
 MIN_ROWS = 20
 """A client with fewer held-out rows gets no verdict."""
-MIN_SEEDS = 5
-"""With fewer seeds, a note says that the verdicts are weak."""
+MIN_SEEDS = 3
+"""With fewer seeds, there is no verdict: nobody knows what another seed would change."""
+MAX_P = 0.05
+"""A verdict's p-value is below it, corrected for all clients."""
+FEW_SEEDS = {1: "one seed: no verdict", 2: "two seeds: no verdict"}
+NOT_TUNED = "not tuned"
 LOCAL = "local"
 """The arm that the others are compared with: not having joined."""
 RESULT = "federated"
@@ -25,7 +39,7 @@ RESULT = "federated"
 
 RowScores = Sequence[Mapping[str, Any]]
 """A client's held-out rows in order, each with `loss_sum`, `num_tokens` and, if answers were
-generated, the fields of `text_scores.Quality`."""
+generated, the fields of `text_scores.Quality`. `group` names the rows that belong together."""
 Scores = Mapping[str, Mapping[int, Mapping[str, RowScores]]]
 """Arm -> seed -> client -> its rows."""
 
@@ -44,7 +58,7 @@ class Metric:
     """The field that the sum is divided by; 1 per row if absent."""
     digits: int = 3
     labels: bool = False
-    """Whether it is computed from the labels of all rows of a client: `stats.label_interval`."""
+    """Whether it is computed from the labels of all rows of a client: `parts_of_labels`."""
 
 
 LOSS = Metric("loss", "held-out loss", "nats per token", True, "loss_sum", "num_tokens")
@@ -64,14 +78,13 @@ LABELS = (
 """Metrics of the task classify."""
 
 
-def compare_arms(scores: Scores, *, num_train: Mapping[str, int], seed: int) -> dict[str, Any]:
+def compare_arms(scores: Scores, *, num_train: Mapping[str, int]) -> dict[str, Any]:
     """Compute the numbers of comparison.json that follow from scored rows.
 
     Args:
         scores: Every arm has every seed; an arm may lack clients. All arms and seeds score the same
             rows of a client.
         num_train: Number of train rows of every client.
-        seed: Seed of the bootstrap.
 
     Returns:
         metrics, clients, overall, worse_off, notes; see docs/compare.md.
@@ -83,76 +96,65 @@ def compare_arms(scores: Scores, *, num_train: Mapping[str, int], seed: int) -> 
         metrics = list(LABELS)
     clients: dict[str, Any] = {}
     for name in names:
-        num_eval = len(next(iter(scores[LOCAL].values()))[name])
+        rows = next(iter(scores[LOCAL].values()))[name]
         clients[name] = {
             "num_train": num_train[name],
-            "num_eval": num_eval,
-            **_numbers(scores, metrics, [name], seed=seed, num_rows=num_eval),
+            "num_eval": len(rows),
+            **({"num_groups": len({r["group"] for r in rows})} if "group" in any_row else {}),
+            **_numbers(scores, metrics, [name]),
         }
+    overall = _numbers(scores, metrics, names)
+    num_seeds = len(scores[LOCAL])
+    _give_verdicts(clients, metrics, num_seeds=num_seeds)
     num_rows = sum(c["num_eval"] for c in clients.values())
-    seeds = len(scores[LOCAL])
+    whole = {"all": {"num_eval": num_rows, **overall}}
+    _give_verdicts(whole, metrics, num_seeds=num_seeds)
     return {
         "metrics": {m.key: asdict(m) for m in metrics},
         "clients": clients,
-        "overall": _numbers(scores, metrics, names, seed=seed, num_rows=num_rows),
+        "overall": {key: value for key, value in whole["all"].items() if key != "num_eval"},
         "worse_off": _worse_off(clients),
-        "notes": _notes(clients, num_seeds=seeds),
+        "notes": _notes(clients, num_seeds=num_seeds),
     }
 
 
-def _numbers(
-    scores: Scores, metrics: Sequence[Metric], names: Sequence[str], *, seed: int, num_rows: int
-) -> dict[str, Any]:
-    """Means, differences from `local` and verdicts over some clients, each counting once."""
-    found: dict[str, Any] = {"scores": {}, "differences": {}, "verdicts": {}, "against": {}}
+def _numbers(scores: Scores, metrics: Sequence[Metric], names: Sequence[str]) -> dict[str, Any]:
+    """Means and differences from `local` over some clients, each counting once."""
+    found: dict[str, Any] = {"scores": {}, "differences": {}, "against": {}}
     others = [arm for arm in scores if arm.startswith(f"{RESULT}: ")]
     for metric in metrics:
-        interval = _label_interval if metric.labels else _mean_interval
-        means, differences, verdicts = {}, {}, {}
-        for arm, by_seed in scores.items():
-            if any(name not in next(iter(by_seed.values())) for name in names):
-                continue
-            means[arm] = asdict(interval(scores, arm, names, metric, seed, minus=None))
-            if arm == LOCAL:
-                continue
-            difference = interval(scores, arm, names, metric, seed, minus=LOCAL)
-            differences[arm] = asdict(difference)
-            verdicts[arm] = verdict(difference, metric, num_rows=num_rows)
-        found["against"][metric.key] = {
-            arm: asdict(interval(scores, RESULT, names, metric, seed, minus=arm)) for arm in others
+        there = {
+            arm: _parts(scores, arm, names, metric)
+            for arm, by_seed in scores.items()
+            if all(name in next(iter(by_seed.values())) for name in names)
         }
-        found["scores"][metric.key] = means
-        found["differences"][metric.key] = differences
-        found["verdicts"][metric.key] = verdicts
+        found["scores"][metric.key] = {
+            arm: asdict(crossed_interval(parts)) for arm, parts in there.items()
+        }
+        found["differences"][metric.key] = {
+            arm: _paired(parts, there[LOCAL]) for arm, parts in there.items() if arm != LOCAL
+        }
+        found["against"][metric.key] = {arm: _paired(there[RESULT], there[arm]) for arm in others}
     return found
 
 
-def _mean_interval(
-    scores: Scores, arm: str, names: Sequence[str], metric: Metric, seed: int, *, minus: str | None
-) -> Interval:
-    """A mean over rows, or the paired difference of two arms."""
-    num_seeds = len(scores[LOCAL])
-    own = [_scored(scores[arm], name, metric, num_seeds) for name in names]
-    if minus is None:
-        return mean_interval(own, seed=seed)
-    others = [_scored(scores[minus], name, metric, num_seeds) for name in names]
-    paired = [
-        Scored(a.client, a.sums - b.sums, a.weights) for a, b in zip(own, others, strict=True)
-    ]
-    return mean_interval(paired, seed=seed)
+def _paired(one: Sequence[Parts], other: Sequence[Parts]) -> dict[str, Any]:
+    """The paired difference of two arms over the same clients."""
+    return asdict(crossed_interval([minus(a, b) for a, b in zip(one, other, strict=True)]))
 
 
-def _label_interval(
-    scores: Scores, arm: str, names: Sequence[str], metric: Metric, seed: int, *, minus: str | None
-) -> Interval:
-    """A score of all labels of a client, or the paired difference of two arms."""
-    num_seeds = len(scores[LOCAL])
-    own, others = (
-        None if one is None else [_labelled(scores[one], n, num_seeds) for n in names]
-        for one in (arm, minus)
-    )
-    assert own is not None
-    return label_interval(own, metric.key, minus=others, seed=seed)
+def _parts(scores: Scores, arm: str, names: Sequence[str], metric: Metric) -> list[Parts]:
+    """What the rows of each client say about one arm."""
+    num_seeds, found = len(scores[LOCAL]), list[Parts]()
+    for name in names:
+        rows = next(iter(scores[arm].values()))[name]
+        groups = [row["group"] for row in rows] if "group" in rows[0] else None
+        if metric.labels:
+            labelled = _labelled(scores[arm], name, num_seeds)
+            found.append(parts_of_labels(labelled, metric.key, groups))
+        else:
+            found.append(parts_of_mean(_scored(scores[arm], name, metric, num_seeds), groups))
+    return found
 
 
 def _labelled(
@@ -181,13 +183,49 @@ def _scored(
     return Scored(client, sums, np.array(weights, dtype=float))
 
 
-def verdict(difference: Interval, metric: Metric, *, num_rows: int) -> str:
-    """One of "gained", "lost", "no clear difference" and "too few rows"."""
-    if num_rows < MIN_ROWS:
+def _give_verdicts(
+    clients: Mapping[str, dict[str, Any]], metrics: Sequence[Metric], *, num_seeds: int
+) -> None:
+    """Add verdicts: per metric and arm, corrected for asking about several clients."""
+    for c in clients.values():
+        c["verdicts"] = {metric.key: {} for metric in metrics}
+    for metric in metrics:
+        for arm in dict.fromkeys(a for c in clients.values() for a in c["differences"][metric.key]):
+            asked = {
+                name: c["differences"][metric.key][arm]
+                for name, c in clients.items()
+                if arm in c["differences"][metric.key]
+            }
+            corrected = holm(
+                {
+                    name: given["p_value"]
+                    for name, given in asked.items()
+                    if given["p_value"] is not None and clients[name]["num_eval"] >= MIN_ROWS
+                }
+            )
+            for name, given in asked.items():
+                given["corrected_p_value"] = corrected.get(name)
+                clients[name]["verdicts"][metric.key][arm] = verdict(
+                    given, metric, num_seeds=num_seeds
+                )
+
+
+def verdict(difference: Mapping[str, Any], metric: Metric, *, num_seeds: int) -> str:
+    """In words: "gained", "lost", "no clear difference", or why there is no verdict.
+
+    Args:
+        difference: mean, and the p-value that is corrected for all clients; None if they have too
+            few rows.
+        metric: Says what is better.
+        num_seeds: Seeds that were compared.
+    """
+    if num_seeds < MIN_SEEDS:
+        return FEW_SEEDS[num_seeds]
+    if (p_value := difference["corrected_p_value"]) is None:
         return "too few rows"
-    if not difference.is_clear:
+    if p_value >= MAX_P:
         return "no clear difference"
-    return "gained" if (difference.mean < 0) == metric.lower_is_better else "lost"
+    return "gained" if (difference["mean"] < 0) == metric.lower_is_better else "lost"
 
 
 def _worse_off(clients: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -204,8 +242,9 @@ def _notes(clients: Mapping[str, Any], *, num_seeds: int) -> list[str]:
     notes: list[str] = []
     if num_seeds < MIN_SEEDS:
         notes.append(
-            f"{counted(num_seeds, 'seed')}: fewer than {MIN_SEEDS} say little about how the same "
-            "training would end with another seed"
+            f"{FEW_SEEDS[num_seeds]}, because fewer than {MIN_SEEDS} say too little about how the "
+            "same training would end with another seed"
+            + ("; the intervals are about rows only" if num_seeds == 1 else "")
         )
     few = [name for name, c in clients.items() if c["num_eval"] < MIN_ROWS]
     if few:
@@ -240,19 +279,28 @@ def score_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, .
 
 
 def difference_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, ...]]:
-    """Header and rows: one line per client; federated minus local, its interval, and a verdict."""
+    """Header and rows: one line per client; federated minus local, its interval, and a verdict.
+
+    The last column is what the lone client was trained with.
+    """
     arms = federated_arms(comparison)
     header = ["client"]
     for arm in arms:
         header += [f"{arm} - local", "verdict"]
-    lines = [tuple(header)]
+    lines = [(*header, "local with")]
     for name, numbers in _lines(comparison):
         cells = [name]
         for arm in arms:
             cells.append(_with_interval(numbers["differences"][metric][arm], signed=True))
             cells.append(numbers["verdicts"][metric][arm])
-        lines.append(tuple(cells))
+        lines.append((*cells, tuned_to(comparison, name) if "num_train" in numbers else ""))
     return lines
+
+
+def tuned_to(comparison: Mapping[str, Any], client: str) -> str:
+    """What a lone client was trained with, in words; "not tuned" if nothing was chosen."""
+    values = comparison.get("chosen", {}).get(LOCAL, {}).get(client)
+    return words(values) if values else NOT_TUNED
 
 
 MORE = {
@@ -284,13 +332,13 @@ def against_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str,
 
 def cost_table(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Header and rows: one line per arm, summed over all seeds."""
-    costs = comparison["arms"].values()
+    costs = _all_costs(comparison).values()
     extra = {key: name for key, name in MORE.items() if any(cost.get(key) for cost in costs)}
     more = tuple(extra.values())
     lines: list[tuple[str, ...]] = [
         ("arm", "tokens", "examples", "steps", "training", "sent up", "sent down", *more)
     ]
-    for arm, cost in comparison["arms"].items():
+    for arm, cost in _all_costs(comparison).items():
         if arm.startswith("only "):
             continue  # a part of the arm of lone clients
         counts = (f"{cost[key]:,}" for key in ("tokens", "examples", "steps"))
@@ -307,11 +355,19 @@ def cost_table(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def _all_costs(comparison: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The cost of each arm, and that of tuning it."""
+    tuning = comparison.get("tuning_costs", {})
+    return {**comparison["arms"], **{f"tuning {arm}": cost for arm, cost in tuning.items()}}
+
+
 def _lines(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [*comparison["clients"].items(), ("mean over clients", comparison["overall"])]
 
 
-def _with_interval(number: Mapping[str, float], *, signed: bool, digits: int = 3) -> str:
+def _with_interval(number: Mapping[str, float | None], *, signed: bool, digits: int = 3) -> str:
     sign = "+" if signed else ""
-    mean, low, high = (f"{number[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    mean = f"{number['mean']:{sign}.{digits}f}"
+    if number["low"] is None or number["high"] is None:
+        return mean
+    return f"{mean} [{number['low']:{sign}.{digits}f}, {number['high']:{sign}.{digits}f}]"
