@@ -132,6 +132,15 @@ def test_nothing_in_the_package_pickles():
         assert "torch.load(" not in path.read_text(encoding="utf-8"), path
 
 
+def test_rows_meet_a_loaded_model_through_one_function():
+    """It refuses tokens that the model has no embedding for; a forward pass ends in an IndexError.
+
+    The two others compare tokenizers and count tokens, without a model.
+    """
+    callers = {p.name for p in modules() if ".prepare(" in p.read_text(encoding="utf-8")}
+    assert callers == {"known_tokens.py", "server_work.py", "preview.py"}
+
+
 def test_functions_of_the_main_loop_fit_one_screen():
     tree = ast.parse((SOURCE / "federation" / "rounds.py").read_text(encoding="utf-8"))
     loop = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "run_rounds")

@@ -20,7 +20,6 @@ from silotune.core.tree import check_finite, size_bytes, subtract
 from silotune.core.types import AdapterState, Broadcast, Score, Update
 from silotune.core.wording import counted
 from silotune.data.clients import ClientRows
-from silotune.data.placed_conversation import place_of
 from silotune.data.reading import TaskRow
 from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
@@ -28,8 +27,8 @@ from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.models.allocator import release_memory
 from silotune.models.loading import LoadedModel, read_adapter, untrained, write_adapter
-from silotune.models.vocabulary import check_tokens
 from silotune.recipes.schema import RunConfig
+from silotune.training.known_tokens import prepare_rows
 from silotune.training.local_step import OPTIMIZER
 from silotune.training.loop import (
     LocalResult,
@@ -126,8 +125,9 @@ def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
 
 def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     """Tokenize rows. To a quiet worker, a row for which this fails is one that is left out."""
+    limit = worker.run.train.max_length
     try:
-        return _with_known_tokens(rows, worker)
+        return prepare_rows(rows, worker.task, worker.loaded, limit)
     except TemplateLimitError:
         raise  # row by row it would take as many times as long
     except Exception:  # a template is a program and can fail in any way
@@ -137,7 +137,7 @@ def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     num_cut, error = 0, None
     for row in rows:
         try:
-            one = _with_known_tokens([row], worker)
+            one = prepare_rows([row], worker.task, worker.loaded, limit)
         except TemplateLimitError:
             raise
         except Exception as problem:
@@ -148,20 +148,6 @@ def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     if error is not None:  # the log stays on this side
         traceback.print_exception(error, file=sys.stderr)
     return Prepared(tuple(examples), num_cut, num_dropped=len(rows) - len(examples))
-
-
-def _with_known_tokens(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
-    """Tokenize rows, and refuse tokens without an embedding before the model meets them.
-
-    Raises:
-        DataError: Names the row's place.
-    """
-    loaded = worker.loaded
-    found = worker.task.prepare(rows, loaded.tokenizer, worker.run.train.max_length)
-    for n, example in zip(found.rows, found.examples, strict=True):
-        where = place_of(rows[n]) or f"row {n + 1}"
-        check_tokens([int(example.ids.max())], loaded.model, loaded.tokenizer, where)
-    return found
 
 
 def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: ClientMemory) -> Score:

@@ -26,8 +26,8 @@ from silotune.federation.run_folder import RunFolder
 from silotune.models.adapters import AdapterConfig
 from silotune.models.base import ModelConfig, quiet_libraries
 from silotune.models.loading import LoadedModel, load_model, read_adapter, write_adapter
-from silotune.models.vocabulary import check_tokens
 from silotune.recipes.schema import RunConfig
+from silotune.training.known_tokens import prepare_rows
 from silotune.training.scoring import build_eval_batches, evaluate, metrics
 from silotune.training.server_training import Lesson, distill, fine_tune
 from silotune.training.tasks import build_task
@@ -56,10 +56,10 @@ def build_lesson(run: RunConfig, rows: Sequence[TaskRow], loaded: LoadedModel) -
         DataError: No row has an answer within `train.max_length` tokens, or a row has a token
             without an embedding.
     """
-    task, tokenizer = build_task(run.task, run.data.labels), loaded.tokenizer
-    examples = task.prepare(rows, tokenizer, run.train.max_length).examples
-    for example in examples:
-        check_tokens(example.ids.tolist(), loaded.model, tokenizer, "a row of the server")
+    task = build_task(run.task, run.data.labels)
+    examples = prepare_rows(
+        rows, task, loaded, run.train.max_length, whose="the server's "
+    ).examples
     if not examples:
         raise DataError(
             f"the server has no row with an answer within "
@@ -174,7 +174,7 @@ def pretrain(
         **learned,
     }
     if held_out:
-        examples = lesson.task.prepare(held_out, teacher.tokenizer, run.train.max_length).examples
+        examples = prepare_rows(held_out, lesson.task, teacher, run.train.max_length).examples
         batches = build_eval_batches(examples, lesson.task, run.evaluate.batch_size)
         num = len(examples)
         found = evaluate(teacher, batches, lesson.task, client="held out", num_examples=num)

@@ -21,6 +21,7 @@ from silotune.federation.run_folder import RunFolder
 from silotune.models.loading import LoadedModel, untrained
 from silotune.recipes.schema import RunConfig
 from silotune.results.run import Run
+from silotune.training.known_tokens import prepare_rows
 from silotune.training.loop import num_rows, stream
 from silotune.training.scoring import score_each
 from silotune.training.tasks import build_task
@@ -35,7 +36,7 @@ RATES = (0.01, 0.1)
 def losses(loaded: LoadedModel, rows: Sequence[TaskRow], run: RunConfig) -> list[float]:
     """Mean loss of each row's targets, in nats, without rows that have no target in the limit."""
     task = build_task(run.task, run.data.labels)
-    examples = task.prepare(rows, loaded.tokenizer, run.train.max_length).examples
+    examples = prepare_rows(rows, task, loaded, run.train.max_length).examples
     each = score_each(loaded, examples, task, batch_size=run.evaluate.batch_size)
     return [score.loss_sum / score.num_tokens for score in each]
 

@@ -11,6 +11,7 @@ from silotune.federation.metrics import Row
 from silotune.models.loading import LoadedModel
 from silotune.recipes.schema import RunConfig
 from silotune.training.generate import answers
+from silotune.training.known_tokens import prepare_rows
 from silotune.training.scoring import score_each
 from silotune.training.tasks.base import Example, Task
 from silotune.workflows.compare.statistics import Scores
@@ -41,10 +42,11 @@ def prepare_held_out(
         run: Says how long a row may be.
 
     Raises:
-        DataError: None has an answer within `train.max_length` tokens.
+        DataError: None has an answer within `train.max_length` tokens, or one has a token without
+            an embedding.
     """
     limit = run.train.max_length
-    prepared = task.prepare(rows.evaluation, loaded.tokenizer, limit)
+    prepared = prepare_rows(rows.evaluation, task, loaded, limit)
     if not prepared.examples:
         raise DataError(
             f"client '{rows.name}': no held-out row has an answer within {limit} tokens.\n"

@@ -29,6 +29,7 @@ from silotune.models.loading import LoadedModel, base_only
 from silotune.recipes.schema import RunConfig
 from silotune.results.run import Run
 from silotune.training.generate import answers
+from silotune.training.known_tokens import prepare_rows
 from silotune.training.scoring import score_each
 from silotune.training.tasks import build_task
 from silotune.workflows.check import check
@@ -221,7 +222,7 @@ def _held_out(
     scores: dict[str, Any] = {}
     for client, own in sorted(rows.items()):
         talks = _drawn(own.evaluation, cfg.limit, config.seed, client)
-        prepared = task.prepare(talks, loaded.tokenizer, config.train.max_length)
+        prepared = prepare_rows(talks, task, loaded, config.train.max_length)
         each = score_each(loaded, prepared.examples, task, batch_size=config.evaluate.batch_size)
         scores[client] = {
             "num_items": len(talks),
@@ -257,7 +258,7 @@ def _held_out_labels(
     kept: list[Row] = []
     for client, own in sorted(rows.items()):
         texts = _drawn(own.evaluation, cfg.limit, config.seed, client)
-        examples = task.prepare(texts, loaded.tokenizer, config.train.max_length).examples
+        examples = prepare_rows(texts, task, loaded, config.train.max_length).examples
         each = score_each(loaded, examples, task, batch_size=cfg.batch_size)
         for text, one in zip(texts, each, strict=True):
             found = {"label": labels[one.true], "given": labels[one.given], "loss": one.loss_sum}
