@@ -246,13 +246,14 @@ def test_every_key_of_data_is_a_location_or_a_format():
     """A new key of [data] must be added to one of the two."""
     formats = {"eval_fraction", "prompt", "completion", "system", "max_rows"}
     formats |= {"max_eval_rows", "template", "split_seed", "labels", "text", "text_pair"}
-    formats |= {"skip_empty", "date"}
+    formats |= {"skip_empty", "date", "validation_fraction"}
     assert set(DataConfig.model_fields) == LOCATIONS | formats | {"label"}
     assert set(SERVERS) == LOCATIONS
 
 
 FORMATS = {
     "eval_fraction": (0.4, 0.3),
+    "validation_fraction": (0.4, 0.3),
     "prompt": ("Q: {q}", "Ask: {q}"),
     "completion": ("A: {a}", "Say: {a}"),
     "system": ("Be brief.", "Be kind."),

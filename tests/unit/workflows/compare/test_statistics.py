@@ -182,8 +182,8 @@ def test_tables_have_one_line_per_client_and_one_overall():
     assert [line[0] for line in table] == ["client", "north", "south", "mean over clients"]
     assert table[0][1:] == ("train rows", "held-out rows", "base", "federated")
     apart = difference_table(found, "loss")
-    assert apart[0] == ("client", "federated - local", "verdict")
-    assert apart[1] == ("north", "-0.100 [-0.100, -0.100]", "gained")
+    assert apart[0] == ("client", "federated - local", "verdict", "local with")
+    assert apart[1] == ("north", "-0.100 [-0.100, -0.100]", "gained", "not tuned")
     assert cost_table(found)[2] == (
         "federated", "1,000", "10", "5", "1 min 01 s", "1.0 MB", "2.0 MB",
     )  # fmt: skip
