@@ -32,7 +32,7 @@ import torch
 from silotune.core.tree import sha256, size_bytes
 from silotune.core.types import AdapterState, Broadcast, Score, ServerState, Update
 from silotune.core.wording import human_bytes
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder

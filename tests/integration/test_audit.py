@@ -14,7 +14,7 @@ from silotune.core.errors import ConfigError, RunFolderError
 from silotune.core.seeds import generator
 from silotune.core.tree import l2_norm
 from silotune.core.types import Broadcast, ServerState, Update
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation import privacy_guarantee
 from silotune.privacy import client_level
 from silotune.privacy.accountant import spent

@@ -9,10 +9,11 @@ which come from columns.
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.wording import counted
+from silotune.data.client_rows import ClientRows, PartRows, assemble, rows_of
 from silotune.data.flwr_partition import partitioner_of
 from silotune.data.near_names import near_names
 from silotune.data.partition import PartitionConfig, Shares, names_in_column
@@ -32,41 +33,8 @@ from silotune.data.reading import (
     read_parts,
     seed_of_split,
 )
-from silotune.data.row_draws import hold_out, keep_at_most, places, row_digests
+from silotune.data.row_draws import row_digests
 from silotune.data.server_rows import set_aside_server_rows
-
-
-@dataclass(frozen=True)
-class ClientRows:
-    """One client's rows, in file order. Neither part is empty."""
-
-    name: str
-    train: tuple[TaskRow, ...]
-    evaluation: tuple[TaskRow, ...]
-    """Held out: scored, never trained on."""
-    labels: tuple[str, ...] = ()
-    """The label of each train row: its class, or its value in the column that data.label, or else
-    partition.label, names. Empty if there is none."""
-    num_unused: int = 0
-    """Train rows that cannot be used but count, see `load_client`."""
-    num_unused_eval: int = 0
-    """The same for the rows that are scored, see `scored`."""
-    notes: tuple[str, ...] = ()
-    """Of a real client: what is read from its files but may not be meant so."""
-    validation: tuple[TaskRow, ...] = ()
-    """Set aside from the train rows, for choices: neither trained on nor in the held-out part."""
-    groups: tuple[str, ...] = ()
-    """The group of each held-out row, if these were asked for; names that tell no value."""
-
-    @property
-    def scored(self) -> tuple[TaskRow, ...]:
-        """What a run scores: the validation rows if there are any, otherwise those held out."""
-        return self.validation or self.evaluation
-
-    @property
-    def every(self) -> tuple[TaskRow, ...]:
-        """All rows of all parts."""
-        return (*self.train, *self.validation, *self.evaluation)
 
 
 def load_clients(
@@ -146,11 +114,11 @@ def cut_clients(
         _check_no_client_lost(everything, partition.by, partition.only, shares)
     labels = _labels(converted, train, cfg, partition)
     groups = [] if group is None else group_names(held or train, group)
-    own = _Rows(row_digests(train.rows), converted, shares, groups)
+    own = PartRows(row_digests(train.rows), converted, shares, groups)
     apart = None
     if held is not None and held_converted is not None and held_shares is not None:
-        apart = _Rows(row_digests(held.rows), held_converted, held_shares, groups)
-    clients = _assemble(own, apart, cfg, seed=seed, labels=labels)
+        apart = PartRows(row_digests(held.rows), held_converted, held_shares, groups)
+    clients = assemble(own, apart, cfg, seed=seed, labels=labels)
     notes = [*_notes(everything, held)]
     notes += near_names("clients", {*shares, *(held_shares or ())})
     if task == "classify" and cfg.labels is None:
@@ -185,10 +153,10 @@ def load_client(
     """
     train, held = read_parts(cfg, task, columns)
     converted, held_converted = convert_parts(train, held, cfg, task)
-    own = _rows_of(name, train, converted)
-    apart = _rows_of(name, held, held_converted) if held and held_converted is not None else None
+    own = rows_of(name, train, converted)
+    apart = rows_of(name, held, held_converted) if held and held_converted is not None else None
     labels, seed = _labels(converted, train, cfg, None), seed_of_split(cfg, seed)
-    found = _assemble(own, apart, cfg, seed=seed, labels=labels)[name]
+    found = assemble(own, apart, cfg, seed=seed, labels=labels)[name]
     return replace(found, notes=_notes(train, held))
 
 
@@ -224,9 +192,9 @@ def load_client_quietly(
     refuse([*train.mistakes, *moved(held.mistakes if held else (), len(train.rows))])
     converted, problem = convert_quietly(train.rows, cfg, task)
     held_converted, other = convert_quietly(held.rows, cfg, task) if held else (None, "")
-    own = _rows_of(name, train, converted)
-    apart = _rows_of(name, held, held_converted) if held and held_converted is not None else None
-    clients = _assemble(own, apart, cfg, seed=seed_of_split(cfg, seed), labels=())
+    own = rows_of(name, train, converted)
+    apart = rows_of(name, held, held_converted) if held and held_converted is not None else None
+    clients = assemble(own, apart, cfg, seed=seed_of_split(cfg, seed), labels=())
     every = clients[name]
     usable = tuple(row for row in every.train if row is not None)
     held_out = tuple(row for row in every.evaluation if row is not None)
@@ -306,96 +274,3 @@ def _labels(
     if partition is not None and partition.label is not None:
         return names_in_column(*column_values(train, partition.label, "partition.label"))
     return []
-
-
-# --- holding out --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one part, of all clients."""
-
-    digests: Sequence[str]
-    converted: Sequence[TaskRow]
-    shares: Shares
-    groups: Sequence[str] = ()
-    """Each row's group, if these were asked for."""
-
-
-def _rows_of(name: str, part: Part, converted: Sequence[TaskRow]) -> _Rows:
-    """A part that belongs to one client."""
-    return _Rows(row_digests(part.rows), converted, {name: list(range(len(converted)))})
-
-
-def _assemble(
-    own: _Rows, apart: _Rows | None, cfg: DataConfig, *, seed: int, labels: Sequence[str]
-) -> dict[str, ClientRows]:
-    """Every client's rows; `apart` are the held-out rows if these are stored separately."""
-    if apart is not None:
-        _check_same_clients(own.shares, apart.shares)
-    held_places = places(own.digests, seed, "held-out")
-    validation_places = places(own.digests, seed, "validation")
-    own_eval_places = places(own.digests, seed, "max-eval-rows")
-    train_places = places(own.digests, seed, "max-rows")
-    source = apart or own
-    eval_places = places(source.digests, seed, "max-eval-rows")
-    clients: dict[str, ClientRows] = {}
-    for name, train in sorted(own.shares.items()):
-        if apart is None:
-            _check_enough_rows(train, name)
-            train, held = hold_out(train, cfg.eval_fraction, held_places)
-        else:
-            held = apart.shares[name]
-        validation: list[int] = []
-        if cfg.validation_fraction > 0:
-            _check_enough_to_validate(train, name)
-            train, validation = hold_out(train, cfg.validation_fraction, validation_places)
-        if cfg.max_rows is not None:
-            train = keep_at_most(train, cfg.max_rows, train_places)
-        if cfg.max_eval_rows is not None:
-            held = keep_at_most(held, cfg.max_eval_rows, eval_places)
-            validation = keep_at_most(validation, cfg.max_eval_rows, own_eval_places)
-        clients[name] = ClientRows(
-            name,
-            tuple(own.converted[n] for n in train),
-            tuple(source.converted[n] for n in held),
-            tuple(labels[n] for n in train) if labels else (),
-            validation=tuple(own.converted[n] for n in validation),
-            groups=tuple(source.groups[n] for n in held) if source.groups else (),
-        )
-    return clients
-
-
-def _check_same_clients(shares: Shares, held_shares: Shares) -> None:
-    only_train = sorted(shares.keys() - held_shares.keys())
-    only_held = sorted(held_shares.keys() - shares.keys())
-    for names, has, lacks in (
-        (only_train, "train", "held-out"),
-        (only_held, "held-out", "train"),
-    ):
-        if names:
-            more = f" ({len(names)} clients lack them)" if len(names) > 1 else ""
-            raise DataError(
-                f"client '{names[0]}' has {has} rows, but no {lacks} rows{more}.\n"
-                "  Give each client both, or remove data.eval_path so that each client holds out "
-                "some of its own rows."
-            )
-
-
-def _check_enough_rows(rows: Sequence[int], name: str) -> None:
-    if len(rows) < 2:
-        raise DataError(
-            f"client '{name}' has {counted(len(rows), 'row')}, but needs at least 2: one to train "
-            "on and one to hold out.\n"
-            "  Add rows for it, split the data into fewer clients, or set data.eval_path."
-        )
-
-
-def _check_enough_to_validate(rows: Sequence[int], name: str) -> None:
-    if len(rows) < 2:
-        raise DataError(
-            f"client '{name}' has {counted(len(rows), 'row')} besides the held-out ones, but with "
-            "data.validation_fraction needs at least 2: one to train on and one to choose by.\n"
-            "  Add rows for it, split the data into fewer clients, or remove "
-            "data.validation_fraction."
-        )

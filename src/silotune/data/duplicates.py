@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.conversations import Message
 from silotune.data.labelled_texts import LabelledText
 from silotune.data.reading import TaskRow

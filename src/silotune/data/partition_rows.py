@@ -5,7 +5,6 @@ Finds the columns, lengths and texts that the functions in `partition`, `topics`
 """
 
 from collections.abc import Sequence
-from hashlib import sha256
 
 import torch
 
@@ -110,16 +109,18 @@ def column_values(part: Part, column: str, setting: str) -> tuple[Sequence[objec
 
 
 def group_names(part: Part, column: str) -> list[str]:
-    """A name for the group of each row, which does not reveal the value in the column.
+    """A name for the group of each row, by order of appearance: it does not tell the value.
 
-    A row without a value is a group of its own.
+    A hash of the value would: whoever guesses a value can check it. A row without a value is a
+    group of its own.
     """
     values, _, _ = column_values(part, column, "compare.group")
     given = [
-        f"row {digest}" if is_missing(value) or value == "" else f"value {value}"
+        ("row", digest) if is_missing(value) or value == "" else ("value", str(value))
         for value, digest in zip(values, row_digests(part.rows), strict=True)
     ]
-    return [sha256(name.encode()).hexdigest()[:16] for name in given]
+    numbers = {name: n for n, name in enumerate(dict.fromkeys(given), start=1)}
+    return [str(numbers[name]) for name in given]
 
 
 def unnamed_rows(part: Part, column: str) -> list[Mistake]:

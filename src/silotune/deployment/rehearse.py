@@ -14,7 +14,7 @@ from pathlib import Path
 from silotune.core.atomic_files import make_folder
 from silotune.core.errors import ConfigError, EngineError
 from silotune.core.wording import counted
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.reading import DataConfig
 from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.folder import Consortium

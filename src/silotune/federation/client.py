@@ -19,7 +19,7 @@ from silotune.core.seeds import derive, generator
 from silotune.core.tree import check_finite, size_bytes, subtract
 from silotune.core.types import AdapterState, Broadcast, Score, Update
 from silotune.core.wording import counted
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.reading import TaskRow
 from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory

@@ -14,7 +14,8 @@ from silotune.core.errors import Declined
 from silotune.core.types import Config
 from silotune.core.wording import counted
 from silotune.data.chat_templates import TEMPLATES
-from silotune.data.clients import ClientRows, load_client, load_client_quietly
+from silotune.data.client_rows import ClientRows
+from silotune.data.clients import load_client, load_client_quietly
 from silotune.data.config import DataConfig
 from silotune.federation.client_config import ClientConfig, LimitsConfig
 from silotune.federation.consent import against_consent, allowed_columns, split_key

@@ -13,7 +13,7 @@ from silotune.data.chat_templates import (
     resolve_template,
     set_template,
 )
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.reading import TaskRow
 from silotune.data.template_traits import traits_of
 from silotune.federation.progress import Progress

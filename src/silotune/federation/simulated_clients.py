@@ -9,7 +9,7 @@ import tomli_w
 
 from silotune.core.atomic_files import make_folder, write_atomically
 from silotune.data.chat_templates import TEMPLATES
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.conversations import TEXT
 from silotune.data.reading import TaskRow
 from silotune.federation.client_memory import folder_name

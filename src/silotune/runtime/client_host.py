@@ -21,7 +21,7 @@ import silotune
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import BudgetSpent, Declined, SilotuneError, UpdateError
 from silotune.core.types import BUDGET_SPENT, Failure
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
     ClientData,
     Worker,

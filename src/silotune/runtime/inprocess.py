@@ -16,7 +16,7 @@ from silotune.core.algorithm import keep_local
 from silotune.core.errors import BudgetSpent, ClientTimeout, UpdateError
 from silotune.core.tree import size_bytes
 from silotune.core.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
     ClientData,
     Worker,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from silotune.core.types import ServerState
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.client import ClientData
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder

@@ -10,7 +10,8 @@ from typing import Any
 from silotune.core.errors import ConfigError, DataError, HubUnreachable, first_line
 from silotune.core.public_call import public
 from silotune.data.chat_templates import TEMPLATES, resolve_template
-from silotune.data.clients import ClientRows, cut_clients
+from silotune.data.client_rows import ClientRows
+from silotune.data.clients import cut_clients
 from silotune.data.files import locate
 from silotune.data.labelled_texts import sorted_labels
 from silotune.data.partition import PartitionConfig

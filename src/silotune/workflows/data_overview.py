@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.training.tasks.base import Task
 
 QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}

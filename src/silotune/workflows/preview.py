@@ -18,7 +18,7 @@ from pydantic import Field
 from silotune.core.errors import ConfigError
 from silotune.core.public_call import public
 from silotune.core.wording import counted, did_you_mean
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.conversations import list_columns
 from silotune.data.duplicates import Duplicates, find_duplicates
 from silotune.data.files import locate

@@ -10,7 +10,7 @@ from silotune.core.algorithm import keep_local
 from silotune.core.errors import ConfigError, SilotuneError
 from silotune.core.public_call import public
 from silotune.core.types import ServerState
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.files import locate
 from silotune.federation.budget import begin_part, keep_spent
 from silotune.federation.client import ClientData

@@ -11,7 +11,7 @@ from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import RunFolderError
 from silotune.core.tree import size_bytes
 from silotune.core.types import AdapterState, ServerState
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.budget import read_spent
 from silotune.federation.privacy_statement import statement
 from silotune.federation.recipe_model import load_for

@@ -18,7 +18,7 @@ from silotune.core.algorithm import expected_layout, keep_local
 from silotune.core.errors import ConfigError, UpdateError
 from silotune.core.tree import add, layout_of, size_bytes
 from silotune.core.types import Broadcast, ServerState, Update
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.acceptance import Known, check_update, what_is_expected
 from silotune.federation.client import Worker, prepare_client, train_round
 from silotune.federation.client_memory import ClientMemory

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 import silotune
 from silotune.core.errors import ConfigError, DataError
 from silotune.data.cells import FIX_EMPTY
+from silotune.data.client_rows import ClientRows
 from silotune.data.clients import (
-    ClientRows,
     cut_clients,
     fingerprint,
     load_client,

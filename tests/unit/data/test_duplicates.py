@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.duplicates import Duplicates, find_duplicates
 from tests.unit.data.client_rows import by_name, client, talk, text
 

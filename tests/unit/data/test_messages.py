@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.core.errors import DataError, EmptyRowError
-from silotune.data.clients import ClientRows, fingerprint
+from silotune.data.client_rows import ClientRows
+from silotune.data.clients import fingerprint
 from silotune.data.conversations import conversation
 from silotune.data.duplicates import find_duplicates
 from silotune.data.files import read_rows

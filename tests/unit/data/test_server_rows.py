@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.wording import counted
-from silotune.data.clients import ClientRows, load_clients
+from silotune.data.client_rows import ClientRows
+from silotune.data.clients import load_clients
 from silotune.data.files import Part, PlacedRow
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig

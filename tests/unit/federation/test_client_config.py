@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError, Declined
-from silotune.data.clients import ClientRows, load_clients
+from silotune.data.client_rows import ClientRows
+from silotune.data.clients import load_clients
 from silotune.data.reading import DataConfig
 from silotune.federation.client_config import (
     ClientConfig,

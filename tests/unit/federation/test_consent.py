@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from silotune.core.errors import ConfigError, Declined
 from silotune.core.types import Score
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.client_config import ClientConfig, load_client_config
 from silotune.federation.client_recipe import own_recipe
 from silotune.federation.consent import allowed_columns, is_large_enough

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from silotune.core.seeds import generator
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.conversations import TEXT, conversation, plain_text
 from silotune.data.reading import TaskRow
 from silotune.workflows.audit.canary_clients import toss

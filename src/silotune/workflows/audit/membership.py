@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from silotune.core.errors import ConfigError
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.reading import TaskRow
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from silotune.core.errors import DataError
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.data.conversations import Conversation
 from silotune.federation.metrics import Row
 from silotune.models.loading import LoadedModel

@@ -21,7 +21,7 @@ from silotune.core.reading_back import read_object
 from silotune.core.seeds import generator
 from silotune.core.stats import Labelled, label_scores, wilson
 from silotune.core.wording import did_you_mean
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder

@@ -20,7 +20,7 @@ import torch
 
 from silotune.core.errors import ConfigError, EngineError, QuorumError
 from silotune.core.types import ServerState
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import parse
