@@ -33,10 +33,16 @@ def wait_for_disk(spool: Path) -> None:
 
 
 def keep_spool(spool: Path) -> None:
-    """Move a round's spool, which is in the run folder's spool/, to where it stays."""
-    place = make_folder(spool.parent.parent / UPDATES)
-    (spool / BOOT).unlink(missing_ok=True)  # about files that may not be on disk; these are
-    spool.rename(place / spool.name)
+    """Move a round's spool, which is in the run folder's spool/, to where it stays.
+
+    Raises:
+        DiskError: It cannot be moved. It is still in the spool, and a resume moves it.
+    """
+    place = spool.parent.parent / UPDATES
+    with writing(place / spool.name):
+        make_folder(place)
+        (spool / BOOT).unlink(missing_ok=True)  # about files that may not be on disk; these are
+        spool.rename(place / spool.name)
 
 
 def drop_updates(run: Path, *, after: int) -> None:

@@ -1,11 +1,12 @@
 """Kept updates: what a round has used stays, complete, for as long as its result does."""
 
+import errno
 import os
 
 import pytest
 import torch
 
-from silotune.core.errors import RunFolderError
+from silotune.core.errors import DiskError, RunFolderError
 from silotune.core.types import ServerState, Update
 from silotune.federation.kept_updates import UPDATES, keep_spool, kept_updates, wait_for_disk
 from silotune.federation.run_folder import RunFolder
@@ -111,6 +112,18 @@ def test_a_kill_after_the_checkpoint_loses_no_update(folder, monkeypatch, half):
     again.rewind(1)
     play(again, 2)
     assert [len(kept) for kept in values(again, 2).values()] == [2, 2]
+
+
+def test_a_full_disk_is_one_error_and_the_updates_wait_in_the_spool(folder, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("silotune.federation.kept_updates.make_folder", full)
+    with pytest.raises(DiskError, match="No space left"):
+        play(folder, 1)
+    monkeypatch.undo()
+    folder.clear_away()  # of the resumed run
+    assert [len(kept) for kept in values(folder, 1).values()] == [2]
 
 
 def test_updates_of_rounds_that_are_repeated_are_dropped(folder):

@@ -48,8 +48,8 @@ REPLAYED = (
 )
 ROWS_ONLY = "intervals are over held-out rows; another seed of the run would give other numbers"
 NO_SUM = (
-    "the server's optimizer makes the step, so gradient is about the mean of the updates, not in "
-    "the units of the step"
+    "the server's step is not the sum of the clients' parts (it has an optimizer, or takes no mean "
+    "of the updates), so gradient is about the mean of the updates and not about the step"
 )
 
 
@@ -108,9 +108,10 @@ def contribution(run: Run | Path | str, *, progress: Progress | None = None) -> 
     first = ServerState(0, adapter, algorithm.init(adapter, len(checked.rows)))
     work = _Work(config, algorithm, loaded, first, rounds, _examples(config, loaded, checked.rows))
     try:
-        promises, last = work.promises(progress)
+        progress.note("replay with all clients")
+        *_, last = replay(algorithm, first, rounds)
         _check_same(run, last, loaded)
-        differences = work.differences(last, promises, progress)
+        differences = work.differences(last, work.promises(progress), progress)
     finally:
         progress.end()
     return _save(run, summary, work, differences)
@@ -205,23 +206,21 @@ class _Work:
         """Number of rounds."""
         return sum(client in kept.clients for kept in self.rounds.values())
 
-    def promises(self, progress: Progress) -> tuple[dict[str, dict[str, np.ndarray]], ServerState]:
-        """First-order estimates, [whose updates][whose rows] -> (rows,); and the last state."""
+    def promises(self, progress: Progress) -> dict[str, dict[str, np.ndarray]]:
+        """First-order estimates, [whose updates][whose rows] -> (rows,)."""
         found = {
             name: {other: np.zeros(len(own)) for other, own in self.examples.items()}
             for name in self.examples
         }
         states = replay(self.algorithm, self.first, self.rounds)
-        state = next(states)
-        for round_, kept in sorted(self.rounds.items()):
+        for (round_, kept), state in zip(sorted(self.rounds.items()), states, strict=False):
             progress.note(f"gradients of held-out rows, round {round_} of {len(self.rounds)}")
             parts = shares(kept, self.run.algorithm)
             own = promised(self.loaded, self.task, state.adapter, parts, self.examples)
             for other, table in own.items():
                 for name, values in zip(parts, table, strict=True):
                     found[name][other] += values
-            state = next(states)
-        return found, state
+        return found
 
     def differences(
         self,
@@ -264,7 +263,7 @@ class _Work:
         total = sum(len(own) for own in self.examples.values())
         asked = [name for name in self.examples if self.took_part(name)]
         return {
-            "replays": 1 + len(asked),
+            "replays": 2 + len(asked),  # with all clients: to check, and for the gradients
             "rows_forward": total + sum(total - len(self.examples[name]) for name in asked),
             "rows_backward": total * len(self.rounds),
         }

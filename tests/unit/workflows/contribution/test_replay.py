@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import silotune
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedopt import FedAdamConfig
 from silotune.core.algorithm import Algorithm
@@ -138,6 +139,13 @@ def test_a_run_of_real_clients_is_refused(tmp_path):
     run = parse(table)
     with pytest.raises(ConfigError, match="clients are real"):
         check_possible(tmp_path / "run", run, algorithm_of(run.algorithm))
+
+
+def test_what_real_clients_send_is_not_kept(tmp_path):
+    (tmp_path / "north.toml").write_text('name = "north"\n[data]\npath = "x.jsonl"\n')
+    keys = [f"data.path={tmp_path}", "runtime.name=flower", "checkpoint.keep_updates=true"]
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_updates.*real clients"):
+        silotune.check("hospitals", [*keys, "partition=none"])
 
 
 def test_updates_are_not_kept_under_privacy():
