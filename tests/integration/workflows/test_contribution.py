@@ -13,7 +13,7 @@ import silotune
 from silotune.cli import app
 from silotune.core.atomic_files import written_rows
 from silotune.core.checksums import list_files
-from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.errors import ConfigError, RunFolderError, UpdateError
 from silotune.core.tree import add, size_bytes
 from silotune.core.types import ServerState
 from silotune.federation.kept_updates import kept_updates
@@ -22,7 +22,7 @@ from silotune.federation.spool import Spool
 from silotune.models.loading import read_adapter, write_adapter
 from silotune.recipes.parse import parse
 from silotune.runtime.flower.strategy import algorithm_of
-from silotune.training.scoring import score_each
+from silotune.training.scoring import RowScore, score_each
 from silotune.training.tasks import build_task
 from silotune.workflows.contribution.replay import replay
 from silotune.workflows.contribution.row_gradients import promised, shares
@@ -190,6 +190,17 @@ def test_an_update_of_another_run_does_not_give_the_runs_adapter(copy):
     shutil.copy(spool.folder / "tiny.safetensors", copy / "updates" / "round-00002")
     with pytest.raises(RunFolderError, match="does not give its adapter"):
         silotune.contribution(copy)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_no_number(done, monkeypatch):
+    """JSON has no NaN, and a mean of NaN would look like noise."""
+    monkeypatch.setattr(
+        "silotune.workflows.contribution.contribution.score_each",
+        lambda *_, **__: [RowScore(float("nan"), 1)],
+    )
+    monkeypatch.setattr("silotune.workflows.contribution.contribution.promised", lambda *_: {})
+    with pytest.raises(UpdateError, match=r"held-out rows is not finite"):
+        silotune.contribution(done)
 
 
 def test_a_run_without_kept_updates_says_how_to_keep_them(copy):

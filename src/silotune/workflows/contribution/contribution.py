@@ -5,6 +5,7 @@ of the others are compared. Gradient: what each update promised to first order (
 Neither trains anything. docs/contribution.md says what they do not say.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from silotune.core.algorithm import Algorithm
 from silotune.core.atomic_files import free_place, make_folder, write_json, write_rows
 from silotune.core.checksums import check_listed, list_files
-from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.errors import ConfigError, RunFolderError, UpdateError
 from silotune.core.public_call import public
 from silotune.core.reading_back import read_object
 from silotune.core.types import AdapterState, ServerState
@@ -93,6 +94,7 @@ def contribution(run: Run | Path | str, *, progress: Progress | None = None) -> 
             changed, or a replay with all clients does not give the run's adapter.
         ModelError: The base has changed.
         QuorumError: The algorithm cannot combine a round's updates without one of them.
+        UpdateError: Without a client, the replayed adapter is of no use: its losses are not finite.
     """
     run, progress = run if isinstance(run, Run) else Run(Path(run)), progress or Progress()
     summary, config = run.summary, run.config
@@ -256,7 +258,13 @@ class _Work:
     def _score(self, adapter: AdapterState, client: str) -> list[RowScore]:
         write_adapter(self.loaded, adapter)
         size = self.run.evaluate.batch_size
-        return score_each(self.loaded, self.examples[client], self.task, batch_size=size)
+        found = score_each(self.loaded, self.examples[client], self.task, batch_size=size)
+        if not all(math.isfinite(score.loss_sum) for score in found):
+            raise UpdateError(
+                f"client '{client}': under the adapter of a replay, the loss of its held-out rows "
+                "is not finite.\n  Train again with a lower train.lr or algorithm.server_lr."
+            )
+        return found
 
     def cost(self) -> dict[str, int]:
         """Replays, and rows that went through the model."""
