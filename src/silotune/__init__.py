@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from silotune.workflows.audit.audit import audit
     from silotune.workflows.check import check
     from silotune.workflows.compare.compare import Comparison, compare
+    from silotune.workflows.contribution.contribution import Contribution, contribution
     from silotune.workflows.evaluate.evaluate import Evaluation, Questions, evaluate
     from silotune.workflows.new_recipe import NewRecipe, new
     from silotune.workflows.plan.plan import Plan, plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Resolved when first used: importing silotune costs no torch.
 _HOMES = {
     "Comparison": "silotune.workflows.compare.compare",
+    "Contribution": "silotune.workflows.contribution.contribution",
     "Evaluation": "silotune.workflows.evaluate.evaluate",
     "NewRecipe": "silotune.workflows.new_recipe",
     "PlainProgress": "silotune.federation.progress",
@@ -42,6 +44,7 @@ _HOMES = {
     "base_folder": "silotune.workflows.run",
     "check": "silotune.workflows.check",
     "compare": "silotune.workflows.compare.compare",
+    "contribution": "silotune.workflows.contribution.contribution",
     "evaluate": "silotune.workflows.evaluate.evaluate",
     "load_recipe": "silotune.recipes.parse",
     "new": "silotune.workflows.new_recipe",
@@ -55,6 +58,7 @@ _HOMES = {
 
 __all__ = [
     "Comparison",
+    "Contribution",
     "Evaluation",
     "NewRecipe",
     "PlainProgress",
@@ -69,6 +73,7 @@ __all__ = [
     "base_folder",
     "check",
     "compare",
+    "contribution",
     "evaluate",
     "load_recipe",
     "new",

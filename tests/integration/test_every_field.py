@@ -76,6 +76,7 @@ CHANGES_WHAT_IS_WRITTEN = [
     "evaluate.every=0",
     "checkpoint.keep=all",
     "checkpoint.keep=best",
+    "checkpoint.keep_updates=true",
     "report.page=true",
     "report.samples=1",
     "data.max_eval_rows=1",

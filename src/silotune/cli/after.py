@@ -1,4 +1,4 @@
-"""Commands after a run: ask, evaluate, export, report."""
+"""Commands after a run: ask, evaluate, contribution, export, report."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -93,6 +93,27 @@ def evaluate(
             print_json(done.scores)
         else:
             results.print_scores(done, silotune.Run(run).config.task)
+
+
+def contribution(
+    run: RunFolder,
+    json: Annotated[bool, typer.Option("--json", help="Print contribution.json.")] = False,
+) -> None:
+    """Estimate what each client gave the others.
+
+    By its updates, for the held-out loss of the others. The run needs checkpoint.keep_updates =
+    true. Nothing is trained.
+    """
+    with errors_as_exit_codes():
+        import silotune
+        from silotune.cli import results
+        from silotune.federation.progress import pick_progress
+
+        done = silotune.contribution(run, progress=pick_progress())
+        if json:
+            print_json(done.result)
+        else:
+            results.print_contribution(done)
 
 
 def _files(pairs: list[str] | tuple[str, ...]) -> dict[str, Path]:

@@ -115,6 +115,18 @@ def print_comparison(done: "silotune.Comparison") -> None:
     print_line(f"report: {done.path / 'report.html'}")
 
 
+def print_contribution(done: "silotune.Contribution") -> None:
+    """Print what each client's updates did for the others, and where every row's numbers are."""
+    from silotune.workflows.contribution.measured import contribution_lines, contribution_table
+
+    found = done.result
+    print_table(contribution_table(found))
+    print_line()
+    for text in contribution_lines(found):
+        print_line(text)
+    print_line(f"all rows: {done.path}")
+
+
 def print_sweep(done: "silotune.Sweep") -> None:
     """Print a sweep's runs, best first, and which of them failed and why."""
     from silotune.workflows.sweep.ranking import sweep_table, verdict

@@ -229,13 +229,20 @@ def save_rows(path: Path, tensors: Mapping[str, "Tensor"], *, about: str, sync: 
                 os.fsync(file.fileno())
 
 
-def load_rows(path: Path) -> "tuple[dict[str, Tensor], str]":
+ASK_AGAIN = "Remove it and resume; its client is asked again."
+
+
+def load_rows(path: Path, *, fix: str = ASK_AGAIN) -> "tuple[dict[str, Tensor], str]":
     """Undo `save_rows`.
+
+    Args:
+        path: The file.
+        fix: As in `load_tensors`.
 
     Raises:
         RunFolderError: The file is missing, damaged, or without a SHA-256.
     """
-    rows, known = load_tensors(path, fix="Remove it and resume; its client is asked again.")
+    rows, known = load_tensors(path, fix=fix)
     tensors: dict[str, Tensor] = {}
     for dtype, own in json.loads(known["layout"]).items():
         pieces = rows[dtype].split([math.prod(shape) for _, shape in own])

@@ -36,8 +36,9 @@ from silotune.core.errors import DiskError, RunFolderError
 from silotune.core.reading_back import parse_json, read_json, read_text, read_toml
 from silotune.core.types import ServerState
 from silotune.federation.client_memory import folder_name
+from silotune.federation.kept_updates import UPDATES, drop_updates, keep_spool, wait_for_disk
 from silotune.federation.metrics import Row, held_out_losses
-from silotune.federation.spool import Spool
+from silotune.federation.spool import Spool, rounds_in
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
 
@@ -172,7 +173,7 @@ class RunFolder:
     # --- checkpoints
 
     def _checkpoints(self) -> dict[int, Path]:
-        return dict(sorted(_rounds_in(self.path / "checkpoints").items()))
+        return dict(sorted(rounds_in(self.path / "checkpoints").items()))
 
     def load_state(self, round_: int | None = None) -> ServerState | None:
         """The state after a checkpointed round, by default the newest; None if there is none.
@@ -212,6 +213,8 @@ class RunFolder:
         flat = {f"{key}/{n}": t for key, s in state.extra.items() for n, t in s.items()}
         save_tensors(part / "extra.safetensors", flat, about=about)
         shutil.rmtree(final, ignore_errors=True)
+        if self.run.checkpoint.keep_updates:  # after the rename, nothing can replace them
+            wait_for_disk(self.path / "spool")
         part.rename(final)
         self._prune(state.round)
 
@@ -223,16 +226,18 @@ class RunFolder:
             for round_, path in self._checkpoints().items():
                 if round_ not in keep:
                     remove_folder(path)
-        for round_, spool in _rounds_in(self.path / "spool").items():
+        settle = keep_spool if self.run.checkpoint.keep_updates else remove_folder
+        for round_, spool in rounds_in(self.path / "spool").items():
             if round_ <= newest:
-                remove_folder(spool)
+                settle(spool)
 
     def clear_away(self) -> None:
         """Remove what only unfinished rounds need, and what a kill has left of it."""
         self._prune(max(self._checkpoints()))
         shutil.rmtree(self.path / "spool", ignore_errors=True)
-        for left in (self.path / "checkpoints").glob(".round-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for folder in ("checkpoints", UPDATES):
+            for left in (self.path / folder).glob(".round-*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def best_round(self) -> int | None:
         """The checkpointed round whose adapter has the lowest overall held-out loss."""
@@ -309,7 +314,8 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def rewind(self, round_: int) -> None:
-        """Drop metrics of rounds after `round_` and half-written lines; they are written again."""
+        """Drop kept updates and metrics of rounds after `round_`, and half-written lines."""
+        drop_updates(self.path, after=round_)
         if not self._metrics_path.exists():
             return
         # the adapter after round r is scored in round r + 1
@@ -385,10 +391,3 @@ def _open_lock(path: Path) -> IO[str]:
             f"{path.parent} cannot be locked for this process: {error.strerror}.\n"
             "  Make it writable for you, or resume a copy of it."
         ) from error
-
-
-def _rounds_in(folder: Path) -> dict[int, Path]:
-    """The folders of rounds, by round."""
-    found = [p for p in folder.glob("round-*") if p.is_dir()]
-    numbers = [p.name.removeprefix("round-") for p in found]
-    return {int(n): p for n, p in zip(numbers, found, strict=True) if n.isdecimal()}

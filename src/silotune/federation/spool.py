@@ -9,10 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from silotune.core.atomic_files import boot_id, load_rows, make_folder, save_rows
+from silotune.core.atomic_files import ASK_AGAIN, boot_id, load_rows, make_folder, save_rows
 from silotune.core.errors import RunFolderError
 from silotune.core.types import Score, Update
 from silotune.federation.client_memory import folder_name
+
+BOOT = "boot"
+"""The file of a spool that names the boot in which its updates were written."""
 
 
 class Spool:
@@ -27,7 +30,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._boot = folder / "boot"
+        self._boot = folder / BOOT
         self._reports: dict[str, Update] = {}
         if not folder.is_dir():
             return
@@ -36,7 +39,7 @@ class Spool:
             self.remove()
         for path in folder.glob("*.safetensors"):
             try:
-                update = _read_update(path)
+                update = read_update(path)
             except (RunFolderError, LookupError, TypeError, ValueError):
                 # not a complete file of ours: its client is asked again
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -63,7 +66,7 @@ class Spool:
         self._reports[update.client] = _without_tensors(update)
 
     def _path(self, client: str) -> Path:
-        return self.folder / f"{folder_name(client)}.safetensors"
+        return self.folder / file_name(client)
 
     def names(self) -> list[str]:
         """The clients whose updates are here, sorted."""
@@ -78,7 +81,7 @@ class Spool:
 
     def __iter__(self) -> Iterator[Update]:
         for client in self.names():
-            yield _read_update(self._path(client))
+            yield read_update(self._path(client))
 
     def discard(self, client: str) -> None:
         """Remove one client's update: it is not used."""
@@ -90,12 +93,29 @@ class Spool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def rounds_in(folder: Path) -> dict[int, Path]:
+    """The folders of rounds in a folder, by round."""
+    found = [p for p in folder.glob("round-*") if p.is_dir()]
+    numbers = [p.name.removeprefix("round-") for p in found]
+    return {int(n): p for n, p in zip(numbers, found, strict=True) if n.isdecimal()}
+
+
+def file_name(client: str) -> str:
+    """The file that holds a client's update, in the folder of its round."""
+    return f"{folder_name(client)}.safetensors"
+
+
 def _without_tensors(update: Update) -> Update:
     return replace(update, delta={}, extra={})
 
 
-def _read_update(path: Path) -> Update:
-    tensors, about = load_rows(path)
+def read_update(path: Path, *, fix: str = ASK_AGAIN) -> Update:
+    """Read a file that `Spool.add` wrote.
+
+    Raises:
+        RunFolderError: It is missing, or damaged.
+    """
+    tensors, about = load_rows(path, fix=fix)
     delta: dict[str, Tensor] = {}
     extra: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -63,6 +63,12 @@ def _of_privacy(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if run.checkpoint.keep == "best":
         yield "checkpoint.keep", "'best' selects by held-out losses, which have no noise"
+    if run.checkpoint.keep_updates:
+        yield (
+            "checkpoint.keep_updates",
+            "cannot be used with [privacy]: a contribution is computed from single updates and "
+            "held-out losses, which have no noise",
+        )
     if run.runtime.name == "flower":
         if run.evaluate.every > 0:
             yield (

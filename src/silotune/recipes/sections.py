@@ -79,6 +79,9 @@ class CheckpointConfig(Config):
     keep: Literal["last", "best", "all"] = "last"
     """Which checkpoints to keep. best: the one with the lowest held-out loss, which becomes the
     result."""
+    keep_updates: bool = False
+    """Keep every update of every round in the run folder's updates/, for `silotune contribution`.
+    Each is as large as the trained tensors. Simulations only."""
 
 
 def usable_threads() -> int:

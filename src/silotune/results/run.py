@@ -117,7 +117,7 @@ class Run:
             ModelError: The base is not the one that the adapter was trained on.
         """
         adapter = self.adapter()
-        self._check_base()
+        self.check_base()
         return self._load(self.config, adapter)
 
     def _load(self, run: RunConfig, adapter: AdapterState) -> LoadedModel:
@@ -135,7 +135,7 @@ class Run:
             ) from error
         return loaded
 
-    def _check_base(self, *, there: bool = False) -> None:
+    def check_base(self, *, there: bool = False) -> None:
         """Refuse a base that has changed; with `there`, also one that is gone."""
         model = self.config.model
         newest = is_hub_id(model.name) and model.revision is None  # which the recipe asks for
@@ -193,7 +193,7 @@ class Run:
         progress = progress or Progress()
         check_request(self.config, kind, gguf_type=gguf_type, push=push, public=public)
         _, adapter = self.summary, self.adapter()  # both raise if the run is not finished
-        self._check_base(there=True)
+        self.check_base(there=True)
         api = hub_login() if push is not None else None
         place = export_run(
             self.path,

@@ -219,14 +219,19 @@ def _with_labels(
     return run.model_copy(update={"data": run.data.model_copy(update={"labels": labels})})
 
 
+def has_real_clients(run: RunConfig) -> bool:
+    """Whether the rows belong to real clients, who read them with their own configuration."""
+    place = locate(run.data.path)
+    return place is not None and (is_client_folder(place) or is_consortium(place))
+
+
 def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
     """All clients' rows, from the recipe's data or from the clients' own configurations.
 
     Also returns a warning for each group of rows that is not used.
     """
     place = locate(run.data.path)
-    real_clients = place is not None and (is_client_folder(place) or is_consortium(place))
-    if place is None or not real_clients:
+    if place is None or not has_real_clients(run):
         return cut_clients(
             run.data,
             run.partition,
@@ -238,6 +243,11 @@ def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
         raise ConfigError(
             f"data.path = '{run.data.path}' points to real clients, which only work with "
             "runtime.name = 'flower'.\n  Set runtime.name = 'flower', or point data.path to rows."
+        )
+    if run.checkpoint.keep_updates:
+        raise ConfigError(
+            "checkpoint.keep_updates = true: what real clients send is not kept beyond its round, "
+            "because contributions are measured on all clients' rows.\n  Remove it."
         )
     if run.partition is not None and run.partition != PartitionConfig():
         raise ConfigError(

@@ -438,6 +438,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "evaluate.batch_size": ("3", []),
     "checkpoint.every": ("2", []),
     "checkpoint.keep": ("all", []),
+    "checkpoint.keep_updates": ("true", []),
     "runtime.device": ("cpu", []),
     "runtime.threads": ("31", []),
     "runtime.name": ("flower", []),

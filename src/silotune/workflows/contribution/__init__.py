@@ -1,0 +1,1 @@
+"""`silotune contribution`: how much each client's updates improved the others."""
