@@ -22,7 +22,7 @@ from silotune.core.errors import ConfigError, RunFolderError, UpdateError
 from silotune.core.public_call import public
 from silotune.core.reading_back import read_object
 from silotune.core.types import AdapterState, ServerState
-from silotune.data.clients import ClientRows
+from silotune.data.client_rows import ClientRows
 from silotune.federation.kept_updates import KeptUpdates, kept_updates
 from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
@@ -33,6 +33,7 @@ from silotune.recipes.schema import RunConfig
 from silotune.results.run import Run
 from silotune.results.summary import unit_of
 from silotune.runtime.flower.strategy import algorithm_of
+from silotune.training.known_tokens import prepare_rows
 from silotune.training.scoring import RowScore, score_each
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Example, Task
@@ -170,7 +171,7 @@ def _examples(
 ) -> dict[str, Sequence[Example]]:
     task = build_task(run.task, run.data.labels)
     return {
-        name: task.prepare(own.evaluation, loaded.tokenizer, run.train.max_length).examples
+        name: prepare_rows(own.evaluation, task, loaded, run.train.max_length).examples
         for name, own in sorted(rows.items())
     }
 
@@ -284,11 +285,8 @@ def _save(
     differences: Mapping[str, Mapping[str, RowDifferences]],
 ) -> Contribution:
     clients = {
-        name: {
-            "num_rounds": work.took_part(name),
-            **client_numbers(others, seed=work.run.seed),
-        }
-        for name, others in differences.items()
+        name: {"num_rounds": work.took_part(name), **numbers}
+        for name, numbers in client_numbers(differences).items()
     }
     result = {
         "run": run.path.name,

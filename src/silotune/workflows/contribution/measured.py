@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from silotune.core.stats import Interval, Scored, mean_interval
+from silotune.core.crossed import Scored, crossed_interval, holm, parts_of_mean
 
 FEWEST_ROWS = 20
 """With fewer held-out rows of the others, an interval is too unreliable to be read."""
+MAX_P = 0.05
+"""A verdict's p-value is below it, corrected for all clients."""
 Verdict = Literal["helped", "hurt", "noise", "too few rows"]
 ESTIMATES = ("leave_one_out", "gradient")
 
@@ -26,26 +28,42 @@ class RowDifferences:
     """(rows,): the first-order estimates, summed over the rounds and over targets."""
 
 
-def client_numbers(others: Mapping[str, RowDifferences], *, seed: int) -> dict[str, Any]:
-    """One client's numbers; positive: its updates lowered the loss of the others.
+def client_numbers(
+    differences: Mapping[str, Mapping[str, RowDifferences]],
+) -> dict[str, dict[str, Any]]:
+    """Each client's numbers; positive: its updates lowered the loss of the others.
 
     Args:
-        others: By client whose rows they are; without the client itself.
-        seed: Seed of the bootstrap.
+        differences: By client, then by client whose rows they are; never a client's own.
 
     Returns:
-        num_rows; each of `ESTIMATES`, the mean over the other clients, each counting once, with its
-        interval over rows and a verdict; and both means for each of the others.
+        By client: num_rows; each of `ESTIMATES`, the mean over the other clients with two rows or
+        more, each counting once, with its interval over rows and a verdict that is corrected for
+        asking about several clients; and both means for each of the others.
     """
-    num_rows = sum(len(rows.num_targets) for rows in others.values())
-    found: dict[str, Any] = {"num_rows": num_rows}
+    found = {name: _numbers(others) for name, others in differences.items()}
+    for estimate in ESTIMATES:
+        corrected = holm(
+            {
+                name: own[estimate]["p_value"]
+                for name, own in found.items()
+                if own[estimate]["p_value"] is not None and own["num_rows"] >= FEWEST_ROWS
+            }
+        )
+        for name, own in found.items():
+            own[estimate]["verdict"] = verdict(own[estimate]["mean"], corrected.get(name))
+    return found
+
+
+def _numbers(others: Mapping[str, RowDifferences]) -> dict[str, Any]:
+    found: dict[str, Any] = {"num_rows": sum(len(rows.num_targets) for rows in others.values())}
     for name in ESTIMATES:
-        scored = [
-            Scored(client, getattr(rows, name)[None], rows.num_targets)
+        parts = [
+            parts_of_mean(Scored(client, getattr(rows, name)[None], rows.num_targets))
             for client, rows in others.items()
+            if len(rows.num_targets) > 1 or len(others) == 1  # one row shows no variance
         ]
-        interval = mean_interval(scored, seed=seed)
-        found[name] = {**asdict(interval), "verdict": verdict(interval, num_rows)}
+        found[name] = asdict(crossed_interval(parts))
     found["others"] = {
         client: {
             "num_rows": len(rows.num_targets),
@@ -56,13 +74,18 @@ def client_numbers(others: Mapping[str, RowDifferences], *, seed: int) -> dict[s
     return found
 
 
-def verdict(interval: Interval, num_rows: int) -> Verdict:
-    """What an estimate says about the others; see docs/contribution.md."""
-    if num_rows < FEWEST_ROWS:
+def verdict(mean: float, corrected_p_value: float | None) -> Verdict:
+    """What an estimate says about the others; see docs/contribution.md.
+
+    Args:
+        mean: The estimate.
+        corrected_p_value: Against 0, corrected for all clients; None with too few rows.
+    """
+    if corrected_p_value is None:
         return "too few rows"
-    if not interval.is_clear:
+    if corrected_p_value >= MAX_P:
         return "noise"
-    return "helped" if interval.mean > 0 else "hurt"
+    return "helped" if mean > 0 else "hurt"
 
 
 def contribution_table(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -81,6 +104,8 @@ def contribution_table(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _shown(own: Mapping[str, Any]) -> str:
+    if own["low"] is None:  # one of the others has a single row
+        return f"{own['mean']:+.4f}"
     return f"{own['mean']:+.4f} [{own['low']:+.4f}, {own['high']:+.4f}]"
 
 
@@ -106,6 +131,7 @@ def contribution_lines(found: Mapping[str, Any]) -> list[str]:
     if unclear:
         lines.append(
             f"warning: nothing can be concluded from leave one out about {', '.join(unclear)}: the "
-            f"95 % interval includes 0, or the others have fewer than {FEWEST_ROWS} held-out rows"
+            "effect could be chance (p of 5 % or more, corrected for all clients), or the others "
+            f"have fewer than {FEWEST_ROWS} held-out rows"
         )
     return lines

@@ -66,7 +66,7 @@ def test_the_shares_of_all_clients_add_up_to_the_servers_step(rounds, cfg):
 def numbers(value: float, *, rows: int = 15, spread: float = 0.0) -> dict:
     values = value + spread * np.linspace(-1, 1, rows)
     own = RowDifferences(np.full(rows, 2.0), values, -values)
-    return client_numbers({"a": own, "b": own}, seed=1)
+    return client_numbers({"one": {"a": own, "b": own}})["one"]
 
 
 def test_the_numbers_are_means_over_targets_with_a_verdict_each():
@@ -92,6 +92,28 @@ def test_the_numbers_are_means_over_targets_with_a_verdict_each():
 )
 def test_an_estimate_that_says_nothing_is_marked(kind, verdict):
     assert numbers(**kind)["leave_one_out"]["verdict"] == verdict
+
+
+def test_a_single_row_of_another_client_leaves_the_interval_of_the_rest():
+    many = RowDifferences(np.ones(30), np.full(30, 0.5) + np.linspace(-1, 1, 30) / 10, np.zeros(30))
+    single = RowDifferences(np.ones(1), np.full(1, 9.0), np.zeros(1))
+    own = client_numbers({"one": {"a": many, "b": single}})["one"]["leave_one_out"]
+    assert own["mean"] == pytest.approx(0.5)
+    assert own["verdict"] == "helped"
+
+
+def test_verdicts_are_corrected_for_the_number_of_clients():
+    """Of ten clients that did nothing, one looks different in 12 of 30 runs."""
+    gen = np.random.default_rng(0)
+    looked, said = 0, 0
+    for _ in range(30):
+        rows = [RowDifferences(np.ones(30), gen.normal(size=30), np.zeros(30)) for _ in range(10)]
+        found = client_numbers({str(n): {"other": own} for n, own in enumerate(rows)})
+        own = [numbers["leave_one_out"] for numbers in found.values()]
+        looked += min(one["p_value"] for one in own) < 0.05
+        said += {one["verdict"] for one in own} != {"noise"}
+    assert looked > 6
+    assert said <= 4
 
 
 RECIPE = {
