@@ -40,6 +40,10 @@ KINDS: Mapping[str, tuple[str, Sequence[str]]] = {
     "client level": ("run", CLIENT_LEVEL),
     "record level": ("run", RECORD_LEVEL),
     "compare": ("compare", ("compare.seeds=1",)),
+    "tuned compare": (
+        "compare",
+        ("compare.seeds=1", "compare.tune={lr=[1e-2]}", "data.eval_fraction=0.4"),
+    ),
     "sweep": ("sweep", ("train.lr=1e-3,1e-2",)),
 }
 OPTIONS = {"sweep": ("--jobs=2",)}

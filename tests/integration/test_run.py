@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import silotune
 from silotune.core.errors import ConfigError, RunFolderError
 from silotune.core.tree import l2_norm, sha256, subtract
-from silotune.data import clients
+from silotune.data import client_rows
 from silotune.models.loading import num_base_loads, read_adapter
 from silotune.recipes.parse import parse, to_toml
 from silotune.workflows import provenance, write_results
@@ -360,7 +360,7 @@ def by_number(rows, fraction, _):
 def former_version(monkeypatch):
     """A version of silotune that chose held-out rows in another way, and did not say how."""
     with monkeypatch.context() as patch:
-        patch.setattr(clients, "hold_out", by_number)
+        patch.setattr(client_rows, "hold_out", by_number)
         patch.setattr(provenance, "HELD_OUT_RULE", None)
         yield patch
 
