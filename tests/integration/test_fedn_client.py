@@ -111,6 +111,8 @@ def test_a_clients_own_limits_count_here_too(place):
     [
         (["algorithm.server_lr=2.0"], "server_lr = 1"),
         (["algorithm.name=fedadam"], "use fedavg or fedprox"),
+        (["algorithm.name=fedavgm"], "use fedavg or fedprox"),
+        (["algorithm.name=median"], "use fedavg or fedprox"),
         (["algorithm.weights=uniform"], "FEDn weights clients by examples"),
     ],
 )

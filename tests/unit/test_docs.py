@@ -60,14 +60,17 @@ def snippets(language: str) -> list[Any]:
 # --- the recipe reference ---------------------------------------------------------------------
 
 
-def test_the_recipe_reference_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("_reference", DOCS / "build_recipe_reference.py")
+@pytest.mark.parametrize(
+    ("page", "script"),
+    [("recipe.md", "build_recipe_reference.py"), ("papers.md", "build_papers.py")],
+)
+def test_a_page_made_by_a_script_is_up_to_date(page, script):
+    spec = importlib.util.spec_from_file_location("_script", DOCS / script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    written = (DOCS / "recipe.md").read_text(encoding="utf-8")
-    assert module.build() == written, "run `make docs`"
+    assert module.build() == (DOCS / page).read_text(encoding="utf-8"), "run `make docs`"
 
 
 def test_every_config_field_has_a_help_text():

@@ -1,5 +1,6 @@
-"""What the algorithms share: their common settings, and the weighted mean of the deltas."""
+"""What the algorithms share: common settings, facts as data, the weighted mean of the deltas."""
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -8,13 +9,48 @@ from silotune.core.tree import weighted_mean
 from silotune.core.types import Config, Update, Updates
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What an algorithm promises and needs, as data.
+
+    `check` refuses recipes by it, and the tables of `silotune algorithms` and docs/papers.md are
+    made of it.
+    """
+
+    paper: str = ""
+    """Authors, year, title, section, arXiv number."""
+    differs: str = ""
+    """What is done in another way than in the paper."""
+    linear: bool = True
+    """Whether the change is a weighted sum of the deltas. Only then a server can do without single
+    updates (secure sums), and the noise of client-level privacy covers one client's influence."""
+    exact: Literal["yes", "no", "nearly", "truncated"] = "no"
+    """Whether the new factors' product is the mean of the clients' products: truncated to the rank
+    is the best that any adapter of this rank can be, nearly is closer than the mean factors."""
+    needs_lora: bool = False
+    """Whether it needs LoRA's two factors, so that other kinds of adapter are refused."""
+    sends_more: bool = False
+    """Whether clients send something besides the delta, which no guard covers."""
+    remembers: bool = False
+    """Whether clients keep something between rounds, which is old at those that are rarely asked.
+    Its server step also needs to know how many clients answered."""
+    up: str = "adapter"
+    """What a client sends."""
+    down: str = "adapter"
+    """What a client receives."""
+
+
 class AlgorithmConfig(Config):
     """Settings that every algorithm has; each algorithm adds its own."""
 
     weights: Literal["examples", "uniform"] = "examples"
     """Weight of a client in the mean: its number of training rows, or the same for every client."""
-    needs_lora: ClassVar[bool] = False
-    """Whether it needs LoRA's two factors, so that other kinds of adapter are refused."""
+    facts: ClassVar[Facts] = Facts()
+
+    @property
+    def needs_plain_sgd(self) -> bool:
+        """Whether clients must take plain gradient steps: no Adam, no clipping, no decay."""
+        return False
 
 
 def weight_of(update: Update, cfg: AlgorithmConfig) -> float:

@@ -8,10 +8,11 @@ not the mean of the products.
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field
 
-from silotune.algorithms.base import AlgorithmConfig, mean_delta
+from silotune.algorithms.base import AlgorithmConfig, Facts, mean_delta
 from silotune.core.algorithm import Algorithm
 from silotune.core.tree import add
 from silotune.core.types import AdapterState, Change, ServerState, Updates
@@ -22,6 +23,14 @@ class FedAvgConfig(AlgorithmConfig):
 
     server_lr: float = Field(default=1.0, gt=0)
     """Factor applied to the mean change. At 1 the server adopts the clients' mean."""
+    facts: ClassVar[Facts] = Facts(
+        paper='McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from '
+        'Decentralized Data", Algorithm 1, arXiv:1602.05629. On LoRA factors it is FedIT: Zhang '
+        "et al. 2024, arXiv:2305.05644",
+        differs="Clients send changes, not weights; the server may scale the mean by `server_lr`. "
+        "The LoRA factors A and B are averaged separately, so the product of the means is not the "
+        "mean of the products.",
+    )
 
 
 def move(state: ServerState, delta: AdapterState, *, server_lr: float = 1.0) -> ServerState:

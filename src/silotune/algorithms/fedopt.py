@@ -11,16 +11,23 @@ keep their moments.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from silotune.algorithms.base import AlgorithmConfig
+from silotune.algorithms.base import AlgorithmConfig, Facts
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
 from silotune.core.algorithm import Algorithm
 from silotune.core.tree import zeros_like
 from silotune.core.types import AdapterState, Change, ServerState
+
+REDDI = Facts(
+    paper='Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2, arXiv:2003.00295',
+    differs="As published: no bias correction, the second moment starts at tau squared. Weights "
+    "and unchanged tensors are handled as in `fedavgm`.",
+)
 
 
 class FedAvgMConfig(AlgorithmConfig):
@@ -30,6 +37,12 @@ class FedAvgMConfig(AlgorithmConfig):
     """Step size applied to the momentum, which at 0.9 amplifies a constant change up to tenfold."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Heavy-ball factor beta: v = beta v + change. At 0 this is FedAvg."""
+    facts: ClassVar[Facts] = Facts(
+        paper='Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for '
+        'Federated Visual Classification", section 4, arXiv:1909.06335',
+        differs='The mean is weighted by examples unless `weights = "uniform"`. Tensors that do '
+        "not change in a round keep their momentum.",
+    )
 
 
 class FedAdagradConfig(AlgorithmConfig):
@@ -41,6 +54,7 @@ class FedAdagradConfig(AlgorithmConfig):
     """Decay of the first moment; the paper uses 0 for FedAdagrad."""
     tau: float = Field(default=1e-3, gt=0)
     """Added to the square root of the second moment, which starts at tau squared."""
+    facts: ClassVar[Facts] = REDDI
 
 
 class FedAdamConfig(AlgorithmConfig):
@@ -54,6 +68,7 @@ class FedAdamConfig(AlgorithmConfig):
     """Decay of the second moment."""
     tau: float = Field(default=1e-3, gt=0)
     """Added to the square root of the second moment, which starts at tau squared."""
+    facts: ClassVar[Facts] = REDDI
 
 
 class FedYogiConfig(FedAdamConfig):

@@ -7,10 +7,12 @@ AdamW the pull passes through the preconditioner like any other gradient.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
+from silotune.algorithms.base import Facts
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.core.algorithm import Algorithm, LocalContext, LocalRule
 from silotune.core.tree import squared_distance
@@ -21,6 +23,12 @@ class FedProxConfig(FedAvgConfig):
 
     mu: float = Field(default=0.01, ge=0)
     """Strength of the pull, mu in eq. 2. At 0 this is FedAvg."""
+    facts: ClassVar[Facts] = Facts(
+        paper='Li et al. 2020, "Federated Optimization in Heterogeneous Networks", Algorithm 2, '
+        "arXiv:1812.06127",
+        differs="Every client runs its full local budget; there is no inexactness test. With AdamW "
+        "the pull passes through the preconditioner like any other gradient.",
+    )
 
 
 def fedprox(cfg: FedProxConfig) -> Algorithm:

@@ -11,20 +11,28 @@ is trained there. Clients do not send A, but every broadcast still contains it.
 from dataclasses import replace
 from typing import ClassVar
 
+from silotune.algorithms.base import Facts
+from silotune.algorithms.factors import ONE_FACTOR, needs_pairs
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.core.algorithm import Algorithm, LocalRule
-from silotune.core.errors import ConfigError
+from silotune.core.algorithm import Algorithm
 from silotune.core.types import AdapterState
-
-FROZEN = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}
-"""The factor that PEFT initialises at random, and the other one, which starts at 0 and is
-trained."""
 
 
 class FFALoRAConfig(FedAvgConfig):
     """Settings of FFA-LoRA, the same as FedAvg's."""
 
-    needs_lora: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(
+        paper='Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning", '
+        "arXiv:2403.12313",
+        differs="No noise is added. A classification head, if there is one, is trained and "
+        "averaged along with B. On an embedding, the factor that starts at zero, and is therefore "
+        "trained, is the one that PEFT calls A. A is not sent up, but still comes down unchanged "
+        "with every broadcast. Other kinds of adapter and DoRA are refused: DoRA divides by a "
+        "norm of base and product together, so the mean of B would not be exact.",
+        exact="yes",
+        needs_lora=True,
+        up="B",
+    )
 
 
 def ffa_lora(cfg: FFALoRAConfig) -> Algorithm:
@@ -32,24 +40,12 @@ def ffa_lora(cfg: FFALoRAConfig) -> Algorithm:
 
     Its `init` raises a ConfigError if the adapter does not have both factors.
     """
-    rule = LocalRule(trains=_is_trained)
-    return replace(fedavg(cfg), name="ffa_lora", local=rule, init=_check_factors)
+    return replace(fedavg(cfg), name="ffa_lora", local=ONE_FACTOR, init=_init)
 
 
-def _is_trained(name: str, round_: int) -> bool:  # noqa: ARG001 - the signature of `trains`
-    return FROZEN.keys().isdisjoint(name.split("."))
-
-
-def _check_factors(
+def _init(
     adapter: AdapterState,
     num_clients: int,  # noqa: ARG001 - as `init`
 ) -> dict[str, AdapterState]:
-    parts = {part for name in adapter for part in name.split(".")}
-    if not any({frozen, other} <= parts for frozen, other in FROZEN.items()):
-        raise ConfigError(
-            "algorithm.name = 'ffa_lora' freezes lora_A and trains lora_B, but this adapter does "
-            "not have both.\n"
-            "  Set adapter.kind = 'lora' without options that change its factors, or choose "
-            "another algorithm."
-        )
+    needs_pairs(adapter, "ffa_lora")
     return {}

@@ -5,11 +5,24 @@ from typing import Annotated
 
 import typer
 
-from silotune.cli import after, audit, chat, client, data, plan, privacy, run, server, sweep
+from silotune.cli import (
+    after,
+    algorithms,
+    audit,
+    chat,
+    client,
+    data,
+    plan,
+    privacy,
+    run,
+    server,
+    sweep,
+)
 from silotune.cli.help import Command, Group
 
 COMMANDS = (
     *(run.demo, run.run, run.check, run.compare, run.pretrain_teacher),
+    algorithms.algorithms,
     *(data.new, data.data, plan.plan, sweep.sweep, privacy.privacy, audit.audit),
     *(after.ask, after.evaluate, after.contribution, after.export, after.report, chat.chat),
     *(server.rehearse, server.export_app),

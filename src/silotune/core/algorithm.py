@@ -61,6 +61,9 @@ class LocalRule:
     """(name, round): whether a tensor is trained and sent this round; others stay as received."""
     personal: Callable[[str], bool] = lambda name: False
     """(name): whether a tensor is trained but stays in the client's memory and is never sent."""
+    align: Callable[[AdapterState, LocalContext, int], AdapterState] | None = None
+    """(trained adapter, context, round) -> the same function in other tensors, before the delta is
+    taken: for example rotated factors."""
     finish: Callable[[AdapterState, float, LocalContext], LocalOutcome] | None = None
     """(delta, sum of the step sizes, context) -> what else is sent and what is remembered."""
     settings: Settings = field(default_factory=dict[str, float])

@@ -29,10 +29,10 @@ from silotune.core.errors import ConfigError, UpdateError
 from silotune.core.types import Failure, Score, Update
 from silotune.core.wording import counted
 from silotune.federation.client_config import load_client_config
+from silotune.recipes.algorithm import chosen_algorithm
 from silotune.recipes.parse import load_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.runtime import wire
-from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.flower.submit import without_places
 from silotune.runtime.payload import Parcel
 from silotune.runtime.real_client import Deployed
@@ -151,9 +151,9 @@ def write_model(arrays: Sequence[np.ndarray]) -> io.BytesIO:
 
 def _check_plain(run: RunConfig) -> None:
     """Refuse what FEDn's mean of models cannot do."""
-    algorithm = algorithm_of(run.algorithm)
     wrong: list[str] = []
-    if algorithm.broadcasts or getattr(run.algorithm, "server_lr", 1.0) != 1.0:
+    plain = chosen_algorithm(run.algorithm) in ("fedavg", "fedprox", "ffa_lora")
+    if not plain or getattr(run.algorithm, "server_lr", 1.0) != 1.0:
         wrong.append(
             "[algorithm] needs silotune's server: use fedavg or fedprox, with server_lr = 1"
         )

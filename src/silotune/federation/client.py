@@ -237,6 +237,8 @@ def train_round(
     result = _train(worker, data, steps, context, protection, lr=lr, optimizer=optimizer)
     # 4. What changed, protected before anything is made of it.
     after = protection.hide_failure(read_adapter(loaded), start)
+    if rule.align is not None:
+        after = rule.align(after, context, broadcast.round)
     moved = subtract(after, start)
     # here too, and not only at the server: what is wrong must not enter this client's own memory
     check_finite(moved, who=f"client '{data.name}', round {broadcast.round}")
@@ -245,7 +247,9 @@ def train_round(
     # 5. What is sent, and what stays.
     outcome = rule.finish(delta, result.lr_sum, context) if rule.finish else LocalOutcome()
     sent = {n: t for n, t in delta.items() if not rule.personal(n)}
-    kept = {**outcome.memory, **result.optimizer}
+    # a rule may train other tensors in each round: what it left alone keeps its moments
+    moments = {kind: {**optimizer.get(kind, {}), **now} for kind, now in result.optimizer.items()}
+    kept = {**outcome.memory, **moments}
     if own := {n: after[n] for n in delta if rule.personal(n)}:
         kept["personal"] = {**personal, **own}
     update = Update(
@@ -318,7 +322,7 @@ def _train(
         seed=derive(run.seed, "dropout", data.name, protection.round),
         guard=protection.guard(),
         must_be_finite=protection.plan is None,
-        kept=optimizer if worker.keeps_optimizer else None,
+        kept=optimizer if worker.keeps_optimizer or run.train.keep_moments else None,
     )
 
 

@@ -36,6 +36,7 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     if any(arm in arms[:i] for i, arm in enumerate(arms)):
         yield "compare.algorithms", "names an algorithm twice, or repeats the recipe's own"
     yield from _of_the_adapter(run)
+    yield from _of_the_optimizer(run)
     yield from _of_privacy(run)
 
 
@@ -143,6 +144,16 @@ def _of_noise_at_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
                 "must be 'uniform' with [privacy]: weighting by rows would let a large client "
                 "move the mean by more than the noise covers",
             )
+        elif not arm.facts.linear or arm.facts.remembers:
+            name = chosen_algorithm(arm)
+            why = (
+                "its clients' memories take part" if arm.facts.remembers else "it is no sum of them"
+            )
+            yield (
+                where,
+                f"'{name}' cannot be used with privacy.unit = 'client' and noise at the server: "
+                f"the noise covers one client's share in the mean of the changes, and {why}",
+            )
 
 
 def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -159,7 +170,7 @@ def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
             "cannot be used with adapter.kind = 'full': quantised weights cannot be trained",
         )
     arms = (run.algorithm, *run.compare.algorithms)
-    for name in dict.fromkeys(chosen_algorithm(arm) for arm in arms if arm.needs_lora):
+    for name in dict.fromkeys(chosen_algorithm(arm) for arm in arms if arm.facts.needs_lora):
         if kind != "lora":
             why = f"with algorithm '{name}', which works on LoRA's two factors; use lora"
             yield "adapter.kind", f"'{kind}' cannot be used {why}"
@@ -177,6 +188,24 @@ def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
             "model.gradient_checkpointing",
             "cannot be used with adapter.kind = 'prefix', which needs the cache that it drops",
         )
+
+
+def _of_the_optimizer(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Local optimizers that an algorithm is not defined for."""
+    train = run.train
+    plain = {"optimizer": "sgd", "clip_norm": 0, "weight_decay": 0}
+    for arm in (run.algorithm, *run.compare.algorithms):
+        if not arm.needs_plain_sgd:
+            continue
+        for key, value in plain.items():
+            if getattr(train, key) != value:
+                shown = f'"{value}"' if isinstance(value, str) else value
+                yield (
+                    f"train.{key}",
+                    f"must be {shown} with algorithm '{chosen_algorithm(arm)}', whose variates "
+                    'are gradients. Or set algorithm.variates = "displacement", about which '
+                    "nothing is proved",
+                )
 
 
 def _of_the_task(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -159,6 +159,8 @@ def restore_optimizer(
     for purpose, tensors in kept.items():
         kind = purpose.removeprefix(OPTIMIZER)
         for name, value in tensors.items():
+            if name not in learning:  # not trained this time
+                continue
             p = learning[name]
             # counts of steps: torch's own optimizers keep a float tensor, bitsandbytes an int
             is_count = value.dtype == torch.int64 and value.ndim == 0

@@ -52,10 +52,14 @@ class TrainConfig(Config):
     optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
         "adamw"
     )
-    """Local optimizer. Its moments are reset for every client and round. The 8-bit ones, and the
-    paged ones, whose pages leave the GPU when it is full, are from bitsandbytes (Dettmers et al.
-    2022, arXiv:2110.02861); if the device does not support one, the closest supported optimizer is
-    used, with a notice."""
+    """Local optimizer. Its moments are reset for every client and round unless keep_moments is
+    true. The 8-bit ones, and the paged ones, whose pages leave the GPU when it is full, are from
+    bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861); if the device does not support one, the
+    closest supported optimizer is used, with a notice."""
+    keep_moments: bool = False
+    """adamw: whether each client keeps its moments from round to round, on its own disk. With few
+    local steps, moments that begin again are mostly those of the first batch. Clients that are
+    rarely asked keep old ones."""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate of the first round."""
     lr_min: float = Field(default=0.0, ge=0)
@@ -86,6 +90,8 @@ class TrainConfig(Config):
     def _no_contradiction(self) -> "TrainConfig":
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("give local_steps or local_epochs, not both")
+        if self.keep_moments and self.optimizer != "adamw":
+            raise ValueError("keep_moments needs optimizer = 'adamw'")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min = {self.lr_min:g} is above lr = {self.lr:g}")
         if self.schedule == "constant" and self.lr_min > 0:

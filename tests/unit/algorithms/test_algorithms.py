@@ -1,6 +1,7 @@
 """The server side of FedAvg, FedProx and FedAvgM, and what every registered algorithm must do."""
 
 import dataclasses
+from typing import Literal
 
 import pytest
 import torch
@@ -13,20 +14,22 @@ from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedopt import FedAvgMConfig, fedavgm
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
 from silotune.core.algorithm import LocalContext, expected_extra, expected_layout
+from silotune.core.errors import ConfigError
 from silotune.core.tree import layout_of, sha256
 from silotune.core.types import Change, ServerState, Update
 
 PROPERTY = settings(max_examples=20, deadline=None)
-A, B = "layers.0.lora_A", "layers.0.lora_B"
+A, B, BIAS = "layers.0.lora_A", "layers.0.lora_B", "bias"
 
 values = st.floats(-1e3, 1e3, width=32)
 
 
 @st.composite
 def states(draw):
-    """A state of two tensors, (3,) and (2, 2), float32."""
-    flat = torch.tensor(draw(st.lists(values, min_size=7, max_size=7)), dtype=torch.float32)
-    return {A: flat[:3].clone(), B: flat[3:].reshape(2, 2).clone()}
+    """Two factors, (2, 3) and (2, 2), and a bias, (2,), float32."""
+    flat = torch.tensor(draw(st.lists(values, min_size=12, max_size=12)), dtype=torch.float32)
+    parts = flat[:6].reshape(2, 3), flat[6:10].reshape(2, 2), flat[10:]
+    return {name: t.clone() for name, t in zip((A, B, BIAS), parts, strict=True)}
 
 
 @st.composite
@@ -113,7 +116,8 @@ def test_one_client_leads_the_server_to_its_own_adapter(played):
 def test_clients_that_do_not_move_are_a_fixed_point(played):
     state, updates = played
     still = [
-        dataclasses.replace(u, delta={A: torch.zeros(3), B: torch.zeros(2, 2)}) for u in updates
+        dataclasses.replace(u, delta={n: torch.zeros_like(d) for n, d in u.delta.items()})
+        for u in updates
     ]
     after = play(fedavg(FedAvgConfig()), state, still)
     assert all(torch.equal(t, state.adapter[n]) for n, t in after.adapter.items())
@@ -224,24 +228,42 @@ def test_a_rotation_inside_a_clients_factors_moves_fedavg_but_not_the_clients_pr
 
 
 DEFAULTS = {name: build(config()) for name, (config, build) in ALGORITHMS.items()}
+FACTS = {name: config.facts for name, (config, _) in ALGORITHMS.items()}
 each = pytest.mark.parametrize("name", DEFAULTS)
+REWRITES = {"fedsvd", "flexlora"}
+"""Give the same product to other factors, so that signs and steps of single factors say nothing."""
+ADAPTER = {A: torch.tensor([[1.0, -2.0, 3.0]]), B: torch.tensor([[0.5], [-1.5]])}
+NORTH = {A: torch.tensor([[0.1, -0.2, 3e-4]]), B: torch.tensor([[0.5], [-0.25]])}
+SOUTH = {A: torch.tensor([[-0.3, 0.05, 1e-4]]), B: torch.tensor([[0.125], [2.0]])}
 
 
-def two_updates(sign=1.0):
-    """Unequal weights, both signs, one coordinate far below tau."""
-    north = {A: sign * torch.tensor([0.1, -0.2, 3e-4]), B: torch.tensor([[0.5], [-0.25]])}
-    south = {A: torch.tensor([-0.3, 0.05, 1e-4]), B: sign * torch.tensor([[0.125], [2.0]])}
-    return [update("north", north, 1), update("south", south, 3)]
+def double(tensors):
+    return {n: t.double() for n, t in tensors.items()}
 
 
-ADAPTER = {A: torch.tensor([1.0, -2.0, 3.0]), B: torch.tensor([[0.5], [-1.5]])}
+def several_updates(name, sign=1.0, *, round_=1):
+    """Five clients with unequal weights, both signs, one coordinate far below tau."""
+    deltas = [
+        {A: sign * NORTH[A], B: NORTH[B]},
+        {A: SOUTH[A], B: sign * SOUTH[B]},
+        *({n: (1 + i * i / 7) * d for n, d in NORTH.items()} for i in range(3)),
+    ]
+    sent = [
+        {n: d for n, d in delta.items() if DEFAULTS[name].local.trains(n, round_)}
+        for delta in deltas
+    ]
+    extra = {"control": sent} if FACTS[name].sends_more else {}
+    return [
+        update(f"client-{i}", d, i + 1, extra={k: tensors[i] for k, tensors in extra.items()})
+        for i, d in enumerate(sent)
+    ]
 
 
 @each
 def test_every_algorithm_builds_under_its_own_name_and_plays_a_round(name):
     algorithm = DEFAULTS[name]
     state = start(algorithm, ADAPTER)
-    after = play(algorithm, state, two_updates())
+    after = play(algorithm, state, several_updates(name))
     assert algorithm.name == name
     assert after.round == 1
     assert layout_of(after.adapter) == layout_of(ADAPTER)
@@ -249,19 +271,57 @@ def test_every_algorithm_builds_under_its_own_name_and_plays_a_round(name):
     learning = {n: t for n, t in ADAPTER.items() if algorithm.local.trains(n, 2)}
     assert expected_layout(algorithm, after) == layout_of(learning)
     assert learning
-    assert expected_extra(algorithm, after) == {}
+    assert bool(expected_extra(algorithm, after)) == FACTS[name].sends_more
     assert set(algorithm.broadcasts) <= set(after.extra)
     assert all(bool(torch.isfinite(t).all()) for t in after.adapter.values())
 
 
 @each
+def test_what_an_algorithm_says_about_itself_is_what_it_is(name):
+    """`check` refuses recipes by these facts; the functions are what the facts are about."""
+    facts, algorithm = FACTS[name], DEFAULTS[name]
+    assert facts.linear == algorithm.linear
+    assert facts.sends_more == (algorithm.extra_layout is not None)
+    assert facts.remembers == (algorithm.local.finish is not None)
+    assert facts.paper
+    assert facts.differs.endswith(".")
+    bare = {"weight": torch.ones(2, 2)}
+    if facts.needs_lora:
+        with pytest.raises(ConfigError, match=f"algorithm.name = '{name}' works on LoRA's two"):
+            algorithm.init(bare, 2)
+    else:
+        assert algorithm.init(bare, 2) is not None
+
+
+def product_of(adapter):
+    return adapter[B].double() @ adapter[A].double()
+
+
+@each
 def test_the_server_moves_to_where_the_clients_agree_to_go(name):
     # a flipped sign in a server's step fails here
-    delta = {A: torch.tensor([0.1, -0.2, 0.3]), B: torch.tensor([[-0.5], [0.25]])}
+    delta = {A: torch.tensor([[0.1, -0.2, 0.3]]), B: torch.tensor([[-0.5], [0.25]])}
     algorithm = DEFAULTS[name]
-    after = play(algorithm, start(algorithm, ADAPTER), [update("north", delta)])
-    for n, d in delta.items():
+    sent = {n: d for n, d in delta.items() if algorithm.local.trains(n, 1)}
+    more = {"control": sent} if FACTS[name].sends_more else {}
+    updates = [update(f"client-{i}", sent, extra=more) for i in range(5)]
+    after = play(algorithm, start(algorithm, ADAPTER), updates)
+    if name in REWRITES:
+        there = {**ADAPTER, **{n: ADAPTER[n] + d for n, d in sent.items()}}
+        torch.testing.assert_close(product_of(after.adapter), product_of(there), rtol=0, atol=1e-6)
+        return
+    for n, d in sent.items():
         assert torch.equal(torch.sign(after.adapter[n] - ADAPTER[n]), torch.sign(d))
+
+
+@each
+def test_clients_that_do_not_move_leave_the_function_where_it_is(name):
+    algorithm = DEFAULTS[name]
+    still = {n: torch.zeros_like(t) for n, t in ADAPTER.items() if algorithm.local.trains(n, 1)}
+    more = {"control": still} if FACTS[name].sends_more else {}
+    updates = [update(f"client-{i}", still, i + 1, extra=more) for i in range(5)]
+    after = play(algorithm, start(algorithm, ADAPTER), updates)
+    torch.testing.assert_close(product_of(after.adapter), product_of(ADAPTER), rtol=1e-6, atol=1e-6)
 
 
 @each
@@ -270,6 +330,9 @@ def test_the_server_moves_to_where_the_clients_agree_to_go(name):
 def test_no_algorithm_touches_its_inputs(name, played):
     drawn, updates = played
     algorithm = DEFAULTS[name]
+    if FACTS[name].sends_more:
+        updates = [dataclasses.replace(u, extra={"control": u.delta}) for u in updates]
+    updates = [dataclasses.replace(updates[i % len(updates)], client=f"c{i}") for i in range(5)]
     state = dataclasses.replace(drawn, extra=algorithm.init(drawn.adapter, len(updates)))
     before, deltas = fingerprint(state), [sha256(u.delta) for u in updates]
     change = algorithm.combine(state, updates)
@@ -283,18 +346,23 @@ def test_no_algorithm_touches_its_inputs(name, played):
 @each
 def test_step_counts_the_round_and_leaves_tensors_without_a_change_as_they_are(name):
     algorithm = DEFAULTS[name]
-    state = play(algorithm, start(algorithm, ADAPTER), two_updates())
-    change = Change({B: torch.tensor([[0.5], [-0.25]])})
+    state = play(algorithm, start(algorithm, ADAPTER), several_updates(name))
+    delta = {B: torch.tensor([[0.5], [-0.25]])}
+    change = Change(delta, {k: delta for k in state.extra if k in ("control", "mean_gradient")})
     after = algorithm.step(state, change)
     assert after.round == state.round + 1
-    assert torch.equal(after.adapter[A], state.adapter[A])
+    if name not in REWRITES:
+        assert torch.equal(after.adapter[A], state.adapter[A])
     assert not torch.equal(after.adapter[B], state.adapter[B])
     for purpose, moments in state.extra.items():
-        assert torch.equal(after.extra[purpose][A], moments[A])
-        assert not torch.equal(after.extra[purpose][B], moments[B])
+        if purpose != "clients":
+            assert torch.equal(after.extra[purpose][A], moments[A])
+            assert not torch.equal(after.extra[purpose][B], moments[B])
 
 
-@each
+@pytest.mark.parametrize(
+    "name", [n for n, (config, _) in ALGORITHMS.items() if "server_lr" in config.model_fields]
+)
 def test_server_lr_scales_the_step(name):
     config, build = ALGORITHMS[name]
     moved = []
@@ -302,34 +370,57 @@ def test_server_lr_scales_the_step(name):
         algorithm = build(config(server_lr=server_lr))
         zero = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in ADAPTER.items()}
         updates = [
-            dataclasses.replace(u, delta={n: d.double() for n, d in u.delta.items()})
-            for u in two_updates()
+            dataclasses.replace(
+                u, delta=double(u.delta), extra={k: double(t) for k, t in u.extra.items()}
+            )
+            for u in several_updates(name)
         ]
         moved.append(play(algorithm, start(algorithm, zero), updates).adapter)
-    assert_near(moved[1], {n: 2 * t for n, t in moved[0].items()}, atol=0)
-    assert all(bool((t != 0).all()) for t in moved[0].values())
+    assert_near(moved[1], {n: 2 * t for n, t in moved[0].items()}, atol=1e-9)
+    assert any(bool((t != 0).all()) for t in moved[0].values())
+
+
+@pytest.mark.parametrize("name", [n for n, facts in FACTS.items() if facts.linear])
+def test_a_change_that_is_called_linear_is_the_weighted_sum_of_the_deltas(name):
+    updates = several_updates(name)
+    state = start(DEFAULTS[name], ADAPTER)
+    change = DEFAULTS[name].combine(state, updates)
+    total = sum(u.num_examples for u in updates)
+    mean = {n: sum(u.num_examples / total * u.delta[n] for u in updates) for n in updates[0].delta}
+    assert_near(change.delta, mean, atol=1e-7)
 
 
 @each
-def test_every_algorithm_here_says_that_its_change_is_a_weighted_sum(name):
-    assert DEFAULTS[name].linear
-    one, two = two_updates()
-    state = start(DEFAULTS[name], ADAPTER)
-    change = DEFAULTS[name].combine(state, [one, two])
-    mean = {n: 0.25 * one.delta[n] + 0.75 * two.delta[n] for n in ADAPTER}
-    assert_near(change.delta, mean, atol=1e-9)
-    assert change.extra == {}
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=3, deadline=None)
+def test_in_every_algorithm_arrival_order_changes_no_bit(name, random):
+    algorithm, updates = DEFAULTS[name], several_updates(name)
+    arrived = random.sample(updates, len(updates))
+    spooled = sorted(arrived, key=lambda u: u.client)
+    state = start(algorithm, ADAPTER)
+    assert fingerprint(play(algorithm, state, spooled)) == fingerprint(
+        play(algorithm, state, updates)
+    )
 
 
 FIELDS = [
-    (name, field) for name, (config, _) in ALGORITHMS.items() for field in config.model_fields
+    (name, field)
+    for name, (config, _) in ALGORITHMS.items()
+    for field, about in config.model_fields.items()
+    if about.annotation != Literal["uniform"]  # has no other value
 ]
 
 
 def another(config, field):
     """A legal value of a field that is not its default."""
     default = getattr(config(), field)
-    return "uniform" if default == "examples" else default / 2 or 0.5
+    if field == "smoothing":  # far above the distances between clients, or it does nothing
+        return 100.0
+    if isinstance(default, str):
+        return {"examples": "uniform", "gradient": "displacement"}[default]
+    if isinstance(default, int):  # a number of clients, or of iterations
+        return default - 1 if default == 1 else 1
+    return 1 if default is None else default / 2 or 0.5
 
 
 def observed(name, **changed):
@@ -337,12 +428,17 @@ def observed(name, **changed):
     config, build = ALGORITHMS[name]
     algorithm = build(config(**changed))
     state = start(algorithm, ADAPTER)
-    for sign in (1.0, -1.0):
-        state = play(algorithm, state, two_updates(sign))
+    for round_, sign in enumerate((1.0, -1.0), start=1):
+        state = play(algorithm, state, several_updates(name, sign, round_=round_))
     now = {n: t + 1.0 for n, t in ADAPTER.items()}
     penalty = algorithm.local.penalty
     pull = None if penalty is None else float(penalty(now, LocalContext(ADAPTER, {}, {})))
-    return fingerprint(state), pull, dict(algorithm.local.settings)
+    return (
+        fingerprint(state),
+        pull,
+        dict(algorithm.local.settings),
+        config(**changed).needs_plain_sgd,
+    )
 
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)

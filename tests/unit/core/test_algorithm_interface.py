@@ -16,6 +16,8 @@ from silotune.algorithms.base import AlgorithmConfig, mean_delta, weight_of
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
 from silotune.algorithms.fedopt import FedAvgMConfig, fedavgm
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
+from silotune.algorithms.rolora import RoLoRAConfig, rolora
+from silotune.algorithms.scaffold import ScaffoldConfig, scaffold
 from silotune.core.algorithm import (
     Algorithm,
     LocalContext,
@@ -30,11 +32,8 @@ from silotune.core.tree import (
     add,
     check_same_layout,
     layout_of,
-    scale,
     sha256,
-    subtract,
     weighted_mean,
-    zeros_like,
 )
 from silotune.core.types import Broadcast, Change, ServerState, TensorSpec, Update
 from silotune.federation.sampling import sample
@@ -66,6 +65,8 @@ def train_at_client(name, loss, rule, sent, memory, *, lr, steps, num_examples=1
             for (n, t), gradient in zip(learns.items(), gradients, strict=True):
                 t -= lr * (rule.correct(n, gradient, context) if rule.correct else gradient)
     after = {n: t.detach() for n, t in learns.items()}
+    if rule.align is not None:
+        after = rule.align(after, context, sent.round)
     delta = {n: t - begin[n] for n, t in after.items()}
     outcome = rule.finish(delta, lr * steps, context) if rule.finish else LocalOutcome()
     sent_up = {n: d for n, d in delta.items() if not rule.personal(n)}
@@ -224,44 +225,7 @@ def test_a_converged_fedprox_client_is_between_its_optimum_and_what_it_received(
 # --- SCAFFOLD: correct, finish, extra, extra_layout, broadcasts, memory, the number of clients
 
 
-def scaffold(cfg):
-    """Karimireddy et al. 2020, option II. The server remembers c, and N from the start."""
-
-    def init(adapter, num_clients):
-        return {"control": zeros_like(adapter), "clients": {"number": torch.tensor(num_clients)}}
-
-    def control(context, name):
-        return context.memory.get("control", {}).get(name, torch.zeros(()))
-
-    def correct(name, gradient, context):
-        return gradient - control(context, name) + context.extra["control"][name]
-
-    def finish(delta, sum_of_steps, context):
-        old = {n: control(context, n) + torch.zeros_like(d) for n, d in delta.items()}
-        new = {n: old[n] - context.extra["control"][n] - d / sum_of_steps for n, d in delta.items()}
-        return LocalOutcome(extra={"control": subtract(new, old)}, memory={"control": new})
-
-    def combine(state, updates):
-        share = len(updates) / state.extra["clients"]["number"].item()
-        control = scale(weighted_mean((1.0, u.extra["control"]) for u in updates), share)
-        return Change(mean_delta(updates, cfg), {"control": control})
-
-    def step(state, change):
-        control = add(state.extra["control"], change.extra["control"])
-        return replace(move(state, change.delta), extra={**state.extra, "control": control})
-
-    return Algorithm(
-        name="scaffold",
-        combine=combine,
-        step=step,
-        init=init,
-        local=LocalRule(correct=correct, finish=finish),
-        extra_layout=lambda state, client: {"control": layout_of(state.extra["control"])},
-        broadcasts=("control",),
-    )
-
-
-SCAFFOLD = scaffold(AlgorithmConfig())
+SCAFFOLD = scaffold(ScaffoldConfig())
 
 
 def mean_control(memories):
@@ -391,10 +355,7 @@ def test_ffa_lora_refuses_a_client_that_sends_a_frozen_factor():
 
 
 def test_rolora_alternates_by_round_and_the_layout_follows():
-    algorithm = replace(
-        fedavg(FedAvgConfig()),
-        local=LocalRule(trains=lambda name, round_: ("lora_B" in name) == (round_ % 2 == 1)),
-    )
+    algorithm = rolora(RoLoRAConfig())
     losses, memories, state = low_rank_losses(), {}, start(algorithm, first_adapter())
     for sent in (B, A, B, A):
         before = state

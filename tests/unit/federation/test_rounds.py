@@ -76,9 +76,27 @@ class Heard(Progress):
         self.failures.append(failure)
 
 
-def go(tmp_path, run, clients, *, algorithm="fedavg", progress=None, folder=None):
+def built_for_four(algorithm):
+    """An algorithm that four clients are enough for."""
     cfg, build = ALGORITHMS[algorithm]
-    built = build(cfg())
+    return build(cfg(**({"attackers": 0} if "attackers" in cfg.model_fields else {})))
+
+
+def answers(algorithm):
+    """What makes a stand-in's update one of this algorithm."""
+    built = built_for_four(algorithm)
+    rule = built.local
+
+    def answer(update):
+        sent = {n: t for n, t in update.delta.items() if rule.trains(n, update.round)}
+        more = {"control": sent} if built.extra_layout else {}
+        return replace(update, settings=dict(rule.settings), delta=sent, extra=more)
+
+    return dict.fromkeys(NAMES, answer)
+
+
+def go(tmp_path, run, clients, *, algorithm="fedavg", progress=None, folder=None):
+    built = built_for_four(algorithm)
     folder = folder or RunFolder.create(tmp_path / "run", run)
     state = folder.load_state() or ServerState(0, START, built.init(START, len(NAMES)))
     return run_rounds(
@@ -93,14 +111,7 @@ def go(tmp_path, run, clients, *, algorithm="fedavg", progress=None, folder=None
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_arrival_order_cannot_change_a_bit_of_the_result(tmp_path, algorithm):
-    mu = {"mu": 0.01} if algorithm == "fedprox" else {}
-    trains = ALGORITHMS[algorithm][1](ALGORITHMS[algorithm][0]()).local.trains
-
-    def answer(update):
-        sent = {n: t for n, t in update.delta.items() if trains(n, update.round)}
-        return replace(update, settings=mu, delta=sent)
-
-    echo = dict.fromkeys(NAMES, answer)
+    echo = answers(algorithm)
     results = set()
     for i, order in enumerate(itertools.islice(itertools.permutations(range(4)), 0, 24, 5)):
         clients = StandInClients(lambda names, o=order: [names[j] for j in o], echo)
@@ -279,11 +290,16 @@ def test_keep_best_keeps_the_round_with_the_lowest_held_out_loss(tmp_path):
     assert names == ["round-00002", "round-00005"]
 
 
-@pytest.mark.parametrize("algorithm", ["fedavgm", "fedadam"])
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("algorithm", "every"),
+    [
+        *((name, every) for name in ("fedavgm", "fedadam") for every in (1, 2)),
+        *((name, 2) for name in ("diloco", "scaffold", "feddyn", "fedsvd")),
+    ],
+)
 def test_stopping_after_any_round_and_going_on_is_running_through(tmp_path, algorithm, every):
-    run = recipe(rounds=5, checkpoint__every=every)
-    whole, _ = go(tmp_path / "whole", run, StandInClients(), algorithm=algorithm)
+    run, echo = recipe(rounds=5, checkpoint__every=every), answers(algorithm)
+    whole, _ = go(tmp_path / "whole", run, StandInClients(spoil=echo), algorithm=algorithm)
 
     class Dies(StandInClients):
         def train(self, messages):
@@ -292,12 +308,12 @@ def test_stopping_after_any_round_and_going_on_is_running_through(tmp_path, algo
             return super().train(messages)
 
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, run, Dies(), algorithm=algorithm)
+        go(tmp_path, run, Dies(spoil=echo), algorithm=algorithm)
     folder = RunFolder.open(tmp_path / "run")
     state = folder.load_state()
     assert state is not None
     folder.rewind(state.round)
-    again = StandInClients()
+    again = StandInClients(spoil=echo)
     resumed, _ = go(tmp_path, run, again, algorithm=algorithm, folder=folder)
     assert sha256(resumed.adapter) == sha256(whole.adapter)
     asked = [(r, cohort) for r, cohort in again.asked if cohort]

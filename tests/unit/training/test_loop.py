@@ -216,7 +216,10 @@ def test_accumulation_equals_one_large_batch(loaded, start, examples):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"fedprox", "ffa_lora"}))
+WITH_A_RULE = {"fedprox", "ffa_lora", "rolora", "fedsvd", "fedrot", "scaffold", "feddyn"}
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - WITH_A_RULE))
 def test_algorithms_without_a_local_rule_leave_local_training_alone(name):
     cfg, build = ALGORITHMS[name]
     assert build(cfg()).local == PLAIN

@@ -1,0 +1,77 @@
+"""FedSVD: FFA-LoRA whose frozen factor is renewed by the server after every round.
+
+Lee et al. 2025, "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA".
+arXiv:2505.12805
+The server rewrites the product B A as (U S) V^T: the function stays, A gets orthonormal rows that
+span what was learned, and clients train B on it. What the server does is made of the mean alone, so
+noise and secure sums stay as they are. Differs from the paper: a product of 0 keeps its factors,
+as it has no directions. For an embedding the roles of the factors are exchanged.
+"""
+
+from dataclasses import replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from silotune.algorithms.base import Facts
+from silotune.algorithms.factors import (
+    ONE_FACTOR,
+    Pair,
+    narrow,
+    needs_pairs,
+    padded,
+    pairs_of,
+    svd,
+    wide,
+)
+from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
+from silotune.core.algorithm import Algorithm
+from silotune.core.types import AdapterState, Change, ServerState
+
+
+class FedSVDConfig(FedAvgConfig):
+    """Settings of FedSVD, the same as FedAvg's."""
+
+    facts: ClassVar[Facts] = Facts(
+        paper='Lee et al. 2025, "FedSVD: Adaptive Orthogonalization for Private Federated Learning '
+        'with LoRA", arXiv:2505.12805',
+        differs="A product of zero keeps its factors. The signs of the singular vectors are fixed, "
+        "so that a run repeats to the bit.",
+        exact="yes",
+        needs_lora=True,
+        up="B",
+    )
+
+
+def fedsvd(cfg: FedSVDConfig) -> Algorithm:
+    """Build FedSVD.
+
+    Its `init` raises a ConfigError if the adapter does not have both factors.
+    """
+
+    def init(
+        adapter: AdapterState,
+        num_clients: int,  # noqa: ARG001 - as `init`
+    ) -> dict[str, AdapterState]:
+        needs_pairs(adapter, "fedsvd")
+        return {}
+
+    def step(state: ServerState, change: Change) -> ServerState:
+        moved = move(state, change.delta, server_lr=cfg.server_lr)
+        adapter = dict(moved.adapter)
+        for pair in pairs_of(adapter):
+            adapter |= _renew(adapter, pair)
+        return replace(moved, adapter=adapter)
+
+    return replace(fedavg(cfg), name="fedsvd", step=step, init=init, local=ONE_FACTOR)
+
+
+def _renew(adapter: AdapterState, pair: Pair) -> dict[str, Tensor]:
+    """The pair with the same product, whose factor that clients do not train is orthonormal."""
+    left, right = wide(adapter, pair)
+    u, s, vh = svd(left, right)
+    if not bool(s.any()):
+        return {}
+    if pair.random == pair.right:
+        return narrow(*padded(u * s, vh, left.shape[1]), pair, like=adapter)
+    return narrow(*padded(u, s[:, None] * vh, left.shape[1]), pair, like=adapter)

@@ -1,0 +1,76 @@
+"""FlexLoRA: the mean of the clients' products, cut to the adapter's rank by its singular values.
+
+Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
+Client Resources", section 3. arXiv:2402.11505
+By Eckart and Young no adapter of this rank is nearer to the mean of the products. Differs from the
+paper: the mean is decomposed from the stacked factors, never formed; the singular values go to the
+factor that starts at 0 (the paper does not say which), so that the other one stays of the size at
+which gradients through it are useful; all clients have the recipe's rank. Tensors that are no
+factors are averaged. A product of 0 keeps its factors.
+"""
+
+from typing import ClassVar
+
+from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
+from silotune.algorithms.factors import (
+    narrow,
+    needs_pairs,
+    padded,
+    pairs_of,
+    stacked,
+    svd,
+)
+from silotune.algorithms.fedavg import move
+from silotune.core.algorithm import Algorithm
+from silotune.core.tree import add, subtract, weighted_mean
+from silotune.core.types import AdapterState, Change, ServerState, Updates
+
+
+class FlexLoRAConfig(AlgorithmConfig):
+    """Settings of FlexLoRA; there are none beside the weights."""
+
+    facts: ClassVar[Facts] = Facts(
+        paper='Bai et al. 2024, "Federated Fine-tuning of Large Language Models under '
+        'Heterogeneous Tasks and Client Resources", section 3, arXiv:2402.11505',
+        differs="The mean product is decomposed from the stacked factors, never formed. The "
+        "singular values go to the factor that starts at zero. All clients have the recipe's rank.",
+        linear=False,
+        exact="truncated",
+        needs_lora=True,
+    )
+
+
+def flexlora(cfg: FlexLoRAConfig) -> Algorithm:
+    """Build FlexLoRA.
+
+    Its `init` raises a ConfigError if the adapter does not have both factors.
+    """
+
+    def init(
+        adapter: AdapterState,
+        num_clients: int,  # noqa: ARG001 - as `init`
+    ) -> dict[str, AdapterState]:
+        needs_pairs(adapter, "flexlora")
+        return {}
+
+    def combine(state: ServerState, updates: Updates) -> Change:
+        delta = weighted_mean((weight_of(u, cfg), u.delta) for u in updates)
+        total = sum(weight_of(u, cfg) for u in updates)
+        received = {name: state.adapter[name] for name in delta}
+        trained = [(weight_of(u, cfg) / total, add(received, u.delta)) for u in updates]
+        for pair in pairs_of(delta):
+            u, s, vh = svd(*stacked(trained, pair))
+            if not bool(s.any()):
+                continue
+            rank = received[pair.left].shape[1]
+            left, right = padded(u * s, vh, rank)
+            if pair.random == pair.left:
+                left, right = padded(u, s[:, None] * vh, rank)
+            new = narrow(left, right, pair, like=received)
+            delta |= subtract(new, {name: received[name] for name in new})
+        return Change(delta)
+
+    def step(state: ServerState, change: Change) -> ServerState:
+        return move(state, change.delta)
+
+    return Algorithm(name="flexlora", combine=combine, step=step, init=init, linear=False)

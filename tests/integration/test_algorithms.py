@@ -1,0 +1,150 @@
+"""Every algorithm on a real model: whole runs in process, and over an engine's real processes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import silotune
+from silotune.algorithms import ALGORITHMS
+from silotune.core.errors import ConfigError, UpdateError
+from silotune.federation.run_folder import RunFolder
+from silotune.recipes.sections import usable_threads
+from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
+
+PLAIN_SGD = ["train.optimizer=sgd", "train.clip_norm=0", "train.lr=0.5"]
+OWN_WAY = {
+    "scaffold": PLAIN_SGD,
+    "feddyn": ["algorithm.alpha=1.0"],
+    "krum": ["algorithm.attackers=0"],
+    "multi_krum": ["algorithm.attackers=0"],
+    "norm_bound": ["algorithm.norm=0.05"],
+}
+NEW = sorted(set(ALGORITHMS) - {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"})
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_model):
+    place = tmp_path_factory.mktemp("algorithms")
+    path = write_tiny_recipe(place, tiny_model)
+    write_jsonl(place / "hospitals.jsonl", hospital_rows(per_client=4))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(recipe, tmp_path_factory):
+    """FedAvg, with Adam and with plain steps."""
+    place = tmp_path_factory.mktemp("plain")
+    return {
+        "adamw": silotune.run(recipe, out=place / "adamw"),
+        "sgd": silotune.run(recipe, PLAIN_SGD, out=place / "sgd"),
+    }
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_it_trains_the_model_and_differs_from_fedavg(recipe, plain, tmp_path, name):
+    own = OWN_WAY.get(name, [])
+    done = silotune.run(recipe, [f"algorithm.name={name}", *own], out=tmp_path / "run")
+    like = plain["sgd" if own == PLAIN_SGD else "adamw"]
+    assert done.summary["adapter_sha256"] != like.summary["adapter_sha256"]
+    losses = [r["loss"] for r in done.metrics if r["event"] == "evaluate" and "loss" in r]
+    assert len(losses) == 4 * 3  # three clients, rounds 0 to 3
+    base, last = sum(losses[:3]), sum(losses[-3:])
+    assert last < base
+    assert done.ask("What is a1?", max_new_tokens=2) is not None
+
+
+def test_scaffold_keeps_its_variates_at_the_clients_and_their_mean_at_the_server(recipe, tmp_path):
+    keys = ["algorithm.name=scaffold", *PLAIN_SGD, "sampling.num_clients=2", "rounds=4"]
+    done = silotune.run(recipe, keys, out=tmp_path / "run")
+    state = RunFolder.open(tmp_path / "run").load_state()
+    assert state is not None
+    server = state.extra["control"]
+    total = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in server.items()}
+    for folder in (tmp_path / "run" / "clients").iterdir():
+        kept = load_file(sorted(folder.glob("round-*.safetensors"))[-1])
+        for name in total:
+            total[name] += kept[f"control/{name}"].double() / 3
+    for name, mean in total.items():
+        torch.testing.assert_close(server[name].double(), mean, rtol=1e-4, atol=1e-6)
+    sent = [r for r in done.metrics if r["event"] == "train"]
+    assert {r["bytes_up"] for r in sent} == {2 * 4 * sum(t.numel() for t in server.values())}
+
+
+def test_scaffold_wants_plain_steps_or_says_what_it_is(recipe, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        silotune.run(recipe, ["algorithm.name=scaffold"], out=tmp_path / "run")
+    text = str(caught.value)
+    assert "train.optimizer: must be \"sgd\" with algorithm 'scaffold'" in text
+    assert "train.clip_norm: must be 0" in text
+    assert 'Or set algorithm.variates = "displacement", about which nothing is proved' in text
+    keys = ["algorithm.name=scaffold", "algorithm.variates=displacement", "rounds=1"]
+    silotune.run(recipe, keys, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", [n for n, (cfg, _) in ALGORITHMS.items() if cfg.facts.needs_lora])
+def test_what_needs_two_factors_refuses_other_adapters(recipe, name):
+    for key, why in (
+        ("adapter.kind=ia3", "which works on LoRA's two"),
+        ("adapter.dora=true", "DoRA"),
+    ):
+        other = ["adapter.targets=none", "adapter.rank=none", "adapter.alpha=none"]
+        other += ["adapter.dropout=none"] if "ia3" in key else []
+        with pytest.raises(ConfigError, match=why):
+            silotune.check(recipe, [f"algorithm.name={name}", key, *other])
+
+
+@pytest.mark.parametrize("name", ["median", "flexlora", "scaffold", "feddyn"])
+def test_noise_for_clients_at_the_server_refuses_what_it_does_not_cover(recipe, name):
+    private = ["privacy.unit=client", "privacy.delta=0.1", "privacy.noise_multiplier=1"]
+    own = [*OWN_WAY.get(name, []), "algorithm.weights=uniform", "evaluate.every=0"]
+    with pytest.raises(ConfigError, match=f"'{name}' cannot be used with privacy.unit = 'client'"):
+        silotune.check(recipe, [f"algorithm.name={name}", *own, *private])
+
+
+def test_too_few_clients_for_krum_end_the_run_with_the_number_needed(recipe, tmp_path):
+    with pytest.raises(UpdateError, match=r"3 updates cannot be combined .* which needs 5"):
+        silotune.run(recipe, ["algorithm.name=krum"], out=tmp_path / "run")
+
+
+def test_kept_moments_change_the_second_round_and_stay_at_the_clients(recipe, plain, tmp_path):
+    keys = ["train.keep_moments=true"]
+    done = silotune.run(recipe, keys, out=tmp_path / "run")
+    first, other = (
+        [r["train_loss"] for r in run.metrics if r["event"] == "train"]
+        for run in (done, plain["adamw"])
+    )
+    assert first[:3] == other[:3]
+    assert first[6:] != other[6:]
+    memory = load_file(tmp_path / "run" / "clients" / "hospital-0" / "round-00003.safetensors")
+    assert {"optimizer.exp_avg", "optimizer.exp_avg_sq"} <= {k.split("/")[0] for k in memory}
+    steps = {float(t) for k, t in memory.items() if k.startswith("optimizer.step/")}
+    assert steps == {6.0}  # three rounds of two steps
+    state = RunFolder.open(tmp_path / "run").load_state()
+    assert state is not None
+    assert not state.extra
+
+
+def test_factors_that_rest_for_a_round_keep_their_moments(recipe, tmp_path):
+    keys = ["algorithm.name=rolora", "train.keep_moments=true"]
+    silotune.run(recipe, keys, out=tmp_path / "run")
+    memory = load_file(tmp_path / "run" / "clients" / "hospital-0" / "round-00003.safetensors")
+    steps = {k: float(t) for k, t in memory.items() if k.startswith("optimizer.step/")}
+    assert {n for k, n in steps.items() if "lora_B" in k} == {4.0}  # rounds 1 and 3
+    assert {n for k, n in steps.items() if "lora_A" in k} == {2.0}  # round 2
+
+
+def test_moments_need_an_optimizer_that_has_them(recipe):
+    with pytest.raises(ConfigError, match="keep_moments needs optimizer = 'adamw'"):
+        silotune.check(recipe, ["train.keep_moments=true", "train.optimizer=sgd"])
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", NEW)
+def test_over_an_engine_it_gives_the_same_bytes(recipe, tmp_path, name):
+    keys = [f"algorithm.name={name}", *OWN_WAY.get(name, []), "rounds=2"]
+    engine = ["runtime.name=flower-simulation", f"runtime.client_cpus={usable_threads()}"]
+    here = silotune.run(recipe, keys, out=tmp_path / "here")
+    there = silotune.run(recipe, [*keys, *engine], out=tmp_path / "there")
+    assert there.summary["adapter_sha256"] == here.summary["adapter_sha256"]
