@@ -105,6 +105,8 @@ class Algorithm:
     tailor: Callable[[Broadcast, str], Broadcast] | None = None
     """(the common broadcast, client): what this client receives instead, never larger: for example
     an adapter truncated to a lower rank. By default all clients receive the same."""
+    report: Callable[[ServerState, Change], Mapping[str, float]] | None = None
+    """(state, change) -> numbers about this round for metrics.jsonl; they change nothing."""
     broadcasts: tuple[str, ...] = ()
     """Names of the parts of the memory that clients receive with the adapter."""
     linear: bool = True

@@ -1,6 +1,6 @@
 """What is recorded about a round: rows of metrics.jsonl."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from silotune.core.types import Failure, Score
 from silotune.federation.metrics import Row
@@ -14,10 +14,14 @@ def round_rows(
     spool: Spool,
     failures: Sequence[Failure],
     scores: Sequence[Score | Failure],
+    about: Mapping[str, float],
     *,
     seconds: float,
 ) -> list[Row]:
-    """One row per client asked, one per score of the received adapter, and one for the round."""
+    """One row per client asked, one per score of the received adapter, and one for the round.
+
+    `about` is what was measured about the round's aggregation.
+    """
     rows: list[Row] = []
     received: list[Score | Failure] = list(scores)
     for update in spool.reports():
@@ -40,7 +44,8 @@ def round_rows(
         row = {"event": "train", "round": round_, "client": f.client, "status": f.code}
         rows.append({**row, "place": f.place})
     rows += score_rows(round_ - 1, received)
-    rows.append({"event": "round", "round": round_, "num_asked": len(cohort), "seconds": seconds})
+    whole: Row = {"event": "round", "round": round_, "num_asked": len(cohort), "seconds": seconds}
+    rows.append({**whole, **about})
     return rows
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from silotune.core.algorithm import Algorithm, messages_for
 from silotune.core.seeds import generator
-from silotune.core.types import Clients, Failure, Score, ServerState
+from silotune.core.types import Clients, ServerState
 from silotune.federation.acceptance import (
     Accept,
     Known,
@@ -14,6 +14,7 @@ from silotune.federation.acceptance import (
     check_scores,
     what_is_expected,
 )
+from silotune.federation.aggregation_error import measure
 from silotune.federation.budget import Clock, next_ceiling
 from silotune.federation.metrics import Row
 from silotune.federation.outliers import check_state, refuse_outliers
@@ -60,8 +61,7 @@ def run_rounds(
         QuorumError: Too few usable updates; what was done so far is kept and can be resumed.
         UpdateError: A round's updates lead to a state that no client could use; so is it then.
     """
-    # One function, though a long one: the protocol is these seven steps. A test keeps the body
-    # within one screen.
+    # One long function: the protocol is these seven steps. A test keeps them on one screen.
     known = Known(run, clients.num_rows)
     ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
     while ended_by is None and state.round < run.rounds:
@@ -84,17 +84,16 @@ def run_rounds(
             break
         # 4. Whoever was not asked scores the adapter too, so that every curve is over all clients.
         absent = [name for name in clients.names() if name not in cohort] if scoring else []
-        scores: list[Score | Failure] = []
-        if absent:
-            asked = messages_for(absent, algorithm, state, score=True)
-            scores += check_scores(clients.evaluate(asked), known)
+        asked = messages_for(absent, algorithm, state, score=True)
+        scores = list(check_scores(clients.evaluate(asked), known)) if absent else []
         # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
         change = algorithm.combine(state, spool)
+        about = measure(run, algorithm, state, spool, change)
         state = check_state(algorithm.step(state, change), spool)
         # 6. What the server learns on rows of its own, where it has some: fine-tuned or distilled.
         state, own = improve(state) if improve else (state, [])
         # 7. Write it down; a crash after this line loses nothing.
-        rows = round_rows(r, cohort, spool, failures, scores, seconds=clock() - began)
+        rows = round_rows(r, cohort, spool, failures, scores, about, seconds=clock() - began)
         folder.append_metrics([*own, *rows])
         ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
         folder.save(state, last=r == run.rounds or ended_by is not None)

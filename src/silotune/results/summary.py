@@ -273,15 +273,20 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """
     held_out, labels = held_out_losses(rows), overall_scores(rows)
     more = ("accuracy", "macro F1", "Matthews") if labels else ()
-    lines = [("round", "train loss", "held-out loss after the round", *more, "sent", "seconds")]
+    ends = [row for row in rows if row["event"] == "round"]
+    error = ("aggregation error",) if any("aggregation_error" in row for row in ends) else ()
+    head = ("round", "train loss", "held-out loss after the round", *more, "sent", "seconds")
+    lines = [(*head, *error)]
 
     def scores(round_: int) -> tuple[str, ...]:
         found = labels.get(round_)
         return tuple(f"{n:.3f}" for n in found.values()) if found else ("-",) * len(more)
 
     if 0 in held_out:
-        lines.append(("0 (base)", "-", f"{held_out[0]:.3f}", *scores(0), "-", "-"))
-    for last in (row for row in rows if row["event"] == "round"):
+        lines.append(
+            ("0 (base)", "-", f"{held_out[0]:.3f}", *scores(0), "-", "-", *("-" for _ in error))
+        )
+    for last in ends:
         own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
         after = held_out.get(last["round"])
         sent = sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in own)
@@ -293,6 +298,10 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 *scores(last["round"]),
                 human_bytes(sent),
                 f"{last['seconds']:.1f}" if "seconds" in last else "-",
+                *(
+                    f"{last[key]:.2g}" if (key := "aggregation_error") in last else "-"
+                    for _ in error
+                ),
             )
         )
     return lines

@@ -118,7 +118,7 @@ def test_several_unequal_rounds_follow_the_paper(name, tau):
     ("weights", "mean"), [("examples", (1 * 0.4 + 3 * -0.2) / 4), ("uniform", (0.4 - 0.2) / 2)]
 )
 def test_the_server_sees_the_weighted_mean_of_unequal_clients(name, weights, mean):
-    algorithm = build(name, weights=weights)
+    algorithm = build(name, weights=weights, tau=1e-3)
     state = start(algorithm, [1.0])
     updates = [
         Update("north", 1, {A: torch.tensor([0.4])}, 1, {}),

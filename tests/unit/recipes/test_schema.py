@@ -501,6 +501,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "algorithm.beta1": ("0.5", []),
     "algorithm.beta2": ("0.5", []),
     "algorithm.tau": ("0.25", []),
+    "train.keep_moments": ("true", []),
     "algorithm.alpha": ("0.25", []),
     "algorithm.ridge": ("0.25", []),
     "algorithm.strength": ("0.25", []),
