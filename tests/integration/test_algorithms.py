@@ -1,13 +1,18 @@
 """Every algorithm on a real model: whole runs in process, and over an engine's real processes."""
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import silotune
 from silotune.algorithms import ALGORITHMS
-from silotune.core.errors import ConfigError, UpdateError
+from silotune.core.errors import ConfigError, Declined
+from silotune.federation.client_config import ClientConfig
+from silotune.federation.client_recipe import own_recipe
 from silotune.federation.run_folder import RunFolder
+from silotune.recipes.parse import load_recipe
 from silotune.recipes.sections import usable_threads
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
@@ -101,9 +106,87 @@ def test_noise_for_clients_at_the_server_refuses_what_it_does_not_cover(recipe, 
         silotune.check(recipe, [f"algorithm.name={name}", *own, *private])
 
 
-def test_too_few_clients_for_krum_end_the_run_with_the_number_needed(recipe, tmp_path):
-    with pytest.raises(UpdateError, match=r"3 updates cannot be combined .* which needs 5"):
+def test_too_few_clients_for_krum_are_refused_before_the_run(recipe, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"attackers = 1 needs 5 updates in a round, which asks 3"
+    ):
         silotune.run(recipe, ["algorithm.name=krum"], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+OWN = """
+from dataclasses import replace
+from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.core.algorithm import LocalRule
+
+def lazy(cfg, *, only="lora_B"):
+    plain = fedavg(FedAvgConfig(weights=cfg.weights))
+    return replace(plain, local=LocalRule(trains=lambda name, round_: only in name))
+
+def nothing(cfg):
+    return None
+
+def fails(cfg):
+    raise RuntimeError("no luck")
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's own on the path."""
+    (tmp_path / "my_rules.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "algorithm.name=python:my_rules:"
+    sys.modules.pop("my_rules", None)
+
+
+def test_an_algorithm_of_ones_own_runs_and_resumes_like_any_other(recipe, own, tmp_path):
+    """It trains B only, as FFA-LoRA does: the same bytes."""
+    mine = silotune.run(recipe, [f"{own}lazy"], out=tmp_path / "mine")
+    ours = silotune.run(recipe, ["algorithm.name=ffa_lora"], out=tmp_path / "ours")
+    assert mine.summary["adapter_sha256"] == ours.summary["adapter_sha256"]
+    assert mine.summary["algorithm"] == "python:my_rules:lazy"
+    other = silotune.run(
+        recipe, [f"{own}lazy", "algorithm.options.only=q_proj"], out=tmp_path / "q"
+    )
+    assert other.summary["adapter_sha256"] != mine.summary["adapter_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        (["lasy"], r"'my_rules' has no function 'lasy'\. Did you mean 'lazy'\?\n  Its functions: "),
+        (["nothing"], r"returns a NoneType\.\n  It must return a silotune"),
+        (["fails"], r"cannot be built: RuntimeError: no luck\.\n"),
+        (["lazy", "algorithm.options.onyl=x"], r"has no option 'onyl'\. Did you mean 'only'"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_code_is_said_before_the_run(recipe, own, keys, why):
+    with pytest.raises(ConfigError, match=why):
+        silotune.check(recipe, [f"{own}{keys[0]}", *keys[1:]])
+
+
+def test_a_module_that_is_not_there_names_the_path(recipe):
+    with pytest.raises(
+        ConfigError, match=r"cannot be imported: ModuleNotFoundError[\s\S]*PYTHONPATH"
+    ):
+        silotune.check(recipe, ["algorithm.name=python:nobody_has_this:f"])
+
+
+def test_own_code_cannot_be_made_private_at_the_server(recipe, own):
+    private = ["privacy.unit=client", "privacy.delta=0.1", "privacy.noise_multiplier=1"]
+    with pytest.raises(ConfigError, match="own code cannot be made private"):
+        silotune.check(recipe, [f"{own}lazy", "evaluate.every=0", *private])
+
+
+def test_a_real_client_runs_own_code_only_if_its_limits_name_it(recipe, own, tmp_path):
+    run = load_recipe(recipe, [f"{own}lazy"])
+    rows = {"path": str(recipe.parent / "hospitals.jsonl")}
+    client = {"name": "north", "data": rows, "model": run.model.name}
+    with pytest.raises(Declined, match=r"runs it only if limits\.algorithms names it"):
+        own_recipe(run, ClientConfig.model_validate(client))
+    allowed = {**client, "limits": {"algorithms": ["python:my_rules:lazy"]}}
+    assert own_recipe(run, ClientConfig.model_validate(allowed)).algorithm == run.algorithm
 
 
 def test_kept_moments_change_the_second_round_and_stay_at_the_clients(recipe, plain, tmp_path):

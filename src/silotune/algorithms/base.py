@@ -48,6 +48,11 @@ class AlgorithmConfig(Config):
     facts: ClassVar[Facts] = Facts()
 
     @property
+    def least_updates(self) -> int:
+        """How many updates a round needs at least."""
+        return 1
+
+    @property
     def needs_plain_sgd(self) -> bool:
         """Whether clients must take plain gradient steps: no Adam, no clipping, no decay."""
         return False

@@ -88,6 +88,11 @@ class TrimmedMeanConfig(RobustConfig):
         linear=False,
     )
 
+    @property
+    def least_updates(self) -> int:
+        """One value must remain."""
+        return 2 * self.attackers + 1
+
 
 class GeometricMedianConfig(RobustConfig):
     """Settings of the geometric median."""
@@ -111,6 +116,11 @@ class KrumConfig(RobustConfig):
     attackers: int = Field(default=1, ge=0)
     """How many clients may be wrong, f: needs at least 2 f + 3 updates in a round."""
     facts: ClassVar[Facts] = Facts(paper=BLANCHARD, differs=IN_PRODUCTS, linear=False)
+
+    @property
+    def least_updates(self) -> int:
+        """The paper's 2 f + 3."""
+        return 2 * self.attackers + 3
 
 
 class MultiKrumConfig(KrumConfig):
@@ -152,7 +162,7 @@ def trimmed_mean(cfg: TrimmedMeanConfig) -> Algorithm:
         return values.sort(dim=0).values[cut : len(values) - cut].mean(dim=0)
 
     def combine(state: ServerState, updates: Updates) -> Change:
-        _need(state, updates, 2 * cfg.attackers + 1, cfg)
+        _need(state, updates, cfg)
         return _by_coordinate(trimmed)(state, updates)
 
     return _algorithm("trimmed_mean", cfg, combine)
@@ -185,7 +195,7 @@ def krum(cfg: KrumConfig) -> Algorithm:
     """
 
     def combine(state: ServerState, updates: Updates) -> Change:
-        _need(state, updates, 2 * cfg.attackers + 3, cfg)
+        _need(state, updates, cfg)
         deltas = [u.delta for u in updates]
         return Change(dict(deltas[_ranked(state, deltas, cfg.attackers)[0]]))
 
@@ -199,7 +209,7 @@ def multi_krum(cfg: MultiKrumConfig) -> Algorithm:
     """
 
     def combine(state: ServerState, updates: Updates) -> Change:
-        _need(state, updates, 2 * cfg.attackers + 3, cfg)
+        _need(state, updates, cfg)
         deltas = [u.delta for u in updates]
         num = min(cfg.selected or len(deltas) - cfg.attackers, len(deltas))
         best = sorted(_ranked(state, deltas, cfg.attackers)[:num])
@@ -259,11 +269,10 @@ def _ranked(state: ServerState, deltas: Sequence[AdapterState], attackers: int) 
     return sorted(range(num), key=lambda i: (float(scores[i]), i))
 
 
-def _need(state: ServerState, updates: Updates, least: int, cfg: AlgorithmConfig) -> None:
-    if len(updates) < least:
-        attackers = getattr(cfg, "attackers", 0)
+def _need(state: ServerState, updates: Updates, cfg: TrimmedMeanConfig | KrumConfig) -> None:
+    if len(updates) < cfg.least_updates:
         raise UpdateError(
             f"round {state.round + 1}: {counted(len(updates), 'update')} cannot be combined with "
-            f"algorithm.attackers = {attackers}, which needs {least}.\n"
+            f"algorithm.attackers = {cfg.attackers}, which needs {cfg.least_updates}.\n"
             "  Ask more clients per round ([sampling]), or start a run with fewer attackers."
         )

@@ -65,6 +65,11 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     algorithm = getattr(run.algorithm, "name", "")
     if limits.algorithms is not None and algorithm not in limits.algorithms:
         refused.append(f"algorithm.name = '{algorithm}' is not in limits.algorithms")
+    if algorithm.startswith("python:") and algorithm not in (limits.algorithms or ()):
+        refused.append(
+            f"algorithm.name = '{algorithm}' is code of the server's choice; this client runs it "
+            "only if limits.algorithms names it"
+        )
     steps, passes = run.train.local_steps, run.train.accumulation
     if limits.max_steps is not None and steps is not None and steps * passes > limits.max_steps:
         each = f", each of train.accumulation = {passes} forward passes," * (passes > 1)

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, create_model, field_validator
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
 from silotune.core.algorithm import Algorithm
+from silotune.recipes.own_algorithm import build_own
 
 
 def _named(name: str, cfg: type[AlgorithmConfig]) -> type[AlgorithmConfig]:
@@ -32,6 +33,40 @@ NOT_OPTIONS = {
 """Arguments of Flower's strategies that other recipe keys replace."""
 
 
+PYTHON = "python:<module>:<function>"
+"""Placeholder for the names of all algorithms of one's own, also in messages and documents."""
+PYTHON_EXAMPLE = "Name a function like this: python:my_package.my_module:my_algorithm."
+PYTHON_NAME = r"python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+
+
+def _check_options(given: Any) -> Any:
+    for key, value in cast(dict[str, Any], given).items() if isinstance(given, dict) else ():
+        if not isinstance(value, (int, float, str)):  # true and false are integers in Python
+            raise ValueError(f"'{key}' should be a number, a string, true or false")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"'{key}' should be a finite number")
+    return cast(Any, given)
+
+
+class OwnAlgorithmConfig(AlgorithmConfig):
+    """Settings of an algorithm of your own: a Python function that builds an `Algorithm`.
+
+    The server and the clients import its module. A real client accepts it only if its own
+    limits.algorithms names it.
+    """
+
+    name: str = Field(pattern=f"^{PYTHON_NAME}$")
+    """Module and function, for example python:my_package.my_module:my_algorithm. It is called with
+    this section, and with the options by name; see docs/how-to/add-an-algorithm.md."""
+    options: dict[str, bool | int | float | str] = Field(default={})
+    """Arguments of the function by name, for example options.beta = 0.9."""
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _only_options(cls, given: Any) -> Any:
+        return _check_options(given)
+
+
 class FlowerStrategyConfig(AlgorithmConfig):
     """Settings of a Flower strategy, for example flower:flwr.serverapp.strategy.FedYogi.
 
@@ -46,27 +81,29 @@ class FlowerStrategyConfig(AlgorithmConfig):
     @field_validator("options", mode="before")
     @classmethod
     def _only_options(cls, given: Any) -> Any:
-        for key, value in cast(dict[str, Any], given).items() if isinstance(given, dict) else ():
+        for key in cast(dict[str, Any], given) if isinstance(given, dict) else ():
             if key in NOT_OPTIONS:
                 raise ValueError(f"'{key}' is not an option: {NOT_OPTIONS[key]}")
-            if not isinstance(value, (int, float, str)):  # true and false are integers in Python
-                raise ValueError(f"'{key}' should be a number, a string, true or false")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"'{key}' should be a finite number")
-        return cast(Any, given)
+        return _check_options(given)
 
 
 def chosen_algorithm(section: Any) -> str:
-    """The algorithm that an [algorithm] table or config names; FLOWER for all of Flower's."""
+    """The algorithm that an [algorithm] table or config names.
+
+    FLOWER stands for all of Flower's, PYTHON for all of one's own.
+    """
     if isinstance(section, dict):
         name = str(cast(dict[str, Any], section).get("name", "fedavg"))
     else:
         name = str(getattr(section, "name", ""))
+    if re.fullmatch(PYTHON_NAME, name):
+        return PYTHON
     return FLOWER if re.fullmatch(FLOWER_NAME, name) else name
 
 
 ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {
     **{name: _named(name, cfg) for name, (cfg, _) in ALGORITHMS.items()},
+    PYTHON: OwnAlgorithmConfig,
     FLOWER: FlowerStrategyConfig,
 }
 
@@ -78,5 +115,11 @@ else:
 
 
 def build_algorithm(cfg: AlgorithmConfig) -> Algorithm:
-    """Build one of our own algorithms; runtime/flower/strategy.py builds Flower's too."""
+    """Build an algorithm of ours or of the user's; runtime/flower/strategy.py builds Flower's too.
+
+    Raises:
+        ConfigError: The user's function cannot be imported or called, or builds no `Algorithm`.
+    """
+    if isinstance(cfg, OwnAlgorithmConfig):
+        return build_own(cfg.name, cfg, cfg.options)
     return ALGORITHMS[chosen_algorithm(cfg)][1](cfg)

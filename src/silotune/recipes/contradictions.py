@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from silotune.data.chat_templates import TEMPLATES
 from silotune.models.adapters import PROMPT_KINDS
-from silotune.recipes.algorithm import FlowerStrategyConfig, chosen_algorithm
+from silotune.recipes.algorithm import FlowerStrategyConfig, OwnAlgorithmConfig, chosen_algorithm
 from silotune.recipes.schema import RunConfig
 
 MAX_ROWS_UNDER_PRIVACY = (
@@ -136,8 +136,9 @@ def _of_noise_at_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
     arms = {"algorithm": run.algorithm}
     arms |= {f"compare.algorithms.{i}": arm for i, arm in enumerate(run.compare.algorithms)}
     for where, arm in arms.items():
-        if isinstance(arm, FlowerStrategyConfig):
-            yield where, "a Flower strategy cannot be made private: what it releases is unknown"
+        if isinstance(arm, (FlowerStrategyConfig, OwnAlgorithmConfig)):
+            kind = "a Flower strategy" if isinstance(arm, FlowerStrategyConfig) else "own code"
+            yield where, f"{kind} cannot be made private: what it releases is unknown"
         elif arm.weights != "uniform":
             yield (
                 f"{where}.weights",

@@ -19,6 +19,8 @@ from silotune.recipes.algorithm import (
     ALGORITHM_CONFIGS,
     FLOWER,
     FLOWER_EXAMPLE,
+    PYTHON,
+    PYTHON_EXAMPLE,
     FlowerStrategyConfig,
     chosen_algorithm,
 )
@@ -59,10 +61,11 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
         case "extra_forbidden":
             chosen = chosen_algorithm(table.get("algorithm", {}))
             others = [n for n, cfg in ALGORITHM_CONFIGS.items() if where[-1] in cfg.model_fields]
-            if where[0] == "algorithm" and chosen == FLOWER:
+            if where[0] == "algorithm" and chosen in (FLOWER, PYTHON):
                 near = did_you_mean(where[-1], FlowerStrategyConfig.model_fields)
+                whose = "strategy" if chosen == FLOWER else "function"
                 return (
-                    f"{key}: unknown key.{near} Put the strategy's arguments in algorithm.options."
+                    f"{key}: unknown key.{near} Put the {whose}'s arguments in algorithm.options."
                 )
             if where[0] == "algorithm" and others:
                 return f"{key}: is a key of {', '.join(others)}, not of {chosen}."
@@ -79,8 +82,11 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
                 f"{key}.name: there is no algorithm '{chosen}'.{did_you_mean(chosen, ALGORITHMS)} "
                 f"There are: {', '.join(ALGORITHM_CONFIGS)}."
                 + (f" {FLOWER_EXAMPLE}" if re.match("flower|flwr", chosen.lower()) else "")
+                + (f" {PYTHON_EXAMPLE}" if re.match("py", chosen.lower()) else "")
             )
         case "string_pattern_mismatch":
+            if str(item["input"]).startswith("python:"):
+                return f"{key}: is not the path of a function. {PYTHON_EXAMPLE}"
             return f"{key}: is not the path of a class. {FLOWER_EXAMPLE}"
         case "model_type" | "dict_type":
             return f"{key}: is a section; set individual keys in it, for example {key}.key = value."

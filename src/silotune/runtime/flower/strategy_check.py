@@ -11,7 +11,11 @@ from silotune.algorithms.base import AlgorithmConfig
 from silotune.core.errors import ConfigError
 from silotune.core.types import ServerState, Update
 from silotune.core.wording import counted
-from silotune.recipes.algorithm import FlowerStrategyConfig
+from silotune.recipes.algorithm import (
+    FlowerStrategyConfig,
+    OwnAlgorithmConfig,
+    build_algorithm,
+)
 from silotune.runtime.flower.strategy import aggregate, in_memory, memory_or_refuse
 from silotune.runtime.flower.strategy_class import builder_of, class_of, refused, text_of
 from silotune.runtime.flower.strategy_memory import restore
@@ -56,7 +60,7 @@ def strategy_warnings(cfg: AlgorithmConfig) -> list[str]:
 
 
 def check_algorithm(cfg: AlgorithmConfig, *, num_clients: int) -> None:
-    """Rehearse two rounds of a Flower strategy. Our own algorithms do not need it.
+    """Refuse what cannot run with so many clients; rehearse two rounds of a Flower strategy.
 
     Args:
         cfg: The recipe's [algorithm].
@@ -64,8 +68,17 @@ def check_algorithm(cfg: AlgorithmConfig, *, num_clients: int) -> None:
 
     Raises:
         ConfigError: The class cannot be imported or built, needs other messages, fails, or gives
-            a different result after a stop than without one.
+            a different result after a stop than without one. The user's own function cannot be
+            imported or called. The algorithm needs more updates than a round asks for.
     """
+    if num_clients < cfg.least_updates:
+        raise ConfigError(
+            f"algorithm.attackers = {getattr(cfg, 'attackers', 0)} needs {cfg.least_updates} "
+            f"updates in a round, which asks {counted(num_clients, 'client')}.\n"
+            "  Lower it, or ask more clients per round ([sampling])."
+        )
+    if isinstance(cfg, OwnAlgorithmConfig):
+        build_algorithm(cfg)
     if not isinstance(cfg, FlowerStrategyConfig):
         return
     build = builder_of(cfg)

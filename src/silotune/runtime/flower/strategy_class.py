@@ -8,9 +8,11 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from silotune.core.errors import ConfigError, SilotuneError
+from silotune.core.errors import ConfigError
 from silotune.core.wording import did_you_mean
+from silotune.recipes import own_algorithm
 from silotune.recipes.algorithm import NOT_OPTIONS, FlowerStrategyConfig
+from silotune.recipes.own_algorithm import text_of
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -27,15 +29,7 @@ OURS = {
 
 def refused(cfg: FlowerStrategyConfig, what: str, fix: str) -> ConfigError:
     """The error for a strategy that cannot be used: what is wrong, and how to fix it."""
-    what = what.rstrip(".")
-    end = "" if what.endswith("?") else "."
-    return ConfigError(f"algorithm.name: '{cfg.name}' {what}{end}\n  {fix}.")
-
-
-def text_of(error: Exception) -> str:
-    """The text of an error from third-party code, in one line."""
-    kind = "" if isinstance(error, SilotuneError) else f"{type(error).__name__}: "
-    return f"{kind}{error}".partition("\n")[0].rstrip(". ")
+    return own_algorithm.refused(cfg.name, what, fix)
 
 
 def class_of(cfg: FlowerStrategyConfig) -> "type[Strategy]":

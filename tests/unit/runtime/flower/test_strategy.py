@@ -27,7 +27,7 @@ from silotune.core.types import Change, ServerState, Update
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
-from silotune.recipes.algorithm import FLOWER, FlowerStrategyConfig
+from silotune.recipes.algorithm import FLOWER, PYTHON, FlowerStrategyConfig
 from silotune.recipes.parse import parse, to_toml
 from silotune.runtime.flower import strategy as flower_strategy
 from silotune.runtime.flower.strategy import algorithm_of, in_memory
@@ -694,7 +694,18 @@ def test_a_recipe_with_options_is_read_and_written_back():
             "algorithm.name: is not the path of a class. Name a strategy like this: "
             "flower:flwr.serverapp.strategy.FedYogi.",
         ),
-        ({"name": "fedavg", "options": {}}, f"algorithm.options: is a key of {FLOWER}, not of "),
+        (
+            {"name": "fedavg", "options": {}},
+            f"algorithm.options: is a key of {PYTHON}, {FLOWER}, not of ",
+        ),
+        (
+            {"name": "python:a.b"},
+            "there is no algorithm 'python:a.b'.",
+        ),
+        (
+            {"name": PYTHON},
+            "algorithm.name: is not the path of a function. Name a function like this: python:my_p",
+        ),
         ({"name": "flower:FedYogi"}, "there is no algorithm 'flower:FedYogi'. Did you mean 'fed"),
         ({"name": f"{FLWR}.FedYogi"}, "Name a strategy like this: flower:flwr.serverapp."),
     ],
