@@ -276,7 +276,7 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ends = [row for row in rows if row["event"] == "round"]
     error = ("aggregation error",) if any("aggregation_error" in row for row in ends) else ()
     head = ("round", "train loss", "held-out loss after the round", *more, "sent", "seconds")
-    lines = [(*head, *error)]
+    lines: list[tuple[str, ...]] = [(*head, *error)]
 
     def scores(round_: int) -> tuple[str, ...]:
         found = labels.get(round_)
