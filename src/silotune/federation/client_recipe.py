@@ -28,6 +28,7 @@ from silotune.recipes.sections import (
     PlanConfig,
     ReportConfig,
     RuntimeConfig,
+    StopConfig,
     SweepConfig,
 )
 from silotune.training.server_training import DistillConfig, ServerConfig
@@ -41,6 +42,7 @@ larger values are infinite: the norm would then bound nothing."""
 SECTIONS_OF_THE_SERVER: Mapping[str, Config] = {
     "server": ServerConfig(),
     "distill": DistillConfig(),
+    "stop": StopConfig(),
     "plan": PlanConfig(),
     "report": ReportConfig(),
     "compare": CompareConfig(),
@@ -71,6 +73,12 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
         refused.append(f"train.local_steps = {steps}{each} is above limits.max_steps")
     refused += _against_privacy(run, own)
     refused += against_consent(run, own.data, columns=limits.columns, tasks=limits.tasks)
+    sets_it = "validation_fraction" in own.data.model_fields_set
+    if sets_it and own.data.validation_fraction == 0 < run.data.validation_fraction:
+        refused.append(
+            "data.validation_fraction = 0 of this client: it would score its held-out rows, and "
+            "the recipe makes choices by these scores; remove it"
+        )
     if own.model is None and not is_public(run.model.name):
         refused.append("model.name is a path on the server; set model to this client's own copy")
     revision = run.model.revision or ""

@@ -14,7 +14,7 @@ from silotune.federation.acceptance import (
     check_scores,
     what_is_expected,
 )
-from silotune.federation.budget import Clock, next_ceiling
+from silotune.federation.budget import Clock, end_note, next_ceiling
 from silotune.federation.metrics import Row
 from silotune.federation.outliers import check_state, refuse_outliers
 from silotune.federation.progress import Progress
@@ -100,7 +100,7 @@ def run_rounds(
         folder.save(state, last=r == run.rounds or ended_by is not None)
         progress.end_round(r, rows)
     if ended_by is not None:
-        progress.note(f"{ended_by} ends the run after round {state.round}")
+        progress.note(end_note(ended_by, str(state.round), patience=run.stop.patience))
     if run.evaluate.due(state.round, state.round):
         final = messages_for(clients.names(), algorithm, state, score=True)
         progress.begin_scoring(clients.names())

@@ -32,11 +32,35 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     if "no-end-token" in run.train.compat and TEMPLATES.get(run.data.template) is None:
         own = ", ".join(name for name, text in TEMPLATES.items() if text is not None)
         yield "train.compat", f"'no-end-token' needs data.template to be one of: {own}"
+    yield from _of_an_early_stop(run)
     arms = [run.algorithm, *run.compare.algorithms]
     if any(arm in arms[:i] for i, arm in enumerate(arms)):
         yield "compare.algorithms", "names an algorithm twice, or repeats the recipe's own"
     yield from _of_the_adapter(run)
     yield from _of_privacy(run)
+
+
+def _of_an_early_stop(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What an early stop needs: scores of rows that may decide something, and a best round."""
+    if run.stop.patience is None:
+        if run.stop.min_delta > 0:
+            yield "stop.min_delta", "only has an effect with stop.patience"
+        return
+    if run.privacy.unit != "none":
+        yield "stop.patience", "ends a run by validation losses, which have no noise"
+    if run.evaluate.every == 0:
+        yield "stop.patience", "needs validation losses, but evaluate.every is 0"
+    if run.data.validation_fraction == 0:
+        yield (
+            "stop.patience",
+            "needs data.validation_fraction: the held-out rows must not decide when a run ends",
+        )
+    if run.checkpoint.keep != "best":
+        yield (
+            "stop.patience",
+            "needs checkpoint.keep = 'best': the last rounds of such a run are those that did not "
+            "get better",
+        )
 
 
 def _of_privacy(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -30,6 +30,7 @@ from silotune.recipes.sections import (
     ReportConfig,
     RuntimeConfig,
     SamplingConfig,
+    StopConfig,
     SweepConfig,
 )
 from silotune.training.loop import TrainConfig
@@ -134,6 +135,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "checkpoint": CheckpointConfig,
         "runtime": RuntimeConfig,
         "budget": BudgetConfig,
+        "stop": StopConfig,
         "plan": PlanConfig,
         "report": ReportConfig,
         "compare": CompareConfig,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.wording import counted, human_bytes, human_seconds
+from silotune.federation.budget import end_note
 from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
 from silotune.recipes.schema import RunConfig
 
@@ -236,8 +237,9 @@ def budget_lines(summary: Mapping[str, Any]) -> list[str]:
     budget = summary.get("budget")
     if not budget or budget["ended_by"] is None:
         return []
-    after = f"round {budget['rounds']} of {budget['planned_rounds']}"
-    return [f"{budget['ended_by']} ended the run after {after}"]
+    after = f"{budget['rounds']} of {budget['planned_rounds']}"
+    patience = budget.get("patience")  # earlier versions had none
+    return [end_note(budget["ended_by"], after, patience=patience, ends="ended")]
 
 
 def prediction_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -449,6 +449,11 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "runtime.join_timeout_s": ("7.5", ["runtime.name=flower"]),
     "budget.bytes": ("12500", []),
     "budget.hours": ("1.5", []),
+    "stop.patience": ("2", ["data.validation_fraction=0.2", "checkpoint.keep=best"]),
+    "stop.min_delta": (
+        "0.25",
+        ["stop.patience=2", "data.validation_fraction=0.2", "checkpoint.keep=best"],
+    ),
     "plan.measure": ("true", []),
     "track": ("medical", []),
     "report.page": ("false", []),

@@ -29,7 +29,7 @@ from silotune.federation.server_work import build_lesson, is_pretrained, pretrai
 from silotune.models.loading import LoadedModel, save_adapter, untrained, write_adapter
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import CompareConfig
+from silotune.recipes.sections import CompareConfig, StopConfig
 from silotune.recipes.tuning import Point
 from silotune.results.run import Run
 from silotune.runtime.inprocess import prepare_clients
@@ -250,6 +250,7 @@ class Arms:
                 "evaluate": run.evaluate.model_copy(update={"every": every}),
                 "checkpoint": checkpoint,
                 "report": run.report.model_copy(update={"page": False, "samples": 0}),
+                "stop": StopConfig(),  # equal examples; every arm's best round counts anyway
                 "compare": CompareConfig(),
             }
         )

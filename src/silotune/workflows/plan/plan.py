@@ -183,6 +183,8 @@ def _measurement_notes(outcome: Measurement | str | None, *, wanted: bool) -> It
 
 def _budget_notes(run: RunConfig, sent: Traffic, times: Times | None) -> Iterator[str]:
     """For every budget: whether the run stays within it, or the last round that does."""
+    if run.stop.patience is not None:
+        yield "stop.patience may end the run earlier: the numbers are for all rounds"
     limit, hours = run.budget.bytes, run.budget.hours
     if limit is not None and sent.rounds < run.rounds:
         yield f"budget.bytes ends the run after round {sent.rounds} of {run.rounds}"
