@@ -10,7 +10,7 @@ from silotune.core.errors import ConfigError
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
 from silotune.core.wording import counted
-from silotune.federation.metrics import Row, held_out_losses, trained
+from silotune.federation.metrics import Row, choosing_losses, trained
 from silotune.federation.privacy_statement import num_released
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.sampling import cohort_size
@@ -96,7 +96,7 @@ def is_out_of_patience(cfg: StopConfig, losses: Mapping[int, float]) -> bool:
 
     Args:
         cfg: The recipe's.
-        losses: Overall validation loss by round.
+        losses: The losses that choose, by round.
     """
     if cfg.patience is None:
         return False
@@ -268,7 +268,7 @@ def next_ceiling(
             found = "budget.bytes"
         elif state.round > 0 and not has_time(hours, spent_s, round_s=round_s, last_s=last_s):
             found = "budget.hours"
-        elif is_out_of_patience(run.stop, held_out_losses(rows)):
+        elif is_out_of_patience(run.stop, choosing_losses(rows, run.evaluate.choose_by)):
             found = "stop.patience"
     write_spent(folder, clock, ended_by=found)
     return found

@@ -31,6 +31,7 @@ from silotune.recipes.sections import (
     StopConfig,
     SweepConfig,
 )
+from silotune.training.scoring import EvaluateConfig
 from silotune.training.server_training import DistillConfig, ServerConfig
 
 LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
@@ -50,6 +51,12 @@ SECTIONS_OF_THE_SERVER: Mapping[str, Config] = {
 }
 """Sections that clients neither need nor see, with nothing set: some of their keys name paths and
 models, and they say what else a server tries."""
+
+
+def without_server(run: RunConfig) -> dict[str, Config]:
+    """The sections that concern only the server, with nothing set; see SECTIONS_OF_THE_SERVER."""
+    own = {key: EvaluateConfig.model_fields[key].default for key in ("server_path", "choose_by")}
+    return {**SECTIONS_OF_THE_SERVER, "evaluate": run.evaluate.model_copy(update=own)}
 
 
 def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
@@ -113,7 +120,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
             "partition": None,
             "privacy": _own_privacy(run.privacy, limits),
             "runtime": machine,
-            **SECTIONS_OF_THE_SERVER,
+            **without_server(run),
         }
     )
 

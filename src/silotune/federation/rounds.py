@@ -48,7 +48,8 @@ def run_rounds(
         clients: The data holders. The only argument that may cross a network.
         folder: Where updates, checkpoints and metrics go.
         progress: Told what happens; decides nothing.
-        improve: What the server learns on its own rows after each aggregation, see server_work.py.
+        improve: What the server does with its own rows after each aggregation, see
+            server_scores.py.
         accept: How answers are checked before they are spooled. Updates that nobody may read, as in
             secure sums, need other rules.
         clock: Seconds of which only differences count, the same in all processes of this machine.
@@ -62,7 +63,7 @@ def run_rounds(
     """
     # One function, though a long one: the protocol is these seven steps. A test keeps the body
     # within one screen.
-    known = Known(run, clients.num_rows)
+    known, part = Known(run, clients.num_rows), run.data.scored_part
     ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
     while ended_by is None and state.round < run.rounds:
         r, began = state.round + 1, clock()
@@ -91,14 +92,14 @@ def run_rounds(
         # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
         change = algorithm.combine(state, spool)
         state = check_state(algorithm.step(state, change), spool)
-        # 6. What the server learns on rows of its own, where it has some: fine-tuned or distilled.
+        # 6. What the server does with rows of its own, where it has some: learns, and scores.
         state, own = improve(state) if improve else (state, [])
         # 7. Write it down; a crash after this line loses nothing.
-        rows = round_rows(r, cohort, spool, failures, scores, seconds=clock() - began)
+        rows = round_rows(r, cohort, spool, failures, scores, seconds=clock() - began, part=part)
         folder.append_metrics([*own, *rows])
         ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
         folder.save(state, last=r == run.rounds or ended_by is not None)
-        progress.end_round(r, rows)
+        progress.end_round(r, [*own, *rows])
     if ended_by is not None:
         progress.note(end_note(ended_by, str(state.round), patience=run.stop.patience))
     if run.evaluate.due(state.round, state.round):
@@ -106,5 +107,5 @@ def run_rounds(
         progress.begin_scoring(clients.names())
         folder.rewind(state.round)  # a resumed run may have scored it before
         found = check_scores(clients.evaluate(final), known)
-        folder.append_metrics(score_rows(state.round, found))
+        folder.append_metrics(score_rows(state.round, found, part=part))
     return state

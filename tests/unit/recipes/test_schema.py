@@ -436,6 +436,11 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "distill.compat": ("raw-logits", []),
     "evaluate.every": ("2", []),
     "evaluate.batch_size": ("3", []),
+    "evaluate.server_path": ("own.jsonl", []),
+    "evaluate.choose_by": (
+        "server",
+        ["evaluate.server_path=own.jsonl", "checkpoint.keep=best"],
+    ),
     "checkpoint.every": ("2", []),
     "checkpoint.keep": ("all", []),
     "checkpoint.keep_updates": ("true", []),

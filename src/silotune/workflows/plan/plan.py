@@ -127,6 +127,8 @@ def _plan(run: RunConfig, *, measured: bool, limits: Limits | None) -> Plan:
     notes += _budget_notes(run, sent, times)
     if run.server.work != "none":
         notes.append("the numbers do not include the server's own training")
+    if run.evaluate.server_path is not None:
+        notes.append("the numbers do not include the server's own scores (evaluate.server_path)")
     batch = found.batch if found is not None else widest_batch(run)
     server = server_memory(run, shapes, algorithm, num_clients)
     try:
