@@ -142,6 +142,10 @@ ELSEWHERE = {
         f"privacy.{key}": "test_client_level"
         for key in ("clip_norm", "clipping", "quantile", "clip_lr")
     },
+    "evaluate.server_path": "test_server_scores",
+    "evaluate.choose_by": "test_server_scores",
+    "stop.patience": "test_early_stop",
+    "stop.min_delta": "test_early_stop",
     "sweep.keys": "test_sweep",
     "sweep.runs": "test_sweep",
     "sweep.search": "test_sweep",

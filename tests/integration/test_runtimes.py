@@ -34,13 +34,17 @@ def recipe(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="module")
 def runs(recipe, tmp_path_factory):
-    """The same recipe in all three runtimes; one actor in simulation."""
+    """The same recipe in all three runtimes; one actor in simulation. The server scores, too."""
     place = tmp_path_factory.mktemp("runs")
+    own = write_jsonl(place / "own.jsonl", [{"question": "Who?", "answer": f"I {n}"} for n in "ab"])
     one_actor = [f"runtime.client_cpus={usable_threads()}"]
     return {
         name: silotune.run(
             recipe,
-            [*SHORT, f"runtime.name={name}", *(one_actor if name.endswith("simulation") else [])],
+            [
+                *(*SHORT, f"runtime.name={name}", f"evaluate.server_path={own}"),
+                *(one_actor if name.endswith("simulation") else []),
+            ],
             out=place / name,
         )
         for name in ("in-process", *ENGINES)
@@ -132,6 +136,7 @@ def test_an_engine_records_the_same_numbers(runs, engine):
         return sorted(rows, key=lambda r: (r["round"], r["event"], r.get("client", "")))
 
     assert numbers(runs[engine]) == numbers(runs["in-process"])
+    assert [r["round"] for r in runs[engine].metrics if r["event"] == "server-test"] == [0, 1, 2]
     same = ("clients", "overall", "bytes_up", "bytes_down", "tokens_trained", "result_round")
     ours, theirs = runs["in-process"].summary, runs[engine].summary
     assert {k: theirs[k] for k in same} == {k: ours[k] for k in same}

@@ -77,12 +77,19 @@ def print_preview(found: "Preview") -> None:
 
 def _print_split(found: "Preview") -> None:
     server = f"; {counted(found.num_server, 'row')} at the server" if found.num_server else ""
+    if found.num_server_test:
+        server += f"; {counted(found.num_server_test, 'row')} in the server's test set"
     print_line(f"{counted(len(found.clients), 'client')}: {found.split}{server}")
-    print_line("\nrows (█ train, ░ held out)\n")
+    validation = "▒ validation, " if _have_validation(found.clients) else ""
+    print_line(f"\nrows (█ train, {validation}░ held out)\n")
     _print_bars(found.clients)
     if any(own.labels for own in found.clients.values()):
         print_line("\nlabels of the train rows\n")
         print_table(_label_table(found.clients))
+
+
+def _have_validation(clients: "Mapping[str, ClientPreview]") -> bool:
+    return any(own.num_validation for own in clients.values())
 
 
 def _print_bars(clients: "Mapping[str, ClientPreview]") -> None:
@@ -90,11 +97,12 @@ def _print_bars(clients: "Mapping[str, ClientPreview]") -> None:
 
     names = [short(name, 30) for name in clients]
     width = max(map(cell_len, names))
-    most = max(own.num_train + own.num_eval for own in clients.values())
+    most = max(own.num_train + own.num_validation + own.num_eval for own in clients.values())
     for name, own in zip(names, clients.values(), strict=True):
         # what would be rounded to nothing gets a character
-        train, held_out = (max(1, round(BAR * n / most)) for n in (own.num_train, own.num_eval))
-        print_line(f"{set_cell_size(name, width)}  {'█' * train}{'░' * held_out}")
+        parts = {"█": own.num_train, "▒": own.num_validation, "░": own.num_eval}
+        bar = "".join(ink * max(1, round(BAR * n / most)) for ink, n in parts.items() if n)
+        print_line(f"{set_cell_size(name, width)}  {bar}")
 
 
 def _label_table(clients: "Mapping[str, ClientPreview]") -> list[tuple[str, ...]]:
@@ -119,14 +127,20 @@ def _print_lengths(found: "Preview") -> None:
     limit = found.run.train.max_length
     print_line(f"\ntrain rows in tokens, and the effect of train.max_length = {limit}\n")
     tokens = ("tokens: median", "95 %", "longest")
+    has_validation = _have_validation(found.clients)
+    numbers = {
+        "train rows": "num_train",
+        **({"validation rows": "num_validation"} if has_validation else {}),
+        "held-out rows": "num_eval",
+    }
     lines: list[tuple[str, ...]] = [
-        ("client", "train rows", "held-out rows", *tokens, "truncated", "no answer left", "learned")
+        ("client", *numbers, *tokens, "truncated", "no answer left", "learned")
     ]
     for name, own in found.clients.items():
         part = own.train
         share = "-" if part.trained_share is None else f"{part.trained_share:.0%}"
         quantiles = (f"{part.tokens[key]:.0f}" for key in ("p50", "p95", "max"))
-        counts = (str(own.num_train), str(own.num_eval))
+        counts = (str(getattr(own, key)) for key in numbers.values())
         lines.append((name, *counts, *quantiles, str(part.num_cut), str(part.num_dropped), share))
     print_table(lines)
 

@@ -44,13 +44,16 @@ def print_run(done: "silotune.Run") -> None:
 
     summary = done.summary
     if tables.is_scored(summary):
-        print_line(f"\nheld-out loss ({tables.unit_of(summary)}, lower is better)\n")
+        name, unit = tables.loss_name(summary), tables.unit_of(summary)
+        print_line(f"\n{name} ({unit}, lower is better)\n")
     else:
         print_line("\nrows (held-out loss was not measured)\n")
     print_table(tables.loss_table(summary))
     if labels := tables.label_table(summary):
-        print_line("\nheld-out labels (higher is better)\n")
+        print_line(f"\n{summary.get('scored', 'held-out')} labels (higher is better)\n")
         print_table(labels)
+    for text in tables.server_lines(summary):
+        print_line(f"\n{text}")
     if lost := tables.worse_off(summary):
         print_line(f"\nnot better than the base for: {', '.join(lost)}")
     for text in tables.budget_warnings(summary):

@@ -75,6 +75,11 @@ class DataConfig(Config):
     """Seed for the partition into clients and the held-out rows; the run's seed if absent. Set it
     to run several seeds on the same held-out rows."""
 
+    @property
+    def scored_part(self) -> str:
+        """Which rows a run scores: "validation" if there are any, otherwise "held-out"."""
+        return "validation" if self.validation_fraction > 0 else "held-out"
+
     @field_validator("date", mode="before")
     @classmethod
     def _day_as_text(cls, value: object) -> object:

@@ -71,6 +71,12 @@ def find_duplicates(
     }
 
 
+def which_are_among(rows: Sequence[TaskRow], others: Sequence[TaskRow]) -> list[int]:
+    """The places of the rows that equal any of the others, in order."""
+    known = {_key(row).row for row in others} if rows else set[bytes]()
+    return [n for n, row in enumerate(rows) if _key(row).row in known]
+
+
 def _count(
     name: str, train: Sequence[_Key], held_out: Sequence[_Key], taught: _Taught
 ) -> Duplicates:

@@ -1,4 +1,4 @@
-"""The rows that the server owns and trains on itself. No client has them.
+"""The rows that the server owns: to train on itself, or to score. No client has them.
 
 Reads the server's own file, or chooses a share of the train rows. Knows no clients and no models.
 """
@@ -37,11 +37,20 @@ def load_server_rows(
         ConfigError: A share is requested of data that belongs to the clients.
     """
     if path is not None:
-        rows = without_empty(Part(read_all(path)), cfg, task).rows
-    else:
-        everything, _ = read_parts(cfg, task)
-        refuse(everything.mistakes)
-        rows = set_aside_server_rows(everything, fraction, cfg, seed=seed_of_split(cfg, seed))[1]
+        return read_own_rows(cfg, task=task, path=path)
+    everything, _ = read_parts(cfg, task)
+    refuse(everything.mistakes)
+    rows = set_aside_server_rows(everything, fraction, cfg, seed=seed_of_split(cfg, seed))[1]
+    return tuple(convert(rows, cfg, task))
+
+
+def read_own_rows(cfg: DataConfig, *, task: str, path: str) -> tuple[TaskRow, ...]:
+    """Read a file or folder of the server's, with the same columns as the clients' rows.
+
+    Raises:
+        DataError: Files, rows or columns cannot be used.
+    """
+    rows = without_empty(Part(read_all(path)), cfg, task).rows
     return tuple(convert(rows, cfg, task))
 
 

@@ -1,5 +1,6 @@
-"""What a run may spend in bytes and hours, and what it has spent."""
+"""What ends a run before its last round: bytes, hours, patience; and what it has spent."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +9,13 @@ from silotune.core.algorithm import Algorithm, broadcast_extra, expected_extra, 
 from silotune.core.errors import ConfigError
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
-from silotune.federation.metrics import Row, trained
+from silotune.core.wording import counted
+from silotune.federation.metrics import Row, choosing_losses, trained
 from silotune.federation.privacy_statement import num_released
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.sampling import cohort_size
 from silotune.recipes.schema import RunConfig
+from silotune.recipes.sections import StopConfig
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,48 @@ def has_time(hours: float | None, spent_s: float, *, round_s: float, last_s: flo
         last_s: What the scoring after it is expected to take.
     """
     return hours is None or spent_s + round_s + last_s <= 3600 * hours
+
+
+def is_out_of_patience(cfg: StopConfig, losses: Mapping[int, float]) -> bool:
+    """Whether the last `stop.patience` scored rounds brought no lower loss.
+
+    The loss of the base does not count: it is no result of the run. A loss that is not a number is
+    not lower.
+
+    Args:
+        cfg: The recipe's.
+        losses: The losses that choose, by round.
+    """
+    if cfg.patience is None:
+        return False
+    lowest, num_worse = math.inf, 0
+    for _, loss in sorted((r, loss) for r, loss in losses.items() if r > 0):
+        if loss < lowest - cfg.min_delta:
+            lowest, num_worse = loss, 0
+        else:
+            num_worse += 1
+    return num_worse >= cfg.patience
+
+
+def has_ceiling(run: RunConfig) -> bool:
+    """Whether anything may end the run early that `FILE` records."""
+    limits = (run.budget.bytes, run.budget.hours, run.stop.patience)
+    return any(limit is not None for limit in limits)
+
+
+def end_note(key: str, round_: str, *, patience: int | None, ends: str = "ends") -> str:
+    """What ends a run and why, in one line.
+
+    Args:
+        key: The ceiling.
+        round_: After which round, for example "3 of 10".
+        patience: The recipe's.
+        ends: The verb.
+    """
+    why = ""
+    if key == "stop.patience" and patience is not None:
+        why = f": {counted(patience, 'scored round')} in a row without a lower validation loss"
+    return f"{key} {ends} the run after round {round_}{why}"
 
 
 Clock = Callable[[], float]
@@ -208,11 +253,11 @@ def next_ceiling(
         ConfigError: Not even the first round fits below budget.bytes. That it does not fit below
             budget.hours shows only when it is done.
     """
-    limit, hours, found = run.budget.bytes, run.budget.hours, None
+    found, limit, hours = None, run.budget.bytes, run.budget.hours
     if run.privacy.unit != "none" and not run.privacy.is_at_client and state.round < run.rounds:
         # a round that a crash repeated was a release too
         found = "privacy" if num_released(folder) >= run.rounds else None
-    if limit is None and hours is None:
+    if not has_ceiling(run):
         return found
     if found is None and state.round < run.rounds:
         rows, spent_s = folder.metrics(), seconds_spent(folder, clock)
@@ -223,6 +268,8 @@ def next_ceiling(
             found = "budget.bytes"
         elif state.round > 0 and not has_time(hours, spent_s, round_s=round_s, last_s=last_s):
             found = "budget.hours"
+        elif is_out_of_patience(run.stop, choosing_losses(rows, run.evaluate.choose_by)):
+            found = "stop.patience"
     write_spent(folder, clock, ended_by=found)
     return found
 

@@ -28,8 +28,10 @@ from silotune.recipes.sections import (
     PlanConfig,
     ReportConfig,
     RuntimeConfig,
+    StopConfig,
     SweepConfig,
 )
+from silotune.training.scoring import EvaluateConfig
 from silotune.training.server_training import DistillConfig, ServerConfig
 
 LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
@@ -41,6 +43,7 @@ larger values are infinite: the norm would then bound nothing."""
 SECTIONS_OF_THE_SERVER: Mapping[str, Config] = {
     "server": ServerConfig(),
     "distill": DistillConfig(),
+    "stop": StopConfig(),
     "plan": PlanConfig(),
     "report": ReportConfig(),
     "compare": CompareConfig(),
@@ -48,6 +51,12 @@ SECTIONS_OF_THE_SERVER: Mapping[str, Config] = {
 }
 """Sections that clients neither need nor see, with nothing set: some of their keys name paths and
 models, and they say what else a server tries."""
+
+
+def without_server(run: RunConfig) -> dict[str, Config]:
+    """The sections that concern only the server, with nothing set; see SECTIONS_OF_THE_SERVER."""
+    own = {key: EvaluateConfig.model_fields[key].default for key in ("server_path", "choose_by")}
+    return {**SECTIONS_OF_THE_SERVER, "evaluate": run.evaluate.model_copy(update=own)}
 
 
 def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
@@ -76,6 +85,12 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
         refused.append(f"train.local_steps = {steps}{each} is above limits.max_steps")
     refused += _against_privacy(run, own)
     refused += against_consent(run, own.data, columns=limits.columns, tasks=limits.tasks)
+    sets_it = "validation_fraction" in own.data.model_fields_set
+    if sets_it and own.data.validation_fraction == 0 < run.data.validation_fraction:
+        refused.append(
+            "data.validation_fraction = 0 of this client: it would score its held-out rows, and "
+            "the recipe makes choices by these scores; remove it"
+        )
     if own.model is None and not is_public(run.model.name):
         refused.append("model.name is a path on the server; set model to this client's own copy")
     revision = run.model.revision or ""
@@ -110,7 +125,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
             "partition": None,
             "privacy": _own_privacy(run.privacy, limits),
             "runtime": machine,
-            **SECTIONS_OF_THE_SERVER,
+            **without_server(run),
         }
     )
 

@@ -1,6 +1,8 @@
 """Rows of metrics.jsonl, and sums over them.
 
-One row per event: a client trained, a client's held-out rows were scored, a round ended.
+One row per event: a client trained, a client's held-out rows were scored, a round ended, the server
+trained, the server's test set was scored. A row about scores has `part = "validation"` if the
+scored rows are there to choose by.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,6 +12,9 @@ from silotune.core.stats import label_scores
 from silotune.training.scoring import add_label_counts
 
 Row = dict[str, Any]
+
+SERVER_TEST = "server-test"
+"""The event of the server's test set; its row belongs to the round that produced the adapter."""
 
 
 def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
@@ -23,6 +28,29 @@ def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
         if row["event"] == "evaluate" and row["status"] == "ok":
             found.setdefault(row["round"], []).append((row["loss"], row["num_tokens"]))
     return {round_: _mean_loss(scores) for round_, scores in sorted(found.items())}
+
+
+def server_losses(rows: Iterable[Row]) -> dict[int, float]:
+    """Loss on the server's test set, by the round that produced the adapter."""
+    scored = (row for row in rows if row["event"] == SERVER_TEST and row["status"] == "ok")
+    return {row["round"]: row["loss"] for row in scored}
+
+
+def server_set(rows: Iterable[Row]) -> str:
+    """What the server's test set is called: rows that choose are no test."""
+    chooses = any("part" in row for row in rows if row["event"] == SERVER_TEST)
+    return f"server's {'validation' if chooses else 'test'} set"
+
+
+def choosing_losses(rows: Sequence[Row], by: str) -> dict[int, float]:
+    """The losses that choose a round, by `evaluate.choose_by`."""
+    return server_losses(rows) if by == "server" else held_out_losses(rows)
+
+
+def part_of(rows: Iterable[Row]) -> str:
+    """Which of the clients' rows were scored: "validation" or "held-out"."""
+    scored = (row for row in rows if row["event"] == "evaluate" and row["status"] == "ok")
+    return next((str(row["part"]) for row in scored if "part" in row), "held-out")
 
 
 def _mean_loss(scores: Sequence[tuple[float, int]]) -> float:

@@ -18,7 +18,16 @@ from rich.text import Text
 from silotune.core.safe_text import one_line
 from silotune.core.types import Failure, Update
 from silotune.core.wording import counted, human_bytes, human_seconds
-from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
+from silotune.federation.metrics import (
+    Row,
+    held_out_losses,
+    overall_scores,
+    part_of,
+    server_losses,
+    server_set,
+    train_loss,
+    trained,
+)
 
 MOST = 10_000
 """Most characters of a line: a round's line names its cohort."""
@@ -256,7 +265,10 @@ class _Clock:
         labels = overall_scores(rows)
         for scored, held_out in held_out_losses(rows).items():
             accuracy = f", accuracy {labels[scored]['accuracy']:.3f}" if scored in labels else ""
-            parts.append(f"held-out loss after round {scored}: {held_out:.3f}{accuracy}")
+            name = f"{part_of(rows)} loss"
+            parts.append(f"{name} after round {scored}: {held_out:.3f}{accuracy}")
+        for scored, loss in server_losses(rows).items():
+            parts.append(f"{server_set(rows)} after round {scored}: loss {loss:.3f}")
         parts.append(f"{human_bytes(self.bytes)} sent so far")
         left = self._left(round_ - self.first + 1)
         if round_ < self.rounds:

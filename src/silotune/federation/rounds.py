@@ -15,7 +15,7 @@ from silotune.federation.acceptance import (
     what_is_expected,
 )
 from silotune.federation.aggregation_error import measure
-from silotune.federation.budget import Clock, next_ceiling
+from silotune.federation.budget import Clock, end_note, next_ceiling
 from silotune.federation.metrics import Row
 from silotune.federation.outliers import check_state, refuse_outliers
 from silotune.federation.progress import Progress
@@ -49,7 +49,8 @@ def run_rounds(
         clients: The data holders. The only argument that may cross a network.
         folder: Where updates, checkpoints and metrics go.
         progress: Told what happens; decides nothing.
-        improve: What the server learns on its own rows after each aggregation, see server_work.py.
+        improve: What the server does with its own rows after each aggregation, see
+            server_scores.py.
         accept: How answers are checked before they are spooled. Updates that nobody may read, as in
             secure sums, need other rules.
         clock: Seconds of which only differences count, the same in all processes of this machine.
@@ -62,7 +63,7 @@ def run_rounds(
         UpdateError: A round's updates lead to a state that no client could use; so is it then.
     """
     # One long function: the protocol is these seven steps. A test keeps them on one screen.
-    known = Known(run, clients.num_rows)
+    known, part = Known(run, clients.num_rows), run.data.scored_part
     ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
     while ended_by is None and state.round < run.rounds:
         r, began = state.round + 1, clock()
@@ -90,20 +91,20 @@ def run_rounds(
         change = algorithm.combine(state, spool)
         about = measure(run, algorithm, state, spool, change)
         state = check_state(algorithm.step(state, change), spool)
-        # 6. What the server learns on rows of its own, where it has some: fine-tuned or distilled.
+        # 6. What the server does with rows of its own, where it has some: learns, and scores.
         state, own = improve(state) if improve else (state, [])
         # 7. Write it down; a crash after this line loses nothing.
-        rows = round_rows(r, cohort, spool, failures, scores, about, seconds=clock() - began)
+        rows = round_rows(r, cohort, spool, failures, scores, about, clock() - began, part=part)
         folder.append_metrics([*own, *rows])
         ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
         folder.save(state, last=r == run.rounds or ended_by is not None)
-        progress.end_round(r, rows)
+        progress.end_round(r, [*own, *rows])
     if ended_by is not None:
-        progress.note(f"{ended_by} ends the run after round {state.round}")
+        progress.note(end_note(ended_by, str(state.round), patience=run.stop.patience))
     if run.evaluate.due(state.round, state.round):
         final = messages_for(clients.names(), algorithm, state, score=True)
         progress.begin_scoring(clients.names())
         folder.rewind(state.round)  # a resumed run may have scored it before
         found = check_scores(clients.evaluate(final), known)
-        folder.append_metrics(score_rows(state.round, found))
+        folder.append_metrics(score_rows(state.round, found, part=part))
     return state

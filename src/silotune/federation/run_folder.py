@@ -37,7 +37,7 @@ from silotune.core.reading_back import parse_json, read_json, read_text, read_to
 from silotune.core.types import ServerState
 from silotune.federation.client_memory import folder_name
 from silotune.federation.kept_updates import UPDATES, drop_updates, keep_spool, wait_for_disk
-from silotune.federation.metrics import Row, held_out_losses
+from silotune.federation.metrics import Row, choosing_losses
 from silotune.federation.spool import Spool, rounds_in
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
@@ -240,8 +240,8 @@ class RunFolder:
                 shutil.rmtree(left, ignore_errors=True)
 
     def best_round(self) -> int | None:
-        """The checkpointed round whose adapter has the lowest overall held-out loss."""
-        scored = held_out_losses(self.metrics())
+        """The checkpointed round whose adapter has the lowest loss of those that choose."""
+        scored = choosing_losses(self.metrics(), self.run.evaluate.choose_by)
         whole = (r for r, p in self._checkpoints().items() if (p / "adapter.safetensors").is_file())
         there = [r for r in whole if r in scored and r > 0]
         return min(there, key=lambda r: (scored[r], r), default=None)

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from silotune.core.errors import ConfigError
-from silotune.federation.metrics import Row, held_out_losses, train_loss, trained
+from silotune.federation.metrics import (
+    Row,
+    held_out_losses,
+    part_of,
+    server_losses,
+    server_set,
+    train_loss,
+    trained,
+)
 from silotune.federation.progress import Progress
 
 
@@ -61,12 +69,15 @@ class Tracker(Progress):
         self.log_scores(rows)
 
     def log_scores(self, rows: Sequence[Row]) -> None:
-        """Log held-out losses under the round that produced the scored adapter."""
+        """Log held-out or validation losses under the round that produced the scored adapter."""
         scored = [row for row in rows if row["event"] == "evaluate" and row["status"] == "ok"]
         for round_, loss in held_out_losses(scored).items():
             own = {row["client"]: row["loss"] for row in scored if row["round"] == round_}
-            values = {f"held_out_loss/{client}": value for client, value in own.items()}
-            self._tracker.log({**values, "held_out_loss/all": loss}, step=round_)
+            name = f"{part_of(scored).replace('-', '_')}_loss"
+            values = {f"{name}/{client}": value for client, value in own.items()}
+            self._tracker.log({**values, f"{name}/all": loss}, step=round_)
+        for round_, loss in server_losses(rows).items():
+            self._tracker.log({f"loss/{server_set(rows)}": loss}, step=round_)
 
     def end(self) -> None:
         """End the tracker's run."""

@@ -18,7 +18,8 @@ MAX_ROWS_UNDER_PRIVACY = (
 
 def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Every contradiction that no single section can see, as (key, reason)."""
-    if run.checkpoint.keep == "best" and run.evaluate.every == 0:
+    by_clients = run.evaluate.choose_by == "clients"
+    if run.checkpoint.keep == "best" and run.evaluate.every == 0 and by_clients:
         yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
     yield from run.runtime.contradictions()
     if run.plan.measure and run.runtime.name == "flower":
@@ -32,12 +33,37 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     if "no-end-token" in run.train.compat and TEMPLATES.get(run.data.template) is None:
         own = ", ".join(name for name, text in TEMPLATES.items() if text is not None)
         yield "train.compat", f"'no-end-token' needs data.template to be one of: {own}"
+    yield from _of_an_early_stop(run)
     arms = [run.algorithm, *run.compare.algorithms]
     if any(arm in arms[:i] for i, arm in enumerate(arms)):
         yield "compare.algorithms", "names an algorithm twice, or repeats the recipe's own"
     yield from _of_the_adapter(run)
     yield from _of_the_optimizer(run)
     yield from _of_privacy(run)
+
+
+def _of_an_early_stop(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What an early stop needs: scores of rows that may decide something, and a best round."""
+    if run.stop.patience is None:
+        if run.stop.min_delta > 0:
+            yield "stop.min_delta", "only has an effect with stop.patience"
+        return
+    if run.evaluate.choose_by == "clients":
+        if run.privacy.unit != "none":
+            yield "stop.patience", "ends a run by validation losses, which have no noise"
+        if run.evaluate.every == 0:
+            yield "stop.patience", "needs validation losses, but evaluate.every is 0"
+        if run.data.validation_fraction == 0:
+            yield (
+                "stop.patience",
+                "needs data.validation_fraction: the held-out rows must not decide when a run ends",
+            )
+    if run.checkpoint.keep != "best":
+        yield (
+            "stop.patience",
+            "needs checkpoint.keep = 'best': the last rounds of such a run are those that did not "
+            "get better",
+        )
 
 
 def _of_privacy(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -62,7 +88,7 @@ def _of_privacy(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield from (
             (f"privacy.{k}", 'only has an effect with clipping = "adaptive"') for k in adaptive
         )
-    if run.checkpoint.keep == "best":
+    if run.checkpoint.keep == "best" and run.evaluate.choose_by == "clients":
         yield "checkpoint.keep", "'best' selects by held-out losses, which have no noise"
     if run.checkpoint.keep_updates:
         yield (
@@ -233,8 +259,24 @@ def _of_the_task(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield "train.compat", "'no-end-token' only has an effect with task = \"instruct\""
 
 
+def _of_the_servers_test(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What the server needs for its own scores."""
+    path, chooses = run.evaluate.server_path, run.evaluate.choose_by == "server"
+    if path is None:
+        if chooses:
+            yield "evaluate.choose_by", "'server' needs evaluate.server_path"
+        return
+    if path in (run.data.path, run.data.eval_path, run.server.data_path):
+        yield "evaluate.server_path", "names rows that others have; the server needs its own"
+    if run.adapter.head == "local":
+        yield "adapter.head", "'local' leaves the server without a head to score with"
+    if chooses and run.checkpoint.keep != "best":
+        yield "evaluate.choose_by", "'server' only has an effect with checkpoint.keep = 'best'"
+
+
 def _of_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
     """What the server needs for its own training."""
+    yield from _of_the_servers_test(run)
     server, distill = run.server, run.distill
     if server.data_path is not None and server.data_fraction > 0:
         yield "server.data_path", "cannot be used with data_fraction; give one of them"

@@ -32,6 +32,7 @@ from silotune.recipes.sections import (
     ReportConfig,
     RuntimeConfig,
     SamplingConfig,
+    StopConfig,
     SweepConfig,
 )
 from silotune.training.loop import TrainConfig
@@ -140,6 +141,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "checkpoint": CheckpointConfig,
         "runtime": RuntimeConfig,
         "budget": BudgetConfig,
+        "stop": StopConfig,
         "plan": PlanConfig,
         "report": ReportConfig,
         "compare": CompareConfig,

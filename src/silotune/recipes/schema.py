@@ -23,6 +23,7 @@ from silotune.recipes.sections import (
     ReportConfig,
     RuntimeConfig,
     SamplingConfig,
+    StopConfig,
     SweepConfig,
 )
 from silotune.recipes.tracks import TrackName
@@ -59,6 +60,7 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     budget: BudgetConfig = BudgetConfig()
+    stop: StopConfig = StopConfig()
     plan: PlanConfig = PlanConfig()
     report: ReportConfig = ReportConfig()
     compare: CompareConfig = CompareConfig()

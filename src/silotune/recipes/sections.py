@@ -24,6 +24,18 @@ class BudgetConfig(Config):
     interrupted."""
 
 
+class StopConfig(Config):
+    """When a run ends before its last round, because it no longer gets better."""
+
+    patience: int | None = Field(default=None, ge=1)
+    """End the run after this many scored rounds in a row without a lower validation loss. Clients'
+    scores come with the answers of the next round, so one more round is trained. Needs
+    checkpoint.keep = "best", and data.validation_fraction or evaluate.choose_by = "server". A
+    comparison ignores it."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """Smallest difference, in nats, by which a lower loss counts as lower."""
+
+
 class PlanConfig(Config):
     """What is measured before the first round."""
 

@@ -25,11 +25,13 @@ from silotune.results.summary import (
     cost_lines,
     is_scored,
     label_table,
+    loss_name,
     loss_table,
     notes_of,
     prediction_notes,
     prediction_table,
     round_table,
+    server_lines,
     split_table,
     unit_of,
     worse_off,
@@ -60,6 +62,11 @@ def model_card(
             *_heading(run, summary),
             *_results(summary),
             *_label_scores(summary),
+            *(
+                line
+                for said in server_lines(summary)
+                for line in ("", f"{said[:1].upper()}{said[1:]}.")
+            ),
             *_warnings(summary),
             "",
             "## Rounds",
@@ -114,18 +121,19 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
     if overall is not None and not label_table(summary):
         perplexity = f", perplexity {math.exp(min(overall, 700.0)):.1f}"
     return [
-        f"## Held-out loss ({unit}, lower is better)",
+        f"## {loss_name(summary).capitalize()} ({unit}, lower is better)",
         "",
         *table,
         "",
-        "Each client is scored on its own held-out rows; the last line is weighted by "
-        f"{unit.rsplit(' ', 1)[1]}s{perplexity}.",
+        f"Each client is scored on its own {summary.get('scored', 'held-out')} rows; the last line "
+        f"is weighted by {unit.rsplit(' ', 1)[1]}s{perplexity}.",
     ]
 
 
 def _label_scores(summary: Mapping[str, Any]) -> list[str]:
     labels = label_table(summary)
-    return ["", "## Held-out labels", "", *markdown_table(labels)] if labels else []
+    title = f"## {str(summary.get('scored', 'held-out')).capitalize()} labels"
+    return ["", title, "", *markdown_table(labels)] if labels else []
 
 
 def _warnings(summary: Mapping[str, Any]) -> list[str]:

@@ -46,6 +46,7 @@ _BARS: tuple[dict[str, Any], ...] = (
     {"facecolor": PALETTE[0], "linewidth": 0.6},
     {"facecolor": PALETTE[1], "linewidth": 0.6, "hatch": "////"},
 )
+_THIRD: dict[str, Any] = {"facecolor": PALETTE[2], "linewidth": 0.6, "hatch": "----"}
 _OTHER = {"facecolor": _MUTED, "edgecolor": INK, "linewidth": 0.6, "alpha": 0.5}
 
 _Place = Callable[[int, int], float]
@@ -56,11 +57,14 @@ _Place = Callable[[int, int], float]
 
 
 def held_out_loss(
-    clients: Mapping[str, Points], overall: Points, unit: str = "nats per token"
+    clients: Mapping[str, Points],
+    overall: Points,
+    unit: str = "nats per token",
+    name: str = "held-out loss",
 ) -> str:
-    """Held-out loss of each client and overall, by rounds of training."""
+    """Held-out loss, or another of this name, of each client and overall, by rounds of training."""
     x_label = "rounds of training (0 = base)"
-    return _lines(clients, overall, x_label=x_label, y_label=f"held-out loss ({unit})")
+    return _lines(clients, overall, x_label=x_label, y_label=f"{name} ({unit})")
 
 
 def training_loss(clients: Mapping[str, Points], unit: str = "nats per token") -> str:
@@ -68,10 +72,12 @@ def training_loss(clients: Mapping[str, Points], unit: str = "nats per token") -
     return _lines(clients, {}, x_label="round", y_label=f"training loss ({unit})")
 
 
-def loss_by_run(runs: Mapping[str, Points], unit: str = "nats per token") -> str:
-    """Held-out loss over all clients for each run of a sweep, by rounds of training."""
+def loss_by_run(
+    runs: Mapping[str, Points], unit: str = "nats per token", name: str = "held-out loss"
+) -> str:
+    """Loss over all clients for each run of a sweep, by rounds of training."""
     x_label = "rounds of training (0 = base)"
-    return _lines(runs, {}, x_label=x_label, y_label=f"held-out loss ({unit})", what="run")
+    return _lines(runs, {}, x_label=x_label, y_label=f"{name} ({unit})", what="run")
 
 
 def bytes_per_round(down: Points, up: Points) -> str:
@@ -116,20 +122,24 @@ def seconds_per_client(training: Mapping[str, float], other: Mapping[str, float]
 
 
 def rows_per_client(split: Split) -> str:
-    """Train and held-out rows of each client."""
-    parts = {"train": "num_train", "held-out": "num_eval"}
+    """Train, validation and held-out rows of each client."""
+    parts = {"train": "num_train", "validation": "num_validation", "held-out": "num_eval"}
+    looks = {"train": _BARS[0], "validation": _THIRD, "held-out": _BARS[1]}
+    if not any(own.get("num_validation") for own in split.values()):
+        del parts["validation"], looks["validation"]
     if not split:
         return ""
 
     def draw(ax: "Axes", y: _Place) -> Legend:
-        for line, (key, look) in enumerate(zip(parts.values(), _BARS, strict=True)):
+        for line, (part, look) in enumerate(looks.items()):
             places = [y(i, line) for i in range(len(split))]
-            ax.barh(places, [split[name][key] for name in split], height=0.9, **look)
+            numbers = [split[name].get(parts[part], 0) for name in split]
+            ax.barh(places, numbers, height=0.9, **look)
         ax.set_xlabel("number of rows")
         _whole_numbers(ax)
-        return _patches(dict(zip(parts, _BARS, strict=True)))
+        return _patches(looks)
 
-    return _rows("Rows per client", list(split), 2, draw)
+    return _rows("Rows per client", list(split), len(looks), draw)
 
 
 def labels_per_client(split: Split) -> str:

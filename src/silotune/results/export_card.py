@@ -18,7 +18,7 @@ from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
 from silotune.results.card import is_on_hub, python_use, revision_in, what_is_trained
 from silotune.results.published import published
-from silotune.results.summary import unit_of
+from silotune.results.summary import loss_name, server_lines, unit_of
 
 ExportKind = Literal["peft", "merged", "gguf"]
 
@@ -89,12 +89,14 @@ def _heading(
 
 
 def _results(summary: Mapping[str, Any]) -> list[str]:
-    """The held-out loss, if it is known and may be shown."""
+    """The clients' loss and the server's, if they are known and may be shown."""
+    own = [f"{line[:1].upper()}{line[1:]}." for line in server_lines(summary)]
     before, after = (summary["overall"][f"{arm}_loss"] for arm in ("base", "federated"))
     if None in (before, after):
-        return []
+        return [*own, *([""] if own else [])]
     scored = f"{before:.4f} before, {after:.4f} after"
-    return [f"Held-out loss across all clients: {scored}, in {unit_of(summary)}.", ""]
+    name = loss_name(summary).capitalize()
+    return [f"{name} across all clients: {scored}, in {unit_of(summary)}.", *own, ""]
 
 
 def _provenance(
@@ -104,7 +106,8 @@ def _provenance(
     train = [client["num_train"] for client in clients]
     return [
         f"- clients: {len(clients)}; rows: {sum(train)} for training ({min(train)} to "
-        f"{max(train)} per client), {sum(client['num_eval'] for client in clients)} held out"
+        f"{max(train)} per client), {sum(client['num_eval'] for client in clients)} "
+        + ("for validation" if summary.get("scored") == "validation" else "held out")
         # someone who knows all other rows could use the hash to test guesses for one row
         + ("" if "privacy" in summary else f", sha256 of all {provenance['data']['sha256']}"),
         f"- rounds: {summary['rounds']} of {summary['algorithm']}; this is the result after round "

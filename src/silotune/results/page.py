@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from silotune.core.safe_text import plain
 from silotune.core.wording import counted
-from silotune.federation.metrics import Row, held_out_losses
+from silotune.federation.metrics import Row, held_out_losses, server_losses, server_set
 from silotune.federation.privacy_statement import privacy_lines
 from silotune.models.base_files import public_name
 from silotune.models.sources import SOURCES
@@ -27,10 +27,12 @@ from silotune.results.summary import (
     cost_lines,
     is_scored,
     label_table,
+    loss_name,
     loss_table,
     notes_of,
     prediction_notes,
     prediction_table,
+    server_lines,
     unit_of,
     worse_off,
 )
@@ -87,13 +89,16 @@ def run_page(
         verdict=[run_verdict(summary)],
         warnings=warnings,
         notes=[*notes_of(run), *budget_lines(summary)],
+        loss_name=loss_name(summary),
+        part=summary.get("scored", "held-out"),
+        server_lines=[f"{capitalised(line)}." for line in server_lines(summary)],
         loss_header=header,
         loss_rows=[(name, *(typeset(cell) for cell in cells)) for name, *cells in table],
         lost=lost,
         scored=is_scored(summary),
         unit=unit_of(summary),
         label_table=label_table(summary),
-        loss_charts=drawn(_loss_charts(rows, unit_of(summary))),
+        loss_charts=drawn(_loss_charts(rows, unit_of(summary), loss_name(summary))),
         cost_lines=cost_lines(summary),
         prediction_table=[
             (name, *map(typeset, cells)) for name, *cells in prediction_table(summary)
@@ -122,14 +127,21 @@ def better(metric: Mapping[str, Any]) -> str:
 # --- charts -----------------------------------------------------------------------------------
 
 
-def _loss_charts(rows: Sequence[Row], unit: str) -> list[Drawing]:
+def _loss_charts(rows: Sequence[Row], unit: str, name: str) -> list[Drawing]:
     held_out = _by_client(rows, "evaluate", "loss")
     training = _by_client(rows, "train", "train_loss")
     overall = {r: loss for r, loss in held_out_losses(rows).items() if math.isfinite(loss)}
     return [
-        Drawing("Held-out loss", charts.held_out_loss(held_out, overall, unit)),
+        Drawing(capitalised(name), charts.held_out_loss(held_out, overall, unit, name)),
         Drawing("Training loss", charts.training_loss(training, unit)),
+        _server_chart(rows, unit),
     ]
+
+
+def _server_chart(rows: Sequence[Row], unit: str) -> Drawing:
+    losses, name = server_losses(rows), server_set(rows)
+    drawing = charts.held_out_loss({name: losses}, {}, unit, "loss") if losses else ""
+    return Drawing(f"Loss on the {name}", drawing)
 
 
 def _cost_charts(rows: Sequence[Row], rounds: int, shown: Sequence[str]) -> list[Drawing]:
@@ -199,6 +211,7 @@ def shared_parts(
     return {
         "samples": samples,
         "split": split,
+        "has_validation": any(own.get("num_validation") for own in split.values()),
         "split_charts": drawn(_split_charts(split)),
         "recipe": _PATH.sub(r'"\1"', to_toml(run)),
         "seed": run.seed,

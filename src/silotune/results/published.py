@@ -7,7 +7,7 @@ the rows anyway. Cards and pages are made to be handed on.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from silotune.federation.metrics import Row
+from silotune.federation.metrics import SERVER_TEST, Row
 from silotune.results.summary import is_scored
 
 KEPT = (
@@ -51,10 +51,13 @@ def published(
     safe |= {"clients": clients, "overall": _without_losses(summary["overall"])}
     safe["is_withheld"] = is_scored(summary)  # real clients send no score in the first place
     safe |= dict.fromkeys(("tokens_trained", "seconds_training", "peak_memory_bytes"))
+    # the server's test set belongs to no client, and the adapters that it scores have noise
     kept = [
-        {key: value for key, value in row.items() if key in KEPT}
+        row
+        if row["event"] == SERVER_TEST
+        else {key: value for key, value in row.items() if key in KEPT}
         for row in rows
-        if row["event"] in ("train", "round")
+        if row["event"] in ("train", "round", SERVER_TEST)
     ]
     return Published(safe, kept, {}, ())
 

@@ -4,7 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.wording import counted, human_bytes, human_seconds
-from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
+from silotune.federation.budget import end_note
+from silotune.federation.metrics import (
+    SERVER_TEST,
+    Row,
+    held_out_losses,
+    overall_scores,
+    part_of,
+    server_losses,
+    server_set,
+    train_loss,
+    trained,
+)
 from silotune.recipes.schema import RunConfig
 
 ARMS = ("base", "federated")
@@ -43,7 +54,9 @@ def summarise(
         "algorithm": getattr(run.algorithm, "name", ""),
         "rounds": max((row["round"] for row in rows if row["event"] == "round"), default=0),
         "result_round": result_round,
+        **({} if part_of(rows) == "held-out" else {"scored": part_of(rows)}),
         **_losses(rows, clients, result_round),
+        **_server_scores(rows, result_round),
         **{key: sum(sizes) for key, sizes in sent.items()},
         **_training(rows),
         **found,
@@ -76,6 +89,45 @@ def _losses(
             "federated_loss": overall.get(result_round),
         },
     }
+
+
+def _server_scores(rows: Sequence[Row], result_round: int) -> dict[str, Any]:
+    """The scores of base and result on the server's test set; empty if it has none."""
+    own = {row["round"]: row for row in rows if row["event"] == SERVER_TEST}
+    if not own:
+        return {}
+    told = ("event", "round", "status", "part")
+    arms = dict(zip(ARMS, (own.get(0), own.get(result_round)), strict=True))
+    return {
+        "server_test": {
+            "name": server_set(rows),
+            **{
+                arm: row and {key: value for key, value in row.items() if key not in told}
+                for arm, row in arms.items()
+            },
+        }
+    }
+
+
+def loss_name(summary: Mapping[str, Any]) -> str:
+    """What the clients' loss is called: after the rows that were scored."""
+    return f"{summary.get('scored', 'held-out')} loss"
+
+
+def server_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The scores on the server's test set in words; empty if there are none."""
+    found = summary.get("server_test")
+    if not found or not all((found[arm] or {}).get("num_examples") for arm in ARMS):
+        return []
+    base, result = (found[arm] for arm in ARMS)
+    change = f"{result['loss'] - base['loss']:+.3f}"
+    lines = [
+        f"{found['name']} ({counted(result['num_examples'], 'row')}): loss {base['loss']:.3f} for "
+        f"the base, {result['loss']:.3f} for the result ({change})"
+    ]
+    if "accuracy" in result:
+        lines[0] += f", accuracy {base['accuracy']:.3f} and {result['accuracy']:.3f}"
+    return lines
 
 
 def _training(rows: Sequence[Row]) -> dict[str, Any]:
@@ -127,8 +179,13 @@ def notes_of(run: RunConfig) -> list[str]:
     notes = [run.report.note] if run.report.note else []
     if run.data.validation_fraction > 0:
         notes.append(
-            "The scores are of the validation rows (data.validation_fraction); the held-out rows "
-            "were not looked at: silotune evaluate scores them."
+            "The held-out rows were not looked at, because the recipe has validation rows "
+            "(data.validation_fraction): silotune evaluate scores them."
+        )
+    if run.evaluate.choose_by == "server":
+        notes.append(
+            "The server's validation set chose the round (evaluate.choose_by), so its loss looks "
+            "better than it is."
         )
     return notes
 
@@ -174,11 +231,12 @@ def is_scored(summary: Mapping[str, Any]) -> bool:
 
 
 def loss_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: client, rows, held-out loss of base and federated adapter, difference.
+    """Header and rows: client, rows, loss of base and federated adapter, difference.
 
     If no loss is known, only the numbers of rows are shown.
     """
-    lines = [("client", "train rows", "held-out rows", "base", "federated", "change")]
+    part = f"{summary.get('scored', 'held-out')} rows"
+    lines = [("client", "train rows", part, "base", "federated", "change")]
     for name, c in summary["clients"].items():
         lines.append((name, str(c["num_train"]), str(c["num_eval"]), *_three(c)))
     rows = [summary["clients"][name] for name in summary["clients"]]
@@ -236,8 +294,9 @@ def budget_lines(summary: Mapping[str, Any]) -> list[str]:
     budget = summary.get("budget")
     if not budget or budget["ended_by"] is None:
         return []
-    after = f"round {budget['rounds']} of {budget['planned_rounds']}"
-    return [f"{budget['ended_by']} ended the run after {after}"]
+    after = f"{budget['rounds']} of {budget['planned_rounds']}"
+    patience = budget.get("patience")  # earlier versions had none
+    return [end_note(budget["ended_by"], after, patience=patience, ends="ended")]
 
 
 def prediction_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -273,29 +332,36 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """
     held_out, labels = held_out_losses(rows), overall_scores(rows)
     more = ("accuracy", "macro F1", "Matthews") if labels else ()
+    server = server_losses(rows)
+    own = (f"loss on the {server_set(rows)}",) if server else ()
+    scored = f"{part_of(rows)} loss after the round"
     ends = [row for row in rows if row["event"] == "round"]
     error = ("aggregation error",) if any("aggregation_error" in row for row in ends) else ()
-    head = ("round", "train loss", "held-out loss after the round", *more, "sent", "seconds")
+    head = ("round", "train loss", scored, *more, *own, "sent", "seconds")
     lines: list[tuple[str, ...]] = [(*head, *error)]
+
+    def at_server(round_: int) -> tuple[str, ...]:
+        return (f"{server[round_]:.3f}" if round_ in server else "-",) * len(own)
 
     def scores(round_: int) -> tuple[str, ...]:
         found = labels.get(round_)
         return tuple(f"{n:.3f}" for n in found.values()) if found else ("-",) * len(more)
 
-    if 0 in held_out:
-        lines.append(
-            ("0 (base)", "-", f"{held_out[0]:.3f}", *scores(0), "-", "-", *("-" for _ in error))
-        )
+    if 0 in held_out or 0 in server:
+        base = f"{held_out[0]:.3f}" if 0 in held_out else "-"
+        none = ("-",) * len(error)
+        lines.append(("0 (base)", "-", base, *scores(0), *at_server(0), "-", "-", *none))
     for last in ends:
-        own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
+        clients = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
         after = held_out.get(last["round"])
-        sent = sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in own)
+        sent = sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in clients)
         lines.append(
             (
                 str(last["round"]),
-                f"{train_loss(own):.3f}" if trained(own) else "-",
+                f"{train_loss(clients):.3f}" if trained(clients) else "-",
                 "-" if after is None else f"{after:.3f}",
                 *scores(last["round"]),
+                *at_server(last["round"]),
                 human_bytes(sent),
                 f"{last['seconds']:.1f}" if "seconds" in last else "-",
                 *(
@@ -313,9 +379,11 @@ def split_table(split: Mapping[str, Any]) -> list[tuple[str, ...]]:
     Args:
         split: From `data_overview.describe_split`.
     """
+    has_validation = any(own.get("num_validation") for own in split.values())
     header = (
         "client",
         "train rows",
+        *(["validation rows"] if has_validation else []),
         "held-out rows",
         "median tokens",
         "95 %",
@@ -328,6 +396,7 @@ def split_table(split: Mapping[str, Any]) -> list[tuple[str, ...]]:
         more = len(own["labels"]) - len(labels)
         shown = ", ".join(labels) + (f" and {more} more" if more else "")
         lengths = (f"{own['tokens'][key]:.0f}" for key in ("p50", "p95", "max"))
-        counts = (str(own["num_train"]), str(own["num_eval"]))
+        parts = ("num_train", *(["num_validation"] if has_validation else []), "num_eval")
+        counts = (str(own[key]) for key in parts)
         lines.append((name, *counts, *lengths, shown or "-"))
     return lines

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from silotune.core.wording import counted
-from silotune.results.summary import unit_of, worse_off
+from silotune.results.summary import loss_name, unit_of, worse_off
 
 PHRASES = {
     "gained": "gained",
@@ -36,7 +36,7 @@ def run_verdict(summary: Mapping[str, Any]) -> str:
     before, after = summary["overall"]["base_loss"], summary["overall"]["federated_loss"]
     if not scored or before is None or after is None:
         if summary.get("is_withheld"):
-            return "Held-out losses have no noise, so they are not shown here."
+            return f"{loss_name(summary).capitalize()}es have no noise, so they are not shown here."
         return "Held-out loss was not measured, so this run cannot say whether it helped."
     num_better = len(scored) - len(worse_off(summary))
     if after == before:
@@ -49,8 +49,9 @@ def run_verdict(summary: Mapping[str, Any]) -> str:
     missing = len(summary["clients"]) - len(scored)
     unknown = f" No held-out score for {counted(missing, 'client')}." if missing else ""
     return (
-        f"{num_better} of {counted(len(scored), 'client')} {verb} a lower held-out loss than with "
-        f"the base; overall, weighted by {unit_of(summary).rsplit(' ', 1)[1]}s, {change}.{unknown}"
+        f"{num_better} of {counted(len(scored), 'client')} {verb} a lower {loss_name(summary)} "
+        f"than with the base; overall, weighted by {unit_of(summary).rsplit(' ', 1)[1]}s, "
+        f"{change}.{unknown}"
     )
 
 

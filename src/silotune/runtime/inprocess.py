@@ -30,7 +30,7 @@ from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
-from silotune.federation.server_work import open_server_work
+from silotune.federation.server_scores import open_server_side
 from silotune.models.devices import peak_memory_bytes
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
@@ -48,7 +48,7 @@ def drive(job: Job) -> Measured:
     num_rows = {name: own.num_train for name, own in data.items()}
     algorithm = with_privacy(plain, run, job.folder, num_rows)
     worker = replace(unguarded, algorithm=algorithm)
-    server = open_server_work(
+    server = open_server_side(
         run, job.folder, algorithm=algorithm, progress=job.progress, loaded=job.loaded
     )
     clients = InProcessClients(worker, data, job.folder, job.progress)
@@ -56,15 +56,17 @@ def drive(job: Job) -> Measured:
         job.progress.note(text)
     job.folder.rewind(job.state.round)
     job.progress.begin(job.run.rounds, job.state.round + 1)
-    run_rounds(
+    server.begin(job.state)
+    last = run_rounds(
         job.run,
         job.state,
         algorithm=algorithm,
         clients=clients,
         folder=job.folder,
         progress=job.progress,
-        improve=server and server.improve,
+        improve=server.improve,
     )
+    server.end(last)
     # the caller loaded the base, in this process
     return Measured(clients.num_rows(), base_model_loads=0, peak_memory_bytes=peak_memory_bytes())
 

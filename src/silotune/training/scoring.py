@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,13 @@ class EvaluateConfig(Config):
     every: int = Field(default=1, ge=0)
     """Rounds between scores of the adapter; the base and the final adapter are scored too. 0 turns
     scoring off."""
+    server_path: str | None = Field(default=None, min_length=1)
+    """A file or folder of rows at the server, with the same columns as the clients': the server's
+    test set, never trained on. Scored at the server in the rounds that `every` selects, or in every
+    round if `every` is 0. A comparison ignores it."""
+    choose_by: Literal["clients", "server"] = "clients"
+    """Whose scores choose the best round and the end of a run (checkpoint.keep, stop.patience).
+    server: those of server_path, whose rows are then no test."""
     batch_size: int = Field(default=8, ge=1)
     """Rows in one forward pass; it changes the score only by rounding."""
 

@@ -25,6 +25,7 @@ from silotune.federation.client_recipe import own_rows
 from silotune.federation.privacy_guarantee import Promise, promise_of, too_few_for
 from silotune.federation.roster import is_consortium, names_in
 from silotune.federation.sampling import cohort_size
+from silotune.federation.server_scores import check_server_test
 from silotune.federation.server_work import server_rows
 from silotune.federation.trackers import check_tracker
 from silotune.models.adapters import check_adapter
@@ -148,6 +149,7 @@ def _checked(run: RunConfig, *, offline: bool) -> Checked:
         here = any(own.train for own in rows.values())
         if here and (run.runtime.name != "flower" or run.privacy.unit == "none"):
             warnings += label_warnings(rows, run.data.labels or ())
+    check_server_test(run, {} if has_real_clients(run) else rows, own)
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
     promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
     if promise is not None and (few := too_few_for(promise)) is not None:

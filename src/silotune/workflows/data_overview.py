@@ -13,7 +13,9 @@ QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max
 
 
 def describe_split(rows: Mapping[str, ClientRows], tokenizer: Any, task: Task) -> dict[str, Any]:
-    """Per client: num_train, num_eval, quantiles of the train rows' tokens, counts of labels.
+    """Per client: numbers of rows, quantiles of the train rows' tokens, counts of labels.
+
+    The numbers are num_train, num_eval, and num_validation if there are such rows.
 
     Args:
         rows: All clients' rows, as far as this machine may read them.
@@ -23,6 +25,7 @@ def describe_split(rows: Mapping[str, ClientRows], tokenizer: Any, task: Task) -
     return {
         name: {
             "num_train": len(own.train),
+            **({"num_validation": len(own.validation)} if own.validation else {}),
             "num_eval": len(own.evaluation),
             "tokens": quantiles(task.num_tokens(own.train, tokenizer)),
             "labels": dict(Counter(own.labels).most_common()),

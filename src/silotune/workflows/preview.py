@@ -27,6 +27,7 @@ from silotune.data.reading import TaskRow
 from silotune.federation.client import cut_note
 from silotune.federation.client_config import is_client_folder
 from silotune.federation.recipe_model import give_template, warn_of_template
+from silotune.federation.server_scores import server_test_rows
 from silotune.federation.server_work import server_rows
 from silotune.models.base import ModelConfig, inspect_base, quiet_libraries
 from silotune.recipes.schema import RunConfig
@@ -60,10 +61,13 @@ class ClientPreview:
     """One client's rows in numbers."""
 
     num_train: int
+    num_validation: int
     num_eval: int
     labels: Mapping[str, int]
     """Number of train rows of each label, most common first; empty without a label column."""
     train: Lengths
+    validation: Lengths | None
+    """None without validation rows."""
     held_out: Lengths
     duplicates: Duplicates
 
@@ -96,7 +100,9 @@ class Preview:
     clients: Mapping[str, ClientPreview]
     """Sorted by name."""
     num_server: int
-    """Number of the server's own rows."""
+    """Number of the server's own train rows."""
+    num_server_test: int
+    """Number of rows in the server's test set."""
     warnings: Sequence[str]
     """What is allowed but may be surprising."""
     samples: Sequence[Sample]
@@ -107,6 +113,7 @@ class Preview:
             "split": self.split,
             "max_length": self.run.train.max_length,
             "num_server": self.num_server,
+            "num_server_test": self.num_server_test,
             "clients": {name: asdict(own) for name, own in self.clients.items()},
             "warnings": list(self.warnings),
         }
@@ -158,7 +165,8 @@ def _preview(checked: Checked, num_samples: int, client: str | None) -> Preview:
             for n, row in enumerate(rows[chosen].train[:num_samples], start=1)
         ]
         warnings += [*data_warnings(clients, limit), *warn_of_template(tokenizer, run, rows, own)]
-    return Preview(run, describe_partition(run), clients, len(own), warnings, samples)
+    split, num_test = describe_partition(run), len(server_test_rows(run))
+    return Preview(run, split, clients, len(own), num_test, warnings, samples)
 
 
 def _inspect(run: RunConfig) -> tuple[Any, list[str]]:
@@ -204,9 +212,13 @@ def describe_rows(
     return {
         name: ClientPreview(
             num_train=len(own.train),
+            num_validation=len(own.validation),
             num_eval=len(own.evaluation),
             labels=dict(Counter(own.labels).most_common()),
             train=measure(own.train, tokenizer, task, max_length),
+            validation=measure(own.validation, tokenizer, task, max_length)
+            if own.validation
+            else None,
             held_out=measure(own.evaluation, tokenizer, task, max_length),
             duplicates=duplicates[name],
         )
@@ -315,15 +327,15 @@ def data_warnings(clients: Mapping[str, ClientPreview], max_length: int) -> list
             "remove them from one of the parts"
         )
     for name, own in clients.items():
-        dropped = own.train.num_dropped + own.held_out.num_dropped
-        num_cut = own.train.num_cut + own.held_out.num_cut
+        parts = [("train", own.train, own.num_train), ("held-out", own.held_out, own.num_eval)]
+        if own.validation is not None:
+            parts.insert(1, ("validation", own.validation, own.num_validation))
+        dropped = sum(lengths.num_dropped for _, lengths, _ in parts)
+        num_cut = sum(lengths.num_cut for _, lengths, _ in parts)
         note = cut_note(name, num_cut=num_cut, num_dropped=dropped)
         if note is not None and dropped:
             warnings.append(note)
-        for part, lengths, size in (
-            ("train", own.train, own.num_train),
-            ("held-out", own.held_out, own.num_eval),
-        ):
+        for part, lengths, size in parts:
             if lengths.num_dropped == size:
                 warnings.append(
                     f"client '{name}': no {part} row has an answer within {max_length} tokens, so "

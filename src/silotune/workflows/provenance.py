@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from silotune.data.files import locate
 from silotune.data.row_draws import RULE as HELD_OUT_RULE
 from silotune.federation.roster import is_consortium
 from silotune.federation.run_folder import RunFolder
+from silotune.federation.server_scores import server_test_rows
 from silotune.models.base import folder_of_base
 from silotune.models.base_files import commit_of, public_name
 from silotune.models.loading import LoadedModel
@@ -41,6 +43,7 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
             "sha256": _fingerprint(checked),
             "held_out": HELD_OUT_RULE,
         },
+        **_of_the_servers_test(run),
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantization": loaded.quantization,
@@ -54,12 +57,26 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
         folder.write_json("provenance.json", now)
         return now
     check_same_rows(folder, checked)
+    if before.get("server_test") != now.get("server_test"):
+        raise RunFolderError(
+            f"{folder.path}: the server's test set has changed since the run began, so its scores "
+            "would not be comparable.\n"
+            f"  Restore it ({run.evaluate.server_path}), or start a new run."
+        )
     if before["base"]["sha256"] != now["base"]["sha256"]:
         raise RunFolderError(
             f"{folder.path}: the base has changed since the run began.\n"
             f"  Restore it ({run.model.name}), or start a new run."
         )
     return before
+
+
+def _of_the_servers_test(run: RunConfig) -> dict[str, Any]:
+    """The hash of its rows; empty if there is none."""
+    if not (rows := server_test_rows(run)):
+        return {}
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return {"server_test": {"num_rows": len(rows), "sha256": digest}}
 
 
 def check_same_rows(folder: RunFolder, checked: Checked) -> None:

@@ -12,7 +12,7 @@ from silotune.core.public_call import public
 from silotune.core.types import ServerState
 from silotune.data.client_rows import ClientRows
 from silotune.data.files import locate
-from silotune.federation.budget import begin_part, keep_spent
+from silotune.federation.budget import begin_part, has_ceiling, keep_spent
 from silotune.federation.client import ClientData
 from silotune.federation.client_memory import check_memories
 from silotune.federation.privacy_guarantee import with_privacy
@@ -175,7 +175,7 @@ def open_run(
     run = checked.run
     for text in checked.warnings:
         progress.note(f"warning: {text}")
-    if run.budget.bytes is not None or run.budget.hours is not None:
+    if has_ceiling(run):
         begin_part(folder, began)
     found, measuring_s = "a comparison does not measure", 0.0
     if loaded is None:

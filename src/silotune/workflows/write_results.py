@@ -147,6 +147,7 @@ def _budget(run: RunConfig, folder: RunFolder) -> dict[str, Any]:
     found = {
         "bytes": run.budget.bytes,
         "hours": run.budget.hours,
+        "patience": run.stop.patience,
         "ended_by": spent["ended_by"],
         "rounds": len(rounds),
         "planned_rounds": run.rounds,

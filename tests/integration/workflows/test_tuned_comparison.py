@@ -138,6 +138,7 @@ def test_a_lone_client_keeps_its_best_round_also_after_an_interruption(
 ):
     """Round 1 of three: as if it had trained one round only, bit for bit."""
     keys = ["rounds=3", "compare.seeds=1", "data.validation_fraction=0.3"]
+    keys += ["checkpoint.keep=best", "stop.patience=1"]
 
     def loss(self, names, adapter, said={"n": 0}):  # noqa: B006 - counts the calls
         said["n"] += 1
@@ -160,6 +161,10 @@ def test_a_lone_client_keeps_its_best_round_also_after_an_interruption(
         assert torch.equal(tensor, lone[name]), name
     assert done.result["tuned"] is False
     assert done.result["notes"][0].startswith("not tuned: every arm was trained as the recipe says")
+    federated = silotune.Run(done.path / "seed-3" / "federated" / "run")
+    assert federated.config.stop.patience is None, "an arm that stops early would train less"
+    assert federated.summary["rounds"] == 3
+    assert any("stop.patience is ignored" in note for note in done.result["notes"])
 
 
 def test_an_interrupted_tuning_goes_on_and_trains_nothing_twice(recipe, done, tmp_path):

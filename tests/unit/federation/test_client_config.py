@@ -252,6 +252,15 @@ def test_every_key_of_data_is_a_location_or_a_format():
     assert set(SERVERS) == LOCATIONS
 
 
+def test_a_client_does_not_score_held_out_rows_where_scores_make_choices():
+    own = client(data={"path": "own.jsonl", "validation_fraction": 0.0})
+    asked = recipe(data={"path": "x.jsonl", "validation_fraction": 0.2})
+    with pytest.raises(Declined, match="it would score its held-out rows"):
+        own_recipe(asked, own)
+    assert own_recipe(recipe(data={"path": "x.jsonl"}), own).data.validation_fraction == 0
+    assert own_recipe(asked, client()).data.validation_fraction == 0.2
+
+
 FORMATS = {
     "eval_fraction": (0.4, 0.3),
     "validation_fraction": (0.4, 0.3),

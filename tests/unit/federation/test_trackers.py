@@ -32,6 +32,26 @@ WRITTEN = {
 }
 
 
+def test_validation_rows_and_the_servers_test_set_have_curves_of_their_own():
+    logged = {}
+    tracker = object.__new__(Tracker)
+    tracker._tracker = type(
+        "Stub",
+        (),
+        {
+            "log": lambda self, values, step: logged.update(
+                {(k, step): v for k, v in values.items()}
+            )
+        },
+    )()
+    validation = [{**row, "part": "validation"} for row in ROWS if row["event"] == "evaluate"]
+    server = {"event": "server-test", "round": 1, "status": "ok", "loss": 1.5, "num_tokens": 9}
+    tracker.log_scores([*validation, server])
+    assert logged[("validation_loss/all", 0)] == 3.0
+    assert logged[("loss/server's test set", 1)] == 1.5
+    assert not any(key.startswith("held_out") for key, _ in logged)
+
+
 def test_tensorboard_holds_the_numbers_of_a_round(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -441,6 +441,11 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "distill.compat": ("raw-logits", []),
     "evaluate.every": ("2", []),
     "evaluate.batch_size": ("3", []),
+    "evaluate.server_path": ("own.jsonl", []),
+    "evaluate.choose_by": (
+        "server",
+        ["evaluate.server_path=own.jsonl", "checkpoint.keep=best"],
+    ),
     "checkpoint.every": ("2", []),
     "checkpoint.keep": ("all", []),
     "checkpoint.keep_updates": ("true", []),
@@ -454,6 +459,11 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "runtime.join_timeout_s": ("7.5", ["runtime.name=flower"]),
     "budget.bytes": ("12500", []),
     "budget.hours": ("1.5", []),
+    "stop.patience": ("2", ["data.validation_fraction=0.2", "checkpoint.keep=best"]),
+    "stop.min_delta": (
+        "0.25",
+        ["stop.patience=2", "data.validation_fraction=0.2", "checkpoint.keep=best"],
+    ),
     "plan.measure": ("true", []),
     "track": ("medical", []),
     "report.page": ("false", []),

@@ -24,7 +24,7 @@ from silotune.federation.progress import Progress
 from silotune.federation.roster import Roster
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
-from silotune.federation.server_work import open_server_work
+from silotune.federation.server_scores import open_server_side
 from silotune.recipes.schema import RunConfig
 from silotune.runtime import wire
 from silotune.runtime.flower.engine import measured_from
@@ -117,24 +117,27 @@ def run_remaining(clients: "FlowerClients", folder: RunFolder, *, local: Collect
         folder: The run's folder, with its first adapter.
         local: Tensors that each client trains and keeps.
     """
-    run, progress, state = clients.run, clients.progress, folder.load_state()
+    # only the folder's recipe knows the server's rows and choices: clients read `clients.run`
+    run, progress = RunFolder.open(folder.path).run, clients.progress
+    folder = RunFolder(folder.path, run)
+    state = folder.load_state()
     assert state is not None, "the first adapter is saved before the engine starts"
     folder.rewind(state.round)
     plain = keep_local(algorithm_of(run.algorithm), local)
     algorithm = with_privacy(plain, run, folder, clients.members.num_examples())
-    # only the folder's recipe names the server's rows and teacher: clients read `run`
-    own = RunFolder.open(folder.path).run
-    work = open_server_work(own, folder, algorithm=algorithm, progress=progress)
+    server = open_server_side(run, folder, algorithm=algorithm, progress=progress)
     progress.begin(run.rounds, state.round + 1)
-    run_rounds(
+    server.begin(state)
+    last = run_rounds(
         run,
         state,
         algorithm=algorithm,
         clients=clients,
         folder=folder,
         progress=progress,
-        improve=work and work.improve,
+        improve=server.improve,
     )
+    server.end(last)
 
 
 class FlowerClients:

@@ -22,7 +22,7 @@ from silotune.core.errors import EngineError
 from silotune.data.files import EXAMPLES, locate
 from silotune.data.reading import DataConfig
 from silotune.federation.client_config import is_client_folder
-from silotune.federation.client_recipe import LOCATIONS, SECTIONS_OF_THE_SERVER, is_public
+from silotune.federation.client_recipe import LOCATIONS, is_public, without_server
 from silotune.federation.roster import MEMBERS, is_consortium
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
@@ -242,6 +242,7 @@ def travelling(run: RunConfig) -> RunConfig:
     mine = {
         "server": ServerConfig(data_fraction=run.server.data_fraction),
         "distill": DistillConfig(),
+        "evaluate": without_server(run)["evaluate"],
     }
     return with_absolute_paths(run).model_copy(update=mine)
 
@@ -261,7 +262,7 @@ def travelling_name(name: str) -> str:
 def with_absolute_paths(run: RunConfig) -> RunConfig:
     """The recipe with paths that mean the same in any directory."""
     places = {"data": ("path", "eval_path"), "model": ("name",)}
-    places |= {"server": ("data_path",), "distill": ("teacher",)}
+    places |= {"server": ("data_path",), "evaluate": ("server_path",), "distill": ("teacher",)}
     parts = {
         part: (own := getattr(run, part)).model_copy(
             update={key: _absolute(value) for key in keys if (value := getattr(own, key))}
@@ -281,7 +282,7 @@ def _absolute(name: str) -> str:
 def without_places(run: RunConfig) -> RunConfig:
     """A recipe for real clients: it says what rows look like, but not where they are."""
     data = run.data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
-    return run.model_copy(update={"data": data, "partition": None, **SECTIONS_OF_THE_SERVER})
+    return run.model_copy(update={"data": data, "partition": None, **without_server(run)})
 
 
 def _default(key: str) -> Any:

@@ -37,7 +37,7 @@ from silotune.federation.server_work import open_server_work
 from silotune.models.loading import LoadedModel, read_adapter, untrained
 from silotune.recipes.parse import shipped_recipes
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import BudgetConfig
+from silotune.recipes.sections import BudgetConfig, StopConfig
 from silotune.results.run import Run
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.inprocess import InProcessClients, prepare_clients
@@ -182,10 +182,12 @@ def _check_auditable(run: RunConfig) -> None:
 def _bare(run: RunConfig) -> RunConfig:
     """The recipe without reports, because an audit is not a result to publish.
 
-    It also has no budget: the canaries' messages would use it up before the promised rounds end.
+    It also has no budget, which the canaries' messages would use up before the promised rounds end,
+    and no early stop.
     """
     report = run.report.model_copy(update={"page": False, "samples": 0, "tracker": "none"})
-    return run.model_copy(update={"report": report, "budget": BudgetConfig()})
+    bare = {"report": report, "budget": BudgetConfig(), "stop": StopConfig()}
+    return run.model_copy(update=bare)
 
 
 # --- a finished run -------------------------------------------------------------------------------

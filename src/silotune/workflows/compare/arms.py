@@ -29,7 +29,7 @@ from silotune.federation.server_work import build_lesson, is_pretrained, pretrai
 from silotune.models.loading import LoadedModel, save_adapter, untrained, write_adapter
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import CompareConfig
+from silotune.recipes.sections import CompareConfig, StopConfig
 from silotune.recipes.tuning import Point
 from silotune.results.run import Run
 from silotune.runtime.inprocess import prepare_clients
@@ -236,8 +236,10 @@ class Arms:
         run = self.run
         fixed = run.data.split_seed if run.data.split_seed is not None else run.seed
         # without a history, only the comparison scores the end; keep = "best" needs every score
-        scored = run.compare.history or run.checkpoint.keep == "best"
-        every, checkpoint = run.evaluate.every if scored else 0, run.checkpoint
+        every, checkpoint = run.evaluate.every, run.checkpoint
+        if run.evaluate.choose_by == "server":  # the other arms have no server
+            checkpoint = checkpoint.model_copy(update={"keep": "last"})
+        every = every if run.compare.history or checkpoint.keep == "best" else 0
         if self.picks_round:
             every = run.compare.every
             checkpoint = run.checkpoint.model_copy(update={"every": 1, "keep": "best"})
@@ -247,9 +249,12 @@ class Arms:
             update={
                 "seed": seed,
                 "data": run.data.model_copy(update={"split_seed": fixed}),
-                "evaluate": run.evaluate.model_copy(update={"every": every}),
+                "evaluate": run.evaluate.model_copy(
+                    update={"every": every, "server_path": None, "choose_by": "clients"}
+                ),
                 "checkpoint": checkpoint,
                 "report": run.report.model_copy(update={"page": False, "samples": 0}),
+                "stop": StopConfig(),  # equal examples; every arm's best round counts anyway
                 "compare": CompareConfig(),
             }
         )

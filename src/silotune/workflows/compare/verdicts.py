@@ -26,16 +26,22 @@ def comparison_verdict(comparison: Mapping[str, Any]) -> list[str]:
 
 def choice_notes(numbers: Mapping[str, Any], run: RunConfig) -> list[str]:
     """What the arms were trained with, and what chose it."""
+    ignored: list[str] = []
+    if run.stop.patience is not None:
+        ignored = ["stop.patience is ignored: every arm trains all rounds, on equal examples"]
+    if run.evaluate.server_path is not None:
+        ignored.append("evaluate.server_path is ignored: arms are scored on the clients' rows")
     if not numbers["tuned"]:
         rounds = ", but each arm's best round by validation counts" if numbers["rounds"] else ""
-        return [f"{NOT_TUNED}: every arm was trained as the recipe says{rounds}"]
+        return [f"{NOT_TUNED}: every arm was trained as the recipe says{rounds}", *ignored]
     trials = numbers["num_trials"]
     most = max(trials.values())
     notes = [
         f"tuned: every arm chose from {counted(most, 'trial')} on validation rows, with a seed "
         "that is not compared; "
         + "; ".join(f"{arm}: {words(numbers['chosen'][arm])}" for arm in _shared(numbers))
-        + "; local: by client, see the table"
+        + "; local: by client, see the table",
+        *ignored,
     ]
     notes += [
         f"{arm} has only {counted(num, 'trial')}: its algorithm has no server_lr"

@@ -157,6 +157,8 @@ def _why_no_time(run: RunConfig) -> str | None:
         return "the prediction is for clients that train one after another in one process"
     if run.server.work != "none":
         return "the prediction does not include the server's own training"
+    if run.evaluate.server_path is not None:
+        return "the prediction does not include the server's own scores"
     return None
 
 
@@ -166,7 +168,8 @@ def _why_other_bytes(planned: Mapping[str, Any], rows: Sequence[Row]) -> Iterato
     if done < planned["rounds"]:
         rounds = counted(planned["rounds"], "round")
         yield f"the prediction is for {rounds}, and the run ended after {done}"
-    failed = [row for row in rows if row.get("status", "ok") not in ("ok", "did not move")]
+    own = [row for row in rows if "client" in row]
+    failed = [row for row in own if row.get("status", "ok") not in ("ok", "did not move")]
     if failed:
         messages = counted(len(failed), "message")
         who = ", ".join(sorted({row["client"] for row in failed}))

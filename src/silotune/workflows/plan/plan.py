@@ -127,6 +127,8 @@ def _plan(run: RunConfig, *, measured: bool, limits: Limits | None) -> Plan:
     notes += _budget_notes(run, sent, times)
     if run.server.work != "none":
         notes.append("the numbers do not include the server's own training")
+    if run.evaluate.server_path is not None:
+        notes.append("the numbers do not include the server's own scores (evaluate.server_path)")
     batch = found.batch if found is not None else widest_batch(run)
     server = server_memory(run, shapes, algorithm, num_clients)
     try:
@@ -183,6 +185,8 @@ def _measurement_notes(outcome: Measurement | str | None, *, wanted: bool) -> It
 
 def _budget_notes(run: RunConfig, sent: Traffic, times: Times | None) -> Iterator[str]:
     """For every budget: whether the run stays within it, or the last round that does."""
+    if run.stop.patience is not None:
+        yield "stop.patience may end the run earlier: the numbers are for all rounds"
     limit, hours = run.budget.bytes, run.budget.hours
     if limit is not None and sent.rounds < run.rounds:
         yield f"budget.bytes ends the run after round {sent.rounds} of {run.rounds}"

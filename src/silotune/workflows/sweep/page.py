@@ -8,7 +8,7 @@ from silotune.recipes.parse import to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.results import charts
 from silotune.results.page import Drawing, render, rows_sha256
-from silotune.workflows.sweep.ranking import sweep_table, title_of, verdict
+from silotune.workflows.sweep.ranking import name_of, sweep_table, title_of, verdict
 
 
 def sweep_page(
@@ -30,12 +30,15 @@ def sweep_page(
     """
     done = [own for own in result["runs"] if own["failed"] is None]
     lines = {f"{own['number']:03d} {title_of(own)}": curves[own["number"]] for own in done}
-    names, size = list(lines), charts.MAX_LINES
+    names, size, name = list(lines), charts.MAX_LINES, name_of(result)
     parts = [
         {name: lines[name] for name in names[at : at + size]} for at in range(0, len(names), size)
     ]
     drawings = [
-        Drawing(_title(i * size, len(part), len(names)), charts.loss_by_run(part, result["unit"]))
+        Drawing(
+            _title(name, i * size, len(part), len(names)),
+            charts.loss_by_run(part, result["unit"], name),
+        )
         for i, part in enumerate(parts)
     ]
     header, *rows = sweep_table(result)
@@ -52,6 +55,7 @@ def sweep_page(
         subtitle=f"varied: {', '.join(result['keys'])}",
         verdict=[verdict(result)],
         notes=[*([result["note"]] if result["note"] else []), *result["notes"]],
+        loss_name=name,
         header=header,
         rows=rows,
         drawings=[drawing for drawing in drawings if drawing.svg],
@@ -62,7 +66,7 @@ def sweep_page(
     )
 
 
-def _title(first: int, count: int, total: int) -> str:
+def _title(name: str, first: int, count: int, total: int) -> str:
     if total == count:
-        return "Held-out loss of every run"
-    return f"Held-out loss, runs ranked {first + 1} to {first + count} of {total}"
+        return f"{name.capitalize()} of every run"
+    return f"{name.capitalize()}, runs ranked {first + 1} to {first + count} of {total}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.wording import counted, human_bytes, human_seconds
-from silotune.results.summary import unit_of
+from silotune.results.summary import loss_name, unit_of
 
 Result = Mapping[str, Any]
 """sweep.json."""
@@ -18,8 +18,8 @@ def ranked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             scores, num_scored, bytes, seconds.
 
     Returns:
-        runs, lowest loss first and failed ones last; keys, all that any run changes; unit of the
-        losses; notes.
+        runs, lowest loss first and failed ones last; keys, all that any run changes; unit and name
+        of the losses; notes.
     """
     done = [row for row in rows if row["failed"] is None]
     keys = dict.fromkeys(key for row in rows for key in row["keys"])
@@ -28,6 +28,7 @@ def ranked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "runs": list(order),
         "keys": list(keys),
         "unit": unit_of(done[0]) if done else "",
+        "loss_name": loss_name(done[0]) if done else "held-out loss",
         "notes": _notes(done, num_failed=len(rows) - len(done)),
     }
 
@@ -44,7 +45,7 @@ def _notes(done: Sequence[Mapping[str, Any]], *, num_failed: int) -> list[str]:
     if any(row.get("epsilon") is not None for row in done):
         notes.append(
             "each private run has spent its own epsilon, and none of them covers choosing among "
-            "the runs by held-out loss"
+            "the runs by their losses"
         )
     if len(done) > 1:
         notes.append(
@@ -54,12 +55,17 @@ def _notes(done: Sequence[Mapping[str, Any]], *, num_failed: int) -> list[str]:
     return notes
 
 
+def name_of(result: Result) -> str:
+    """What the losses are called; sweeps of earlier versions do not say."""
+    return result.get("loss_name", "held-out loss")
+
+
 def sweep_table(result: Result) -> list[tuple[str, ...]]:
     """Header and rows: one line per run, best first."""
     labels = any(own.get("scores") for own in result["runs"])
     more = ("accuracy", "macro F1") if labels else ()
     keys: list[str] = result["keys"]
-    lines = [("run", *keys, "base", "held-out loss", *more, "sent", "time")]
+    lines = [("run", *keys, "base", name_of(result), *more, "sent", "time")]
     for own in result["runs"]:
         head = (f"{own['number']:03d}", *(shown(own["keys"].get(key, "")) for key in keys))
         if own["failed"] is not None:
@@ -98,7 +104,7 @@ def verdict(result: Result) -> str:
         return "No run has finished."
     best, worst = done[0], done[-1]
     keys = " ".join(f"{key}={text}" for key, text in best["keys"].items())
-    sentence = f"Lowest held-out loss: {best['loss']:.3f} {result['unit']} with {keys}"
+    sentence = f"Lowest {name_of(result)}: {best['loss']:.3f} {result['unit']} with {keys}"
     if len(done) == 1:
         return f"{sentence}."
     if len(done) == 2:

@@ -321,7 +321,8 @@ class _Work:
             self.failed[trial.number] = why
             self.progress.note(f"[{trial.number}/{self.num_runs}] failed: {why}")
         else:
-            words = "no held-out loss" if loss is None else f"held-out loss {loss:.3f}"
+            name = f"{trial.run.data.scored_part} loss"
+            words = f"no {name}" if loss is None else f"{name} {loss:.3f}"
             self.progress.note(f"[{trial.number}/{self.num_runs}] done: {words}")
 
 
@@ -349,6 +350,7 @@ def _numbers(run: Run) -> dict[str, Any]:
     scored = [r for r in run.metrics if r["event"] == "evaluate" and r["round"] == last]
     return {
         "task": summary["task"],
+        **({"scored": summary["scored"]} if "scored" in summary else {}),
         "base_loss": summary["overall"]["base_loss"],
         "loss": summary["overall"]["federated_loss"],
         "scores": (summary.get("scores") or {}).get("overall", {}).get("federated"),

@@ -40,7 +40,7 @@ from silotune.runtime.flower import server as flower_server
 from silotune.runtime.flower.records import from_record, to_record
 from silotune.runtime.flower.server import FlowerClients, run_remaining
 from silotune.runtime.flower.server_reports import Follower, read_outcome
-from silotune.runtime.flower.submit import RUNS, SETTINGS
+from silotune.runtime.flower.submit import RUNS, SETTINGS, without_places
 from silotune.runtime.payload import Parcel
 
 NAMES = ("east", "north", "south", "west")
@@ -1326,6 +1326,29 @@ def test_each_client_receives_its_own_message_and_one_that_all_share_is_encoded_
     encoded.clear()
     list(clients.train(dict.fromkeys(NAMES, Broadcast(2, START))))
     assert len(encoded) == 1
+
+
+# --- what only the server's recipe says ----------------------------------------------------------
+
+
+def test_the_servers_own_recipe_ends_a_run_although_clients_do_not_see_it(tmp_path):
+    run = recipe(
+        rounds=9,
+        data={"path": "medquad_mini", "validation_fraction": 0.2},
+        evaluate={"every": 1},
+        checkpoint={"keep": "best"},
+        stop={"patience": 1},
+        sampling={"timeout_s": 5},
+    )
+    played = Played(tmp_path, Nodes(clients_by()), run)
+    played.clients.run = without_places(run)
+    assert played.clients.run.stop.patience is None
+    played.folder.save(ServerState(0, START), last=False)
+    run_remaining(played.clients, played.folder, local=())
+    state = played.folder.load_state()
+    assert state is not None
+    assert state.round == 3, "all rounds have the same loss: round 2 is not better than round 1"
+    assert {row["part"] for row in played.rows("evaluate")} == {"validation"}
 
 
 # --- private noise --------------------------------------------------------------------------------
