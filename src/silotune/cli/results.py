@@ -51,6 +51,9 @@ def print_run(done: "silotune.Run") -> None:
     if labels := tables.label_table(summary):
         print_line("\nheld-out labels (higher is better)\n")
         print_table(labels)
+    if own := tables.own_table(summary):
+        print_line(f"\nafter each client's own steps ({tables.unit_of(summary)})\n")
+        print_table(own)
     if lost := tables.worse_off(summary):
         print_line(f"\nnot better than the base for: {', '.join(lost)}")
     for text in tables.budget_warnings(summary):
@@ -60,6 +63,7 @@ def print_run(done: "silotune.Run") -> None:
         *tables.notes_of(done.config),
         *tables.budget_lines(summary),
         *tables.cost_lines(summary),
+        *tables.own_lines(summary),
     ]:
         print_line(text)
     if "privacy" in summary:

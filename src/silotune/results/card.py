@@ -27,6 +27,8 @@ from silotune.results.summary import (
     label_table,
     loss_table,
     notes_of,
+    own_lines,
+    own_table,
     prediction_notes,
     prediction_table,
     round_table,
@@ -60,6 +62,7 @@ def model_card(
             *_heading(run, summary),
             *_results(summary),
             *_label_scores(summary),
+            *_own_steps(summary),
             *_warnings(summary),
             "",
             "## Rounds",
@@ -70,6 +73,7 @@ def model_card(
             "## Cost",
             "",
             *(f"- {line}" for line in [*budget_lines(summary), *cost_lines(summary)]),
+            *(f"- {markdown(line)}" for line in own_lines(summary)),
             "",
             *_predicted(summary),
             *_privacy(summary),
@@ -102,6 +106,14 @@ def _heading(run: RunConfig, summary: Mapping[str, Any]) -> list[str]:
         "",
         *(line for note in notes_of(run) for line in (note, "")),
     ]
+
+
+def _own_steps(summary: Mapping[str, Any]) -> list[str]:
+    """The scores of clients that have gone on by themselves."""
+    if not (table := own_table(summary)):
+        return []
+    title = f"## After each client's own steps ({unit_of(summary)}, lower is better)"
+    return ["", title, "", *markdown_table(table)]
 
 
 def _results(summary: Mapping[str, Any]) -> list[str]:

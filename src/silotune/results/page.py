@@ -29,6 +29,8 @@ from silotune.results.summary import (
     label_table,
     loss_table,
     notes_of,
+    own_lines,
+    own_table,
     prediction_notes,
     prediction_table,
     unit_of,
@@ -93,8 +95,9 @@ def run_page(
         scored=is_scored(summary),
         unit=unit_of(summary),
         label_table=label_table(summary),
+        own_table=[(name, *map(typeset, cells)) for name, *cells in own_table(summary)],
         loss_charts=drawn(_loss_charts(rows, unit_of(summary))),
-        cost_lines=cost_lines(summary),
+        cost_lines=[*cost_lines(summary), *own_lines(summary)],
         prediction_table=[
             (name, *map(typeset, cells)) for name, *cells in prediction_table(summary)
         ],
