@@ -10,9 +10,11 @@ import silotune
 from silotune.core.crossed import Estimate
 from silotune.federation.own_steps import FILE
 from silotune.recipes.parse import parse
-from silotune.workflows.compare import own_arms
+from silotune.workflows.compare.compare import privacy_notes
 from tests.conftest import build_tiny_model, hospital_rows, write_jsonl, write_tiny_recipe
+from tests.integration.test_classify import ROWS, table_of
 from tests.integration.workflows.test_tuned_comparison import Parts
+from tests.tiny_encoders import build_tiny_encoder
 
 ODD = "hospital-3"
 """It answers "no" where all others answer "yes"."""
@@ -54,10 +56,11 @@ def planted(tmp_path_factory):
     return silotune.compare(parse(table), out=place / "c")
 
 
-def scored(done, place):
-    """The held-out losses of a part, row by row."""
+def scored(done, place, client=None):
+    """The held-out losses of a part, row by row: of one client, or of all that are in it."""
     text = (done.path / place / "scores.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line)["loss_sum"] for line in text.splitlines()]
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [row["loss_sum"] for row in rows if client in (None, row["client"])]
 
 
 def part(done, place):
@@ -109,11 +112,7 @@ def test_a_share_of_0_is_what_was_before_and_of_1_what_is_after_bit_for_bit(plan
             for seed, share in zip((3, 4, 5), by_seed, strict=True):
                 mixed = scored(planted, f"seed-{seed}/interpolation/{arm}/{client}")
                 after = scored(planted, f"seed-{seed}/own steps/{arm}/{client}")
-                before = f"seed-{seed}/{start.format(client)}/scores.jsonl"
-                lines = (planted.path / before).read_text(encoding="utf-8").splitlines()
-                begun = [
-                    row["loss_sum"] for row in map(json.loads, lines) if row["client"] == client
-                ]
+                begun = scored(planted, f"seed-{seed}/{start.format(client)}", client)
                 assert mixed == {0.0: begun, 1.0: after}.get(share, mixed)
                 assert begun != after
                 assert (mixed in (begun, after)) == (share in (0.0, 1.0))
@@ -181,31 +180,31 @@ def test_own_steps_get_the_same_trials_alone_and_federated(tiny_model, tmp_path)
     assert {k: resumed.result[k] for k in same} == {k: done.result[k] for k in same}
 
 
-def test_under_privacy_too_the_arms_start_where_the_others_have_ended(
-    tiny_model, tmp_path, monkeypatch
-):
-    """Rows are protected: own steps have no noise, and a note says so."""
-    recipe = write_tiny_recipe(tmp_path, tiny_model)
-    write_jsonl(tmp_path / "hospitals.jsonl", hospital_rows(2, 14))
-    starts, take = [], own_arms.take_own_steps
+def test_own_steps_start_where_their_arm_has_ended_also_with_a_head_of_its_own(tmp_path):
+    """Steps that are too short to move a float32: the same losses, bit for bit."""
+    write_jsonl(tmp_path / "rows.jsonl", ROWS[:40])
+    build_tiny_encoder(tmp_path / "student", num_layers=2, seed=0)
+    changes = {
+        "rounds": 1,
+        "adapter__head": "local",
+        "data__validation_fraction": 0.3,
+        "finish": {"local_steps": 1, "lr": 1e-30},
+        "compare": {"seeds": 1, "tune": False, "centralized": False},
+    }
+    done = silotune.compare(parse(table_of(tmp_path, **changes)), out=tmp_path / "c")
+    for client in ("cinema-0", "cinema-1"):
+        for arm, start in (("local", f"local/{client}"), ("federated", "federated")):
+            begun = scored(done, f"seed-3/{start}", client)
+            assert scored(done, f"seed-3/own steps/{arm}/{client}") == begun
+    lone, joint = (
+        scored(done, f"seed-3/own steps/{arm}/cinema-0") for arm in ("local", "federated")
+    )
+    assert lone != joint
 
-    def remember(worker, data, start, **more):
-        starts.append((data.name, start))
-        return take(worker, data, start, **more)
 
-    monkeypatch.setattr(own_arms, "take_own_steps", remember)
-    private = [
-        *("privacy.unit=record", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3"),
-        *("privacy.noise=seeded", "rounds=1", "train.local_steps=1", "finish.local_steps=1"),
-        *("compare.seeds=1", "compare.centralized=false", "data.validation_fraction=0.3"),
-    ]
-    done = silotune.compare(recipe, private, out=tmp_path / "c")
-    lone = load_file(done.path / "seed-3/local/hospital-0/adapter/adapter_model.safetensors")
-    result = silotune.Run(done.path / "seed-3/federated/run").adapter()
-    names = [name for name, _ in starts]
-    assert names == ["hospital-0", "hospital-1"] * 2, "alone, then federated"
-    for name, tensor in starts[0][1].items():
-        assert torch.equal(tensor, lone[name])
-    for name, tensor in starts[2][1].items():
-        assert torch.equal(tensor, result[name])
-    assert any("no noise protects the own steps" in note for note in done.result["notes"])
+def test_a_note_says_that_own_steps_have_no_noise():
+    keys = ["privacy.unit=record", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3"]
+    run = silotune.load_recipe("hospitals", keys)
+    with_steps = silotune.load_recipe("hospitals", [*keys, "finish.local_steps=1"])
+    bare = [note for note in privacy_notes(with_steps) if note not in privacy_notes(run)]
+    assert bare == ["no noise protects the own steps: they are for the client that takes them"]

@@ -247,7 +247,7 @@ def _write(arms: Arms, parts: Places, numbers: dict[str, Any], scores: Scores) -
             *([run.report.note] if run.report.note else []),
             *choice_notes(numbers, run),
             *finish_notes(numbers, run),
-            *_privacy_notes(run),
+            *privacy_notes(run),
             *numbers["notes"],
         ],
         "samples": samples(arms.held, scores, run, arms.task),
@@ -262,11 +262,11 @@ def _write(arms: Arms, parts: Places, numbers: dict[str, Any], scores: Scores) -
     return done
 
 
-def _privacy_notes(run: RunConfig) -> list[str]:
+def privacy_notes(run: RunConfig) -> list[str]:
     """Which arms [privacy] protects."""
     if run.privacy.unit != "none" and run.finish.local_steps:
         bare = "no noise protects the own steps: they are for the client that takes them"
-        return [*_privacy_notes(run.model_copy(update={"finish": FinishConfig()})), bare]
+        return [*privacy_notes(run.model_copy(update={"finish": FinishConfig()})), bare]
     if run.privacy.unit == "record":
         return ["every arm except the base protects its rows, each with noise for its own rows"]
     if run.privacy.is_at_client:
