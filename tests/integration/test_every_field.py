@@ -121,6 +121,9 @@ ELSEWHERE = {
         }.items()
         for key in keys
     },
+    "finish.local_steps": "test_finish",
+    "finish.lr": "test_finish",
+    "finish.interpolate": "test_finish",
     "compare.arms": "test_classify, test_arms",
     "compare.history": "test_classify",
     "compare.seeds": "test_compare",

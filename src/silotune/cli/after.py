@@ -31,6 +31,13 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts in one forward pass
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Maximum number of questions per suite, drawn at random.")
 ]
+OfClient = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Use the model as this client has it: after its own steps, or with its own head.",
+    ),
+]
 AskBase = Annotated[bool, typer.Option(help="Also ask the untouched base.")]
 AllowCode = Annotated[
     bool,
@@ -44,6 +51,7 @@ def ask(
     run: RunFolder,
     question: Annotated[str, typer.Argument(help="What to ask.")],
     base: Annotated[bool, typer.Option("--base", help="Ask the untouched base.")] = False,
+    client: OfClient = None,
     max_new_tokens: MaxNewTokens = 128,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -51,7 +59,9 @@ def ask(
     with errors_as_exit_codes():
         import silotune
 
-        text = silotune.Run(run).ask(question, base=base, max_new_tokens=max_new_tokens)
+        text = silotune.Run(run).ask(
+            question, base=base, client=client, max_new_tokens=max_new_tokens
+        )
         if json:
             print_json({"question": question, "answer": text, "base": base})
         else:
@@ -69,6 +79,7 @@ def evaluate(
     limit: Limit = None,
     base: AskBase = True,
     allow_code_execution: AllowCode = False,
+    client: OfClient = None,
     json: Annotated[bool, typer.Option("--json", help="Print scores.json.")] = False,
 ) -> None:
     """Ask a run and its base questions with known answers."""
@@ -87,6 +98,7 @@ def evaluate(
             instructions=_instructions(instructions),
             base=base,
             allow_code_execution=allow_code_execution,
+            client=client,
         )
         done = silotune.evaluate(run, questions, progress=pick_progress())
         if json:
@@ -174,6 +186,7 @@ def export(
     public: Annotated[
         bool, typer.Option("--public", help="With --push: make the repository public.")
     ] = False,
+    client: OfClient = None,
 ) -> None:
     """Export a run's model: PEFT, merged, or GGUF.
 
@@ -184,7 +197,13 @@ def export(
         from silotune.federation.progress import pick_progress
 
         place = silotune.Run(run).export(
-            kind, to=to, gguf_type=gguf_type, push=push, public=public, progress=pick_progress()
+            kind,
+            to=to,
+            gguf_type=gguf_type,
+            push=push,
+            public=public,
+            client=client,
+            progress=pick_progress(),
         )
         typer.echo(place)
 

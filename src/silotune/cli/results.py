@@ -54,6 +54,9 @@ def print_run(done: "silotune.Run") -> None:
         print_table(labels)
     for text in tables.server_lines(summary):
         print_line(f"\n{text}")
+    if own := tables.own_table(summary):
+        print_line(f"\nafter each client's own steps ({tables.unit_of(summary)})\n")
+        print_table(own)
     if lost := tables.worse_off(summary):
         print_line(f"\nnot better than the base for: {', '.join(lost)}")
     for text in tables.budget_warnings(summary):
@@ -63,6 +66,7 @@ def print_run(done: "silotune.Run") -> None:
         *tables.notes_of(done.config),
         *tables.budget_lines(summary),
         *tables.cost_lines(summary),
+        *tables.own_lines(summary),
     ]:
         print_line(text)
     if "privacy" in summary:
@@ -92,7 +96,9 @@ def print_answers(done: "silotune.Run") -> None:
 def print_comparison(done: "silotune.Comparison") -> None:
     """Print a comparison's tables, one set per metric, then costs and verdicts."""
     from silotune.workflows.compare import statistics as tables
+    from silotune.workflows.compare.best import choice_tables
     from silotune.workflows.compare.verdicts import (
+        best_verdict,
         comparison_verdict,
         tuning_line,
         worse_off_warnings,
@@ -110,10 +116,18 @@ def print_comparison(done: "silotune.Comparison") -> None:
         if against := tables.against_table(result, metric["key"]):
             print_line(f"\n{tables.AGAINST[0].lower()}{tables.AGAINST[1:]}\n")
             print_table(against)
+        for title, table in choice_tables(result, metric["key"]):
+            print_line(f"\n{title[0].lower()}{title[1:]}\n")
+            print_table(table)
     print_line(f"\ncost, over {counted(len(result['seeds']), 'seed')}\n")
     print_table(tables.cost_table(result))
     print_line()
-    for text in [*comparison_verdict(result), *worse_off_warnings(result), *result["notes"]]:
+    for text in [
+        *comparison_verdict(result),
+        *best_verdict(result),
+        *worse_off_warnings(result),
+        *result["notes"],
+    ]:
         print_line(text)
     print_line(f"report: {done.path / 'report.html'}")
 

@@ -138,6 +138,11 @@ def _not_protected(run: RunConfig, promise: Mapping[str, Any]) -> list[str]:
         found.insert(0, "ANYTHING: the noise multiplier is 0")
     if run.adapter.head == "local" and not record:
         found.append("each client's own head, which stays at the client and has no noise")
+    if run.finish.local_steps:
+        found.append(
+            "what each client learns in its own steps after the last round: it stays at the client "
+            "and has no noise"
+        )
     return found
 
 

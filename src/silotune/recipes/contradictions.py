@@ -30,6 +30,7 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     yield from _of_the_task(run)
     yield from _of_the_server(run)
+    yield from _of_own_steps(run)
     if "no-end-token" in run.train.compat and TEMPLATES.get(run.data.template) is None:
         own = ", ".join(name for name, text in TEMPLATES.items() if text is not None)
         yield "train.compat", f"'no-end-token' needs data.template to be one of: {own}"
@@ -272,6 +273,37 @@ def _of_the_servers_test(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield "adapter.head", "'local' leaves the server without a head to score with"
     if chooses and run.checkpoint.keep != "best":
         yield "evaluate.choose_by", "'server' only has an effect with checkpoint.keep = 'best'"
+
+
+def _of_own_steps(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What clients need for steps of their own after the last round."""
+    own = run.finish
+    if not own.local_steps:
+        given = {"lr": own.lr is not None, "interpolate": bool(own.interpolate)}
+        yield from (
+            (f"finish.{key}", "only has an effect with finish.local_steps")
+            for key, is_given in given.items()
+            if is_given
+        )
+        return
+    if own.interpolate and run.data.validation_fraction == 0:
+        yield (
+            "finish.interpolate",
+            "needs validation rows to choose a share by: set data.validation_fraction",
+        )
+    if run.train.warmup_steps >= own.local_steps:
+        yield "finish.local_steps", "must be more than train.warmup_steps"
+    if run.budget.hours is not None:
+        yield (
+            "finish.local_steps",
+            "cannot be used with budget.hours, which ends before the steps after the last round",
+        )
+    if run.runtime.name == "flower":
+        yield (
+            "finish.local_steps",
+            "cannot be used with runtime.name = 'flower': so far, only the clients of a simulation "
+            "take steps of their own after the last round",
+        )
 
 
 def _of_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:

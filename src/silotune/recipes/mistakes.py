@@ -28,6 +28,7 @@ from silotune.recipes.sections import (
     BudgetConfig,
     CheckpointConfig,
     CompareConfig,
+    FinishConfig,
     PlanConfig,
     ReportConfig,
     RuntimeConfig,
@@ -43,6 +44,7 @@ LISTS = {
     "": '["one", "two"]',
     "adapter.targets": '["q_proj", "v_proj"]',
     "compare.algorithms": '["fedprox"]',
+    "finish.interpolate": "[0.0, 0.5, 1.0]",
     "sweep.keys": '["train.lr=1e-4,1e-3"]',
     "sweep.runs": '["train.lr=1e-3 adapter.rank=8"]',
 }
@@ -139,6 +141,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "privacy": PrivacyConfig,
         "evaluate": EvaluateConfig,
         "checkpoint": CheckpointConfig,
+        "finish": FinishConfig,
         "runtime": RuntimeConfig,
         "budget": BudgetConfig,
         "stop": StopConfig,

@@ -19,6 +19,7 @@ from silotune.recipes.sections import (
     BudgetConfig,
     CheckpointConfig,
     CompareConfig,
+    FinishConfig,
     PlanConfig,
     ReportConfig,
     RuntimeConfig,
@@ -58,6 +59,7 @@ class RunConfig(Config):
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    finish: FinishConfig = FinishConfig()
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     budget: BudgetConfig = BudgetConfig()
     stop: StopConfig = StopConfig()

@@ -96,6 +96,28 @@ class CheckpointConfig(Config):
     Each is as large as the trained tensors. Simulations only."""
 
 
+class FinishConfig(Config):
+    """What each client does with the result by itself after the last round. Nothing is sent."""
+
+    local_steps: int = Field(default=0, ge=0)
+    """Optimizer steps that each client takes from the result, on its own train rows. The adapter
+    that follows stays at the client: `ask`, `evaluate` and `export` use it with --client NAME.
+    A comparison lets lone clients take as many. 0: none. Simulations only."""
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate of these steps; it does not fall. train.lr if absent."""
+    interpolate: tuple[float, ...] = ()
+    """Shares of the client's own steps, for example [0.0, 0.25, 0.5, 0.75, 1.0]. Each client uses
+    the one with the lowest loss on its validation rows: every tensor is (1 - share) * result +
+    share * own. Empty: all of the steps count."""
+
+    @field_validator("interpolate")
+    @classmethod
+    def _are_shares(cls, given: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(given)) < len(given) or not all(0 <= share <= 1 for share in given):
+            raise ValueError("should be different numbers from 0 to 1")
+        return given
+
+
 def usable_threads() -> int:
     """Number of processors that this process may use, which may be fewer in a container."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows

@@ -73,6 +73,26 @@ def lone_points(run: RunConfig, tune: object) -> list[Point]:
     ]
 
 
+def own_points(run: RunConfig, tune: object) -> list[Point]:
+    """What a client tries for its own steps: every learning rate with all steps and with half.
+
+    The values "lr" and "steps" say how; the recipe of each point has them in [finish].
+    """
+    most = run.finish.local_steps
+    start = run.finish.lr or run.train.lr
+    rates = _given(tune).get("lr", (start, start / FACTOR, start * FACTOR))
+    return [
+        _own_point(run, lr, steps)
+        for lr in rates
+        for steps in dict.fromkeys((most, max(1, most // 2)))
+    ]
+
+
+def _own_point(run: RunConfig, lr: float, steps: int) -> Point:
+    finish = run.finish.model_copy(update={"lr": lr, "local_steps": steps})
+    return Point(run.model_copy(update={"finish": finish}), {"lr": lr, "steps": steps})
+
+
 def _given(tune: object) -> Mapping[str, tuple[float, ...]]:
     return cast(Mapping[str, tuple[float, ...]], tune) if isinstance(tune, Mapping) else {}
 

@@ -28,6 +28,8 @@ from silotune.results.summary import (
     loss_name,
     loss_table,
     notes_of,
+    own_lines,
+    own_table,
     prediction_notes,
     prediction_table,
     round_table,
@@ -67,6 +69,7 @@ def model_card(
                 for said in server_lines(summary)
                 for line in ("", f"{said[:1].upper()}{said[1:]}.")
             ),
+            *_own_steps(summary),
             *_warnings(summary),
             "",
             "## Rounds",
@@ -77,6 +80,7 @@ def model_card(
             "## Cost",
             "",
             *(f"- {line}" for line in [*budget_lines(summary), *cost_lines(summary)]),
+            *(f"- {markdown(line)}" for line in own_lines(summary)),
             "",
             *_predicted(summary),
             *_privacy(summary),
@@ -109,6 +113,14 @@ def _heading(run: RunConfig, summary: Mapping[str, Any]) -> list[str]:
         "",
         *(line for note in notes_of(run) for line in (note, "")),
     ]
+
+
+def _own_steps(summary: Mapping[str, Any]) -> list[str]:
+    """The scores of clients that have gone on by themselves."""
+    if not (table := own_table(summary)):
+        return []
+    title = f"## After each client's own steps ({unit_of(summary)}, lower is better)"
+    return ["", title, "", *markdown_table(table)]
 
 
 def _results(summary: Mapping[str, Any]) -> list[str]:

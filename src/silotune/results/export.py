@@ -24,7 +24,7 @@ from silotune.models.base import quiet_libraries
 from silotune.models.base_files import commit_of, public_name, public_reference
 from silotune.models.gguf_write import GgufType, check_llama, check_tokenizer, write_llama
 from silotune.models.heads import num_positions
-from silotune.models.loading import LoadedModel, save_labels
+from silotune.models.loading import LoadedModel, save_adapter, save_labels
 from silotune.recipes.schema import RunConfig
 from silotune.results.export_card import ExportKind, export_card, gguf_name, licence_of
 
@@ -45,6 +45,7 @@ def check_request(
     gguf_type: GgufType | None,
     push: str | None,
     public: bool,
+    client: str | None = None,
 ) -> None:
     """Refuse what cannot be exported, before anything is loaded.
 
@@ -67,6 +68,11 @@ def check_request(
         raise ConfigError("--public has an effect only with --push.\n  Leave it out.")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise ConfigError(f"--push '{push}' is not a repository.\n  Include the owner: OWNER/NAME.")
+    if client is not None and push is not None:
+        raise ConfigError(
+            "--client has no effect with --push: what a client has learned by itself is not "
+            "published.\n  Leave out one of the two."
+        )
     adapter = run.adapter.kind
     if kind == "peft" and adapter == "full":
         raise ModelError(
@@ -109,6 +115,7 @@ def export_run(
     place: Path,
     *,
     gguf_type: GgufType,
+    client: str | None = None,
     load: Callable[[RunConfig], LoadedModel],
     progress: Progress,
 ) -> Path:
@@ -119,6 +126,7 @@ def export_run(
         kind: What to write; see `check_request`.
         place: The folder to create, with its parents. Never overwritten.
         gguf_type: How a GGUF file stores matrices.
+        client: Whose own adapter `load` puts in; None for the result of the federation.
         load: Loads a recipe's base with the run's result in it.
         progress: Receives progress messages.
 
@@ -135,8 +143,12 @@ def export_run(
     run, summary = folder.run, folder.read_json("summary.json")
     provenance = folder.read_json("provenance.json")
     moved = None
-    if kind == "peft" or (kind == "merged" and run.adapter.kind == "full"):
+    is_whole = kind == "peft" or (kind == "merged" and run.adapter.kind == "full")
+    if is_whole and client is None:
         write = _copier(path / "adapter", run)
+    elif is_whole:
+        progress.note(f"loading {run.model.name}")
+        write = _saver(load(plain_recipe(run, provenance["dtype"])), run)
     else:
         progress.note(f"loading {run.model.name}")
         loaded = load(plain_recipe(run, provenance["dtype"]))
@@ -150,10 +162,14 @@ def export_run(
         else:
             about = {"name": f"{public_name(run.model.name)}, fine-tuned by silotune"}
             about["description"] = f"adapter sha256 {summary['adapter_sha256']}"
+            if client is not None:
+                about["description"] += ", after further training by one client"
             if licence := licence_of(run):
                 about["license"] = licence
             write = _gguf_writer(model, loaded.tokenizer, gguf_type, about)
-    card = export_card(run, summary, provenance, kind=kind, gguf_type=gguf_type, moved=moved)
+    card = export_card(
+        run, summary, provenance, kind=kind, gguf_type=gguf_type, moved=moved, client=client
+    )
 
     def fill(part: Path) -> None:
         write(part)
@@ -216,6 +232,10 @@ def _copier(adapter: Path, run: RunConfig) -> Callable[[Path], None]:
                 save_labels(part, run.data.labels or ())
 
     return write
+
+
+def _saver(loaded: LoadedModel, run: RunConfig) -> Callable[[Path], None]:
+    return lambda part: save_adapter(loaded, part, base=run.model)
 
 
 def _model_writer(model: Any, tokenizer: Any) -> Callable[[Path], None]:

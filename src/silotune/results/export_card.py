@@ -31,6 +31,7 @@ def export_card(
     kind: ExportKind,
     gguf_type: GgufType,
     moved: float | None,
+    client: str | None = None,
 ) -> str:
     """README.md of an export: what it is, how to load it, where it comes from.
 
@@ -41,12 +42,13 @@ def export_card(
         kind: What was exported.
         gguf_type: How a GGUF file stores matrices.
         moved: How far merging moved a logit, as a share of the largest; None without a merge.
+        client: The client whose own adapter this is; its name is not in the card.
     """
     summary = published(summary).summary
     return "\n".join(
         [
             *_heading(run, summary, provenance, kind),
-            *_results(summary),
+            *(OF_A_CLIENT if client is not None else _results(summary)),
             *(line for note in _notes(run, provenance, moved, kind) for line in (note, "")),
             "## Use",
             "",
@@ -58,6 +60,14 @@ def export_card(
             "",
         ]
     )
+
+
+OF_A_CLIENT = [
+    "**This is not the result of the federation, but what one client has made of it**: after steps "
+    "on its own rows, or with a head of its own, which never left the client. No privacy guarantee "
+    "covers it: do not publish it. The SHA-256 below is that of the federation's result.",
+    "",
+]
 
 
 def _heading(

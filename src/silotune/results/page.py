@@ -30,6 +30,8 @@ from silotune.results.summary import (
     loss_name,
     loss_table,
     notes_of,
+    own_lines,
+    own_table,
     prediction_notes,
     prediction_table,
     server_lines,
@@ -98,8 +100,9 @@ def run_page(
         scored=is_scored(summary),
         unit=unit_of(summary),
         label_table=label_table(summary),
+        own_table=[(name, *map(typeset, cells)) for name, *cells in own_table(summary)],
         loss_charts=drawn(_loss_charts(rows, unit_of(summary), loss_name(summary))),
-        cost_lines=cost_lines(summary),
+        cost_lines=[*cost_lines(summary), *own_lines(summary)],
         prediction_table=[
             (name, *map(typeset, cells)) for name, *cells in prediction_table(summary)
         ],

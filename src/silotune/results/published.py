@@ -17,6 +17,10 @@ KEPT = (
 """The columns of metrics.jsonl that follow from the recipe, the numbers of rows, and messages."""
 
 
+WITHHELD = ("scores", "predicted", "finish")
+"""Parts of a summary that are about rows, without noise."""
+
+
 class Published(NamedTuple):
     """The results of a run as others may see them."""
 
@@ -47,7 +51,7 @@ def published(
     if "privacy" not in summary:
         return Published(summary, rows, split or {}, samples)
     clients = {name: _without_losses(own) for name, own in summary["clients"].items()}
-    safe = {key: value for key, value in summary.items() if key not in ("scores", "predicted")}
+    safe = {key: value for key, value in summary.items() if key not in WITHHELD}
     safe |= {"clients": clients, "overall": _without_losses(summary["overall"])}
     safe["is_withheld"] = is_scored(summary)  # real clients send no score in the first place
     safe |= dict.fromkeys(("tokens_trained", "seconds_training", "peak_memory_bytes"))

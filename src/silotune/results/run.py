@@ -13,7 +13,9 @@ from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import ConfigError, ModelError, RunFolderError, UpdateError
 from silotune.core.public_call import as_path, public
 from silotune.core.types import AdapterState
+from silotune.federation.client_memory import folder_name
 from silotune.federation.metrics import Row
+from silotune.federation.own_steps import as_a_client_has_it
 from silotune.federation.privacy_statement import releases, statement
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
@@ -109,16 +111,29 @@ class Run:
             folder.check_files("adapter")
         return read_result(place)
 
-    def load(self) -> LoadedModel:
+    def load(self, *, client: str | None = None) -> LoadedModel:
         """Load the base with the result in it.
+
+        Args:
+            client: Load the result as this client of a simulation has it: after its own steps
+                (`finish.local_steps`), or with its own head (`adapter.head = "local"`).
 
         Raises:
             RunFolderError: There is no result yet.
             ModelError: The base is not the one that the adapter was trained on.
+            ConfigError: There is no such client, or it keeps nothing of its own.
         """
-        adapter = self.adapter()
+        adapter = self._adapter_of(client)
         self.check_base()
         return self._load(self.config, adapter)
+
+    def _adapter_of(self, client: str | None) -> AdapterState:
+        """The result, or what a client has made of it."""
+        adapter = self.adapter()
+        if client is None:
+            return adapter
+        folder = RunFolder.open(self.path)
+        return as_a_client_has_it(folder, client, adapter, self.summary["clients"])
 
     def _load(self, run: RunConfig, adapter: AdapterState) -> LoadedModel:
         loaded = load_for(run)
@@ -166,6 +181,7 @@ class Run:
         gguf_type: GgufType | None = None,
         push: str | None = None,
         public: bool = False,
+        client: str | None = None,
         progress: Progress | None = None,
     ) -> Path:
         """Write the result in a form that others can load, with a card that says where it is from.
@@ -178,6 +194,7 @@ class Run:
             gguf_type: How a GGUF file stores matrices; by default f16.
             push: OWNER/NAME of a hub repository to upload it to, as the user who is logged in.
             public: Whether everyone may read that repository.
+            client: Export the result as this client has it, see `load`. It cannot be pushed.
             progress: Receives progress messages; silent by default.
 
         Returns:
@@ -191,15 +208,19 @@ class Run:
             SilotuneError: The upload failed; the folder stays.
         """
         progress = progress or Progress()
-        check_request(self.config, kind, gguf_type=gguf_type, push=push, public=public)
-        _, adapter = self.summary, self.adapter()  # both raise if the run is not finished
+        check_request(
+            self.config, kind, gguf_type=gguf_type, push=push, public=public, client=client
+        )
+        _, adapter = self.summary, self._adapter_of(client)  # both raise if it is not finished
         self.check_base(there=True)
         api = hub_login() if push is not None else None
+        name = kind if client is None else f"{kind}-{folder_name(client)}"
         place = export_run(
             self.path,
             kind,
-            Path(to) if to is not None else self.path / "export" / kind,
+            Path(to) if to is not None else self.path / "export" / name,
             gguf_type=gguf_type or GGUF_DEFAULT,
+            client=client,
             load=lambda run: self._load(run, adapter),
             progress=progress,
         )
@@ -209,20 +230,37 @@ class Run:
         return place
 
     @public
-    def ask(self, question: str, *, base: bool = False, max_new_tokens: int = 128) -> str:
-        """Answer a question with the trained adapter, or with the base.
+    def ask(
+        self,
+        question: str,
+        *,
+        base: bool = False,
+        client: str | None = None,
+        max_new_tokens: int = 128,
+    ) -> str:
+        """Answer a question with the trained adapter, as a client has it, or with the base.
 
         The system text and the template are those of training. With the task classify, `question`
         is the text to classify. The answer is its label and the probability that the model assigns.
 
         Raises:
-            ConfigError: The question is too long, or the base has no head to answer with.
+            ConfigError: The question is too long, the base has no head to answer with, or both
+                the base and a client are asked; see also `load`.
         """
+        if base and client is not None:
+            raise ConfigError("the base is the same for all clients.\n  Leave out one of the two.")
         only: Speaker = "base" if base else "federated"
-        return self.chat(only=only, max_new_tokens=max_new_tokens).say(question)[only]
+        chat = self.chat(only=only, client=client, max_new_tokens=max_new_tokens)
+        return chat.say(question)[only]
 
     @public
-    def chat(self, *, only: Speaker | None = None, max_new_tokens: int = 128) -> Chat:
+    def chat(
+        self,
+        *,
+        only: Speaker | None = None,
+        client: str | None = None,
+        max_new_tokens: int = 128,
+    ) -> Chat:
         """Start a conversation with the base and the federated model, side by side.
 
         The model is loaded once. If all weights were trained, the base is a separate model and both
@@ -230,6 +268,7 @@ class Run:
 
         Args:
             only: Ask only this one.
+            client: In place of the federated model, ask it as this client has it; see `load`.
             max_new_tokens: Maximum length of an answer, in tokens.
 
         Raises:
@@ -242,7 +281,7 @@ class Run:
                 raise ConfigError(f"{NO_HEAD}.\n  Ask without --base, and without --only base.")
             only = "federated"
         full = run.adapter.kind == "full"
-        result = None if full and only == "base" else self.load()
+        result = None if full and only == "base" else self.load(client=client)
         base = load_for(run) if full and only != "federated" else result
         both = zip(SPEAKERS, (base, result), strict=True)
         models = {name: m for name, m in both if m is not None and only in (None, name)}

@@ -252,6 +252,54 @@ def _three(c: Mapping[str, Any]) -> tuple[str, str, str]:
     return (f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
 
 
+def own_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: each client's scores with the result, and after its own steps from there.
+
+    Empty if clients took none, or none of them was scored.
+    """
+    clients = summary.get("finish", {})
+    arms = list(dict.fromkeys(arm for c in clients.values() for arm in c.get("scores", {})))
+    if not arms:
+        return []
+    shares = ("share",) if "interpolated" in arms else ()
+    lines: list[tuple[str, ...]] = [("client", *arms, *shares, "change")]
+    for name, own in clients.items():
+        if not (scores := own.get("scores")):
+            lines.append((name, *("-" for _ in arms), *("-" for _ in shares), "-"))
+            continue
+        change = f"{scores[arms[-1]]['loss'] - scores['federated']['loss']:+.3f}"
+        share = (f"{own['share']:g}",) if shares else ()
+        lines.append((name, *(_loss_and_accuracy(scores[arm]) for arm in arms), *share, change))
+    return lines
+
+
+def _loss_and_accuracy(scores: Mapping[str, Any]) -> str:
+    accuracy = f" ({scores['accuracy']:.1%})" if "accuracy" in scores else ""
+    return f"{scores['loss']:.3f}{accuracy}"
+
+
+def own_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the steps after the last round have cost, and who could not take them, in words."""
+    if not (clients := summary.get("finish")):
+        return []
+    done = {name: own for name, own in clients.items() if "failed" not in own}
+    lines = [
+        f"{name} keeps the result as it is: {own['failed']}"
+        for name, own in clients.items()
+        if "failed" in own
+    ]
+    if done:
+        tokens = sum(own["num_tokens"] for own in done.values())
+        seconds = sum(own["seconds"] for own in done.values())
+        most = max(own["num_steps"] for own in done.values())
+        lines.insert(
+            0,
+            f"{counted(most, 'step')} of its own for each client, which never left it: {tokens} "
+            f"tokens in {human_seconds(seconds)}, in addition to the above",
+        )
+    return lines
+
+
 def cost_lines(summary: Mapping[str, Any]) -> list[str]:
     """Bytes and seconds in words."""
     at_server = summary.get("seconds_server", 0.0)

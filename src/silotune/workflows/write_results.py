@@ -27,6 +27,7 @@ from silotune.training.tasks import build_task
 from silotune.workflows.check import Checked
 from silotune.workflows.data_overview import describe_split
 from silotune.workflows.evaluate.text_scores import question_of
+from silotune.workflows.finish import finish
 from silotune.workflows.plan.outcome import compare_with_prediction
 from silotune.workflows.provenance import file_sha256
 
@@ -74,6 +75,7 @@ def write_results(
         job.progress.note(f"warning: {text}")
     loaded = job.loaded or load_for(run)
     result = _result(run, folder)
+    finished = finish(job, result, loaded)  # before the result is put on the base to be saved
     adapter = _save_result(loaded, run, result, folder)
     rows = folder.metrics()
     summary = summarise(
@@ -85,6 +87,7 @@ def write_results(
         measured={
             **_measured(job, measured, spent, planned),
             **budget,
+            **({"finish": finished} if finished else {}),
             "adapter_sha256": file_sha256(adapter),
         },
         head_bytes=size_bytes(

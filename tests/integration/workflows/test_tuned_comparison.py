@@ -146,7 +146,7 @@ def test_a_lone_client_keeps_its_best_round_also_after_an_interruption(
             raise KeyboardInterrupt
         return float(said["n"])  # 1, then 3 and 4: the first round of the first client is best
 
-    monkeypatch.setattr(Arms, "_validation_loss", loss)
+    monkeypatch.setattr(Arms, "validation_loss", loss)
     with pytest.raises(KeyboardInterrupt):
         silotune.compare(recipe, keys, out=tmp_path / "c")
     done = silotune.compare(resume=tmp_path / "c")

@@ -112,6 +112,28 @@ def test_a_contradiction_across_sections_is_found_even_with_other_mistakes(chang
     assert len(several) == 5  # data.path is missing, too
 
 
+OWN = {"finish__local_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "why"),
+    [
+        ({"finish__lr": 0.1}, "finish.lr", "only has an effect with finish.local_steps"),
+        ({"finish__interpolate": [0.5]}, "finish.interpolate", "only has an effect"),
+        ({**OWN, "finish__interpolate": [0.5]}, "finish.interpolate", "data.validation_fraction"),
+        ({**OWN, "finish__interpolate": [0.5, 2]}, "finish.interpolate", "from 0 to 1"),
+        ({**OWN, "finish__interpolate": [0.5, 0.5]}, "finish.interpolate", "different numbers"),
+        ({**OWN, "train__warmup_steps": 2}, "finish.local_steps", "more than train.warmup_steps"),
+        ({**OWN, "budget__hours": 1.0}, "finish.local_steps", "budget.hours"),
+        ({**OWN, "runtime__name": "flower"}, "finish.local_steps", "clients of a simulation"),
+    ],
+)
+def test_own_steps_are_refused_where_they_would_not_be_taken(changes, key, why):
+    (only,) = mistakes(plain(**changes))
+    assert only.startswith(f"{key}: ")
+    assert why in only
+
+
 @pytest.mark.parametrize("changes", [{"checkpoint__keep": "best"}, {"adapter__kind": "full"}])
 def test_half_of_a_contradiction_is_fine(changes):
     assert parse(plain(**changes))
@@ -448,6 +470,12 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     ),
     "checkpoint.every": ("2", []),
     "checkpoint.keep": ("all", []),
+    "finish.local_steps": ("4", []),
+    "finish.lr": ("0.5", ["finish.local_steps=4"]),
+    "finish.interpolate": (
+        "[0.0, 0.5]",
+        ["finish.local_steps=4", "data.validation_fraction=0.2"],
+    ),
     "checkpoint.keep_updates": ("true", []),
     "runtime.device": ("cpu", []),
     "runtime.threads": ("31", []),

@@ -21,15 +21,16 @@ from silotune.core.errors import QuorumError, UpdateError, first_line
 from silotune.core.types import AdapterState
 from silotune.core.wording import human_seconds
 from silotune.federation.client import ClientData, Worker
-from silotune.federation.client_memory import folder_name, load_memory
+from silotune.federation.client_memory import folder_name
 from silotune.federation.metrics import Row, held_out_losses
+from silotune.federation.own_steps import personal
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.server_work import build_lesson, is_pretrained, pretrain, server_rows
 from silotune.models.loading import LoadedModel, save_adapter, untrained, write_adapter
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import CompareConfig, StopConfig
+from silotune.recipes.sections import CompareConfig, FinishConfig, StopConfig
 from silotune.recipes.tuning import Point
 from silotune.results.run import Run
 from silotune.runtime.inprocess import prepare_clients
@@ -56,7 +57,7 @@ from silotune.workflows.compare.local_training import (
     rows_trained,
     train_alone,
 )
-from silotune.workflows.compare.statistics import LOCAL
+from silotune.workflows.compare.names import LOCAL
 from silotune.workflows.provenance import provenance_of
 from silotune.workflows.run import run_in
 from silotune.workflows.shared_base import SharedBase
@@ -95,7 +96,7 @@ class Arms:
         progress.note(f"loading {run.model.name}")
         self.base_model = SharedBase(run, progress)
         provenance_of(folder, checked, self.loaded)
-        self.data = prepare_clients(checked.rows, self._worker(run))
+        self.data = prepare_clients(checked.rows, self.worker(run))
         everything = tuple(e for own in self.data.values() for e in own.examples)
         self.server_rows = server_rows(run)
         if self.server_rows:  # the centralized arm trains on them, too
@@ -115,7 +116,7 @@ class Arms:
         """The base with its current adapter."""
         return self.base_model.loaded
 
-    def _worker(self, run: RunConfig) -> Worker:
+    def worker(self, run: RunConfig) -> Worker:
         """A worker without a federation: whatever it learns is the result."""
         return Worker(self.loaded, self.task, run, fedavg(FedAvgConfig()))
 
@@ -123,16 +124,16 @@ class Arms:
 
     def base(self) -> None:
         """Score the untrained base."""
-        first = self.base_model.dress(self._recipe(self.run, self.run.seed))
+        first = self.base_model.dress(self.recipe(self.run, self.run.seed))
         with untrained(self.loaded):
-            self._part("base", "the base", lambda _: Trained(first, Cost()), self.data)
+            self.part("base", "the base", lambda _: Trained(first, Cost()), self.data)
 
     def federated(self, arm: str, point: Point, seed: int) -> Run:
         """Run an arm's recipe with this seed, as `silotune run` would."""
         place = place_of(arm, seed)
         path = self.folder.path / place / "run"
         train = self._federation(arm, point, seed)
-        self._part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
+        self.part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
         return Run(path)
 
     def alone(self, client: str, point: Point, seed: int, plan: Mapping[int, int]) -> None:
@@ -140,12 +141,12 @@ class Arms:
         place = place_alone(client, seed)
         scored = self.data if client in self.run.compare.only else [client]
         train = self._alone(self.data[client], point, seed, plan)
-        self._part(place, f"seed {seed}, {client} alone", train, scored)
+        self.part(place, f"seed {seed}, {client} alone", train, scored)
 
     def centralized(self, point: Point, seed: int, plan: Mapping[int, int]) -> None:
         """All rows in one place."""
         train = self._alone(self.pool, point, seed, plan)
-        self._part(place_of(CENTRALIZED, seed), f"seed {seed}, {CENTRALIZED}", train, self.data)
+        self.part(place_of(CENTRALIZED, seed), f"seed {seed}, {CENTRALIZED}", train, self.data)
 
     # --- trials: trained with the seed of tuning, and scored on the validation rows only
 
@@ -153,7 +154,7 @@ class Arms:
         """One trial of a federated arm."""
         place = place_of_trial(arm, point.label)
         train = self._federation(arm, point, tuning_seed(self.run))
-        return self._trial(place, f"tuning {arm}: {point.label}", train), Run(
+        return self.trial(place, f"tuning {arm}: {point.label}", train), Run(
             self.folder.path / place / "run"
         )
 
@@ -163,16 +164,16 @@ class Arms:
         data = self.data[client] if client is not None else self.pool
         train = self._alone(data, point, tuning_seed(self.run), plan)
         who = f"{client} alone" if client is not None else CENTRALIZED
-        return self._trial(place_of_trial(arm, point.label), f"tuning {who}: {point.label}", train)
+        return self.trial(place_of_trial(arm, point.label), f"tuning {who}: {point.label}", train)
 
     # --- training
 
     def _federation(self, arm: str, point: Point, seed: int) -> Train:
-        run = self._recipe(point.run, seed)
+        run = self.recipe(point.run, seed)
 
         def train(place: Path) -> Trained:
             path = place / "run"
-            taught = self._with_teacher(run, self._recipe(self.recipes[arm], seed))
+            taught = self._with_teacher(run, self.recipe(self.recipes[arm], seed))
             opened = RunFolder.open(path) if path.exists() else RunFolder.create(path, taught)
             self.base_model.dress(run)  # before `self.loaded` is read: this may replace it
             with opened.locked():
@@ -193,17 +194,17 @@ class Arms:
         return train
 
     def _alone(self, data: ClientData, point: Point, seed: int, plan: Mapping[int, int]) -> Train:
-        run = self._recipe(point.run, seed)
+        run = self.recipe(point.run, seed)
 
         def train(place: Path) -> Trained:
             first = self.base_model.dress(run)  # first, because the worker keeps `self.loaded`
-            worker = replace(self._worker(run), keeps_optimizer=point.keeps_optimizer)
+            worker = replace(self.worker(run), keeps_optimizer=point.keeps_optimizer)
             validation = None
             if self.has_validation:
                 names = list(self.data) if data is self.pool else [data.name]
                 every = self.run.compare.every if self.picks_round else run.rounds
                 validation = Validation(
-                    lambda adapter: self._validation_loss(names, adapter), every, self.picks_round
+                    lambda adapter: self.validation_loss(names, adapter), every, self.picks_round
                 )
             done = train_alone(worker, data, plan, first, place / "state", validation)
             if self.loaded.has_adapter:
@@ -213,7 +214,7 @@ class Arms:
 
         return train
 
-    def _validation_loss(self, names: Sequence[str], adapter: AdapterState) -> float:
+    def validation_loss(self, names: Sequence[str], adapter: AdapterState) -> float:
         """The loss on these clients' validation rows, weighted as a run does it."""
         write_adapter(self.loaded, adapter)
         rows: list[Row] = []
@@ -231,7 +232,7 @@ class Arms:
             rows.append({**about, "loss": found.loss_sum / found.num_tokens})
         return held_out_losses(rows)[0]
 
-    def _recipe(self, recipe: RunConfig, seed: int) -> RunConfig:
+    def recipe(self, recipe: RunConfig, seed: int) -> RunConfig:
         """An arm's recipe with a seed, on the rows of the first seed."""
         run = self.run
         fixed = run.data.split_seed if run.data.split_seed is not None else run.seed
@@ -256,6 +257,7 @@ class Arms:
                 "report": run.report.model_copy(update={"page": False, "samples": 0}),
                 "stop": StopConfig(),  # equal examples; every arm's best round counts anyway
                 "compare": CompareConfig(),
+                "finish": FinishConfig(),  # arms of their own, see own_arms.py
             }
         )
 
@@ -285,7 +287,7 @@ class Arms:
 
     # --- parts
 
-    def _part(
+    def part(
         self,
         place: str,
         title: str,
@@ -308,12 +310,12 @@ class Arms:
         rows = [
             {"client": client, **row}
             for client in clients
-            for row in self._score(client, {**done.adapter, **_personal(memory, client)})
+            for row in self._score(client, {**done.adapter, **self._kept(memory, client)})
         ]
         write_rows(folder / "scores.jsonl", rows)
         self._finish(folder, done, ["scores.jsonl", "part.json"])
 
-    def _trial(self, place: str, title: str, train: Train) -> Trial:
+    def trial(self, place: str, title: str, train: Train) -> Trial:
         """Train a trial, unless it is finished. One that diverges is a trial without a loss."""
         if (folder := self._begin(place, title)) is not None:
             try:
@@ -338,12 +340,18 @@ class Arms:
         loss = done.validation_loss
         known = loss if loss is not None and math.isfinite(loss) else None
         about = {"round": done.round, "validation_loss": known}
+        if done.share is not None:
+            about["share"] = done.share
         write_json(folder / "part.json", {**asdict(done.cost), **about})
         list_files(folder, files)
         if (cost := done.cost).tokens:
             words = f"{cost.steps} steps, {cost.tokens} tokens in {human_seconds(cost.seconds)}"
             scored = f", validation loss {known:.3f}" if known is not None else ""
             self.progress.note(f"  {words}{scored}")
+
+    def _kept(self, memory: Path | None, client: str) -> AdapterState:
+        """The tensors that a client of a finished run keeps to itself."""
+        return {} if memory is None else personal(RunFolder.open(memory), client)
 
     def _score(self, client: str, adapter: AdapterState) -> list[Row]:
         """One row per held-out row of the client, in the same order."""
@@ -352,12 +360,3 @@ class Arms:
         return score_held_out(
             self.loaded, self.task, self.run, self.held[client], is_shown=is_shown
         )
-
-
-def _personal(run: Path | None, client: str) -> AdapterState:
-    """The tensors that a client of a finished run keeps to itself, if the algorithm has any."""
-    if run is None:
-        return {}
-    opened = RunFolder.open(run)
-    memory = load_memory(opened.client_folder(client), opened.run.rounds + 1)
-    return memory.tensors.get("personal", {})

@@ -7,6 +7,7 @@ from silotune.core.safe_text import markdown, plain
 from silotune.core.wording import counted
 from silotune.recipes.schema import RunConfig
 from silotune.results.card import markdown_table
+from silotune.workflows.compare.best import choice_tables, difference_of
 from silotune.workflows.compare.statistics import (
     AGAINST,
     against_table,
@@ -14,13 +15,23 @@ from silotune.workflows.compare.statistics import (
     difference_table,
     score_table,
 )
-from silotune.workflows.compare.verdicts import comparison_verdict, tuning_line, worse_off_warnings
+from silotune.workflows.compare.verdicts import (
+    best_verdict,
+    comparison_verdict,
+    tuning_line,
+    worse_off_warnings,
+)
 
 
 def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
     """README.md of a comparison: the report's numbers as Markdown, without rows or answers."""
     up_to = "Up to " if run.budget.bytes or run.budget.hours else ""
-    said = [*comparison_verdict(comparison), *worse_off_warnings(comparison), *comparison["notes"]]
+    said = [
+        *comparison_verdict(comparison),
+        *best_verdict(comparison),
+        *worse_off_warnings(comparison),
+        *comparison["notes"],
+    ]
     clients = counted(len(comparison["clients"]), "client")
     lines = [
         f"# Was it worth joining? {comparison['base_name']}, {clients}",
@@ -29,8 +40,8 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
         "",
         f"Seeds: {', '.join(map(str, comparison['seeds']))}. "
         f"{up_to}{counted(run.rounds, 'round')}. All arms are "
-        "scored on the same held-out rows of each client; a difference is arm minus local, with "
-        "its 95 % interval.",
+        f"scored on the same held-out rows of each client; a difference is "
+        f"{difference_of(comparison)}, with its 95 % interval.",
     ]
     for key, metric in comparison["metrics"].items():
         better = "lower" if metric["lower_is_better"] else "higher"
@@ -40,5 +51,7 @@ def comparison_card(comparison: Mapping[str, Any], run: RunConfig) -> str:
         lines += markdown_table(difference_table(comparison, key))
         if against := against_table(comparison, key):
             lines += ["", f"{AGAINST}:", "", *markdown_table(against)]
+        for title, table in choice_tables(comparison, key):
+            lines += ["", f"{title}:", "", *markdown_table(table)]
     lines += ["", "## Cost of all seeds", "", *markdown_table(cost_table(comparison))]
     return plain("\n".join(lines) + "\n")

@@ -21,8 +21,10 @@ from silotune.federation.progress import Progress
 from silotune.models.base_files import public_name
 from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
+from silotune.recipes.sections import FinishConfig
 from silotune.workflows.check import Checked
 from silotune.workflows.compare.arms import Arms
+from silotune.workflows.compare.best import choose_best
 from silotune.workflows.compare.card import comparison_card
 from silotune.workflows.compare.folder import (
     ComparisonFolder,
@@ -31,15 +33,19 @@ from silotune.workflows.compare.folder import (
     read_costs,
     read_rounds,
     read_scores,
+    read_shares,
+    read_validation,
     results,
     seeds_of,
 )
 from silotune.workflows.compare.held_out import samples
 from silotune.workflows.compare.local_training import Plan, pooled, rows_trained
+from silotune.workflows.compare.names import RESULT
+from silotune.workflows.compare.own_arms import go_on
 from silotune.workflows.compare.page import comparison_page
-from silotune.workflows.compare.statistics import RESULT, Scores, compare_arms
+from silotune.workflows.compare.statistics import Scores, compare_arms
 from silotune.workflows.compare.tuning import Chosen, choose
-from silotune.workflows.compare.verdicts import choice_notes
+from silotune.workflows.compare.verdicts import choice_notes, finish_notes
 from silotune.workflows.data_overview import describe_split
 from silotune.workflows.folders import open_folder, place_for
 from silotune.workflows.in_memory import keep_beside
@@ -198,12 +204,19 @@ def _compare(
             arms.alone(client, point, seed, plan[client])
         if run.compare.centralized:
             arms.centralized(chosen.centralized, seed, pooled(plan))
-    # 4. Differences from training alone, paired row by row, with intervals and verdicts.
+        # 4. With [finish], each client goes on by itself: from the federation, and from alone.
+        for arm, own in chosen.own.items():
+            for client, point in own.items():
+                go_on(arms, arm, client, point, seed)
+    # 5. Differences from training alone, paired row by row, with intervals and verdicts.
     parts = places(folder.path, run, arms.data)
     scores = read_scores(parts)
     num_train = {name: len(own.examples) for name, own in arms.data.items()}
-    numbers = compare_arms(scores, num_train=num_train)
-    return _write(arms, parts, {**numbers, **_choices(arms, chosen, parts)}, scores)
+    numbers = compare_arms(scores, num_train=num_train) | _choices(arms, chosen, parts)
+    # 6. What each client takes by its validation rows, and what that gives it on the held-out ones.
+    if arms.has_validation:
+        numbers["best"] = choose_best(scores, read_validation(parts), num_train=num_train)
+    return _write(arms, parts, numbers, scores)
 
 
 def _choices(arms: Arms, chosen: Chosen, parts: Places) -> dict[str, Any]:
@@ -216,6 +229,7 @@ def _choices(arms: Arms, chosen: Chosen, parts: Places) -> dict[str, Any]:
         "tuning_costs": {arm: asdict(cost) for arm, cost in chosen.costs.items()},
         "num_validation": {name: len(own.validation) for name, own in arms.checked.rows.items()},
         "rounds": read_rounds(parts) if arms.picks_round else {},
+        "shares": read_shares(parts),
     }
 
 
@@ -232,7 +246,8 @@ def _write(arms: Arms, parts: Places, numbers: dict[str, Any], scores: Scores) -
         "notes": [
             *([run.report.note] if run.report.note else []),
             *choice_notes(numbers, run),
-            *_privacy_notes(run),
+            *finish_notes(numbers, run),
+            *privacy_notes(run),
             *numbers["notes"],
         ],
         "samples": samples(arms.held, scores, run, arms.task),
@@ -247,8 +262,11 @@ def _write(arms: Arms, parts: Places, numbers: dict[str, Any], scores: Scores) -
     return done
 
 
-def _privacy_notes(run: RunConfig) -> list[str]:
+def privacy_notes(run: RunConfig) -> list[str]:
     """Which arms [privacy] protects."""
+    if run.privacy.unit != "none" and run.finish.local_steps:
+        bare = "no noise protects the own steps: they are for the client that takes them"
+        return [*privacy_notes(run.model_copy(update={"finish": FinishConfig()})), bare]
     if run.privacy.unit == "record":
         return ["every arm except the base protects its rows, each with noise for its own rows"]
     if run.privacy.is_at_client:

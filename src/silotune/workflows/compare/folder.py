@@ -18,13 +18,23 @@ from silotune.federation.metrics import Row, held_out_losses, overall_scores
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.arms import federated_arms
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.tuning import federated_points, lone_points
+from silotune.recipes.tuning import federated_points, lone_points, own_points
 from silotune.results.run import Run
 from silotune.workflows.compare.local_training import Cost
-from silotune.workflows.compare.statistics import LOCAL, Scores
+from silotune.workflows.compare.names import (
+    EXTENDED,
+    INTERPOLATION,
+    LOCAL,
+    builds_on,
+    extension,
+    extensions,
+)
+from silotune.workflows.compare.statistics import Scores
 
 CENTRALIZED = "centralized"
 """The arm that trains on all rows in one place."""
+Losses = dict[str, dict[int, dict[str, float]]]
+"""Arm -> seed -> client -> loss on its validation rows."""
 Places = dict[str, dict[int, dict[str, Path]]]
 """Arm -> seed -> part: by client in the arm of lone clients, else under "" for all clients."""
 
@@ -78,6 +88,9 @@ def num_parts(run: RunConfig, num_clients: int) -> int:
     if tune is not False:
         trials = sum(len(federated_points(recipe, tune)) for recipe in federated.values())
         trials += (num_clients + each) * len(lone_points(run, tune))
+    own = len(EXTENDED) * num_clients if run.finish.local_steps else 0
+    arms += own * (1 + bool(run.finish.interpolate))
+    trials += own * len(own_points(run, tune)) if tune is not False else 0
     return 1 + trials + arms * run.compare.seeds
 
 
@@ -89,6 +102,11 @@ def place_of(arm: str, seed: int) -> str:
 def place_alone(client: str, seed: int) -> str:
     """The folder of a lone client's part, inside the comparison's folder."""
     return f"seed-{seed}/local/{folder_name(client)}"
+
+
+def place_extended(arm: str, what: str, client: str, seed: int) -> str:
+    """The folder of a client's part of an arm that goes on from another one."""
+    return f"seed-{seed}/{folder_name(what)}/{arm}/{folder_name(client)}"
 
 
 def places(root: Path, run: RunConfig, clients: Iterable[str]) -> Places:
@@ -110,6 +128,11 @@ def places(root: Path, run: RunConfig, clients: Iterable[str]) -> Places:
     pooled = [CENTRALIZED] if run.compare.centralized else []
     for arm in (*federated_arms(run), *pooled):
         arms[arm] = {seed: {"": root / place_of(arm, seed)} for seed in seeds}
+    for name, (arm, what) in extensions(run).items():
+        arms[name] = {
+            seed: {client: root / place_extended(arm, what, client, seed) for client in names}
+            for seed in seeds
+        }
     return arms
 
 
@@ -122,10 +145,11 @@ def read_scores(parts: Places) -> Scores:
 
 
 def read_costs(parts: Places) -> dict[str, dict[str, Any]]:
-    """The cost of each arm, summed over all seeds."""
+    """The cost of each arm, summed over all seeds; with that of the arm that it goes on from."""
     found: dict[str, dict[str, Any]] = {}
     for arm, by_seed in parts.items():
-        total = Cost()
+        before = builds_on(arm)  # which comes first
+        total = Cost() if before is None else Cost.of(found[before])
         for part in (place for own in by_seed.values() for place in own.values()):
             total += Cost.of(read_object(_checked(part, "part.json"), fix=_fix(part)))
         found[arm] = asdict(total)
@@ -134,12 +158,51 @@ def read_costs(parts: Places) -> dict[str, dict[str, Any]]:
 
 def read_rounds(parts: Places) -> dict[str, dict[str, list[int]]]:
     """Arm -> client, or "" for all -> the round whose adapter counts, by seed."""
-    found: dict[str, dict[str, list[int]]] = {}
+    return _by_owner({a: p for a, p in parts.items() if builds_on(a) is None}, "round")
+
+
+def read_shares(parts: Places) -> dict[str, dict[str, list[float]]]:
+    """Arm -> client -> the share of its own steps that it has chosen, by seed."""
+    mixed = {extension(arm, INTERPOLATION) for arm in EXTENDED}
+    return _by_owner({a: p for a, p in parts.items() if a in mixed}, "share")
+
+
+def _by_owner(parts: Places, key: str) -> dict[str, dict[str, list[Any]]]:
+    found: dict[str, dict[str, list[Any]]] = {}
     for arm, by_seed in parts.items():
         for owner, part in (item for own in by_seed.values() for item in own.items()):
             about = read_object(_checked(part, "part.json"), fix=_fix(part))
-            found.setdefault(arm, {}).setdefault(owner, []).append(about["round"])
+            found.setdefault(arm, {}).setdefault(owner, []).append(about[key])
     return found
+
+
+def read_validation(parts: Places) -> Losses:
+    """The validation losses of every client's choices: alone, federated, and their extensions.
+
+    A loss that is not finite, or unknown, is infinite.
+    """
+    found: Losses = {}
+    for arm, by_seed in parts.items():
+        if arm in EXTENDED or builds_on(arm) is not None:
+            found[arm] = {seed: _validation(own) for seed, own in by_seed.items()}
+    return found
+
+
+def _validation(parts: Mapping[str, Path]) -> dict[str, float]:
+    """Client -> validation loss of one arm and seed."""
+    found: dict[str, float] = {}
+    for owner, part in parts.items():
+        about = read_object(_checked(part, "part.json"), fix=_fix(part))
+        if owner:
+            found[owner] = about["validation_loss"]
+            continue
+        for row in Run(part / "run").metrics:  # a federation's, which scores all of its clients
+            if row["event"] == "evaluate" and row["round"] == about["round"] and "loss" in row:
+                found[row["client"]] = row["loss"]
+    return {
+        client: loss if loss is not None and math.isfinite(loss) else math.inf
+        for client, loss in found.items()
+    }
 
 
 def results(root: Path, run: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:

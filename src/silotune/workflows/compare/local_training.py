@@ -15,7 +15,7 @@ from silotune.core.atomic_files import load_tensors, make_folder, save_tensors
 from silotune.core.tree import add
 from silotune.core.types import AdapterState, Broadcast
 from silotune.federation.client import ClientData, Worker, take_part
-from silotune.federation.client_memory import check_memory
+from silotune.federation.client_memory import check_memory, load_memory
 from silotune.federation.metrics import Row
 from silotune.recipes.schema import RunConfig
 from silotune.training.loop import num_rows
@@ -78,6 +78,8 @@ class Trained:
     round: int = 0
     """The round that it is from: the best one by validation, or the last."""
     validation_loss: float | None = None
+    share: float | None = None
+    """Of a client's own steps, if one was chosen."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,22 @@ def train_alone(
     if now.best:
         adapter, _ = load_tensors(best_place)
     return Trained(adapter, now.cost, now.best or last, now.loss)
+
+
+def trained_alone(place: Path, first: AdapterState) -> tuple[AdapterState, int]:
+    """What `train_alone` has arrived at in a folder, and how many rows the holder has taken.
+
+    Args:
+        place: As in `train_alone`, which has finished there.
+        first: The result of a holder that was never asked to train.
+    """
+    if not (path := place / "adapter.safetensors").is_file():
+        return first, 0
+    adapter, about = load_tensors(path)
+    now = _State.of(json.loads(about["state"]))
+    if now.best:
+        adapter, _ = load_tensors(place / "best.safetensors")
+    return adapter, load_memory(place / "memory", now.round + 1).position
 
 
 @dataclass(frozen=True)

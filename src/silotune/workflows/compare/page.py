@@ -19,8 +19,10 @@ from silotune.results.page import (
     typeset,
 )
 from silotune.results.verdicts import gain, interval, signed
+from silotune.workflows.compare.best import choice_tables, difference_of
 from silotune.workflows.compare.statistics import AGAINST, against_table, cost_table, tuned_to
 from silotune.workflows.compare.verdicts import (
+    best_verdict,
     comparison_verdict,
     tuning_line,
     worse_off_warnings,
@@ -75,9 +77,11 @@ def comparison_page(
         title=f"Was it worth joining? {comparison['base_name']}, "
         f"{counted(len(comparison['clients']), 'client')}",
         subtitle=_subtitle(run, comparison["seeds"]),
-        verdict=comparison_verdict(comparison),
+        verdict=[*comparison_verdict(comparison), *best_verdict(comparison)],
         against_title=AGAINST,
         against=_against(comparison),
+        choices=_choices(comparison),
+        difference=difference_of(comparison),
         client_verdicts=[
             (
                 name,
@@ -114,6 +118,22 @@ def _against(comparison: Mapping[str, Any]) -> list[tuple[str, Sequence[str], li
         for key, metric in comparison["metrics"].items()
         if (table := against_table(comparison, key))
     ]
+
+
+def _choices(
+    comparison: Mapping[str, Any],
+) -> list[tuple[str, str, Sequence[str], list[list[str]]]]:
+    """The metric, the title, the header and the rows of the tables about what clients take."""
+    return [
+        (metric["label"], title, header, [[n, *map(_in_table, cells)] for n, *cells in rows])
+        for key, metric in comparison["metrics"].items()
+        for title, (header, *rows) in choice_tables(comparison, key)
+    ]
+
+
+def _in_table(cell: str) -> str:
+    """A number with a real minus sign; a verdict with its sign."""
+    return f"{SIGNS[cell]} {cell}" if cell in SIGNS else typeset(cell)
 
 
 def _metrics(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from silotune.core.crossed import (
 from silotune.core.stats import Labelled
 from silotune.core.wording import human_bytes, human_seconds
 from silotune.recipes.tuning import words
+from silotune.workflows.compare.names import LOCAL, RESULT, builds_on, counterpart
 
 MIN_ROWS = 20
 """A client with fewer held-out rows gets no verdict."""
@@ -32,11 +33,6 @@ MAX_P = 0.05
 """A verdict's p-value is below it, corrected for all clients."""
 FEW_SEEDS = {1: "one seed: no verdict", 2: "two seeds: no verdict"}
 NOT_TUNED = "not tuned"
-LOCAL = "local"
-"""The arm that the others are compared with: not having joined."""
-RESULT = "federated"
-"""The recipe's own arm. The names of other federated arms start with it, too."""
-
 RowScores = Sequence[Mapping[str, Any]]
 """A client's held-out rows in order, each with `loss_sum`, `num_tokens` and, if answers were
 generated, the fields of `text_scores.Quality`. `group` names the rows that belong together."""
@@ -119,7 +115,7 @@ def compare_arms(scores: Scores, *, num_train: Mapping[str, int]) -> dict[str, A
 
 
 def _numbers(scores: Scores, metrics: Sequence[Metric], names: Sequence[str]) -> dict[str, Any]:
-    """Means and differences from `local` over some clients, each counting once."""
+    """Means and differences from training alone over some clients, each counting once."""
     found: dict[str, Any] = {"scores": {}, "differences": {}, "against": {}}
     others = [arm for arm in scores if arm.startswith(f"{RESULT}: ")]
     for metric in metrics:
@@ -132,7 +128,9 @@ def _numbers(scores: Scores, metrics: Sequence[Metric], names: Sequence[str]) ->
             arm: asdict(crossed_interval(parts)) for arm, parts in there.items()
         }
         found["differences"][metric.key] = {
-            arm: _paired(parts, there[LOCAL]) for arm, parts in there.items() if arm != LOCAL
+            arm: _paired(parts, there[counterpart(arm)])
+            for arm, parts in there.items()
+            if arm != LOCAL
         }
         found["against"][metric.key] = {arm: _paired(there[RESULT], there[arm]) for arm in others}
     return found
@@ -256,15 +254,16 @@ def _notes(clients: Mapping[str, Any], *, num_seeds: int) -> list[str]:
 
 
 def federated_arms(comparison: Mapping[str, Any]) -> list[str]:
-    """The federated arms, the recipe's own algorithm first."""
-    return [arm for arm in comparison["arms"] if arm.startswith("federated")]
+    """The federated arms, the recipe's own algorithm first; without what [finish] makes of it."""
+    arms = [arm for arm in comparison["arms"] if arm.startswith(RESULT)]
+    return [arm for arm in arms if builds_on(arm) is None]
 
 
 def score_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, ...]]:
     """Header and rows: one line per client, with its mean under every arm."""
     arms = list(comparison["arms"])
     lines = [("client", "train rows", "held-out rows", *arms)]
-    for name, numbers in _lines(comparison):
+    for name, numbers in lines_of(comparison):
         counts = (str(numbers.get("num_train", "")), str(numbers.get("num_eval", "")))
         means = numbers["scores"][metric]
         digits = comparison["metrics"][metric]["digits"]
@@ -288,10 +287,10 @@ def difference_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[s
     for arm in arms:
         header += [f"{arm} - local", "verdict"]
     lines = [(*header, "local with")]
-    for name, numbers in _lines(comparison):
+    for name, numbers in lines_of(comparison):
         cells = [name]
         for arm in arms:
-            cells.append(_with_interval(numbers["differences"][metric][arm], signed=True))
+            cells.append(with_interval(numbers["differences"][metric][arm], signed=True))
             cells.append(numbers["verdicts"][metric][arm])
         lines.append((*cells, tuned_to(comparison, name) if "num_train" in numbers else ""))
     return lines
@@ -324,9 +323,9 @@ def against_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str,
     if not arms or "against" not in comparison["overall"]:  # an older silotune wrote none
         return []
     lines = [("client", *(f"minus {arm.removeprefix(f'{RESULT}: ')}" for arm in arms))]
-    for name, numbers in _lines(comparison):
+    for name, numbers in lines_of(comparison):
         found = numbers["against"][metric]
-        lines.append((name, *(_with_interval(found[arm], signed=True) for arm in arms)))
+        lines.append((name, *(with_interval(found[arm], signed=True) for arm in arms)))
     return lines
 
 
@@ -361,11 +360,13 @@ def _all_costs(comparison: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {**comparison["arms"], **{f"tuning {arm}": cost for arm, cost in tuning.items()}}
 
 
-def _lines(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def lines_of(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The numbers of every client, and of the mean over them, with their names."""
     return [*comparison["clients"].items(), ("mean over clients", comparison["overall"])]
 
 
-def _with_interval(number: Mapping[str, float | None], *, signed: bool, digits: int = 3) -> str:
+def with_interval(number: Mapping[str, float | None], *, signed: bool, digits: int = 3) -> str:
+    """A mean or a difference, with its interval if it has one."""
     sign = "+" if signed else ""
     mean = f"{number['mean']:{sign}.{digits}f}"
     if number["low"] is None or number["high"] is None:

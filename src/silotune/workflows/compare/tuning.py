@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from silotune.core.errors import UpdateError
-from silotune.recipes.tuning import Point, as_shipped, federated_points, lone_points
+from silotune.recipes.tuning import Point, as_shipped, federated_points, lone_points, own_points
 from silotune.workflows.compare.arms import Arms
 from silotune.workflows.compare.folder import CENTRALIZED, Trial
 from silotune.workflows.compare.local_training import Cost, Plan, pooled, rows_trained
-from silotune.workflows.compare.statistics import LOCAL
+from silotune.workflows.compare.names import EXTENDED, LOCAL, OWN_STEPS, extension
+from silotune.workflows.compare.own_arms import try_own_steps
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Chosen:
     local: dict[str, Point]
     """By client."""
     centralized: Point
+    own: dict[str, dict[str, Point]] = field(default_factory=dict)
+    """Of clients' own steps, by the arm that they extend, and by client."""
     costs: dict[str, Cost] = field(default_factory=dict)
     """By arm; empty without tuning."""
     num_trials: dict[str, int] = field(default_factory=dict)
@@ -38,6 +41,10 @@ class Chosen:
             **{arm: dict(point.values) for arm, point in self.federated.items()},
             LOCAL: {client: dict(point.values) for client, point in self.local.items()},
             CENTRALIZED: dict(self.centralized.values),
+            **{
+                extension(arm, OWN_STEPS): {c: dict(point.values) for c, point in own.items()}
+                for arm, own in self.own.items()
+            },
         }
 
 
@@ -51,7 +58,10 @@ def choose(arms: Arms) -> Chosen:
     shipped = as_shipped(run)
     if tune is False:
         federated = {arm: as_shipped(recipe) for arm, recipe in arms.recipes.items()}
-        return Chosen(federated, dict.fromkeys(arms.data, shipped), shipped)
+        chosen = Chosen(federated, dict.fromkeys(arms.data, shipped), shipped)
+        if run.finish.local_steps:
+            chosen.own = {arm: dict.fromkeys(arms.data, shipped) for arm in EXTENDED}
+        return chosen
     chosen, plan = Chosen({}, {}, shipped), Plan()
     for arm, recipe in arms.recipes.items():
         points, trials = federated_points(recipe, tune), list[Trial]()
@@ -68,7 +78,21 @@ def choose(arms: Arms) -> Chosen:
     if run.compare.centralized:
         trials = [arms.try_alone(None, point, pooled(plan)) for point in points]
         chosen.centralized = _best(CENTRALIZED, CENTRALIZED, points, trials, chosen)
+    if run.finish.local_steps:
+        _choose_own_steps(arms, chosen)
     return chosen
+
+
+def _choose_own_steps(arms: Arms, chosen: Chosen) -> None:
+    """Each client tries the same steps after training alone and after the federation."""
+    points = own_points(arms.run, arms.run.compare.tune)
+    for arm in EXTENDED:
+        name, chosen.own[arm] = extension(arm, OWN_STEPS), {}
+        for client in arms.data:
+            before = chosen.local[client] if arm == LOCAL else chosen.federated[arm]
+            trials = [try_own_steps(arms, arm, client, point, before) for point in points]
+            best = _best(name, f"{name} of {client}", points, trials, chosen)
+            chosen.own[arm][client] = best
 
 
 def _best(

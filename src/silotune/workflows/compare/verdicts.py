@@ -1,5 +1,6 @@
 """The results of a comparison in sentences."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,21 +8,48 @@ from silotune.core.wording import counted
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tuning import words
 from silotune.results.verdicts import COUNTED, gain
-from silotune.workflows.compare.statistics import LOCAL, MIN_ROWS, NOT_TUNED
+from silotune.workflows.compare.best import BEST
+from silotune.workflows.compare.names import (
+    LOCAL,
+    OWN_STEPS,
+    RESULT,
+    builds_on,
+    counterpart,
+    extension,
+)
+from silotune.workflows.compare.statistics import LOSS, MIN_ROWS, NOT_TUNED
 
 
 def comparison_verdict(comparison: Mapping[str, Any]) -> list[str]:
     """One sentence per metric: the mean over clients, and how many gained and lost."""
-    result, said = comparison["result"], []
-    for key in comparison["metrics"]:
-        given = [c["verdicts"].get(key, {}).get(result) for c in comparison["clients"].values()]
-        counts = [f"{n} {COUNTED[v]}" for v in COUNTED if (n := given.count(v))]
-        said.append(
-            f"With “{result}” instead of training alone, the mean over clients "
-            f"{gain(comparison['overall'], key, comparison)}. "
-            f"Of {counted(len(given), 'client')}, {', '.join(counts) or 'none could be compared'}."
-        )
-    return said
+    return [
+        f"With “{comparison['result']}” instead of training alone, the mean over clients "
+        f"{gain(comparison['overall'], key, comparison)}. {_each(comparison, key)}"
+        for key in comparison["metrics"]
+    ]
+
+
+def _each(comparison: Mapping[str, Any], key: str) -> str:
+    """How many clients gained and lost."""
+    result = comparison["result"]
+    given = [c["verdicts"].get(key, {}).get(result) for c in comparison["clients"].values()]
+    counts = [f"{n} {COUNTED[v]}" for v in COUNTED if (n := given.count(v))]
+    return f"Of {counted(len(given), 'client')}, {', '.join(counts) or 'none could be compared'}."
+
+
+def best_verdict(comparison: Mapping[str, Any]) -> list[str]:
+    """What everyone gains if each client takes its best; nothing if nobody could choose."""
+    if not (best := comparison.get("best")):
+        return []
+    found = {**comparison, **best, "result": BEST}
+    taken = Counter(arm for by_seed in best["takes"].values() for arm in by_seed)
+    num_choices = sum(taken.values())
+    shares = ", ".join(f"{arm} {num}" for arm, num in taken.most_common())
+    return [
+        "If each client takes what its validation rows prefer, instead of the best that it could "
+        f"do alone, the mean over clients {gain(best['overall'], LOSS.key, found)}. "
+        f"{_each(found, LOSS.key)} Chosen, of {counted(num_choices, 'choice')}: {shares}."
+    ]
 
 
 def choice_notes(numbers: Mapping[str, Any], run: RunConfig) -> list[str]:
@@ -34,12 +62,12 @@ def choice_notes(numbers: Mapping[str, Any], run: RunConfig) -> list[str]:
     if not numbers["tuned"]:
         rounds = ", but each arm's best round by validation counts" if numbers["rounds"] else ""
         return [f"{NOT_TUNED}: every arm was trained as the recipe says{rounds}", *ignored]
-    trials = numbers["num_trials"]
+    trials = {arm: num for arm, num in numbers["num_trials"].items() if builds_on(arm) is None}
     most = max(trials.values())
     notes = [
         f"tuned: every arm chose from {counted(most, 'trial')} on validation rows, with a seed "
         "that is not compared; "
-        + "; ".join(f"{arm}: {words(numbers['chosen'][arm])}" for arm in _shared(numbers))
+        + "; ".join(f"{arm}: {words(numbers['chosen'][arm])}" for arm in trials if arm != LOCAL)
         + "; local: by client, see the table",
         *ignored,
     ]
@@ -76,14 +104,37 @@ def tuning_line(comparison: Mapping[str, Any]) -> str:
     return f"Tuned; “{comparison['result']}” with {words(values)}."
 
 
-def _shared(numbers: Mapping[str, Any]) -> list[str]:
-    """The arms that choose once for all clients."""
-    return [arm for arm in numbers["num_trials"] if arm != LOCAL]
+def finish_notes(numbers: Mapping[str, Any], run: RunConfig) -> list[str]:
+    """What the arms that go on from others have had in addition; nothing without [finish]."""
+    if not (steps := run.finish.local_steps):
+        return []
+    rows = steps * run.train.batch_size * run.train.accumulation
+    notes = [
+        f"“+ own steps”: up to {counted(steps, 'step')} more at each client, of {rows} rows, after "
+        "the federation and after training alone. Such an arm is compared with “local” that "
+        "has gone on in the same way, and has seen more rows than the arms without"
+    ]
+    if num := numbers["num_trials"].get(extension(RESULT, OWN_STEPS)):
+        notes[0] += f"; each client chose from {counted(num, 'more trial')} by its validation rows"
+    if run.finish.interpolate:
+        notes.append(
+            "“+ interpolation”: the share of these steps with the lowest validation loss, "
+            f"of {', '.join(f'{share:g}' for share in run.finish.interpolate)}"
+        )
+    if not any(numbers["num_validation"].values()):
+        notes.append("without validation rows, no client can choose what is best for it")
+    return notes
 
 
 def worse_off_warnings(comparison: Mapping[str, Any]) -> list[str]:
     """One sentence per federated arm that leaves clients worse off than alone; the result first."""
     worse = sorted(comparison["worse_off"].items(), key=lambda arm: arm[0] != comparison["result"])
     return [
-        f"With “{arm}”, worse off than alone: {', '.join(names)}." for arm, names in worse if names
+        f"With “{arm}”, worse off than {_alone(arm)}: {', '.join(names)}."
+        for arm, names in worse
+        if names
     ]
+
+
+def _alone(arm: str) -> str:
+    return "alone" if counterpart(arm) == LOCAL else f"with “{counterpart(arm)}”"

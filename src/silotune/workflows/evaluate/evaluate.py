@@ -47,6 +47,8 @@ from silotune.workflows.provenance import check_same_rows
 
 LM_EVAL = "lm-eval:"
 """Prefix of the name of an lm-eval task."""
+OF_A_CLIENT = "client"
+"""The name of the model as a client has it."""
 HELD_OUT = "held-out"
 """The run's own held-out questions."""
 
@@ -74,6 +76,8 @@ class Questions:
     """Ask the untouched base too."""
     allow_code_execution: bool = False
     """Allow programs that the model wrote to run on this machine."""
+    client: str | None = None
+    """Ask the model as this client has it, see `Run.load`; of the run's own questions, only its."""
 
 
 def read_questions(cfg: Questions) -> dict[str, list[Any]]:
@@ -158,7 +162,9 @@ def evaluate(
         )
     own = None if cfg.suites else _rows_of(run)
     progress.note(f"loading {config.model.name}")
-    loaded = run.load()
+    loaded = run.load(client=cfg.client)
+    if own is not None and cfg.client is not None:
+        own = {cfg.client: own[cfg.client]}
     place = free_place(run.path / "evaluations" / time.strftime("%Y-%m-%d-%H%M%S"))
     make_folder(place)
     scores: dict[str, Any] = {"run": run.path.name, "settings": _plain(cfg), "models": {}}
@@ -196,7 +202,7 @@ def _models(
     """The models to ask, each with a context that activates it. After full training, no base."""
     if cfg.base and loaded.has_adapter:
         yield "base", lambda: base_only(loaded)
-    yield "federated", contextlib.nullcontext
+    yield "federated" if cfg.client is None else OF_A_CLIENT, contextlib.nullcontext
 
 
 def _plain(cfg: Questions) -> dict[str, Any]:
