@@ -222,7 +222,8 @@ def test_a_lone_client_that_was_stopped_between_rounds_goes_on_there(recipe, tmp
         (["runtime.name=flower"], "cannot be compared"),
         (["compare.seeds=0"], "compare.seeds"),
         (['compare.algorithms=["fedprx"]'], "Did you mean 'fedprox'"),
-        (["compare.algorithms=[{name='fedavg'}]"], "twice"),
+        (["compare.algorithms=[{name='fedavg'}]"], "is the same as 'federated'"),
+        (["compare.algorithms=['fedprox', 'fedprox']"], "twice"),
     ],
 )
 def test_a_mistake_is_said_before_a_model_is_loaded(recipe, tmp_path, monkeypatch, keys, says):

@@ -147,6 +147,24 @@ def test_a_command_that_is_shown_exists_with_its_options(line):
     check_command(line)
 
 
+SHIPPED = [
+    pytest.param(words[1:], id=" ".join(words))
+    for page in PAGES
+    if page.name not in ("CHANGELOG.md", "add-an-algorithm.md")  # what was, and what is added there
+    for line in command_lines(page)
+    if "sweep"
+    not in (words := shlex.split(line, comments=True)[1:])[:1]  # its keys have many values
+    and words[1:2]
+    and words[1] in silotune.shipped_recipes()
+]
+
+
+@pytest.mark.parametrize("words", SHIPPED)
+def test_a_command_that_is_shown_with_a_shipped_recipe_has_no_mistake_in_its_keys(words):
+    """`silotune check blueprint ... privacy.unit=client` was refused."""
+    load_recipe(words[0], [word for word in words[1:] if re.match(r"[\w.]+=", word)])
+
+
 @pytest.mark.parametrize(
     "line", ["silotune frob", "silotune run hospitals --frob", "silotune ask x"]
 )

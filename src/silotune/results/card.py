@@ -32,6 +32,7 @@ from silotune.results.summary import (
     round_table,
     split_table,
     unit_of,
+    unused_rows,
     worse_off,
 )
 from silotune.results.verdicts import run_verdict
@@ -67,6 +68,7 @@ def model_card(
             *markdown_table(round_table(rows)),
             "",
             *(["## Clients", "", *markdown_table(split_table(split)), ""] if split else []),
+            *(part for text in unused_rows(run, summary, split) for part in (markdown(text), "")),
             "## Cost",
             "",
             *(f"- {line}" for line in [*budget_lines(summary), *cost_lines(summary)]),

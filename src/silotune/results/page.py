@@ -32,6 +32,7 @@ from silotune.results.summary import (
     prediction_notes,
     prediction_table,
     unit_of,
+    unused_rows,
     worse_off,
 )
 from silotune.results.verdicts import run_verdict
@@ -86,7 +87,7 @@ def run_page(
         f"round {summary['result_round']}",
         verdict=[run_verdict(summary)],
         warnings=warnings,
-        notes=[*notes_of(run), *budget_lines(summary)],
+        notes=[*notes_of(run), *unused_rows(run, summary, split), *budget_lines(summary)],
         loss_header=header,
         loss_rows=[(name, *(typeset(cell) for cell in cells)) for name, *cells in table],
         lost=lost,

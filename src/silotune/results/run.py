@@ -61,6 +61,11 @@ class Run:
         return RunFolder.open(self.path).read_json("samples.json") or []
 
     @property
+    def split(self) -> dict[str, Any]:
+        """Rows, lengths and labels of each client; {} for real clients, who keep them."""
+        return RunFolder.open(self.path).read_json("split.json") or {}
+
+    @property
     def privacy(self) -> dict[str, Any] | None:
         """Its guarantee, what it has spent, and every release; None without [privacy].
 
@@ -87,7 +92,7 @@ class Run:
             self.summary,
             self.metrics,
             folder.read_json("provenance.json"),
-            split=folder.read_json("split.json") or {},
+            split=self.split,
             samples=self.samples,
         )
         write_atomically(self.path / "report.html", page.encode())
