@@ -240,6 +240,16 @@ def test_a_comparison_is_no_run_and_a_run_no_comparison(done, recipe, tmp_path):
         silotune.compare(resume=done.path / "seed-3/federated/run")
 
 
+def test_a_comparison_is_listed_with_the_run_that_can_be_asked(done):
+    listed = {own.name: own for own in silotune.runs(done.path.parent)}[done.path.name]
+    scores = done.result["overall"]["scores"]["loss"]
+    federated = [arm["mean"] for name, arm in scores.items() if name.startswith("federated")]
+    assert (listed.kind, listed.loss) == ("comparison", min(federated))
+    assert silotune.Run(done.path / listed.best).adapter()
+    with pytest.raises(RunFolderError, match=f"Its best run .*: {done.path / listed.best}"):
+        silotune.Run(done.path).ask("What is it?")
+
+
 def test_full_training_is_compared_too(recipe, tmp_path):
     keys = ["model.dtype=float32", "rounds=1", "report.samples=0"]
     full = [*keys, "adapter.kind=full", "compare.seeds=2"]

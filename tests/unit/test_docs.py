@@ -60,14 +60,14 @@ def snippets(language: str) -> list[Any]:
 # --- the recipe reference ---------------------------------------------------------------------
 
 
-def test_the_recipe_reference_is_up_to_date():
+def test_the_recipe_reference_and_the_keys_for_shells_are_up_to_date():
     spec = importlib.util.spec_from_file_location("_reference", DOCS / "build_recipe_reference.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    written = (DOCS / "recipe.md").read_text(encoding="utf-8")
-    assert module.build() == written, "run `make docs`"
+    assert module.build() == module.PAGE.read_text(encoding="utf-8"), "run `make docs`"
+    assert module.build_keys() == module.KEYS.read_text(encoding="utf-8"), "run `make docs`"
 
 
 def test_every_config_field_has_a_help_text():
@@ -124,10 +124,10 @@ def check_command(line: str) -> None:
     Raises:
         click.UsageError: There is no such command or option.
     """
-    _, *words = shlex.split(line, comments=True)
+    _, *words = shlex.split(line.partition(" > ")[0], comments=True)
     group = command_group()
     above = click.Context(group, info_name="silotune")
-    if words[0] in ("--help", "--version"):
+    if words[0] in (name for option in group.params for name in option.opts) or words == ["--help"]:
         return
     command = group.get_command(above, words[0])
     if command is None:

@@ -190,16 +190,15 @@ def export(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or comparison folder.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run, comparison or sweep.")
+    ],
 ) -> None:
-    """Write report.html, a run or comparison on one page.
+    """Write report.html: a run, comparison or sweep on one page.
 
     The page needs no network.
     """
     with errors_as_exit_codes():
-        import silotune
-        from silotune.workflows.compare.folder import ComparisonFolder
+        from silotune.cli.finished import open_finished
 
-        is_comparison = (run / ComparisonFolder.RECIPE).is_file()
-        done = silotune.Comparison(run) if is_comparison else silotune.Run(run)
-        typer.echo(done.report())
+        typer.echo(open_finished(run).report())

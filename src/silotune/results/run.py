@@ -28,6 +28,7 @@ from silotune.results.chat import NO_HEAD, SPEAKERS, Chat, Speaker, Speakers
 from silotune.results.export import GGUF_DEFAULT, check_request, export_run
 from silotune.results.export_card import ExportKind
 from silotune.results.hub import hub_login, push_folder
+from silotune.results.listing import refuse_collection
 from silotune.results.page import run_page
 
 
@@ -40,10 +41,14 @@ class Run:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", as_path(self.path, "Run"))  # strings are accepted too
 
+    def _folder(self) -> RunFolder:
+        refuse_collection(self.path)
+        return RunFolder.open(self.path)
+
     @property
     def summary(self) -> dict[str, Any]:
         """summary.json: losses per client, bytes, seconds, fingerprint of the adapter."""
-        summary = RunFolder.open(self.path).read_json("summary.json")
+        summary = self._folder().read_json("summary.json")
         if summary is None:
             raise RunFolderError(
                 f"{self.path} is not finished.\n  Resume it: silotune run --resume {self.path}"
@@ -53,17 +58,17 @@ class Run:
     @property
     def metrics(self) -> list[Row]:
         """metrics.jsonl: one row per round, client and event."""
-        return RunFolder.open(self.path).metrics()
+        return self._folder().metrics()
 
     @property
     def samples(self) -> list[dict[str, Any]]:
         """Held-out questions with the answers of base and result; [] if none were asked."""
-        return RunFolder.open(self.path).read_json("samples.json") or []
+        return self._folder().read_json("samples.json") or []
 
     @property
     def split(self) -> dict[str, Any]:
         """Rows, lengths and labels of each client; {} for real clients, who keep them."""
-        return RunFolder.open(self.path).read_json("split.json") or {}
+        return self._folder().read_json("split.json") or {}
 
     @property
     def privacy(self) -> dict[str, Any] | None:
@@ -71,7 +76,7 @@ class Run:
 
         This is enough to recompute epsilon; see docs/privacy.md.
         """
-        folder = RunFolder.open(self.path)
+        folder = self._folder()
         found = statement(folder.run, folder)
         return found and {**found, "releases": releases(folder), "sha256": self._sha256()}
 
@@ -86,7 +91,7 @@ class Run:
 
     def report(self) -> Path:
         """Write report.html: the run on one page that needs no network. Returns its path."""
-        folder = RunFolder.open(self.path)
+        folder = self._folder()
         page = run_page(
             folder.run,
             self.summary,
@@ -101,7 +106,7 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The resolved recipe."""
-        return RunFolder.open(self.path).run
+        return self._folder().run
 
     def adapter(self) -> AdapterState:
         """The result's tensors by name, float32.
@@ -109,7 +114,7 @@ class Run:
         Raises:
             RunFolderError: There is no result yet, or a file of it has changed since.
         """
-        folder, place = RunFolder.open(self.path), self.path / "adapter"
+        folder, place = self._folder(), self.path / "adapter"
         if any(place.glob("*.safetensors")):
             folder.check_files("adapter")
         return read_result(place)
@@ -155,7 +160,7 @@ class Run:
             ) from error
         if newest and not any(folder.glob("*.safetensors")):
             return  # fetched when it is loaded
-        provenance = RunFolder.open(self.path).read_json("provenance.json")
+        provenance = self._folder().read_json("provenance.json")
         if content_hash(folder) != provenance["base"]["sha256"]:
             raise ModelError(
                 f"{model.name} is not the base that {self.path} was trained on: its files have "
