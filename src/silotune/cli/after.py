@@ -167,6 +167,10 @@ def export(
         Literal["f16", "f32", "q8_0"] | None,
         typer.Option("--type", help="How a GGUF file stores matrices; by default f16."),
     ] = None,
+    with_base: Annotated[
+        bool,
+        typer.Option("--with-base", help="With peft: also write the base, into the folder base."),
+    ] = False,
     push: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Also upload it to a private repository."),
@@ -184,7 +188,13 @@ def export(
         from silotune.federation.progress import pick_progress
 
         place = silotune.Run(run).export(
-            kind, to=to, gguf_type=gguf_type, push=push, public=public, progress=pick_progress()
+            kind,
+            to=to,
+            gguf_type=gguf_type,
+            with_base=with_base,
+            push=push,
+            public=public,
+            progress=pick_progress(),
         )
         typer.echo(place)
 

@@ -174,6 +174,7 @@ class Run:
         *,
         to: Path | str | None = None,
         gguf_type: GgufType | None = None,
+        with_base: bool = False,
         push: str | None = None,
         public: bool = False,
         progress: Progress | None = None,
@@ -186,6 +187,7 @@ class Run:
                 file for llama.cpp, for models of the Llama family.
             to: The folder to create; by default export/<kind> in the run folder. Never overwritten.
             gguf_type: How a GGUF file stores matrices; by default f16.
+            with_base: "peft": also copy the base, so that AutoPeftModel finds it in the folder.
             push: OWNER/NAME of a hub repository to upload it to, as the user who is logged in.
             public: Whether everyone may read that repository.
             progress: Receives progress messages; silent by default.
@@ -201,7 +203,13 @@ class Run:
             SilotuneError: The upload failed; the folder stays.
         """
         progress = progress or Progress()
-        check_request(self.config, kind, gguf_type=gguf_type, push=push, public=public)
+        check_request(
+            *(self.config, kind),
+            gguf_type=gguf_type,
+            with_base=with_base,
+            push=push,
+            public=public,
+        )
         _, adapter = self.summary, self.adapter()  # both raise if the run is not finished
         self.check_base(there=True)
         api = hub_login() if push is not None else None
@@ -210,6 +218,7 @@ class Run:
             kind,
             Path(to) if to is not None else self.path / "export" / kind,
             gguf_type=gguf_type or GGUF_DEFAULT,
+            with_base=with_base,
             load=lambda run: self._load(run, adapter),
             progress=progress,
         )

@@ -29,7 +29,7 @@ def test_another_tools_name_leads_to_a_key_that_exists_wherever_it_is_typed(name
 
 
 def test_a_name_that_a_recipe_knows_too_is_not_taken_for_another_tools():
-    """`epochs` and `data_path` are keys of [server] only; elsewhere they are what other tools mean."""
+    """`epochs` and `data_path` are keys of [server]; elsewhere they are what other tools mean."""
     lasts = {key.rpartition(".")[2] for key in KEYS}
     assert lasts & OTHER_TOOLS.keys() == {"data_path", "epochs"}
     assert not KEYS & OTHER_TOOLS.keys()
