@@ -1,9 +1,11 @@
-"""Write docs/recipe.md, the recipe reference, from the config models.
+"""Write docs/recipe.md, the recipe reference, and the list of keys for shells, from the configs.
 
 The fields are the only home of names, defaults, ranges and help texts; this file adds headings. The
 result is the same on every machine. Run it with `make docs`.
 """
 
+import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -18,6 +20,7 @@ from silotune.recipes.mistakes import sections
 from silotune.recipes.schema import RunConfig
 
 PAGE = Path(__file__).parent / "recipe.md"
+KEYS = Path(__file__).parents[1] / "src" / "silotune" / "recipes" / "keys.json"
 
 HEAD = """\
 # Recipe reference
@@ -74,6 +77,26 @@ def build() -> str:
     for section, own in (("limits", LimitsConfig), ("runtime", OwnRuntimeConfig)):
         parts += [f"### [{section}] of a client\n", _about(own), _table(own.model_fields)]
     return "\n".join(parts)
+
+
+def build_keys() -> str:
+    """Every dotted key of a recipe with the first sentence of its help, as JSON."""
+    found: dict[str, str] = {}
+    own = sections()
+    for name, field in RunConfig.model_fields.items():
+        if name not in own:
+            found[name] = field.description or ""
+            continue
+        choices = ALGORITHM_CONFIGS.values() if name == "algorithm" else [own[name]]
+        for cls in choices:
+            for key, inner in cls.model_fields.items():
+                found.setdefault(f"{name}.{key}", inner.description or "")
+    first = {key: _first_sentence(_one_line(text)) for key, text in found.items()}
+    return json.dumps(first, indent=1, ensure_ascii=False) + "\n"
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<!al)(?<!eq)\. (?=[A-Z])", text, maxsplit=1)[0].rstrip(".")
 
 
 def _about(cls: type[BaseModel]) -> str:
@@ -147,3 +170,4 @@ def _one_line(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(build(), encoding="utf-8")
+    KEYS.write_text(build_keys(), encoding="utf-8")

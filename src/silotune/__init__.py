@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from silotune.core.errors import SilotuneError
     from silotune.federation.progress import PlainProgress, Progress
-    from silotune.recipes.parse import load_recipe, shipped_recipes
+    from silotune.recipes.parse import load_recipe
     from silotune.recipes.schema import RunConfig
+    from silotune.recipes.shipped import shipped_recipes
+    from silotune.results.listing import runs
     from silotune.results.run import Run
     from silotune.workflows.audit.audit import audit
     from silotune.workflows.check import check
@@ -52,7 +54,8 @@ _HOMES = {
     "pretrain_teacher": "silotune.workflows.pretrain_teacher",
     "preview": "silotune.workflows.preview",
     "run": "silotune.workflows.run",
-    "shipped_recipes": "silotune.recipes.parse",
+    "runs": "silotune.results.listing",
+    "shipped_recipes": "silotune.recipes.shipped",
     "sweep": "silotune.workflows.sweep.sweep",
 }
 
@@ -81,6 +84,7 @@ __all__ = [
     "pretrain_teacher",
     "preview",
     "run",
+    "runs",
     "shipped_recipes",
     "sweep",
 ]

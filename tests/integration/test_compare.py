@@ -222,7 +222,8 @@ def test_a_lone_client_that_was_stopped_between_rounds_goes_on_there(recipe, tmp
         (["runtime.name=flower"], "cannot be compared"),
         (["compare.seeds=0"], "compare.seeds"),
         (['compare.algorithms=["fedprx"]'], "Did you mean 'fedprox'"),
-        (["compare.algorithms=[{name='fedavg'}]"], "twice"),
+        (["compare.algorithms=[{name='fedavg'}]"], "is the same as 'federated'"),
+        (["compare.algorithms=['fedprox', 'fedprox']"], "twice"),
     ],
 )
 def test_a_mistake_is_said_before_a_model_is_loaded(recipe, tmp_path, monkeypatch, keys, says):
@@ -237,6 +238,16 @@ def test_a_comparison_is_no_run_and_a_run_no_comparison(done, recipe, tmp_path):
         silotune.run(resume=done.path)
     with pytest.raises(RunFolderError, match="is not a comparison folder"):
         silotune.compare(resume=done.path / "seed-3/federated/run")
+
+
+def test_a_comparison_is_listed_with_the_run_that_can_be_asked(done):
+    listed = {own.name: own for own in silotune.runs(done.path.parent)}[done.path.name]
+    scores = done.result["overall"]["scores"]["loss"]
+    federated = [arm["mean"] for name, arm in scores.items() if name.startswith("federated")]
+    assert (listed.kind, listed.loss) == ("comparison", min(federated))
+    assert silotune.Run(done.path / listed.best).adapter()
+    with pytest.raises(RunFolderError, match=f"Its best run .*: {done.path / listed.best}"):
+        silotune.Run(done.path).ask("What is it?")
 
 
 def test_full_training_is_compared_too(recipe, tmp_path):

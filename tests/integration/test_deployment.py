@@ -194,7 +194,9 @@ def test_a_client_has_a_list_of_everything_that_left_it(first, place):
     assert [line["asked"] for line in answers] == ["query", "train", "evaluate"]
     rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     (trained,) = [r for r in rows if r["event"] == "train" and r["client"] == name]
+    assert {line["run"] for line in answers} == {place.status()["runs"][0]["id"]}
     update = answers[1]
+    assert update["bytes_numbers"] == trained["bytes_up"]
     numbers = sum(math.prod(shape) for shape in layout.values())
     assert 4 * numbers == trained["bytes_up"]
     assert update["norm"] == pytest.approx(trained["delta_norm"])

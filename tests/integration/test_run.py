@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import silotune
+from silotune.cli.results import print_run
 from silotune.core.errors import ConfigError, RunFolderError
 from silotune.core.tree import l2_norm, sha256, subtract
 from silotune.data import client_rows
 from silotune.models.loading import num_base_loads, read_adapter
 from silotune.recipes.parse import parse, to_toml
+from silotune.results.summary import unused_rows
 from silotune.workflows import provenance, write_results
 from tests.conftest import (
     build_tiny_model,
@@ -424,3 +426,26 @@ def test_a_result_that_the_disk_does_not_hold_as_it_was_trained_is_no_result(
         with pytest.raises(RunFolderError, match="is not there as it was trained"):
             silotune.run(recipe_of(tiny_model, hospital_file, rounds=1), out=tmp_path / "r")
     assert silotune.run(resume=tmp_path / "r").adapter()
+
+
+def test_rows_that_are_held_but_not_used_are_explained_beside_the_two_counts(
+    tiny_model, tmp_path, capsys
+):
+    """The results had 39 train rows and the table of clients 40, without a word."""
+    rows = hospital_rows()
+    for row in rows[:2]:
+        row["question"] += " really" * 30
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = recipe_of(tiny_model, data, rounds=1, report__page=True)
+    done = silotune.run(recipe, out=tmp_path / "run")
+    (said,) = unused_rows(recipe, done.summary, done.split)
+    assert said == (
+        "2 rows cannot be used within train.max_length = 128, so the results count fewer rows "
+        "than the clients hold: hospital-0 (2)."
+    )
+    for name in ("README.md", "report.html"):
+        assert said in (done.path / name).read_text().replace("\\", ""), name
+    print_run(done)
+    assert said in capsys.readouterr().out
+    used, held = done.summary["clients"]["hospital-0"], done.split["hospital-0"]
+    assert sum(held[key] - used[key] for key in ("num_train", "num_eval")) == 2

@@ -287,6 +287,19 @@ def test_a_resumed_sweep_takes_nothing_new(done):
         silotune.sweep(resume=done.path, overrides=["train.lr=1,2"])
 
 
+def test_a_sweep_is_listed_and_reported_and_its_best_run_is_named(done, capsys):
+    """`report` refused a sweep, and `ask` and `export` did not say what is inside."""
+    (listed,) = silotune.runs(done.path.parent)
+    assert (listed.kind, listed.state, listed.loss) == ("sweep", "done", runs(done)[0]["loss"])
+    assert done.path / listed.best == done.best.path
+    command = CliRunner().invoke
+    assert command(app, ["report", str(done.path)]).output == f"{done.path / 'report.html'}\n"
+    for words in (["ask", str(done.path), "x"], ["export", str(done.path)]):
+        found = command(app, words)
+        assert found.exit_code == 2
+        assert f"silotune {words[0]} {done.best.path}" in found.stderr
+
+
 def test_a_sweep_is_no_run(done):
     with pytest.raises(RunFolderError, match="is not a run folder"):
         silotune.run(resume=done.path)

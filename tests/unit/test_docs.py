@@ -60,10 +60,10 @@ def snippets(language: str) -> list[Any]:
 # --- the recipe reference ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("page", "script"),
-    [("recipe.md", "build_recipe_reference.py"), ("papers.md", "build_papers.py")],
-)
+MADE = [("recipe.md", "build_recipe_reference.py"), ("papers.md", "build_papers.py")]
+
+
+@pytest.mark.parametrize(("page", "script"), MADE)
 def test_a_page_made_by_a_script_is_up_to_date(page, script):
     spec = importlib.util.spec_from_file_location("_script", DOCS / script)
     assert spec is not None
@@ -71,6 +71,15 @@ def test_a_page_made_by_a_script_is_up_to_date(page, script):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.build() == (DOCS / page).read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_the_keys_that_shells_complete_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("_script", DOCS / MADE[0][1])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.build_keys() == module.KEYS.read_text(encoding="utf-8"), "run `make docs`"
 
 
 def test_every_config_field_has_a_help_text():
@@ -127,10 +136,10 @@ def check_command(line: str) -> None:
     Raises:
         click.UsageError: There is no such command or option.
     """
-    _, *words = shlex.split(line, comments=True)
+    _, *words = shlex.split(line.partition(" > ")[0], comments=True)
     group = command_group()
     above = click.Context(group, info_name="silotune")
-    if words[0] in ("--help", "--version"):
+    if words[0] in (name for option in group.params for name in option.opts) or words == ["--help"]:
         return
     command = group.get_command(above, words[0])
     if command is None:
@@ -148,6 +157,24 @@ def check_command(line: str) -> None:
 )
 def test_a_command_that_is_shown_exists_with_its_options(line):
     check_command(line)
+
+
+SHIPPED = [
+    pytest.param(words[1:], id=" ".join(words))
+    for page in PAGES
+    if page.name not in ("CHANGELOG.md", "add-an-algorithm.md")  # what was, and what is added there
+    for line in command_lines(page)
+    if "sweep"
+    not in (words := shlex.split(line, comments=True)[1:])[:1]  # its keys have many values
+    and words[1:2]
+    and words[1] in silotune.shipped_recipes()
+]
+
+
+@pytest.mark.parametrize("words", SHIPPED)
+def test_a_command_that_is_shown_with_a_shipped_recipe_has_no_mistake_in_its_keys(words):
+    """`silotune check blueprint ... privacy.unit=client` was refused."""
+    load_recipe(words[0], [word for word in words[1:] if re.match(r"[\w.]+=", word)])
 
 
 @pytest.mark.parametrize(

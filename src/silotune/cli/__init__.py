@@ -12,6 +12,7 @@ from silotune.cli import (
     chat,
     client,
     data,
+    listing,
     plan,
     privacy,
     run,
@@ -25,7 +26,7 @@ COMMANDS = (
     algorithms.algorithms,
     *(data.new, data.data, plan.plan, sweep.sweep, privacy.privacy, audit.audit),
     *(after.ask, after.evaluate, after.contribution, after.export, after.report, chat.chat),
-    *(server.rehearse, server.export_app),
+    *(listing.recipes, listing.runs, server.rehearse, server.export_app),
 )
 """In the order of `silotune --help`. The function's name is the command's name."""
 
@@ -47,13 +48,13 @@ def _options(
     """Accept the options that need no command."""
 
 
-def _group(name: str, text: str) -> typer.Typer:
+def _group(name: str, text: str, *, completes: bool = False) -> typer.Typer:
     return typer.Typer(
         name=name,
         cls=Group,
         help=text,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=completes,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -64,6 +65,7 @@ def _build() -> typer.Typer:
     top = _group(
         "silotune",
         "Fine-tune one language model across many data holders whose rows never leave them.",
+        completes=True,
     )
     top.callback()(_options)
     for command in COMMANDS:

@@ -179,6 +179,10 @@ def export(
         Literal["f16", "f32", "q8_0"] | None,
         typer.Option("--type", help="How a GGUF file stores matrices; by default f16."),
     ] = None,
+    with_base: Annotated[
+        bool,
+        typer.Option("--with-base", help="With peft: also write the base, into the folder base."),
+    ] = False,
     push: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Also upload it to a private repository."),
@@ -200,6 +204,7 @@ def export(
             kind,
             to=to,
             gguf_type=gguf_type,
+            with_base=with_base,
             push=push,
             public=public,
             client=client,
@@ -209,16 +214,15 @@ def export(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or comparison folder.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run, comparison or sweep.")
+    ],
 ) -> None:
-    """Write report.html, a run or comparison on one page.
+    """Write report.html: a run, comparison or sweep on one page.
 
     The page needs no network.
     """
     with errors_as_exit_codes():
-        import silotune
-        from silotune.workflows.compare.folder import ComparisonFolder
+        from silotune.cli.finished import open_finished
 
-        is_comparison = (run / ComparisonFolder.RECIPE).is_file()
-        done = silotune.Comparison(run) if is_comparison else silotune.Run(run)
-        typer.echo(done.report())
+        typer.echo(open_finished(run).report())

@@ -5,18 +5,40 @@ from typing import Annotated
 
 import typer
 
-Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")]
+from silotune.cli.completion import key_names, recipe_names
+from silotune.cli.frame import errors_as_exit_codes
+
+
+def _a_run(context: typer.Context, path: Path) -> Path:
+    """A run folder as it was typed; a sweep or comparison is refused with its best run."""
+    if not context.resilient_parsing:
+        with errors_as_exit_codes():
+            from silotune.results.listing import refuse_collection
+
+            refuse_collection(path, context.command_path)
+    return path
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(help="A shipped recipe's name, or a TOML file.", autocompletion=recipe_names),
+]
 OptionalRecipe = Annotated[
-    str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.")
+    str | None,
+    typer.Argument(help="A shipped recipe's name, or a TOML file.", autocompletion=recipe_names),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Keys to change, such as train.lr=5e-4", metavar="[KEY=VALUE]..."),
+    typer.Argument(
+        help="Keys to change, such as train.lr=5e-4",
+        metavar="[KEY=VALUE]...",
+        autocompletion=key_names,
+    ),
 ]
 Out = Annotated[
     Path | None, typer.Option(help="Folder to create; by default runs/<time>-<recipe>.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", callback=_a_run)]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
 AsSummary = Annotated[bool, typer.Option("--json", help="Print summary.json instead of tables.")]
 

@@ -64,6 +64,7 @@ def print_run(done: "silotune.Run") -> None:
     print_line()
     for text in [
         *tables.notes_of(done.config),
+        *tables.unused_rows(done.config, summary, done.split),
         *tables.budget_lines(summary),
         *tables.cost_lines(summary),
         *tables.own_lines(summary),
@@ -231,13 +232,15 @@ def print_outbound(path: Path) -> None:
 
     body = [
         (
-            own["run"],
+            own["run"][:8],
             own["first"],
             own["last"],
             str(own["answers"]),
             str(own["updates"]),
+            "-" if own["bytes_of_updates"] is None else human_bytes(own["bytes_of_updates"]),
             human_bytes(own["bytes"]),
         )
         for own in sent_by_run(path)
     ]
-    print_table([("run", "first", "last", "answers", "updates", "sent"), *body])
+    header = ("run", "first", "last", "answers", "updates", "in updates", "in all answers")
+    print_table([header, *body])

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from silotune.cli.completion import key_names
 from silotune.cli.frame import errors_as_exit_codes, print_json
 from silotune.cli.options import OptionalRecipe, recipe_and_overrides
 
@@ -14,6 +15,7 @@ Values = Annotated[
         help="Keys with their values, such as train.lr=1e-4,1e-3; a key with one value applies to "
         "all runs.",
         metavar="[KEY=VALUE,VALUE]...",
+        autocompletion=key_names,
     ),
 ]
 Listed = Annotated[

@@ -7,6 +7,7 @@ shown: in terminals, logs, errors, cards and pages.
 
 import re
 import unicodedata
+from hashlib import sha256
 
 _SEQUENCES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, cursor movement
@@ -71,3 +72,11 @@ def markdown(text: str) -> str:
     \<img src=x\> \[a\](b)
     """
     return _MARKUP.sub(r"\\\1", one_line(text))
+
+
+def folder_name(client: str) -> str:
+    """A file name for a client: its name if that is safe, else a part of it with a fingerprint."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,60}", client):
+        return client
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", client).strip("-")[:40]
+    return f"{readable or 'client'}-{sha256(client.encode()).hexdigest()[:8]}"

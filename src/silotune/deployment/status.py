@@ -21,8 +21,9 @@ def status(folder: Path) -> dict[str, Any]:
     """The present state of a consortium's server.
 
     Returns:
-        name, up, fingerprint, clients (name, online), runs (name, state, why, round, rounds,
-        bytes, seconds_left, waiting_for).
+        name, up, fingerprint, clients (name, online), runs (name, id, state, why, round, rounds,
+        bytes, seconds_left, waiting_for). A client knows a run by its id: `silotune client
+        outbound` shows the first eight digits.
     """
     consortium = Consortium.open(folder)
     engine = (folder / MEMBERS).parent.absolute()
@@ -30,15 +31,17 @@ def status(folder: Path) -> dict[str, Any]:
     online = _online(engine) if up else {}
     members = folder / MEMBERS
     nodes = Roster(members).nodes() if members.is_file() else {}
+    clients = [
+        {"name": name, "online": online.get(str(nodes.get(name)), False)}
+        for name in consortium.members()
+    ]
+    away = [own["name"] for own in clients if not own["online"]]
     return {
         "name": consortium.about.name,
         "up": up,
         "fingerprint": consortium.fingerprint(),
-        "clients": [
-            {"name": name, "online": online.get(str(nodes.get(name)), False)}
-            for name in consortium.members()
-        ],
-        "runs": [_run(path, engine) for path in runs_of(folder).values()],
+        "clients": clients,
+        "runs": [_run(path, engine, away) for path in runs_of(folder).values()],
     }
 
 
@@ -51,6 +54,7 @@ def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
         runs.append(
             (
                 run["name"],
+                run["id"][:8],
                 run["state"],
                 f"{run['round']}/{run['rounds']}",
                 human_bytes(run["bytes"]),
@@ -60,7 +64,9 @@ def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
         )
     tables: list[list[tuple[str, ...]]] = [[("client", "now"), *clients]]
     if runs:
-        tables.append([("run", "state", "rounds", "sent", "left", "waiting for"), *runs])
+        tables.append(
+            [("run", "id", "state", "rounds", "sent, both ways", "left", "waiting for"), *runs]
+        )
     return tables
 
 
@@ -85,15 +91,18 @@ def _online(engine: Path) -> dict[str, bool]:
     return {n["node-id"]: n["status"] == "online" for n in answer.get("nodes") or []}
 
 
-def _run(path: Path, engine: Path) -> dict[str, Any]:
+def _run(path: Path, engine: Path, away: list[str]) -> dict[str, Any]:
     folder = RunFolder.open(path)
     rows = folder.metrics()
     done = [row for row in rows if row["event"] == "round"]
     now = state_of(path)
     left = folder.run.rounds - len(done)
     waiting = _waiting(engine / "runs" / folder.run_id() / PROGRESS)
+    if waiting is None:  # before the first round, a run waits for clients to connect
+        waiting = away
     return {
         "name": path.name,
+        "id": folder.run_id(),
         "state": now["state"],
         "why": now["why"],
         "round": len(done),
@@ -109,17 +118,20 @@ def _seconds_left(done: list[Row], left: int) -> float | None:
     return left * statistics.median(row["seconds"] for row in done[-5:]) if done else None
 
 
-def _waiting(progress: Path) -> list[str]:
-    """Who was asked in this round and has not answered."""
-    waiting: set[str] = set()
+def _waiting(progress: Path) -> list[str] | None:
+    """Who was asked in this round and has not answered; None before the first round."""
+    waiting: set[str] | None = None
     if not progress.is_file():
-        return []
+        return None
     for line in progress.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:  # each process begins with an empty line; the last one may be half
+            continue
         if event["event"] == "begin_round":
             waiting = set(event["cohort"])
-        elif event["event"] in ("client_done", "client_failed"):
+        elif waiting is not None and event["event"] in ("client_done", "client_failed"):
             waiting.discard(event["client"])
         elif event["event"] == "end_round":
             waiting = set()
-    return sorted(waiting)
+    return None if waiting is None else sorted(waiting)

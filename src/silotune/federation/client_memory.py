@@ -1,15 +1,14 @@
 """What a client keeps between its rounds, in its own folder. None of it is ever sent."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
 
 from silotune.core.atomic_files import load_tensors, make_folder, save_tensors
 from silotune.core.errors import Declined, RunFolderError
+from silotune.core.safe_text import folder_name as folder_name  # for files here and elsewhere
 from silotune.core.types import AdapterState
 from silotune.data.row_draws import RULE
 from silotune.federation.metrics import Row
@@ -25,14 +24,6 @@ class ClientMemory:
     """Rows taken from the client's stream so far."""
     tensors: Mapping[str, AdapterState] = field(default_factory=dict)
     """The algorithm's memory, by purpose: personal tensors, control variates."""
-
-
-def folder_name(client: str) -> str:
-    """A file name for a client: its name if that is safe, else a part of it with a fingerprint."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,60}", client):
-        return client
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", client).strip("-")[:40]
-    return f"{readable or 'client'}-{sha256(client.encode()).hexdigest()[:8]}"
 
 
 def load_memory(folder: Path, round_: int) -> ClientMemory:

@@ -86,6 +86,7 @@ class Outbound:
             "run": self.run_id,
             "asked": asked,
             "bytes": size,
+            "bytes_numbers": values.nbytes,
             "seconds": round(seconds, 3),
             "said": said,
         }
@@ -111,17 +112,26 @@ class Outbound:
 
 
 def sent_by_run(path: Path) -> list[dict[str, Any]]:
-    """What has left, per run, oldest run first: run, first, last, answers, updates, bytes."""
+    """What has left, per run, oldest run first: run, first, last, answers, updates, bytes.
+
+    `bytes_of_updates` are the numbers of updates alone, which the server counts as bytes_up; None
+    if an earlier version of silotune wrote some of the lines. `bytes` has all answers with their
+    texts.
+    """
     found: dict[str, dict[str, Any]] = {}
     for line in lines(path):
         if "run" not in line:
             continue
         own = found.setdefault(
             line["run"],
-            {"run": line["run"], "first": line["time"], "answers": 0, "updates": 0, "bytes": 0},
+            {"run": line["run"], "first": line["time"], "answers": 0, "updates": 0, "bytes": 0}
+            | {"bytes_of_updates": 0},
         )
         own["last"] = line["time"]
         own["answers"] += 1
-        own["updates"] += "update" in line["said"]
+        if "update" in line["said"]:
+            own["updates"] += 1
+            numbers, before = line.get("bytes_numbers"), own["bytes_of_updates"]
+            own["bytes_of_updates"] = None if None in (numbers, before) else before + numbers
         own["bytes"] += line["bytes"]
     return list(found.values())

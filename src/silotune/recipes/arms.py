@@ -30,11 +30,36 @@ def federated_arms(run: RunConfig) -> dict[str, RunConfig]:
     """Name -> recipe of every federated arm; the recipe itself comes first.
 
     Raises:
-        ConfigError: An arm changes what all arms share, or its recipe has mistakes.
+        ConfigError: An arm changes what all arms share, repeats another, or its recipe has
+            mistakes.
     """
+    arms, repeated = _arms(run)
+    for key, other in repeated.items():
+        raise ConfigError(f"{key}: is the same as '{other}'.\n  Rename, change or remove this arm.")
+    return arms
+
+
+def repeated_arms(run: RunConfig) -> list[str]:
+    """A warning for each arm that is the same as another: only a comparison takes notice of it.
+
+    Raises:
+        ConfigError: An arm has another mistake; see `federated_arms`.
+    """
+    return [
+        f"{key} is the same as '{other}': silotune compare refuses this recipe"
+        for key, other in _arms(run)[1].items()
+    ]
+
+
+def _arms(run: RunConfig) -> tuple[dict[str, RunConfig], dict[str, str]]:
+    """All arms, and key -> name of the arm that it repeats."""
     own = run.model_copy(update={"compare": CompareConfig()})
     arms: dict[str, RunConfig] = {OWN: own}
-    for algorithm in run.compare.algorithms:
+    repeated: dict[str, str] = {}
+    for i, algorithm in enumerate(run.compare.algorithms):
+        if algorithm == own.algorithm:
+            repeated[f"compare.algorithms.{i}"] = OWN
+            continue
         name = label = f"{OWN}: {getattr(algorithm, 'name', '')}"
         count = 2
         while name in arms:  # the same algorithm with other settings
@@ -43,14 +68,15 @@ def federated_arms(run: RunConfig) -> dict[str, RunConfig]:
     for label, changes in run.compare.arms.items():
         name = f"{OWN}: {label}"
         recipe = _changed(own, label, changes)
-        same = next((other for other, known in arms.items() if known == recipe), None)
-        if name in arms or same is not None:
-            what = f"has the same name as '{name}'" if name in arms else f"is the same as '{same}'"
+        if name in arms:
             raise ConfigError(
-                f"compare.arms.{label}: {what}.\n  Rename, change or remove this arm."
+                f"compare.arms.{label}: has the same name as '{name}'.\n  Rename this arm."
             )
-        arms[name] = recipe
-    return arms
+        if (same := next((o for o, known in arms.items() if known == recipe), None)) is not None:
+            repeated[f"compare.arms.{label}"] = same
+        else:
+            arms[name] = recipe
+    return arms, repeated
 
 
 def _changed(run: RunConfig, label: str, changes: Mapping[str, Any]) -> RunConfig:

@@ -35,9 +35,9 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
         own = ", ".join(name for name, text in TEMPLATES.items() if text is not None)
         yield "train.compat", f"'no-end-token' needs data.template to be one of: {own}"
     yield from _of_an_early_stop(run)
-    arms = [run.algorithm, *run.compare.algorithms]
+    arms = run.compare.algorithms
     if any(arm in arms[:i] for i, arm in enumerate(arms)):
-        yield "compare.algorithms", "names an algorithm twice, or repeats the recipe's own"
+        yield "compare.algorithms", "names an algorithm twice"
     yield from _of_the_adapter(run)
     yield from _of_the_optimizer(run)
     yield from _of_privacy(run)

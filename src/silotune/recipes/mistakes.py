@@ -24,6 +24,7 @@ from silotune.recipes.algorithm import (
     FlowerStrategyConfig,
     chosen_algorithm,
 )
+from silotune.recipes.other_tools import SECTIONS, known_elsewhere
 from silotune.recipes.sections import (
     BudgetConfig,
     CheckpointConfig,
@@ -49,6 +50,8 @@ LISTS = {
     "sweep.runs": '["train.lr=1e-3 adapter.rank=8"]',
 }
 """Examples of lists, by key."""
+MOST_INSIDE = 5
+"""Keys of an unknown section that are explained."""
 
 
 def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
@@ -72,8 +75,7 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
                 )
             if where[0] == "algorithm" and others:
                 return f"{key}: is a key of {', '.join(others)}, not of {chosen}."
-            near = nearest_key(".".join(where), chosen)
-            return f"{key}: unknown key." + (f" Did you mean {near}?" if near else "")
+            return f"{key}: unknown key.{_guess('.'.join(where), item['input'], chosen)}"
         case "missing":
             return f"{key}: is missing."
         case "union_tag_invalid":
@@ -104,11 +106,34 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
             return f"{key}: {item['msg'].replace('Input should', 'should')}{shown}."
 
 
+def _guess(key: str, given: object, algorithm: str) -> str:
+    """What an unknown key was probably meant to be; for an unknown section, also its keys."""
+    near = nearest_key(key, algorithm)
+    if isinstance(given, Mapping):
+        near = SECTIONS.get(key.lower(), near)
+    other = known_elsewhere(key)
+    remark = (
+        f" ({other.remark})" if other is not None and other.key == near and other.remark else ""
+    )
+    said = "" if near is None else f" Did you mean {near}{remark}?"
+    if not isinstance(given, Mapping) or "." in key:
+        return said
+    meant = {
+        name: known.key
+        for name in cast(Mapping[str, object], given)
+        if (known := known_elsewhere(name)) is not None
+    }
+    inside = ", ".join(f"{name} is {own}" for name, own in list(meant.items())[:MOST_INSIDE])
+    return f"{said} In it, {inside}." if inside else said
+
+
 def nearest_key(key: str, algorithm: str) -> str | None:
     """The known key that a mistyped one most likely means; dotted if the mistyped one is."""
     if len(key) > 200:
         return None  # no key is so long, and comparing takes long
-    keys, last = list(known_keys(algorithm)), key.rsplit(".", 1)[-1]
+    keys, last = list(known_keys(algorithm)), key.rsplit(".", 1)[-1].replace("-", "_")
+    if (other := known_elsewhere(key)) is not None:
+        return other.key
     if elsewhere := [k for k in keys if k.rsplit(".", 1)[-1] == last]:  # in the wrong section
         return difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)[0]
     known = [k for k in keys if ("." in k) == ("." in key)]

@@ -5,7 +5,6 @@ import sys
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +20,10 @@ from silotune.recipes.contradictions import contradictions
 from silotune.recipes.local_data import drop_hub_keys
 from silotune.recipes.mistakes import explain, nearest_key
 from silotune.recipes.schema import RunConfig
+from silotune.recipes.shipped import shipped_recipes
 
 MOST_SHOWN = 30
 """Mistakes of one recipe that are explained; the others are counted."""
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes in the package, by name."""
-    folder = Path(str(resources.files("silotune.recipes")))
-    return {p.stem: p for p in sorted(folder.glob("*.toml"), key=lambda p: p.stem)}
 
 
 @public

@@ -36,6 +36,7 @@ from silotune.results.summary import (
     server_lines,
     split_table,
     unit_of,
+    unused_rows,
     worse_off,
 )
 from silotune.results.verdicts import run_verdict
@@ -77,6 +78,7 @@ def model_card(
             *markdown_table(round_table(rows)),
             "",
             *(["## Clients", "", *markdown_table(split_table(split)), ""] if split else []),
+            *(part for text in unused_rows(run, summary, split) for part in (markdown(text), "")),
             "## Cost",
             "",
             *(f"- {line}" for line in [*budget_lines(summary), *cost_lines(summary)]),
@@ -247,22 +249,28 @@ def without_folders(path: str) -> str:
     return at.name if at.is_absolute() or path.startswith("~") or ".." in at.parts else path
 
 
-def python_use(run: RunConfig, revision: str | None, *, folder: str) -> list[str]:
+def python_use(
+    run: RunConfig, revision: str | None, *, folder: str, base: str | None = None
+) -> list[str]:
     """How to load the adapter, as lines of Markdown that end with code.
 
     Args:
         run: The resolved recipe.
         revision: Of a base on the hub; see `revision_in`.
         folder: Where the adapter is, seen from the card.
+        base: Where a copy of the base is, seen from the card, if there is one.
     """
     place = "This" if folder == "." else f"`{folder}/`"
     head = "SequenceClassification" if run.task == "classify" else "CausalLM"
     if run.adapter.kind == "full":
         return [f"{place} is a model folder for `AutoModelFor{head}.from_pretrained`."]
-    name = public_reference(run.model.name)
+    name = base or public_reference(run.model.name)
     found, more = json.dumps(name, ensure_ascii=False), list[str]()
     words = f"{place} is a PEFT folder:"
-    if run.model.name in SOURCES:
+    is_source = base is None and run.model.name in SOURCES
+    if base is not None:
+        words = f"{place} is a PEFT folder with a copy of its base in `{base}`:"
+    elif is_source:
         found = f"base_folder({found})"
     elif is_on_hub(run):
         more = [f'revision="{revision}"'] if revision else []
@@ -283,7 +291,7 @@ def python_use(run: RunConfig, revision: str | None, *, folder: str) -> list[str
         "```python",
         *(["import json", "from pathlib import Path", ""] if run.task == "classify" else []),
         "from peft import PeftModel",
-        *(["from silotune import base_folder"] if run.model.name in SOURCES else []),
+        *(["from silotune import base_folder"] if is_source else []),
         f"from transformers import AutoModelFor{head}, AutoTokenizer",
         "",
         *_labels_line(run, folder),

@@ -20,13 +20,20 @@ from silotune.core.wording import did_you_mean
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.models.adapters import PROMPT_KINDS
-from silotune.models.base import quiet_libraries
-from silotune.models.base_files import commit_of, public_name, public_reference
+from silotune.models.base import folder_of_base, quiet_libraries
+from silotune.models.base_files import MODEL_FILES, commit_of, public_name, public_reference
 from silotune.models.gguf_write import GgufType, check_llama, check_tokenizer, write_llama
 from silotune.models.heads import num_positions
 from silotune.models.loading import LoadedModel, save_adapter, save_labels
 from silotune.recipes.schema import RunConfig
-from silotune.results.export_card import ExportKind, export_card, gguf_name, licence_of
+from silotune.results.export_card import (
+    BASE,
+    ExportKind,
+    export_card,
+    gguf_name,
+    licence_of,
+    rounding_note,
+)
 
 LOGIT_TOLERANCE = 1e-3
 """How far merging may move a logit, as a share of the largest. Rounding in float32 is near 1e-6."""
@@ -43,6 +50,7 @@ def check_request(
     kind: ExportKind,
     *,
     gguf_type: GgufType | None,
+    with_base: bool = False,
     push: str | None,
     public: bool,
     client: str | None = None,
@@ -64,6 +72,11 @@ def check_request(
             )
     if gguf_type is not None and kind != "gguf":
         raise ConfigError("--type has an effect only with --as gguf.\n  Leave it out.")
+    if with_base and kind != "peft":
+        raise ConfigError(
+            "--with-base has an effect only with --as peft: the others contain the base.\n"
+            "  Leave it out."
+        )
     if public and push is None:
         raise ConfigError("--public has an effect only with --push.\n  Leave it out.")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
@@ -116,6 +129,7 @@ def export_run(
     *,
     gguf_type: GgufType,
     client: str | None = None,
+    with_base: bool = False,
     load: Callable[[RunConfig], LoadedModel],
     progress: Progress,
 ) -> Path:
@@ -127,6 +141,7 @@ def export_run(
         place: The folder to create, with its parents. Never overwritten.
         gguf_type: How a GGUF file stores matrices.
         client: Whose own adapter `load` puts in; None for the result of the federation.
+        with_base: peft: also copy the base, into the folder `BASE`.
         load: Loads a recipe's base with the run's result in it.
         progress: Receives progress messages.
 
@@ -145,10 +160,10 @@ def export_run(
     moved = None
     is_whole = kind == "peft" or (kind == "merged" and run.adapter.kind == "full")
     if is_whole and client is None:
-        write = _copier(path / "adapter", run)
+        write = _copier(path / "adapter", run, with_base=with_base)
     elif is_whole:
         progress.note(f"loading {run.model.name}")
-        write = _saver(load(plain_recipe(run, provenance["dtype"])), run)
+        write = _saver(load(plain_recipe(run, provenance["dtype"])), run, with_base=with_base)
     else:
         progress.note(f"loading {run.model.name}")
         loaded = load(plain_recipe(run, provenance["dtype"]))
@@ -168,8 +183,15 @@ def export_run(
                 about["license"] = licence
             write = _gguf_writer(model, loaded.tokenizer, gguf_type, about)
     card = export_card(
-        run, summary, provenance, kind=kind, gguf_type=gguf_type, moved=moved, client=client
+        *(run, summary, provenance),
+        kind=kind,
+        gguf_type=gguf_type,
+        moved=moved,
+        client=client,
+        with_base=with_base,
     )
+    if note := rounding_note(provenance["dtype"], kind, gguf_type, is_merged=moved is not None):
+        progress.note(f"note: {note}")
 
     def fill(part: Path) -> None:
         write(part)
@@ -218,24 +240,48 @@ def merge(loaded: LoadedModel) -> tuple[Any, float | None]:
     return plain, moved
 
 
-def _copier(adapter: Path, run: RunConfig) -> Callable[[Path], None]:
+def _copier(adapter: Path, run: RunConfig, *, with_base: bool) -> Callable[[Path], None]:
     def write(part: Path) -> None:
+        if with_base:
+            _copy_base(folder_of_base(run.model), part / BASE)
         for file in adapter.iterdir():
             shutil.copyfile(file, part / file.name)
-        config = part / "adapter_config.json"
-        if config.is_file():  # an earlier version's names a path, and neither commit nor labels
-            table = json.loads(config.read_text(encoding="utf-8"))
-            table["base_model_name_or_path"] = public_reference(run.model.name)
-            table["revision"] = commit_of(run.model.name, run.model.revision)
-            write_json(config, table)
-            if run.task == "classify":
-                save_labels(part, run.data.labels or ())
+        _point_to_base(part, run, with_base=with_base)
+        if (part / CONFIG).is_file() and run.task == "classify":
+            save_labels(part, run.data.labels or ())
 
     return write
 
 
-def _saver(loaded: LoadedModel, run: RunConfig) -> Callable[[Path], None]:
-    return lambda part: save_adapter(loaded, part, base=run.model)
+def _saver(loaded: LoadedModel, run: RunConfig, *, with_base: bool) -> Callable[[Path], None]:
+    def write(part: Path) -> None:
+        if with_base:
+            _copy_base(folder_of_base(run.model), part / BASE)
+        save_adapter(loaded, part, base=run.model)
+        _point_to_base(part, run, with_base=with_base)
+
+    return write
+
+
+CONFIG = "adapter_config.json"
+
+
+def _point_to_base(part: Path, run: RunConfig, *, with_base: bool) -> None:
+    """Name the base in PEFT's configuration; an earlier version's names a path, and no commit."""
+    if (part / CONFIG).is_file():
+        table = json.loads((part / CONFIG).read_text(encoding="utf-8"))
+        there = f"./{BASE}" if with_base else public_reference(run.model.name)
+        table["base_model_name_or_path"] = there
+        table["revision"] = None if with_base else commit_of(run.model.name, run.model.revision)
+        write_json(part / CONFIG, table)
+
+
+def _copy_base(folder: Path, to: Path) -> None:
+    """Copy the files that loading a base reads; the run has been compared with them before."""
+    to.mkdir()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in MODEL_FILES:
+            shutil.copyfile(file, to / file.name)  # of a link, what it points to
 
 
 def _model_writer(model: Any, tokenizer: Any) -> Callable[[Path], None]:

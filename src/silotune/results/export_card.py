@@ -21,6 +21,8 @@ from silotune.results.published import published
 from silotune.results.summary import loss_name, server_lines, unit_of
 
 ExportKind = Literal["peft", "merged", "gguf"]
+BASE = "base"
+"""The folder of the base inside an export that has it."""
 
 
 def export_card(
@@ -32,6 +34,7 @@ def export_card(
     gguf_type: GgufType,
     moved: float | None,
     client: str | None = None,
+    with_base: bool = False,
 ) -> str:
     """README.md of an export: what it is, how to load it, where it comes from.
 
@@ -43,16 +46,19 @@ def export_card(
         gguf_type: How a GGUF file stores matrices.
         moved: How far merging moved a logit, as a share of the largest; None without a merge.
         client: The client whose own adapter this is; its name is not in the card.
+        with_base: Whether the base is in the folder `BASE` of the export.
     """
+    rounding = rounding_note(provenance["dtype"], kind, gguf_type, is_merged=moved is not None)
+    notes = [*_notes(run, provenance, moved, kind), *([rounding] if rounding else [])]
     summary = published(summary).summary
     return "\n".join(
         [
             *_heading(run, summary, provenance, kind),
             *(OF_A_CLIENT if client is not None else _results(summary)),
-            *(line for note in _notes(run, provenance, moved, kind) for line in (note, "")),
+            *(line for note in notes for line in (note, "")),
             "## Use",
             "",
-            *_use(run, revision_in(provenance), kind, gguf_type),
+            *_use(run, revision_in(provenance), kind, gguf_type, with_base=with_base),
             "",
             "## Provenance",
             "",
@@ -164,9 +170,66 @@ def _notes(
     return notes
 
 
-def _use(run: RunConfig, revision: str | None, kind: ExportKind, gguf_type: GgufType) -> list[str]:
+def rounding_note(
+    dtype: str, kind: ExportKind, gguf_type: GgufType, *, is_merged: bool
+) -> str | None:
+    """What rounding may change in the answers of an export; None if nothing is rounded.
+
+    Args:
+        dtype: The base's dtype in training, by name.
+        kind: What was exported.
+        gguf_type: How a GGUF file stores matrices.
+        is_merged: Whether an adapter was merged into the base.
+    """
+    stored = {"merged": dtype if is_merged else "float32", "gguf": gguf_type}.get(kind, "float32")
+    if stored in ("float32", "f32"):
+        return None
+    return (
+        f"Weights with the adapter merged in are stored as {stored}. This rounding is not in "
+        "`silotune ask`: an answer may differ from its where two tokens are almost equally likely. "
+        + (
+            "Nothing is rounded with --as peft."
+            if kind == "merged"
+            else "Nothing is rounded with --type f32 or --as peft."
+        )
+    )
+
+
+def _auto_peft(run: RunConfig, *, with_base: bool) -> list[str]:
+    """How `AutoPeftModel` loads an adapter, as lines of Markdown; it looks for the base itself."""
+    if run.task == "classify" or run.adapter.kind == "full":
+        return []  # it builds a head of another size
+    call = 'AutoPeftModelForCausalLM.from_pretrained(".")'
+    name = public_name(run.model.name)
+    if with_base:
+        return ["", f"`{call}`, in this folder, does the same."]
+    if run.model.name not in SOURCES:
+        where = "" if is_on_hub(run) else ", in this folder,"
+        return ["", f"`{call}`{where} does the same."]
+    find = f"import silotune; print(silotune.base_folder('{name}'))"
+    return [
+        "",
+        f"The base `{name}` is not on the hub. For `{call}`, put it beside this adapter first "
+        "(`silotune export RUN --with-base` writes a copy of it):",
+        "",
+        "```sh",
+        f'ln -s "$(python -c "{find}")" {name}',
+        "```",
+    ]
+
+
+def _use(
+    run: RunConfig,
+    revision: str | None,
+    kind: ExportKind,
+    gguf_type: GgufType,
+    *,
+    with_base: bool,
+) -> list[str]:
     if kind == "peft":
-        return python_use(run, revision, folder=".")
+        base = f"./{BASE}" if with_base else None
+        use = python_use(run, revision, folder=".", base=base)
+        return [*use, *_auto_peft(run, with_base=with_base)]
     if kind == "gguf":
         name = gguf_name(gguf_type)
         return [

@@ -36,6 +36,7 @@ from silotune.results.summary import (
     prediction_table,
     server_lines,
     unit_of,
+    unused_rows,
     worse_off,
 )
 from silotune.results.verdicts import run_verdict
@@ -90,7 +91,7 @@ def run_page(
         f"round {summary['result_round']}",
         verdict=[run_verdict(summary)],
         warnings=warnings,
-        notes=[*notes_of(run), *budget_lines(summary)],
+        notes=[*notes_of(run), *unused_rows(run, summary, split), *budget_lines(summary)],
         loss_name=loss_name(summary),
         part=summary.get("scored", "held-out"),
         server_lines=[f"{capitalised(line)}." for line in server_lines(summary)],

@@ -30,6 +30,7 @@ from silotune.results.chat import NO_HEAD, SPEAKERS, Chat, Speaker, Speakers
 from silotune.results.export import GGUF_DEFAULT, check_request, export_run
 from silotune.results.export_card import ExportKind
 from silotune.results.hub import hub_login, push_folder
+from silotune.results.listing import refuse_collection
 from silotune.results.page import run_page
 
 
@@ -42,10 +43,14 @@ class Run:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", as_path(self.path, "Run"))  # strings are accepted too
 
+    def _folder(self) -> RunFolder:
+        refuse_collection(self.path)
+        return RunFolder.open(self.path)
+
     @property
     def summary(self) -> dict[str, Any]:
         """summary.json: losses per client, bytes, seconds, fingerprint of the adapter."""
-        summary = RunFolder.open(self.path).read_json("summary.json")
+        summary = self._folder().read_json("summary.json")
         if summary is None:
             raise RunFolderError(
                 f"{self.path} is not finished.\n  Resume it: silotune run --resume {self.path}"
@@ -55,12 +60,17 @@ class Run:
     @property
     def metrics(self) -> list[Row]:
         """metrics.jsonl: one row per round, client and event."""
-        return RunFolder.open(self.path).metrics()
+        return self._folder().metrics()
 
     @property
     def samples(self) -> list[dict[str, Any]]:
         """Held-out questions with the answers of base and result; [] if none were asked."""
-        return RunFolder.open(self.path).read_json("samples.json") or []
+        return self._folder().read_json("samples.json") or []
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """Rows, lengths and labels of each client; {} for real clients, who keep them."""
+        return self._folder().read_json("split.json") or {}
 
     @property
     def privacy(self) -> dict[str, Any] | None:
@@ -68,7 +78,7 @@ class Run:
 
         This is enough to recompute epsilon; see docs/privacy.md.
         """
-        folder = RunFolder.open(self.path)
+        folder = self._folder()
         found = statement(folder.run, folder)
         return found and {**found, "releases": releases(folder), "sha256": self._sha256()}
 
@@ -83,13 +93,13 @@ class Run:
 
     def report(self) -> Path:
         """Write report.html: the run on one page that needs no network. Returns its path."""
-        folder = RunFolder.open(self.path)
+        folder = self._folder()
         page = run_page(
             folder.run,
             self.summary,
             self.metrics,
             folder.read_json("provenance.json"),
-            split=folder.read_json("split.json") or {},
+            split=self.split,
             samples=self.samples,
         )
         write_atomically(self.path / "report.html", page.encode())
@@ -98,7 +108,7 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The resolved recipe."""
-        return RunFolder.open(self.path).run
+        return self._folder().run
 
     def adapter(self) -> AdapterState:
         """The result's tensors by name, float32.
@@ -106,7 +116,7 @@ class Run:
         Raises:
             RunFolderError: There is no result yet, or a file of it has changed since.
         """
-        folder, place = RunFolder.open(self.path), self.path / "adapter"
+        folder, place = self._folder(), self.path / "adapter"
         if any(place.glob("*.safetensors")):
             folder.check_files("adapter")
         return read_result(place)
@@ -165,7 +175,7 @@ class Run:
             ) from error
         if newest and not any(folder.glob("*.safetensors")):
             return  # fetched when it is loaded
-        provenance = RunFolder.open(self.path).read_json("provenance.json")
+        provenance = self._folder().read_json("provenance.json")
         if content_hash(folder) != provenance["base"]["sha256"]:
             raise ModelError(
                 f"{model.name} is not the base that {self.path} was trained on: its files have "
@@ -179,6 +189,7 @@ class Run:
         *,
         to: Path | str | None = None,
         gguf_type: GgufType | None = None,
+        with_base: bool = False,
         push: str | None = None,
         public: bool = False,
         client: str | None = None,
@@ -192,6 +203,7 @@ class Run:
                 file for llama.cpp, for models of the Llama family.
             to: The folder to create; by default export/<kind> in the run folder. Never overwritten.
             gguf_type: How a GGUF file stores matrices; by default f16.
+            with_base: "peft": also copy the base, so that AutoPeftModel finds it in the folder.
             push: OWNER/NAME of a hub repository to upload it to, as the user who is logged in.
             public: Whether everyone may read that repository.
             client: Export the result as this client has it, see `load`. It cannot be pushed.
@@ -209,7 +221,12 @@ class Run:
         """
         progress = progress or Progress()
         check_request(
-            self.config, kind, gguf_type=gguf_type, push=push, public=public, client=client
+            *(self.config, kind),
+            gguf_type=gguf_type,
+            with_base=with_base,
+            push=push,
+            public=public,
+            client=client,
         )
         _, adapter = self.summary, self._adapter_of(client)  # both raise if it is not finished
         self.check_base(there=True)
@@ -221,6 +238,7 @@ class Run:
             Path(to) if to is not None else self.path / "export" / name,
             gguf_type=gguf_type or GGUF_DEFAULT,
             client=client,
+            with_base=with_base,
             load=lambda run: self._load(run, adapter),
             progress=progress,
         )

@@ -190,6 +190,32 @@ def notes_of(run: RunConfig) -> list[str]:
     return notes
 
 
+def unused_rows(
+    run: RunConfig, summary: Mapping[str, Any], split: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Why the clients hold more rows than the results count; empty if they do not.
+
+    Args:
+        run: The resolved recipe.
+        summary: summary.json, which counts the rows that were used.
+        split: Rows, lengths and labels of each client; may be empty.
+    """
+    parts = ("num_train",) if run.data.validation_fraction > 0 else ("num_train", "num_eval")
+    lost = {
+        name: sum(split[name][part] - used[part] for part in parts)
+        for name, used in summary["clients"].items()
+        if name in split
+    }
+    lost = {name: count for name, count in lost.items() if count > 0}
+    if not lost:
+        return []
+    who = ", ".join(f"{name} ({count})" for name, count in lost.items())
+    return [
+        f"{counted(sum(lost.values()), 'row')} cannot be used within train.max_length = "
+        f"{run.train.max_length}, so the results count fewer rows than the clients hold: {who}."
+    ]
+
+
 def unit_of(summary: Mapping[str, Any]) -> str:
     """The unit of a loss: what it is averaged over."""
     return "nats per row" if summary.get("task") == "classify" else "nats per token"

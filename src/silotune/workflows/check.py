@@ -32,7 +32,7 @@ from silotune.models.adapters import check_adapter
 from silotune.models.devices import pick_device
 from silotune.models.quantization import check_quantization
 from silotune.models.sources import check_name, is_hub_id
-from silotune.recipes.arms import federated_arms
+from silotune.recipes.arms import repeated_arms
 from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tracks import TRACKS
@@ -122,12 +122,12 @@ def _checked(run: RunConfig, *, offline: bool) -> Checked:
     if run.runtime.name != "in-process":
         check_installed(run)
     check_tracker(run.report.tracker)
-    federated_arms(run)  # mistakes in compare.arms
+    repeated = repeated_arms(run)  # raises for other mistakes in [compare]
     strategy, (_, notice) = (
         strategy_warnings(run.algorithm),
         pick_optimizer(run.train.optimizer, device),
     )
-    warnings = [*strategy, *([notice] if notice else [])]
+    warnings = [*repeated, *strategy, *([notice] if notice else [])]
     if run.server.work == "distill" and run.distill.teacher is not None:
         check_name(run.distill.teacher, "distill.teacher")
     try:

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,12 @@ import silotune
 from silotune.cli import app
 from silotune.core.checksums import list_files
 from silotune.core.errors import ConfigError, DiskError, ModelError, RunFolderError, SilotuneError
+from silotune.federation.progress import Progress
 from silotune.models.gguf_read import convert_llama
 from silotune.models.gguf_write import check_llama, check_tokenizer, write_llama
 from silotune.recipes.parse import parse
 from silotune.results.export import merge
+from silotune.results.export_card import export_card
 from tests.conftest import (
     CHATML,
     build_tiny_model,
@@ -181,6 +184,81 @@ def test_a_peft_export_is_read_by_peft_with_the_runs_template_and_the_same_logit
     assert torch.equal(logits_of(PeftModel.from_pretrained(base, place), tokenizer), expected)
     assert difference(plain, expected) > 0.01
     assert tokenizer.chat_template == CHATML
+
+
+def test_auto_peft_loads_an_export_with_its_base_from_the_folder_alone(done, tmp_path, monkeypatch):
+    """A base that is on no hub was not found: adapter_config.json had only its name."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    made = done.export(to=tmp_path / "made", with_base=True)
+    place = made.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(socket, "socket", lambda *_: pytest.fail("asked the network"))
+    tokenizer = AutoTokenizer.from_pretrained(".")
+    loaded = done.load()
+    expected = logits_of(loaded.model, loaded.tokenizer)
+    found = AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.float32)
+    rows = len(tokenizer)  # it drops embeddings that no token has
+    assert torch.equal(logits_of(found, tokenizer)[..., :rows], expected[..., :rows])
+    names = {file.name for file in Path(done.config.model.name).iterdir()}
+    assert {file.name for file in Path("base").iterdir()} == names
+    card = Path("README.md").read_text()
+    assert "with a copy of its base in `./base`" in card
+    assert str(Path(done.config.model.name).parent) not in card
+
+
+def test_a_card_says_how_auto_peft_finds_a_base_that_is_not_on_the_hub(done, monkeypatch):
+    monkeypatch.setattr("silotune.results.export_card.licence_of", lambda _: None)  # asks the hub
+    run = done.config
+    provenance = json.loads((done.path / "provenance.json").read_text())
+
+    def card(name: str, **more) -> str:
+        model = run.model.model_copy(update={"name": name})
+        return export_card(
+            *(run.model_copy(update={"model": model}), done.summary, provenance),
+            **{"kind": "peft", "gguf_type": "f16", "moved": None, **more},
+        )
+
+    call = '`AutoPeftModelForCausalLM.from_pretrained(".")`'
+    assert f"{call} does the same." in card("owner/name")
+    assert f"{call}, in this folder, does the same." in card(run.model.name)
+    source = card("smollm2-135m-instruct")
+    assert "is not on the hub" in source
+    (line,) = [line for line in source.splitlines() if line.startswith("ln -s")]
+    assert line.endswith(" smollm2-135m-instruct")
+    assert "ln -s" not in card("smollm2-135m-instruct", with_base=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "dtype", "says"),
+    [
+        ("peft", {}, "bfloat16", None),
+        ("merged", {}, "float32", None),
+        ("merged", {}, "bfloat16", "stored as bfloat16"),
+        ("gguf", {"gguf_type": "f32"}, "bfloat16", None),
+        ("gguf", {}, "float32", "stored as f16"),
+        ("gguf", {"gguf_type": "q8_0"}, "float32", "stored as q8_0"),
+    ],
+)
+def test_an_export_whose_rounding_may_change_an_answer_says_so(
+    llama, done, tmp_path, kind, more, dtype, says
+):
+    """Nothing was said, and the first answer tried differed from `silotune ask`."""
+    path = done.path
+    if dtype != "float32":  # only what the run recorded matters here
+        path = shutil.copytree(done.path, tmp_path / "run")
+        table = json.loads((path / "provenance.json").read_text())
+        (path / "provenance.json").write_text(json.dumps(table | {"dtype": dtype}))
+        list_files(path, ["provenance.json"])
+    said, progress = [], Progress()
+    progress.note = said.append
+    place = silotune.Run(path).export(kind, to=tmp_path / "out", progress=progress, **more)
+    notes = [text for text in said if "This rounding is not in" in text]
+    card = (place / "README.md").read_text()
+    assert len(notes) == (says is not None)
+    assert ("This rounding is not in" in card) == (says is not None)
+    assert says is None or says in notes[0]
 
 
 def test_an_export_is_in_the_run_folder_by_default_and_is_never_overwritten(done):
@@ -540,6 +618,7 @@ def test_tokenizers_that_gguf_cannot_describe_are_refused(tokenizer):
         ("merge", {}, "--as = 'merge' is unknown. Did you mean 'merged'?"),
         ("gguf", {"gguf_type": "q8"}, "--type = 'q8' is unknown. Did you mean 'q8_0'?"),
         ("merged", {"gguf_type": "f16"}, "--type has an effect only with --as gguf."),
+        ("merged", {"with_base": True}, "--with-base has an effect only with --as peft"),
         ("peft", {"public": True}, "--public has an effect only with --push."),
         (
             "peft",

@@ -88,6 +88,19 @@ def test_training_time_is_counted_per_run_including_failed_rounds(tmp_path):
     assert first["bytes"] + second["bytes"] == sum(line.get("bytes", 0) for line in lines(path))
 
 
+def test_the_bytes_of_updates_are_those_that_the_server_counts(tmp_path):
+    """The list had only bytes with texts, which no number of the server equals."""
+    path, parcel = tmp_path / "outbound.jsonl", update()
+    let_out(Outbound(path, "r1"), Parcel({"report": {}}, no_values()), asked="query")
+    let_out(Outbound(path, "r1"), parcel)
+    counted = parcel.values.nbytes  # bytes_up in metrics.jsonl
+    assert [own["bytes_of_updates"] for own in sent_by_run(path)] == [counted]
+    assert sent_by_run(path)[0]["bytes"] > counted
+    older = [{k: v for k, v in line.items() if k != "bytes_numbers"} for line in lines(path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert [own["bytes_of_updates"] for own in sent_by_run(path)] == [None]
+
+
 def test_a_large_value_has_a_finite_norm(tmp_path):
     """In float32, its square would be infinite."""
     path = tmp_path / "outbound.jsonl"

@@ -6,9 +6,9 @@ import tomllib
 import pytest
 
 from silotune.core.errors import ConfigError
-from silotune.recipes.arms import FREE, OWN, SHARED, federated_arms
+from silotune.recipes.arms import FREE, OWN, SHARED, federated_arms, repeated_arms
 from silotune.recipes.mistakes import sections
-from silotune.recipes.parse import parse, to_toml
+from silotune.recipes.parse import load_recipe, parse, to_toml
 from silotune.recipes.schema import RunConfig
 
 RECIPE = {
@@ -89,6 +89,27 @@ def test_an_arm_called_like_an_algorithm_is_refused_or_takes_no_arm_away():
     with contextlib.suppress(ConfigError):
         arms = federated_arms(run)
     assert len(arms) in (0, 3), "the arm of compare.algorithms is gone"
+
+
+def test_an_arm_that_an_override_makes_equal_to_the_recipe_is_a_mistake_only_of_a_comparison():
+    """`silotune run glue-cola server.work=fine-tune` was refused because of [compare]."""
+    run = load_recipe("glue-cola", ["server.work=fine-tune"])
+    name = "compare.arms.FedLoRA and the server's labels"
+    assert repeated_arms(run) == [
+        f"{name} is the same as 'federated': silotune compare refuses this recipe"
+    ]
+    with pytest.raises(ConfigError, match=f"{name}: is the same as 'federated'"):
+        federated_arms(run)
+    assert repeated_arms(load_recipe("glue-cola")) == []
+
+
+def test_an_algorithm_of_a_comparison_may_become_the_recipes_own_in_a_run():
+    run = recipe(algorithms=["fedavg", RECIPE["algorithm"]])
+    assert [text[:42] for text in repeated_arms(run)] == [
+        "compare.algorithms.1 is the same as 'feder"
+    ]
+    with pytest.raises(ConfigError, match="Rename, change or remove"):
+        federated_arms(run)
 
 
 # --- what changes ---

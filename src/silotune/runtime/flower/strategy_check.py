@@ -4,6 +4,8 @@ A rehearsal of two rounds on small tensors, with as many clients as a round of t
 what would otherwise end a run after the model has been loaded and trained.
 """
 
+import inspect
+
 import torch
 
 from silotune.algorithms import ALGORITHMS
@@ -49,14 +51,29 @@ def strategy_warnings(cfg: AlgorithmConfig) -> list[str]:
     """How a strategy differs from its paper or from our own algorithms, in one sentence each."""
     if not isinstance(cfg, FlowerStrategyConfig):
         return []
-    bases = (base.__name__ for base in class_of(cfg).__mro__ if base.__module__[:5] == "flwr.")
-    base = next((name for name in bases if name in TRAPS), "")
+    base = _base_of(class_of(cfg))
     found = [f"Flower's {base}: {text}." for text in TRAPS.get(base, ())]
     if found and base.lower() in ALGORITHMS:
         own = f'algorithm.name = "{base.lower()}"'
         found.append(f"{own} is silotune's own {base}, without these differences.")
     memory = "A Flower strategy holds all updates of a round in memory; silotune's own hold one."
     return [*found, memory]
+
+
+def _base_of(cls: type) -> str:
+    """The nearest class of Flower whose aggregation a class uses; empty if it replaces all of it.
+
+    An `aggregate_train` of its own that does not call its base's replaces it.
+    """
+    for base in cls.__mro__:
+        if base.__module__.startswith("flwr."):
+            if base.__name__ in TRAPS:
+                return base.__name__
+        elif (own := vars(base).get("aggregate_train")) is not None:
+            code = getattr(inspect.unwrap(own), "__code__", None)
+            if code is not None and "aggregate_train" not in code.co_names:
+                return ""
+    return ""
 
 
 def check_algorithm(cfg: AlgorithmConfig, *, num_clients: int) -> None:

@@ -19,6 +19,7 @@ from silotune.core.wording import did_you_mean
 from silotune.data.clients import load_clients
 from silotune.federation.progress import Progress
 from silotune.models.base_files import public_name
+from silotune.recipes.arms import federated_arms
 from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import FinishConfig
@@ -148,6 +149,7 @@ def _check(checked: Checked) -> dict[str, tuple[str, ...]]:
         RunFolderError: The comparison was begun by an older version.
     """
     run = checked.run
+    federated_arms(run)  # an arm that repeats another is a mistake here only
     if with_validation(run) != run:
         raise RunFolderError(
             "this comparison was begun by an older version of silotune, without validation rows.\n"

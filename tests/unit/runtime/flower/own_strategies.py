@@ -133,3 +133,17 @@ class Divides(FedAvg):
 class OwnKeys(FedAvg):
     def __init__(self, **kwargs):
         super().__init__(arrayrecord_key="weights", weighted_by_key="rows", **kwargs)
+
+
+class Replaces(FedAvg):
+    """Takes the first reply's arrays: nothing of its base's aggregation is left."""
+
+    def aggregate_train(self, server_round, replies):
+        return next(iter(replies)).content["arrays"], None
+
+
+class ReplacesBelow(Replaces):
+    """Calls the aggregation of a base that replaces it."""
+
+    def aggregate_train(self, server_round, replies):
+        return super().aggregate_train(server_round, replies)

@@ -631,6 +631,13 @@ def test_a_users_class_inherits_the_traps_of_its_base():
     assert strategy_warnings(own("Remembers")) == strategy_warnings(config("FedAvg"))
 
 
+def test_a_users_class_with_its_own_aggregation_does_not_inherit_the_traps_of_what_it_replaces():
+    """They were told that Flower's FedAvg sums in float32, which such a class never calls."""
+    memory = strategy_warnings(config("FedMedian"))
+    assert strategy_warnings(own("Replaces")) == memory
+    assert strategy_warnings(own("ReplacesBelow")) == memory
+
+
 def test_every_strategy_that_runs_was_looked_at():
     assert set(RUNS) == set(TRAPS)
 
