@@ -8,7 +8,7 @@ import pytest
 import silotune
 from silotune.core.errors import ConfigError, UpdateError
 from silotune.recipes.parse import parse
-from silotune.results.summary import prediction_notes, prediction_table
+from silotune.results.run_tables import prediction_notes, prediction_table
 from silotune.runtime import inprocess
 from silotune.workflows.check import on_a_day
 from silotune.workflows.plan import outcome as plan_outcome

@@ -40,6 +40,7 @@ def print_checked(checked: "Checked") -> None:
 
 def print_run(done: "silotune.Run") -> None:
     """Print a run's held-out scores, what it cost, and where its files are."""
+    from silotune.results import run_tables
     from silotune.results import summary as tables
 
     summary = done.summary
@@ -74,10 +75,10 @@ def print_run(done: "silotune.Run") -> None:
         from silotune.federation.privacy_statement import privacy_lines
 
         print_line(f"privacy: {privacy_lines(summary['privacy'])[0]}")
-    if predicted := tables.prediction_table(summary):
+    if predicted := run_tables.prediction_table(summary):
         print_line()
         print_table(predicted)
-        for note in tables.prediction_notes(summary):
+        for note in run_tables.prediction_notes(summary):
             print_line(f"note: {note}")
         print_line()
     print_line(f"adapter: {done.path / 'adapter'}")

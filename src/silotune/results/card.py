@@ -19,6 +19,7 @@ from silotune.models.loading import LABELS
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
 from silotune.results.published import published
+from silotune.results.run_tables import prediction_notes, prediction_table, round_table, split_table
 from silotune.results.summary import (
     budget_lines,
     budget_warnings,
@@ -30,11 +31,7 @@ from silotune.results.summary import (
     notes_of,
     own_lines,
     own_table,
-    prediction_notes,
-    prediction_table,
-    round_table,
     server_lines,
-    split_table,
     unit_of,
     unused_rows,
     worse_off,

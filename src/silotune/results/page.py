@@ -21,6 +21,7 @@ from silotune.results import charts
 from silotune.results.card import python_use, revision_in, without_folders
 from silotune.results.charts import Interval, Split
 from silotune.results.published import published
+from silotune.results.run_tables import prediction_notes, prediction_table
 from silotune.results.summary import (
     budget_lines,
     budget_warnings,
@@ -32,8 +33,6 @@ from silotune.results.summary import (
     notes_of,
     own_lines,
     own_table,
-    prediction_notes,
-    prediction_table,
     server_lines,
     unit_of,
     unused_rows,

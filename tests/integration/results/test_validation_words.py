@@ -10,7 +10,7 @@ import silotune
 from silotune.cli import app
 from silotune.federation.progress import PlainProgress
 from silotune.results.charts import rows_per_client
-from silotune.results.summary import split_table
+from silotune.results.run_tables import split_table
 from silotune.workflows.sweep.ranking import ranked, sweep_table, verdict
 from tests.conftest import write_tiny_recipe
 

@@ -27,7 +27,12 @@ from silotune.federation.metrics import overall_scores
 from silotune.federation.round_rows import score_rows
 from silotune.federation.spool import Spool
 from silotune.recipes.parse import parse
-from silotune.results.summary import cost_lines, label_table, round_table, summarise
+from silotune.results.run_tables import round_table
+from silotune.results.summary import (
+    cost_lines,
+    label_table,
+    summarise,
+)
 from silotune.runtime import wire
 from silotune.runtime.flower.records import from_record, to_record
 from silotune.runtime.payload import Parcel, pack, unpack
