@@ -17,6 +17,7 @@ from silotune.federation.metrics import (
     trained,
 )
 from silotune.recipes.schema import RunConfig
+from silotune.recipes.sections import StopConfig
 
 ARMS = ("base", "federated")
 
@@ -295,8 +296,8 @@ def budget_lines(summary: Mapping[str, Any]) -> list[str]:
     if not budget or budget["ended_by"] is None:
         return []
     after = f"{budget['rounds']} of {budget['planned_rounds']}"
-    patience = budget.get("patience")  # earlier versions had none
-    return [end_note(budget["ended_by"], after, patience=patience, ends="ended")]
+    stop = StopConfig.model_validate(budget.get("stop", {}))  # earlier versions had none
+    return [end_note(budget["ended_by"], after, stop, ends="ended")]
 
 
 def prediction_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
