@@ -115,18 +115,20 @@ def has_ceiling(run: RunConfig) -> bool:
     return any(limit is not None for limit in limits)
 
 
-def end_note(key: str, round_: str, *, patience: int | None, ends: str = "ends") -> str:
+def end_note(key: str, round_: str, stop: StopConfig, *, ends: str = "ends") -> str:
     """What ends a run and why, in one line.
 
     Args:
         key: The ceiling.
         round_: After which round, for example "3 of 10".
-        patience: The recipe's.
+        stop: The recipe's.
         ends: The verb.
     """
     why = ""
-    if key == "stop.patience" and patience is not None:
-        why = f": {counted(patience, 'scored round')} in a row without a lower validation loss"
+    if key == "stop.patience" and stop.patience is not None:
+        by = f" (by more than {stop.min_delta:g})" if stop.min_delta > 0 else ""
+        rounds = counted(stop.patience, "scored round")
+        why = f": {rounds} in a row without a lower validation loss{by}"
     return f"{key} {ends} the run after round {round_}{why}"
 
 

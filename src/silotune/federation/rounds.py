@@ -100,7 +100,7 @@ def run_rounds(
         folder.save(state, last=r == run.rounds or ended_by is not None)
         progress.end_round(r, [*own, *rows])
     if ended_by is not None:
-        progress.note(end_note(ended_by, str(state.round), patience=run.stop.patience))
+        progress.note(end_note(ended_by, str(state.round), run.stop))
     if run.evaluate.due(state.round, state.round):
         final = messages_for(clients.names(), algorithm, state, score=True)
         progress.begin_scoring(clients.names())

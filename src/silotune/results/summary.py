@@ -14,6 +14,7 @@ from silotune.federation.metrics import (
     server_set,
 )
 from silotune.recipes.schema import RunConfig
+from silotune.recipes.sections import StopConfig
 
 ARMS = ("base", "federated")
 
@@ -366,5 +367,5 @@ def budget_lines(summary: Mapping[str, Any]) -> list[str]:
     if not budget or budget["ended_by"] is None:
         return []
     after = f"{budget['rounds']} of {budget['planned_rounds']}"
-    patience = budget.get("patience")  # earlier versions had none
-    return [end_note(budget["ended_by"], after, patience=patience, ends="ended")]
+    stop = StopConfig.model_validate(budget.get("stop", {}))  # earlier versions had none
+    return [end_note(budget["ended_by"], after, stop, ends="ended")]

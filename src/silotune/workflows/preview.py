@@ -61,15 +61,15 @@ class ClientPreview:
     """One client's rows in numbers."""
 
     num_train: int
-    num_validation: int
     num_eval: int
     labels: Mapping[str, int]
     """Number of train rows of each label, most common first; empty without a label column."""
     train: Lengths
-    validation: Lengths | None
-    """None without validation rows."""
     held_out: Lengths
     duplicates: Duplicates
+    num_validation: int = 0
+    validation: Lengths | None = None
+    """None without validation rows."""
 
 
 Kind = Literal["read", "learned", "cut"]
@@ -101,11 +101,11 @@ class Preview:
     """Sorted by name."""
     num_server: int
     """Number of the server's own train rows."""
-    num_server_test: int
-    """Number of rows in the server's test set."""
     warnings: Sequence[str]
     """What is allowed but may be surprising."""
     samples: Sequence[Sample]
+    num_server_test: int = 0
+    """Number of rows in the server's test set."""
 
     def numbers(self) -> dict[str, Any]:
         """Everything except the samples and the recipe, ready for JSON."""
@@ -166,7 +166,7 @@ def _preview(checked: Checked, num_samples: int, client: str | None) -> Preview:
         ]
         warnings += [*data_warnings(clients, limit), *warn_of_template(tokenizer, run, rows, own)]
     split, num_test = describe_partition(run), len(server_test_rows(run))
-    return Preview(run, split, clients, len(own), num_test, warnings, samples)
+    return Preview(run, split, clients, len(own), warnings, samples, num_test)
 
 
 def _inspect(run: RunConfig) -> tuple[Any, list[str]]:

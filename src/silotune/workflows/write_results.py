@@ -150,7 +150,7 @@ def _budget(run: RunConfig, folder: RunFolder) -> dict[str, Any]:
     found = {
         "bytes": run.budget.bytes,
         "hours": run.budget.hours,
-        "patience": run.stop.patience,
+        "stop": run.stop.model_dump(),
         "ended_by": spent["ended_by"],
         "rounds": len(rounds),
         "planned_rounds": run.rounds,

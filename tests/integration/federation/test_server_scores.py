@@ -109,6 +109,28 @@ def test_a_run_that_was_killed_scores_nothing_twice(done, place, tmp_path):
         assert found == whole
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_kill_while_the_server_scores_costs_nothing(place, tmp_path, monkeypatch, call):
+    """The base, a round's adapter, and the last one, which evaluate.every does not select."""
+    real, calls = ServerTest.score, []
+
+    def dies(self, state):
+        calls.append(state.round)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(self, state)
+
+    run = place(evaluate__every=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(ServerTest, "score", dies)
+        with pytest.raises(KeyboardInterrupt):
+            silotune.run(run, out=tmp_path / "run")
+    resumed = silotune.run(resume=tmp_path / "run")
+    events = [(r["event"], r["round"]) for r in resumed.metrics if "loss" in r]
+    assert [r for event, r in events if event == "server-test"] == [0, 2, 3]
+    assert sorted(r for event, r in events if event == "evaluate") == [0, 0, 2, 2, 3, 3]
+
+
 def test_a_test_set_that_changed_is_refused_on_resume(place, tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     own = write_jsonl(tmp_path / "own.jsonl", rows)

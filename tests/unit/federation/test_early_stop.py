@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError
 from silotune.core.types import Score
-from silotune.federation.budget import is_out_of_patience, read_spent
+from silotune.federation.budget import end_note, is_out_of_patience, read_spent
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.sections import StopConfig
+from silotune.results.summary import budget_lines
 from tests.unit.federation.test_rounds import StandInClients, go, recipe
 
 STOPS = {"data__validation_fraction": 0.2, "checkpoint__keep": "best", "stop__patience": 2}
@@ -81,6 +82,16 @@ def test_a_run_ends_once_its_validation_loss_no_longer_falls(tmp_path):
         "stop.patience ends the run after round 5: 2 scored rounds in a row without a lower "
         "validation loss"
     ]
+
+
+def test_the_reason_names_the_smallest_difference_that_counts():
+    text = end_note("stop.patience", "3 of 9", StopConfig(patience=1, min_delta=0.01), ends="ended")
+    assert text == (
+        "stop.patience ended the run after round 3 of 9: 1 scored round in a row without a lower "
+        "validation loss (by more than 0.01)"
+    )
+    ended = {"ended_by": "budget.bytes", "rounds": 2, "planned_rounds": 4}  # of an older version
+    assert budget_lines({"budget": ended}) == ["budget.bytes ended the run after round 2 of 4"]
 
 
 def test_only_scored_rounds_count_and_the_last_round_ends_nothing(tmp_path):

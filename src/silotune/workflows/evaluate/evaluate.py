@@ -33,11 +33,12 @@ from silotune.training.known_tokens import prepare_rows
 from silotune.training.scoring import score_each
 from silotune.training.tasks import build_task
 from silotune.workflows.check import check
-from silotune.workflows.evaluate.suites import SUITES
-from silotune.workflows.evaluate.suites import code as code_suite
+from silotune.workflows.evaluate.suites import CODE_SUITES, SUITES
 from silotune.workflows.evaluate.suites.base import Item, load_items
+from silotune.workflows.evaluate.suites.code import check_allowed, load_problems, run_code
 from silotune.workflows.evaluate.suites.leaderboard import run_finance, run_medical
 from silotune.workflows.evaluate.suites.lm_eval_tasks import check_lm_eval, run_lm_eval
+from silotune.workflows.evaluate.suites.other_languages import check_installed
 from silotune.workflows.evaluate.suites.results import Answered, Way, summarise
 from silotune.workflows.evaluate.suites.scoring import score_generation, score_likelihood
 from silotune.workflows.evaluate.text_scores import Quality, judge, question_of
@@ -88,10 +89,10 @@ def read_questions(cfg: Questions) -> dict[str, list[Any]]:
 
     Raises:
         ConfigError: An unknown suite, a file for a suite that is not asked, or code execution that
-            is not allowed.
+            is not allowed or not possible.
         DataError: The questions cannot be read.
     """
-    known = [*SUITES, code_suite.NAME]
+    known = [*SUITES, *CODE_SUITES]
     for name in cfg.suites:
         if not name.startswith(LM_EVAL) and name not in known:
             raise ConfigError(
@@ -106,12 +107,13 @@ def read_questions(cfg: Questions) -> dict[str, list[Any]]:
             )
     if any(name.startswith(LM_EVAL) for name in cfg.suites):
         check_lm_eval([n.removeprefix(LM_EVAL) for n in cfg.suites if n.startswith(LM_EVAL)])
-    if code_suite.NAME in cfg.suites:
-        code_suite.check_allowed(cfg.allow_code_execution)
+    for suite in (CODE_SUITES[name] for name in cfg.suites if name in CODE_SUITES):
+        check_allowed(suite, cfg.allow_code_execution)
+        check_installed(suite.language, suite.name)
     found: dict[str, list[Any]] = {}
     for name in cfg.suites:
-        if name == code_suite.NAME:
-            found[name] = list(code_suite.load_problems(cfg.data.get(name)))
+        if name in CODE_SUITES:
+            found[name] = list(load_problems(CODE_SUITES[name], cfg.data.get(name)))
         elif not name.startswith(LM_EVAL):
             found[name] = load_items(SUITES[name], cfg.data.get(name))
     return found
@@ -312,9 +314,10 @@ def _suite(
     if name.startswith(LM_EVAL):
         return [], run_lm_eval(loaded, [name.removeprefix(LM_EVAL)], cfg.limit)
     items = _drawn(questions[name], cfg.limit, config.seed, name)
-    if name == code_suite.NAME:
-        found = code_suite.run_code(
+    if name in CODE_SUITES:
+        found = run_code(
             loaded,
+            CODE_SUITES[name],
             items,
             allow_code_execution=cfg.allow_code_execution,
             max_new_tokens=cfg.max_new_tokens,

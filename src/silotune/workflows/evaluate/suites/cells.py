@@ -30,6 +30,18 @@ def text_of(row: Row, column: str, where: str) -> str:
     return str(value)
 
 
+def texts_of(row: Row, column: str, where: str) -> list[str]:
+    """A list of texts; it may be empty."""
+    value = row[column]
+    listed: list[object] = list(value) if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(one, str) for one in listed):
+        raise DataError(
+            f"{where}: column '{column}' is not a list of texts.\n"
+            "  Write it as in the published file, in JSON or Parquet."
+        )
+    return [text_of({column: one}, column, where) for one in listed]
+
+
 def number_of(row: Row, column: str, where: str) -> float:
     """A number; in CSV files it is text."""
     try:

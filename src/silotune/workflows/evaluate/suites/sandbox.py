@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,7 @@ class Limits:
 
 
 Outcome = Literal["passed", "failed", "timeout"]
+Language = Literal["python", "js", "cpp"]
 
 
 @functools.cache
@@ -107,15 +109,31 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="silotune-sandbox-") as folder:
         program = Path(folder) / "program.py"
         program.write_text(source, encoding="utf-8", errors="replace")
-        return _run(program, limits)
+        arguments = (str(program), str(limits.cpu_s), str(limits.memory_bytes), str(PASSED))
+        return in_child(arguments, Path(folder), wall_s=limits.wall_s)
 
 
-def _run(program: Path, limits: Limits) -> Outcome:
-    arguments = (str(program), str(limits.cpu_s), str(limits.memory_bytes), str(PASSED))
-    start = [*isolation(), "--"] if isolation() else []
+def in_child(
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    wall_s: float,
+    passed: int = PASSED,
+    options: Sequence[str] = (),
+) -> Outcome:
+    """Run sandboxed.py in a separate, isolated process group.
+
+    Args:
+        arguments: What it is told.
+        folder: Its working folder.
+        wall_s: Seconds until everything that it started is killed.
+        passed: The exit code of a program that passed.
+        options: More options for `unshare`, where it works.
+    """
+    start = [*isolation(), *options, "--"] if isolation() else []
     child = subprocess.Popen(
         [*start, sys.executable, "-I", "-S", str(CHILD), *arguments],
-        cwd=program.parent,
+        cwd=folder,
         env={},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -123,7 +141,7 @@ def _run(program: Path, limits: Limits) -> Outcome:
         start_new_session=True,  # its own process group, so that all of it can be killed
     )
     try:
-        code = child.wait(limits.wall_s)
+        code = child.wait(wall_s)
     except subprocess.TimeoutExpired:
         return "timeout"
     finally:
@@ -131,4 +149,4 @@ def _run(program: Path, limits: Limits) -> Outcome:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    return "passed" if code == PASSED else "failed"
+    return "passed" if code == passed else "failed"

@@ -2,9 +2,11 @@
 
 sandbox.py starts it. It imports only Python's own library and nothing from silotune, because it
 runs without site packages. Arguments: the program's file, CPU seconds, bytes of memory, the exit
-code that means "passed".
+code that means "passed". Or, for a program that is not Python: --become, the limits and the root
+folder as JSON, and the command.
 """
 
+import json
 import os
 import resource
 import sys
@@ -72,5 +74,19 @@ def run(path: str, cpu_s: int, memory_bytes: int, passed: int) -> None:
     leave(passed)
 
 
-if __name__ == "__main__":
+def become(limits: dict[str, int], root: str | None, command: list[str]) -> None:
+    """Set kernel limits and become another program, which sees only the folder `root`, if given."""
+    if root is not None:
+        os.chroot(root)
+        os.chdir("/")
+    for name, limit in limits.items():
+        if hasattr(resource, name):
+            resource.setrlimit(getattr(resource, name), (limit, limit))
+    os.execve(command[0], command, {"PATH": "/usr/local/bin:/usr/bin:/bin", "TMPDIR": "."})
+
+
+if __name__ == "__main__" and sys.argv[1] == "--become":
+    told: list[Any] = json.loads(sys.argv[2])
+    become(told[0], told[1], sys.argv[3:])
+elif __name__ == "__main__":
     run(sys.argv[1], *map(int, sys.argv[2:]))

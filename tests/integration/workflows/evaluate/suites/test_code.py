@@ -13,6 +13,7 @@ from silotune.models.base import ModelConfig
 from silotune.models.loading import load_model
 from silotune.workflows.evaluate.suites import code, sandbox
 from silotune.workflows.evaluate.suites.code import cut, load_problems, program_of, run_code
+from silotune.workflows.evaluate.suites.human_eval import HUMAN_EVAL, STOPS
 from silotune.workflows.evaluate.suites.sandbox import Limits, isolation, network_note, run_program
 from tests.conftest import write_jsonl
 
@@ -39,10 +40,10 @@ def either_way(request, monkeypatch):
 
 @pytest.mark.skipif(not DATA.is_file(), reason=f"{DATA} is not there")
 def test_canonical_solutions_pass_and_empty_ones_do_not():
-    problems = load_problems(DATA)
+    problems = load_problems(HUMAN_EVAL, DATA)
     assert len(problems) == 81
     for problem in problems[::20]:
-        assert run_program(program_of(problem, problem.canonical_solution)) == "passed"
+        assert run_program(program_of(problem, problem.solution)) == "passed"
         assert run_program(program_of(problem, "    pass\n")) == "failed"
 
 
@@ -133,14 +134,14 @@ def test_a_sandbox_that_fails_everything_is_an_error_not_a_score():
     ],
 )
 def test_a_completion_ends_where_the_function_ends(completion, kept):
-    assert cut(completion) == kept
+    assert cut(completion, STOPS) == kept
 
 
 def test_nothing_runs_before_it_was_allowed(monkeypatch, tmp_path):
     monkeypatch.setattr(code, "complete", lambda *a, **s: pytest.fail("the model was asked"))
-    problems = load_problems(write_jsonl(tmp_path / "p.jsonl", [PROBLEM]))
+    problems = load_problems(HUMAN_EVAL, write_jsonl(tmp_path / "p.jsonl", [PROBLEM]))
     with pytest.raises(ConfigError, match=r"was not allowed\.\n  Pass --allow-code-execution"):
-        run_code(None, problems)  # pyright: ignore[reportArgumentType]
+        run_code(None, HUMAN_EVAL, problems)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_a_model_writes_is_run_and_counted(tiny_model, tmp_path, monkeypatch):
@@ -148,11 +149,12 @@ def test_what_a_model_writes_is_run_and_counted(tiny_model, tmp_path, monkeypatc
         ModelConfig(name=str(tiny_model)), AdapterConfig(rank=2), seed=0, device="cpu"
     )
     rows = [{**PROBLEM, "task_id": f"Tiny/{n}"} for n in range(3)]
-    problems = load_problems(write_jsonl(tmp_path / "p.jsonl", rows))
-    found = run_code(loaded, problems, allow_code_execution=True, max_new_tokens=3, limits=QUICK)
+    problems = load_problems(HUMAN_EVAL, write_jsonl(tmp_path / "p.jsonl", rows))
+    given = {"allow_code_execution": True, "max_new_tokens": 3}
+    found = run_code(loaded, HUMAN_EVAL, problems, **given, limits=QUICK)
     assert found.num_passed + found.num_failed + found.num_timeouts == found.num_items == 3
-    monkeypatch.setattr(code, "cut", lambda text: PROBLEM["canonical_solution"])
-    found = run_code(loaded, problems, allow_code_execution=True, max_new_tokens=3)
+    monkeypatch.setattr(code, "cut", lambda text, stops: PROBLEM["canonical_solution"])
+    found = run_code(loaded, HUMAN_EVAL, problems, **given)
     assert (found.num_passed, found.pass_at_1.mean) == (3, 1.0)
     assert found.rows[0]["outcome"] == "passed"
     assert json.dumps([found.summary(), *found.rows])
@@ -164,6 +166,8 @@ def test_a_missing_column_and_a_bad_name_are_named(tmp_path):
     with pytest.raises(
         DataError, match=r"p\.jsonl:1: .* needs column 'test'.*Did you mean 'tests'"
     ):
-        load_problems(write_jsonl(tmp_path / "p.jsonl", [row]))
+        load_problems(HUMAN_EVAL, write_jsonl(tmp_path / "p.jsonl", [row]))
     with pytest.raises(DataError, match="'entry_point' is not the name of a function"):
-        load_problems(write_jsonl(tmp_path / "p.jsonl", [{**PROBLEM, "entry_point": "a b"}]))
+        load_problems(
+            HUMAN_EVAL, write_jsonl(tmp_path / "p.jsonl", [{**PROBLEM, "entry_point": "a b"}])
+        )
