@@ -103,21 +103,14 @@ def interpolated(start: AdapterState, own: AdapterState, share: float) -> Adapte
     return {name: (1 - share) * start[name] + share * own[name] for name in start}
 
 
-def best_share(
-    start: AdapterState,
-    own: AdapterState,
-    shares: Sequence[float],
-    loss: Callable[[AdapterState], float],
-) -> tuple[float, float]:
+def best_share(shares: Sequence[float], loss: Callable[[float], float]) -> tuple[float, float]:
     """The share with the lowest loss, and this loss; of equal ones the smallest share.
 
     Args:
-        start: As in `interpolated`.
-        own: As in `interpolated`.
         shares: At least one.
-        loss: Of an adapter, on the client's validation rows.
+        loss: Of a share, on the client's validation rows.
     """
-    found = {share: loss(interpolated(start, own, share)) for share in sorted(shares)}
+    found = {share: loss(share) for share in sorted(shares)}
     known = {share: value if math.isfinite(value) else math.inf for share, value in found.items()}
     best = min(known, key=known.__getitem__)
     return best, known[best]

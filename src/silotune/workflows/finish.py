@@ -71,18 +71,21 @@ def _finish_one(worker: Worker, data: ClientData, job: Job, start: AdapterState)
         num_steps=run.finish.local_steps,
         lr=run.finish.lr or run.train.lr,
     )
+    found: dict[float, dict[str, Any]] = {}
+
+    def scores_of(share: float) -> dict[str, Any]:
+        """Computed once: the ends are shares, too."""
+        if share not in found:
+            found[share] = _scores(worker, data, interpolated(start, done.adapter, share))
+        return found[share]
+
     share, scores = 1.0, dict[str, Any]()
     if shares := run.finish.interpolate:
-
-        def loss(adapter: AdapterState) -> float:
-            return _scores(worker, data, adapter)["loss"]
-
-        share, _ = best_share(start, done.adapter, shares, loss)
+        share, _ = best_share(shares, lambda each: scores_of(each)["loss"])
     if run.evaluate.every:
-        scores = {"federated": start, "own steps": done.adapter}
+        scores = {"federated": scores_of(0.0), "own steps": scores_of(1.0)}
         if shares:
-            scores["interpolated"] = interpolated(start, done.adapter, share)
-        scores = {arm: _scores(worker, data, adapter) for arm, adapter in scores.items()}
+            scores["interpolated"] = scores_of(share)
     keep_own(folder, done.adapter, share=share)
     return {
         "num_steps": done.num_steps,

@@ -127,8 +127,8 @@ def test_people_see_the_scores_and_can_use_a_clients_adapter(done, tmp_path):
     merged = done.export("merged", client="hospital-1", to=tmp_path / "merged")
     assert (merged / "config.json").is_file()
     found = silotune.evaluate(done, Questions(client="hospital-1", max_new_tokens=2))
-    assert list(found.scores["models"]) == ["base", "client"]
-    assert list(found.scores["models"]["client"]["held-out"]["clients"]) == ["hospital-1"]
+    assert list(found.scores["models"]) == ["base", "own"]
+    assert list(found.scores["models"]["own"]["held-out"]["clients"]) == ["hospital-1"]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_the_tasks_text_and_classify_too_and_with_heads_that_stay(recipe, tmp_pa
     for run in (heads, both):  # a head that stays is a reason to name a client, too
         assert run.ask("very good film 4", client="cinema-1")
         evaluated = silotune.evaluate(run, Questions(client="cinema-1", base=False))
-        held = evaluated.scores["models"]["client"]["held-out"]["overall"]["loss"]
+        held = evaluated.scores["models"]["own"]["held-out"]["overall"]["loss"]
         last = (
             run.summary["finish"]["cinema-1"]["scores"]["own steps"]["loss"]
             if run is both

@@ -68,9 +68,9 @@ def go_on(arms: Arms, arm: str, client: str, point: Point, seed: int) -> None:
     def mix(_: Path) -> Trained:
         start, _position = _start(arms, arm, client, point, seed, begun)
         own, _about = load_tensors(arms.folder.path / place / FILE)
-        shares = arms.run.finish.interpolate
         share, loss = best_share(
-            start, own, shares, lambda adapter: arms.validation_loss([client], adapter)
+            arms.run.finish.interpolate,
+            lambda each: arms.validation_loss([client], interpolated(start, own, each)),
         )
         return Trained(interpolated(start, own, share), Cost(), 0, loss, share)
 

@@ -48,7 +48,7 @@ from silotune.workflows.provenance import check_same_rows
 
 LM_EVAL = "lm-eval:"
 """Prefix of the name of an lm-eval task."""
-OF_A_CLIENT = "client"
+OF_A_CLIENT = "own"
 """The name of the model as a client has it."""
 HELD_OUT = "held-out"
 """The run's own held-out questions."""
