@@ -310,3 +310,19 @@ def test_interval_without_bounds_or_numbers():
     assert interval({"mean": float("nan")}, ".3f") == "–"
     assert interval(None, ".3f") == "–"
     assert interval({"mean": -0.1, "low": -0.2, "high": 0.1}, "+.2f") == "−0.10 [−0.20,\u00a0+0.10]"
+
+
+HEAD = 'colspan="4">'
+
+
+def test_a_comparison_begins_with_its_figures_and_arms_and_folds_twenty_sentences():
+    page = page_of_comparison([f"client {n:02d}" for n in range(20)])
+    chart, mean, client, words = (
+        page.index(part)
+        for part in ("<svg", HEAD + "mean over", HEAD + "client 00", "<li><strong>client 00")
+    )
+    assert chart < mean < client < words
+    folded = [part.split("</details>")[0] for part in page.split("<details>")[1:]]
+    assert sum("<li><strong>client" in part for part in folded) == 1
+    assert "<svg" not in "".join(folded)
+    assert "mean over clients</th>" not in "".join(folded)
