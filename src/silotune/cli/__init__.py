@@ -5,13 +5,21 @@ from typing import Annotated
 
 import typer
 
-from silotune.cli import after, audit, chat, client, data, plan, privacy, run, server, sweep
+from silotune.cli import after, audit, chat, client, data, plan, privacy, run, server, sweep, watch
 from silotune.cli.help import Command, Group
 
 COMMANDS = (
     *(run.demo, run.run, run.check, run.compare, run.pretrain_teacher),
     *(data.new, data.data, plan.plan, sweep.sweep, privacy.privacy, audit.audit),
-    *(after.ask, after.evaluate, after.contribution, after.export, after.report, chat.chat),
+    *(
+        after.ask,
+        after.evaluate,
+        after.contribution,
+        after.export,
+        after.report,
+        chat.chat,
+        watch.watch,
+    ),
     *(server.rehearse, server.export_app),
 )
 """In the order of `silotune --help`. The function's name is the command's name."""

@@ -3,14 +3,12 @@
 import contextlib
 import io
 import re
-import signal
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from silotune.cli.frame import Stopped, errors_as_exit_codes
+from silotune.cli.frame import ended_by_ctrl_c, errors_as_exit_codes
 from silotune.cli.options import MaxNewTokens, RunFolder
 from silotune.core.safe_text import plain
 
@@ -49,7 +47,7 @@ def chat(
         finished = silotune.Run(run)
         pick_progress().note(f"loading {finished.config.model.name}")
         talk = finished.chat(only=only, max_new_tokens=max_new_tokens)
-        stack.enter_context(_ended_by_ctrl_c())
+        stack.enter_context(ended_by_ctrl_c())
         if taken is None:
             _converse(talk)
         else:
@@ -57,17 +55,6 @@ def chat(
             typer.echo(address_of(taken))
             typer.echo("press Ctrl-C to stop", err=True)
             serve(page, taken)
-
-
-@contextlib.contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C is a normal way to end a conversation, not a failure."""
-    try:
-        yield
-    except Stopped as stopped:
-        if stopped.signum != signal.SIGINT:
-            raise
-        typer.echo(err=True)
 
 
 def _converse(talk: "Chat") -> None:

@@ -21,25 +21,42 @@ def status(folder: Path) -> dict[str, Any]:
     """The present state of a consortium's server.
 
     Returns:
-        name, up, fingerprint, clients (name, online), runs (name, state, why, round, rounds,
-        bytes, seconds_left, waiting_for).
+        name, up, fingerprint, clients (name, online, since: when it connected or left, if that is
+        known), runs (name, state, why, round, rounds, bytes, seconds_left, waiting_for).
     """
     consortium = Consortium.open(folder)
-    engine = (folder / MEMBERS).parent.absolute()
-    up = _is_up(engine)
-    online = _online(engine) if up else {}
-    members = folder / MEMBERS
-    nodes = Roster(members).nodes() if members.is_file() else {}
     return {
         "name": consortium.about.name,
-        "up": up,
+        "up": is_up(folder),
         "fingerprint": consortium.fingerprint(),
-        "clients": [
-            {"name": name, "online": online.get(str(nodes.get(name)), False)}
-            for name in consortium.members()
-        ],
-        "runs": [_run(path, engine) for path in runs_of(folder).values()],
+        "clients": clients_of(folder),
+        "runs": runs_now(folder),
     }
+
+
+def is_up(folder: Path) -> bool:
+    """Whether a consortium's server is up."""
+    return _is_up((folder / MEMBERS).parent.absolute())
+
+
+def clients_of(folder: Path) -> list[dict[str, Any]]:
+    """The clients of `status`. Asks the engine, which takes a second or more of a processor."""
+    engine, members = (folder / MEMBERS).parent.absolute(), folder / MEMBERS
+    seen = _online(engine) if _is_up(engine) else {}
+    nodes = Roster(members).nodes() if members.is_file() else {}
+    found: list[dict[str, Any]] = []
+    for name in Consortium.open(folder).members():
+        node = seen.get(str(nodes.get(name)), {})
+        online = node.get("status") == "online"
+        since = node.get("online-at" if online else "offline-at")
+        found.append({"name": name, "online": online, "since": since or None})
+    return found
+
+
+def runs_now(folder: Path) -> list[dict[str, Any]]:
+    """The runs of `status`."""
+    engine = (folder / MEMBERS).parent.absolute()
+    return [_run(path, engine) for path in runs_of(folder).values()]
 
 
 def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
@@ -76,13 +93,13 @@ def _is_up(engine: Path) -> bool:
     return False
 
 
-def _online(engine: Path) -> dict[str, bool]:
+def _online(engine: Path) -> dict[str, dict[str, Any]]:
     environment = engine_environment(
         engine / "flwr", private=engine / "flwr", runs=engine / "runs", threads=usable_threads()
     )
     words = ("supernode", "list", CONNECTION, "--format", "json")
     answer = flwr(words, environment=environment, log=engine / "logs" / "flwr.log")
-    return {n["node-id"]: n["status"] == "online" for n in answer.get("nodes") or []}
+    return {node["node-id"]: node for node in answer.get("nodes") or []}
 
 
 def _run(path: Path, engine: Path) -> dict[str, Any]:

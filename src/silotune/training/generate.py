@@ -1,7 +1,7 @@
 """Greedy answers of a model, in batches, with the template that it was trained with."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,16 @@ def answers(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
+    tell: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """The model's next turn in each conversation, in order. See `complete`."""
     prompts = [render(loaded.tokenizer, talk, ask=True) for talk in conversations]
     return complete(
-        loaded, encode(loaded, prompts), max_new_tokens=max_new_tokens, batch_size=batch_size
+        loaded,
+        encode(loaded, prompts),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        tell=tell,
     )
 
 
@@ -70,6 +75,7 @@ def complete(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
+    tell: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Continue each prompt, greedily.
 
@@ -82,6 +88,7 @@ def complete(
         prompts: Token ids, none empty.
         max_new_tokens: Maximum length of an answer.
         batch_size: Prompts in one forward pass; it affects only speed and memory.
+        tell: Told the number of answers so far, after every batch.
 
     Returns:
         One answer per prompt, in order.
@@ -92,6 +99,8 @@ def complete(
         batch = order[at : at + batch_size]
         new = _generate(loaded, [prompts[i] for i in batch], max_new_tokens)
         found |= dict(zip(batch, new, strict=True))
+        if tell is not None:
+            tell(len(found))
     return [found[i] for i in range(len(prompts))]
 
 

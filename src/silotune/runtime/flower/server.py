@@ -126,6 +126,7 @@ def run_remaining(clients: "FlowerClients", folder: RunFolder, *, local: Collect
     own = RunFolder.open(folder.path).run
     work = open_server_work(own, folder, algorithm=algorithm, progress=progress)
     progress.begin(run.rounds, state.round + 1)
+    progress.has_clients(len(clients.names()))
     run_rounds(
         run,
         state,
@@ -178,6 +179,7 @@ class FlowerClients:
 
     def join(self) -> None:
         """Wait until every client has reported or the time is up."""
+        self.progress.doing("waiting for the clients to report")
         self.members.join()
 
     def facts(self) -> dict[str, Any]:
@@ -196,6 +198,7 @@ class FlowerClients:
         """Ask clients to score the adapter."""
         for answer in self._ask("evaluate", messages):
             assert not isinstance(answer, Update)
+            self.progress.client_scored(answer.client)
             yield answer
 
     def _ask(
