@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from datetime import date
 
 import httpx
 import pytest
@@ -164,6 +165,10 @@ def test_a_real_run_is_seen_while_it_goes_on_and_leaves_no_trace_of_it(tmp_path,
     now = look_of(looking.path)()
     assert (now.state, now.bar) == ("done", (2, 2))
     assert "report.html" in now.headline
+    assert (looking.path / "recipe.toml").read_text().startswith("# recipe: tiny, 20")
+    made = json.loads((looking.path / "provenance.json").read_text())
+    assert made["recipe"] == "tiny"
+    assert date.fromisoformat(made["date"]) <= date.today()
 
 
 # --- in a browser ---------------------------------------------------------------------------------

@@ -34,14 +34,15 @@ class WatchedClient:
         found, live = client_status(self.folder), read_live(self._state) or {}
         first, *more = status_lines(found)
         now = found["now"]
-        state = "connected" if found["connected"] else "not connected"
+        states = {True: "connected", False: "not connected"}
+        state = states[found["connected"]] if found["joined"] else "not joined"
         header, *rows = status_table(found)
         return Now(
             kind="client",
             title=found["name"],
             subtitle=f"of {found['consortium']}" if found["consortium"] else "",
-            state=state if found["joined"] else "not joined",
-            headline=first.partition(": ")[2],
+            state=state,
+            headline=first.partition(state)[2].strip("; "),
             bar=(now["round"], now["rounds"]) if now and now["round"] else None,
             facts=[(name, value) for name, _, value in (text.partition(": ") for text in more)],
             parts=[
@@ -56,7 +57,7 @@ class WatchedClient:
         part = Part("What left this machine last", "table", ["time", "answer", "run", "size"])
         answers = [own for own in lines(self._state / OUTBOUND) if "run" in own]
         for line in reversed(answers[-MOST_ANSWERS:]):
-            when = str(line["time"]).replace("T", " ")
+            when = str(line["time"]).replace("T", " ").replace("+00:00", " UTC")
             row = [when, answer_words(line), line["run"][:8], human_bytes(line["bytes"])]
             part.rows.append(row)
             part.marks.append("")

@@ -56,16 +56,16 @@ class WatchedConsortium:
         if self._run is None or self._run.folder.path != path:
             self._run = WatchedRun(path)
         now = self._run.look(time.time())
-        running = run["state"] == RUNNING
+        running = run["state"] == RUNNING and found.state == "up"
         own = [replace(part, title=f"{part.title}, {run['name']}") for part in now.parts]
         waiting = ", ".join(run["waiting_for"])
         facts = [("run", run["name"]), *now.facts]
-        if waiting:
+        if waiting and running:
             facts.append(("waiting for", waiting))
         return replace(
             found,
-            headline=f"{run['name']}: {now.headline}" if running and found.state == "up" else "",
-            bar=now.bar,
+            headline=f"{run['name']}: {now.headline}" if running else found.headline,
+            bar=now.bar if running else None,
             facts=facts,
             parts=[*found.parts, *own],
             log=now.log,

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ from typing import Any
 from silotune.core.errors import ConfigError
 from silotune.deployment.client_status import OWN
 from silotune.deployment.live_client import WatchedClient
-from silotune.deployment.live_consortium import WatchedConsortium
-from silotune.deployment.supervisor import Note
 from silotune.federation.roster import is_consortium
-from silotune.federation.run_folder import RunFolder
 from silotune.results.live_page import Look, build_app
-from silotune.results.live_run import WatchedRun
 from silotune.results.loopback import address_of, new_token, server_of, take_port
 
 PORT = 7861
 STOP_S = 5.0
+RECIPE = "recipe.toml"
+"""The file of a run folder."""
 WHY = "the page shows what a run knows about its clients, and has no encryption"
 
 
@@ -31,10 +29,16 @@ def look_of(folder: Path) -> Look:
     Raises:
         ConfigError: It is neither a run's, a consortium's nor a client's.
     """
-    if (folder / RunFolder.RECIPE).is_file():
+    if (folder / RECIPE).is_file():
+        from silotune.results.live_run import (
+            WatchedRun,  # brings torch, which a client's page lacks
+        )
+
         run = WatchedRun(folder)
         return lambda: run.look(time.time())
     if is_consortium(folder):
+        from silotune.deployment.live_consortium import WatchedConsortium
+
         return WatchedConsortium(folder).look
     if (folder / OWN).is_file():
         return WatchedClient(folder).look
@@ -62,7 +66,7 @@ class Page:
 
 
 @contextlib.contextmanager
-def page_in_background(folder: Path, port: int, note: Note) -> Iterator[None]:
+def page_in_background(folder: Path, port: int, note: Callable[[str], None]) -> Iterator[None]:
     """Serve the page of a folder in a thread, while the block runs.
 
     Raises:

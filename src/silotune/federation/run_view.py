@@ -216,7 +216,8 @@ class RunView(Progress):
         labels = overall_scores(rows)
         for scored, held_out in held_out_losses(rows).items():
             accuracy = f", accuracy {labels[scored]['accuracy']:.3f}" if scored in labels else ""
-            parts.append(f"held-out loss after round {scored}: {held_out:.3f}{accuracy}")
+            when = "before it" if scored == round_ - 1 else f"after round {scored}"
+            parts.append(f"held-out loss {when}: {held_out:.3f}{accuracy}")
         parts.append(f"{human_bytes(self.size_bytes)} sent so far")
         if round_ < self.rounds:
             scoring = self._left.scoring(self.num_clients) or 0.0

@@ -183,6 +183,7 @@ def _sample(
             "question": talk[-1]["content"],
             "reference": reference,
             "answers": {arm: own[i].text.strip() for arm, own in said.items()},
+            "cut": [arm for arm, own in said.items() if not own[i].ended],
         }
         for i, (name, (talk, reference)) in enumerate(asked.items())
     ]
