@@ -18,6 +18,7 @@ from silotune.federation.run_view import (
     DONE,
     FAILED,
     SCORING,
+    STARTING,
     TRAINING,
     WAITING,
     ClientView,
@@ -75,6 +76,7 @@ class Lines(RunView):
 
     def note(self, text: str) -> None:
         """Print it."""
+        super().note(text)
         self.say(text)
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
@@ -139,7 +141,7 @@ class PlainProgress(Lines):
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:
         """Inside, a line says what is going on whenever no event has for a while."""
-        self.stage = "starting"
+        self.stage = STARTING
         with every(0.5, self.beat):
             yield
 
@@ -169,7 +171,7 @@ class LiveProgress(PlainProgress):
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:
         """Draw from the beginning to the end of the block."""
-        self.stage, self._held = "starting", True
+        self.stage, self._held = STARTING, True
         with self._live:
             yield
 
@@ -216,7 +218,7 @@ class LiveProgress(PlainProgress):
             for name, text in names.items():
                 text.truncate(width, overflow="ellipsis", pad=True)
                 parts.append(_line(text.append(f"  {one_line(rows[name].words())}")))
-            if text := self.headline():
+            if text := self.headline() or ("" if self.clients else "working"):
                 parts.insert(0, _line(Text(one_line(text), style="bold")))
             if left_out:
                 parts.append(Text(f"and {counted(left_out, 'client')} more"))

@@ -16,6 +16,8 @@ from silotune.federation.progress import Progress
 
 KEPT = 50
 """Visits to clients whose mean says how long the next will take."""
+STARTING = "starting"
+"""What a command does until something else is said."""
 WAITING, SCORING, TRAINING, DONE, FAILED = "waiting", "scoring", "training", "done", "failed"
 
 
@@ -61,6 +63,8 @@ class RunView(Progress):
         """Of the present round, or of the last scoring."""
         self.stage = ""
         """What is done now, if it is not a round."""
+        self.is_scoring_last = False
+        """Whether the rounds are done, and all clients score."""
         self.stage_done = self.stage_total = 0
         self.stage_began = self.round_began = clock()
         self._bytes_before = self._bytes_now = 0
@@ -79,17 +83,24 @@ class RunView(Progress):
         """Remember how many score in the end."""
         self.num_clients = number
 
+    def note(self, text: str) -> None:  # noqa: ARG002
+        """Whatever it says: what goes on is no longer the start."""
+        with self.lock:
+            if self.stage == STARTING:
+                self.stage = ""
+
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
         """Remember it until something else begins."""
         with self.lock:
             if self.stage != what:
                 self.stage_began = self.clock()
             self.stage, self.stage_done, self.stage_total = what, done, total
+            self.is_scoring_last = False
 
     def begin_round(self, round_: int, cohort: Sequence[str]) -> None:
         """All clients wait."""
         with self.lock:
-            self.round, self.stage = round_, ""
+            self.round, self.stage, self.is_scoring_last = round_, "", False
             self.clients = {name: ClientView() for name in cohort}
             self.round_began = self.clock()
             self._left.begin_round()
@@ -139,6 +150,7 @@ class RunView(Progress):
         with self.lock:
             self.clients = {name: ClientView() for name in clients}
             self.stage, self.stage_began = "scoring the final adapter", self.clock()
+            self.is_scoring_last = True
 
     def client_scored(self, client: str) -> None:
         """It is done."""
@@ -149,7 +161,7 @@ class RunView(Progress):
         """The rounds are over; what is left is to write the results."""
         with self.lock:
             self.clients, self.stage, self.stage_began = {}, "", self.clock()
-            self.round = 0
+            self.round, self.is_scoring_last = 0, False
 
     # --- what is shown
 
@@ -157,11 +169,6 @@ class RunView(Progress):
     def size_bytes(self) -> int:
         """What was sent in both directions, as far as it is known."""
         return self._bytes_before + self._bytes_now
-
-    @property
-    def is_scoring_last(self) -> bool:
-        """Whether the rounds are done, and all clients score."""
-        return bool(self.clients and self.stage)
 
     def seconds_left(self) -> float | None:
         """An estimate for the rounds and the last scoring; None if there is nothing to go by."""

@@ -120,7 +120,7 @@ def told(kind, width=80, height=24):
     live |= {"width": width, "height": height, "soft_wrap": kind is PlainProgress}
     progress = kind(Console(file=shown, highlight=False, **live))
     progress.clock = Time()
-    progress._began = progress._last = progress.round_began = 0.0
+    progress._began = progress._last = progress.round_began = progress.stage_began = 0.0
     return progress, shown
 
 
@@ -197,3 +197,27 @@ def test_a_thousand_clients_fit_a_terminal_and_the_busy_one_is_shown():
     assert len(lines) <= 24
     assert any("client 0777" in line and "step 1/2" in line for line in lines)
     assert "and 980 clients more" in lines[-1]
+
+
+def test_what_is_said_to_go_on_is_what_goes_on():
+    progress, shown = told(PlainProgress)
+    with progress.ticking():
+        progress.clock.now = 6
+        progress.beat()
+        progress.note("[1/12] local")
+        progress.clock.now = 12
+        progress.beat()
+    lines = shown.getvalue().splitlines()
+    assert lines == ["  starting, 6 s", "[1/12] local", "  still working"]
+
+
+def test_work_between_two_clients_is_not_taken_for_the_last_scoring():
+    view = RunView(Time())
+    view.begin(2, 1)
+    view.begin_round(1, NAMES)
+    view.doing("training on the server's rows")
+    assert view.headline() == "training on the server's rows, 0 s"
+    view.begin_round(2, NAMES)
+    assert view.headline().startswith("round 2/2")
+    view.begin_scoring(NAMES)
+    assert view.headline() == "scoring the final adapter: 0 of 2 clients"
