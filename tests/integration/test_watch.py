@@ -140,11 +140,19 @@ def test_a_port_that_is_taken_and_a_folder_of_nothing_are_errors(address, run, t
         look_of(tmp_path)
 
 
+PRIVATE = ["privacy.unit=client", "privacy.delta=1e-3", "privacy.clip_norm=0.5"]
+PRIVATE += ["privacy.noise_multiplier=2", "privacy.noise=seeded", "algorithm.weights=uniform"]
+
+
 class Looking(Progress):
-    """What another process would see in the middle of the second round."""
+    """What another process would see before the first release, and in the second round."""
 
     def __init__(self, path):
-        self.path, self.seen = path, None
+        self.path, self.first, self.seen = path, None, None
+
+    def begin_round(self, round_, cohort) -> None:
+        if round_ == 1:
+            self.first = look_of(self.path)()
 
     def client_done(self, update: Update) -> None:
         if update.round == 2 and self.seen is None:
@@ -158,8 +166,10 @@ class Looking(Progress):
 def test_a_real_run_is_seen_while_it_goes_on_and_leaves_no_trace_of_it(tmp_path, tiny_model):
     looking = Looking(tmp_path / "run")
     recipe = write_tiny_recipe(tmp_path, tiny_model)
-    silotune.run(recipe, ["rounds=2"], out=looking.path, progress=looking)
-    assert looking.seen.state == "running"
+    silotune.run(recipe, ["rounds=2", *PRIVATE], out=looking.path, progress=looking)
+    assert looking.first.state == looking.seen.state == "running"
+    spent = {part.title: part.lines for part in looking.seen.parts}["Privacy spent"]
+    assert "after 1 release; guaranteed for 2" in spent[0]
     assert looking.seen.bar == (1, 2)
     assert not (looking.path / "live.json").exists()
     now = look_of(looking.path)()
