@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from silotune.core.errors import SilotuneError
-    from silotune.federation.progress import PlainProgress, Progress
+    from silotune.federation.progress import Progress
+    from silotune.federation.progress_lines import PlainProgress
     from silotune.recipes.parse import load_recipe
     from silotune.recipes.schema import RunConfig
     from silotune.recipes.shipped import shipped_recipes
@@ -34,7 +35,7 @@ _HOMES = {
     "Contribution": "silotune.workflows.contribution.contribution",
     "Evaluation": "silotune.workflows.evaluate.evaluate",
     "NewRecipe": "silotune.workflows.new_recipe",
-    "PlainProgress": "silotune.federation.progress",
+    "PlainProgress": "silotune.federation.progress_lines",
     "Plan": "silotune.workflows.plan.plan",
     "Progress": "silotune.federation.progress",
     "Questions": "silotune.workflows.evaluate.evaluate",

@@ -1,6 +1,7 @@
 """`silotune chat` on real tiny runs: in a terminal, through a pipe, and as a page."""
 
 import contextlib
+import itertools
 import json
 import os
 import pty
@@ -10,13 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-import uuid
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -189,9 +187,9 @@ def test_what_steers_a_terminal_leaves_answers_and_messages(done, monkeypatch):
 
     heard = []
 
-    def answer(self, name, text, ids):
+    def answer(self, name, text, ids, tell=None):
         heard.append(text)
-        return "\x1b]52;c;c2VjcmV0\x07\x1b[2Jred\x1b[0m\x08\nnext"
+        return "\x1b]52;c;c2VjcmV0\x07\x1b[2Jred\x1b[0m\x08\nnext", True
 
     monkeypatch.setattr(Speakers, "_answer", answer)
     result = converse(done, "\x1b[AWhat\x07 is a1?\n", "--only", "federated")
@@ -302,8 +300,8 @@ socket.getaddrinfo, socket.socket.connect = spied_find, spied_connect
 from silotune.results.chat import Speakers
 
 answer = Speakers._answer
-Speakers._answer = lambda self, name, text, ids: (
-    hostile if text == "Be hostile." else answer(self, name, text, ids)
+Speakers._answer = lambda self, name, text, ids, tell=None: (
+    (hostile, True) if text == "Be hostile." else answer(self, name, text, ids, tell)
 )
 from silotune.cli import app
 
@@ -316,7 +314,7 @@ to, and whose models say something hostile when they are asked to."""
 @pytest.fixture(scope="module")
 def served(done, tmp_path_factory):
     """The address of the page, and the file with the hosts that its process turned to."""
-    pytest.importorskip("gradio", reason="not installed: make env EXTRAS=web")
+    pytest.importorskip("uvicorn", reason="not installed: make env EXTRAS=web")
     seen = tmp_path_factory.mktemp("page") / "hosts.jsonl"
     seen.touch()
     process = subprocess.Popen(
@@ -334,63 +332,59 @@ def served(done, tmp_path_factory):
         process.communicate()
 
 
-def get(url: str, **headers: str) -> bytes:
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as response:
-        assert "default-src 'self'" in response.headers["content-security-policy"]
-        return response.read()
-
-
 class Visitor:
-    """A browser session, in the few requests that the page's own program makes."""
+    """A page that is open, in the requests that its own program makes."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.session = url, uuid.uuid4().hex
-        functions = json.loads(get(url + "config"))["dependencies"]
-        self.functions = {function["api_name"]: function["id"] for function in functions}
+        self.url, self.history = url, {}
 
-    def call(self, name: str, *data: Any) -> dict[str, Any]:
-        body = {"data": data, "fn_index": self.functions[name], "session_hash": self.session}
-        request = urllib.request.Request(
-            self.url + "gradio_api/queue/join",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json", "Origin": self.url.rstrip("/")},
-        )
-        with urllib.request.urlopen(request) as response:
-            assert json.load(response)["event_id"]
-        place = f"{self.url}gradio_api/queue/data?session_hash={self.session}"
-        with urllib.request.urlopen(place, timeout=120) as events:
-            for line in events:
-                event = json.loads(line.removeprefix(b"data: ")) if line.strip() else {}
-                if event.get("msg") == "process_completed":
-                    return event
-        raise AssertionError("the page ended without an answer")
+    def call(self, text: str) -> list[dict[str, Any]]:
+        """The lines of one answer."""
+        body = {"text": text, "history": self.history}
+        with httpx.Client(trust_env=False, timeout=120) as client:
+            said = client.post(f"{self.url}say", json=body)
+        assert said.status_code == 200
+        return [json.loads(line) for line in said.text.splitlines()]
 
-    def say(self, text: str) -> list[str]:
-        """What stands in the columns afterwards."""
-        event = self.call("answer", text, None)
-        assert event["success"], event
-        return event["output"]["data"][2:]
+    def say(self, text: str) -> dict[str, str]:
+        """What both have said in the end."""
+        last = self.call(text)[-1]
+        self.history = last["history"]
+        return last["answers"]
 
 
-def transcripts(*exchanges: tuple[str, Mapping[str, str]]) -> list[str]:
-    return [
-        "\n\n".join(f"> {text}\n{said[name]}" for text, said in exchanges)
-        for name in ("base", "federated")
-    ]
+def said_by(chat, text: str) -> dict[str, str]:
+    """What the page shows of an answer: without control characters, which a random model writes."""
+    return {name: plain(said) for name, said in chat.say(text).items()}
+
+
+def get(url: str, **headers: str) -> httpx.Response:
+    return httpx.get(url, headers=headers, trust_env=False)
 
 
 def test_the_page_shows_both_answers_and_each_visitor_has_a_conversation(served, done):
     chat, other = done.chat(max_new_tokens=NUM), done.chat(max_new_tokens=NUM)
     one, two = Visitor(served[0]), Visitor(served[0])
-    first = ("What is a1?", chat.say("What is a1?"))
-    assert one.say("What is a1?") == transcripts(first)
-    alone = ("And b2?", other.say("And b2?"))
-    assert two.say("And b2?") == transcripts(alone), "it has not heard the other"
-    second = ("And b2?", chat.say("And b2?"))
-    assert second[1] != alone[1]
-    assert one.say("And b2?") == transcripts(first, second)
-    one.call("reset")
-    assert one.say("And b2?") == transcripts(alone), "it began anew"
+    assert one.say("What is a1?") == said_by(chat, "What is a1?")
+    alone = said_by(other, "And b2?")
+    assert two.say("And b2?") == alone, "it has not heard the other"
+    second = said_by(chat, "And b2?")
+    assert second != alone
+    assert one.say("And b2?") == second
+    one.history = {}
+    assert one.say("And b2?") == alone, "a new conversation"
+
+
+def test_an_answer_streams_and_says_whether_it_was_cut(served):
+    *pieces, last = Visitor(served[0]).call("What is a1?")
+    for name in ("base", "federated"):
+        so_far = [piece["so_far"] for piece in pieces if piece["name"] == name]
+        assert len(so_far) >= 2
+        # the last letter may lack bytes: it is shown when they have come, or at the end
+        assert so_far[-1].rstrip("\ufffd") == last["answers"][name].rstrip("\ufffd")
+        assert all(len(a) <= len(b) for a, b in itertools.pairwise(so_far))
+    assert last["cut"] == ["base", "federated"]  # a random model does not end by itself
+    assert get(f"{served[0]}about").json()["most"] == NUM
 
 
 def test_visitors_who_ask_at_once_are_answered_one_after_the_other(served, done):
@@ -401,35 +395,54 @@ def test_visitors_who_ask_at_once_are_answered_one_after_the_other(served, done)
     chat = done.chat(max_new_tokens=NUM)
     for text, shown in zip(questions, found, strict=True):
         chat.reset()
-        assert shown == transcripts((text, chat.say(text)))
+        assert shown == said_by(chat, text)
 
 
 def test_a_message_that_is_too_long_is_an_error_on_the_page_too(served, done):
     visitor = Visitor(served[0])
-    event = visitor.call("answer", "x" * 600, None)
-    assert not event["success"]
-    assert "the model's context has 512 tokens" in event["output"]["error"]
-    chat = done.chat(max_new_tokens=NUM)
-    assert visitor.say("Why?") == transcripts(("Why?", chat.say("Why?")))
+    (only,) = visitor.call("x" * 600)
+    assert "the model's context has 512 tokens" in only["error"]
+    assert visitor.say("Why?") == said_by(done.chat(max_new_tokens=NUM), "Why?")
 
 
 def test_what_a_model_says_arrives_as_it_is(served):
-    said = {"base": HOSTILE, "federated": HOSTILE}
-    assert Visitor(served[0]).say("Be hostile.") == transcripts(("Be hostile.", said))
+    assert Visitor(served[0]).say("Be hostile.") == {"base": HOSTILE, "federated": HOSTILE}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(
+            b"",
+            b"[]",
+            b"{}",
+            b'{"text": "", "history": {}}',
+            b'{"text": 3, "history": {}}',
+            b"\xff",
+        ),
+        *(b'{"text": "a", "history": {"base": [["b"]]}}', b'{"text": "a", "history": {"base": 1}}'),
+    ],
+)
+def test_a_request_that_is_none_of_the_page_is_refused(served, body):
+    said = httpx.post(f"{served[0]}say", content=body, trust_env=False)
+    assert (said.status_code, said.content) == (400, b"")
 
 
 def test_only_the_page_is_served_and_only_to_this_machine(served):
     url = served[0]
-    assert b"silotune chat" in get(url)
-    for path, headers in (
-        ("gradio_api/upload", {}),
-        ("gradio_api/file=/etc/passwd", {}),
-        ("", {"Host": "evil.example"}),
-        ("config", {"Origin": "https://evil.example"}),
-    ):
-        with pytest.raises(urllib.error.HTTPError, match="403") as refused:
-            get(url + path, **headers)
-        refused.value.close()
+    said = get(url)
+    assert "silotune chat" in said.text
+    assert "default-src 'none'" in said.headers["content-security-policy"]
+    root = url.rstrip("/").rpartition("/")[0]
+    refused = [
+        get(f"{root}/"),
+        get(f"{root}/wrong/"),
+        get(url, Host="evil.example"),
+        get(f"{url}about", Origin="https://evil.example"),
+        get(f"{url}say"),
+        get(f"{url}../../etc/passwd"),
+    ]
+    assert {(said.status_code, said.content) for said in refused} == {(403, b"")}
 
 
 def test_the_server_speaks_to_nobody(served):
@@ -445,25 +458,34 @@ def test_what_a_model_says_is_text_in_the_browser_and_nothing_is_fetched(served)
         pytest.skip("there is no chromium on this machine")
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
+        page = browser.new_page(viewport={"width": 1200, "height": 800})
         fetched, failed = [], []
         page.on("request", lambda request: fetched.append(request.url))
         page.on("pageerror", lambda error: failed.append(str(error)))
+        page.on("console", lambda said: failed.append(said.text))
         page.goto(url)
         page.get_by_label("message").fill("Be hostile.")
         page.keyboard.press("Enter")
-        shown = page.locator("textarea:disabled")
+        said = page.locator(".said:not(.waits)")
         for i in range(2):
-            playwright.expect(shown.nth(i)).to_have_value(
-                f"> Be hostile.\n{HOSTILE}", timeout=20_000
-            )
-        assert page.title() == "silotune chat"
+            playwright.expect(said.nth(i)).to_have_text(HOSTILE, timeout=20_000)
+        page.get_by_label("message").fill("What is a1?")
+        page.get_by_role("button", name="Send").click()
+        playwright.expect(page.get_by_text("cut at 8 tokens")).to_have_count(2, timeout=20_000)
+        assert page.title() == "silotune chat: model, fine-tuned by 3 clients"
+        for width, scheme, rows in ((1200, "light", 1), (390, "dark", 2)):
+            page.set_viewport_size({"width": width, "height": 800})
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            tops = {said.nth(i).bounding_box()["y"] for i in range(2)}
+            assert len(tops) == rows, "side by side, or stacked on a phone"
+            if place := os.environ.get("SCREENSHOTS"):
+                page.screenshot(path=f"{place}/chat-{scheme}-{width}.png", full_page=True)
         page.get_by_role("button", name="New conversation").click()
-        for i in range(2):
-            playwright.expect(shown.nth(i)).to_have_value("")
+        playwright.expect(said).to_have_count(0)
         browser.close()
     assert failed == []
-    assert [place for place in fetched if not place.startswith((url, "data:", "blob:"))] == []
+    assert [place for place in fetched if not place.startswith((url, "data:"))] == []
 
 
 def test_without_the_extra_the_command_says_what_to_install(done, monkeypatch):
@@ -471,7 +493,7 @@ def test_without_the_extra_the_command_says_what_to_install(done, monkeypatch):
 
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else real(name)
+        importlib.util, "find_spec", lambda name, *more: None if name == "uvicorn" else real(name)
     )
     monkeypatch.setattr(silotune.Run, "chat", lambda *_, **__: pytest.fail("a model was loaded"))
     result = converse(done, "", "--web")
@@ -483,4 +505,4 @@ def test_another_machines_address_is_refused_before_a_model_is_loaded(done, monk
     monkeypatch.setattr(silotune.Run, "chat", lambda *_, **__: pytest.fail("a model was loaded"))
     result = converse(done, "", "--web", "--host", "0.0.0.0")
     assert result.exit_code == 2
-    assert "neither a password nor encryption" in result.stderr
+    assert "the page has no encryption" in result.stderr

@@ -59,7 +59,7 @@ class Place:
             )
 
     def up(self) -> None:
-        self.start("up", "server", "up")
+        self.start("up", "server", "up", "--page", "--port", 0)
 
     def add(self, name: str) -> None:
         """The operators of a client and of the server do what the documentation says."""
@@ -146,6 +146,38 @@ def first(place):
     run = place.submit("rounds=1")
     place.wait_until_done(run)
     return run
+
+
+def test_the_page_of_a_server_shows_its_clients_and_its_run(first, place):
+    address = re.findall(r"live page: (\S+)", place.log("up"))[-1]
+
+    def look() -> dict:
+        return httpx.get(f"{address}state", trust_env=False, timeout=30).json()
+
+    def knows_clients() -> bool:
+        table = look()["parts"][0]
+        return [row[:2] for row in table["rows"]] == [[name, "online"] for name in CLIENTS[:2]]
+
+    place.wait_for("the page to show both clients online", knows_clients)
+    now = look()
+    assert (now["title"], now["state"]) == ("demo", "up")
+    assert now["parts"][1]["rows"][0][:3] == [first.name, "done", "1 of 1"]
+    assert any(first.name in value for _, value in now["facts"])
+    assert httpx.get(address.rstrip("/")[:-1] + "/", trust_env=False).status_code == 403
+
+
+def test_a_client_sees_that_it_is_connected_and_what_it_sent(first, place):
+    name = CLIENTS[0]
+    assert "sent round 1: update" in place.log(name)
+    found = json.loads(place.do("client", "status", name, "--json"))
+    assert (found["name"], found["joined"], found["connected"]) == (name, True, True)
+    assert found["consortium"] == "demo"
+    (run,) = [own for own in found["runs"] if own["run"] == (first / "run-id").read_text()]
+    assert run["answers"] == 3
+    assert run["bytes"] > 0
+    said = place.do("client", "status", name)
+    assert f"{name}: connected to demo for" in said
+    assert "last answer: answer to evaluate" in said
 
 
 def test_what_left_the_clients_names_no_machine_and_what_they_were_told_no_path(first, place):

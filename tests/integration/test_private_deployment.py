@@ -13,7 +13,7 @@ from rich.console import Console
 import silotune
 from silotune.federation.client_privacy import released
 from silotune.federation.ledger import lines
-from silotune.federation.progress import PlainProgress
+from silotune.federation.progress_lines import PlainProgress
 from silotune.privacy.accountant import Epsilon, Steps, spent_in_all
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 

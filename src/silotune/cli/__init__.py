@@ -18,6 +18,7 @@ from silotune.cli import (
     run,
     server,
     sweep,
+    watch,
 )
 from silotune.cli.help import Command, Group
 
@@ -25,8 +26,9 @@ COMMANDS = (
     *(run.demo, run.run, run.check, run.compare, run.pretrain_teacher),
     algorithms.algorithms,
     *(data.new, data.data, plan.plan, sweep.sweep, privacy.privacy, audit.audit),
-    *(after.ask, after.evaluate, after.contribution, after.export, after.report, chat.chat),
-    *(listing.recipes, listing.runs, server.rehearse, server.export_app),
+    *(after.ask, after.evaluate, after.contribution, after.export, after.report),
+    *(chat.chat, watch.watch, listing.recipes, listing.runs),
+    *(server.rehearse, server.export_app),
 )
 """In the order of `silotune --help`. The function's name is the command's name."""
 

@@ -86,7 +86,7 @@ def evaluate(
     with errors_as_exit_codes():
         import silotune
         from silotune.cli import results
-        from silotune.federation.progress import pick_progress
+        from silotune.federation.progress import shown
 
         questions = silotune.Questions(
             suites=tuple(suite or ()),
@@ -100,7 +100,8 @@ def evaluate(
             allow_code_execution=allow_code_execution,
             client=client,
         )
-        done = silotune.evaluate(run, questions, progress=pick_progress())
+        with shown() as progress:
+            done = silotune.evaluate(run, questions, progress=progress)
         if json:
             print_json(done.scores)
         else:

@@ -3,18 +3,17 @@
 import contextlib
 import io
 import re
-import signal
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from silotune.cli.frame import Stopped, errors_as_exit_codes
+from silotune.cli.frame import ended_by_ctrl_c, errors_as_exit_codes
 from silotune.cli.options import MaxNewTokens, RunFolder
 from silotune.core.safe_text import plain
 
 if TYPE_CHECKING:
+    import silotune
     from silotune.results.chat import Chat
 
 HINT = "/reset starts a new conversation, /quit ends the chat"
@@ -43,31 +42,33 @@ def chat(
     with errors_as_exit_codes(), contextlib.ExitStack() as stack:
         import silotune
         from silotune.federation.progress import pick_progress
-        from silotune.results.chat_page import address_of, build_page, serve, take_port
+        from silotune.results.chat_page import WHY, build_app
+        from silotune.results.loopback import address_of, new_token, server_of, take_port
 
-        taken = stack.enter_context(take_port(host, port)) if web else None
+        taken = None
+        if web:
+            taken = stack.enter_context(take_port(host, port, why=WHY, what="--web"))
         finished = silotune.Run(run)
         pick_progress().note(f"loading {finished.config.model.name}")
         talk = finished.chat(only=only, max_new_tokens=max_new_tokens)
-        stack.enter_context(_ended_by_ctrl_c())
+        stack.enter_context(ended_by_ctrl_c())
         if taken is None:
             _converse(talk)
         else:
-            page = build_page(talk.speakers)
-            typer.echo(address_of(taken))
+            token, title = new_token(), _title(finished)
+            page = build_app(talk.speakers, token, title=title, run=finished.path.name)
+            typer.echo(address_of(taken, token))
             typer.echo("press Ctrl-C to stop", err=True)
-            serve(page, taken)
+            server_of(page).run(sockets=[taken])
 
 
-@contextlib.contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C is a normal way to end a conversation, not a failure."""
-    try:
-        yield
-    except Stopped as stopped:
-        if stopped.signum != signal.SIGINT:
-            raise
-        typer.echo(err=True)
+def _title(run: "silotune.Run") -> str:
+    """What the page is about."""
+    from silotune.core.wording import counted
+    from silotune.models.base_files import public_name
+
+    clients = counted(len(run.summary["clients"]), "client")
+    return f"{public_name(run.config.model.name)}, fine-tuned by {clients}"
 
 
 def _converse(talk: "Chat") -> None:

@@ -1,4 +1,4 @@
-"""Commands of a client: init, doctor, join, outbound."""
+"""Commands of a client: init, doctor, join, status, outbound."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,6 +80,26 @@ def join(
         stay_joined(joined, say)
 
 
+def status(
+    folder: Annotated[Path, typer.Argument(help="The client's folder.")],
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show whether it is connected, what it does, and what it sent."""
+    with errors_as_exit_codes():
+        from silotune.cli.tables import print_table
+        from silotune.deployment.client_status import client_status, status_lines, status_table
+
+        found = client_status(folder)
+        if json:
+            print_json(found)
+            return
+        for text in status_lines(found):
+            print_line(text)
+        if found["runs"]:
+            print_line()
+            print_table(status_table(found))
+
+
 def outbound(
     folder: Annotated[Path, typer.Argument(help="The client's folder.")],
     json: Annotated[bool, typer.Option("--json", help="Print every answer as JSON.")] = False,
@@ -110,5 +130,5 @@ def _joined(kit: Path, folder: Path | None, data: Path | None, model: Path | Non
     return take_kit(kit, place, data=data, model=model)
 
 
-COMMANDS = (init, doctor, join, outbound)
+COMMANDS = (init, doctor, join, status, outbound)
 """The commands of `silotune client`."""

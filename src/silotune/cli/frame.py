@@ -50,6 +50,17 @@ def errors_as_exit_codes() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C is a normal way to end what was meant to go on, not a failure."""
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped.signum != signal.SIGINT:
+            raise
+        typer.echo(err=True)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -36,9 +36,13 @@ def plan(
     with errors_as_exit_codes():
         import silotune
         from silotune.cli import previews
+        from silotune.federation.progress import shown
 
         limits = _limits(memory, size, hours)
-        found = silotune.plan(recipe, overrides or (), measured=measure, limits=limits)
+        with shown() as progress:
+            found = silotune.plan(
+                recipe, overrides or (), measured=measure, limits=limits, progress=progress
+            )
         if json:
             print_json(found.numbers())
         else:

@@ -24,9 +24,10 @@ def demo(overrides: Overrides = None, out: Out = None, json: AsSummary = False) 
     with errors_as_exit_codes():
         import silotune
         from silotune.cli import results
-        from silotune.federation.progress import pick_progress
+        from silotune.federation.progress import shown
 
-        done = silotune.run("hospitals", overrides or (), out=out, progress=pick_progress())
+        with shown() as progress:
+            done = silotune.run("hospitals", overrides or (), out=out, progress=progress)
         if json:
             print_json(done.summary)
         else:
@@ -47,10 +48,11 @@ def run(
     with errors_as_exit_codes():
         import silotune
         from silotune.cli import results
-        from silotune.federation.progress import pick_progress
+        from silotune.federation.progress import shown
 
         recipe, changed = recipe_and_overrides(recipe, overrides, resume)
-        done = silotune.run(recipe, changed, out=out, resume=resume, progress=pick_progress())
+        with shown() as progress:
+            done = silotune.run(recipe, changed, out=out, resume=resume, progress=progress)
         if json:
             print_json(done.summary)
         else:
@@ -104,12 +106,13 @@ def compare(
     with errors_as_exit_codes():
         import silotune
         from silotune.cli import results
-        from silotune.federation.progress import pick_progress
+        from silotune.federation.progress import shown
 
         recipe, changed = recipe_and_overrides(recipe, overrides, resume)
         if seeds is not None:
             changed.append(f"compare.seeds={seeds}")
-        done = silotune.compare(recipe, changed, out=out, resume=resume, progress=pick_progress())
+        with shown() as progress:
+            done = silotune.compare(recipe, changed, out=out, resume=resume, progress=progress)
         if json:
             print_json(done.result)
         else:
@@ -133,11 +136,10 @@ def pretrain_teacher(
         import silotune
         from silotune.cli import results
         from silotune.core.reading_back import read_object
-        from silotune.federation.progress import pick_progress
+        from silotune.federation.progress import shown
 
-        place = silotune.pretrain_teacher(
-            recipe, overrides or (), out=out, progress=pick_progress()
-        )
+        with shown() as progress:
+            place = silotune.pretrain_teacher(recipe, overrides or (), out=out, progress=progress)
         record = read_object(place / "teacher.json", fix="Train the teacher again.")
         if json:
             print_json(record)

@@ -1,5 +1,6 @@
 """Commands of a consortium's server, rehearse, and export-app."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated
@@ -39,12 +40,22 @@ def init(
         print_line(f"next: silotune server up --folder {folder}")
 
 
-def up(folder: Folder = HERE) -> None:
+def up(
+    folder: Folder = HERE,
+    page: Annotated[
+        bool, typer.Option("--page", help="Also serve the live page of `silotune watch`.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="With --page: its port; 0 picks a free one.")
+    ] = 7861,
+) -> None:
     """Start the server, and keep it running until a signal arrives."""
     with errors_as_exit_codes():
         from silotune.deployment.serve import serve
+        from silotune.deployment.watch import page_in_background
 
-        serve(folder, say)
+        with page_in_background(folder, port, say) if page else contextlib.nullcontext():
+            serve(folder, say)
 
 
 def approve(
@@ -161,8 +172,12 @@ def rehearse(
     """
     with errors_as_exit_codes():
         from silotune.deployment.rehearse import rehearse
+        from silotune.federation.progress import shown
 
-        done = rehearse(recipe, overrides or (), num_clients=clients, out=out, note=say)
+        with shown() as progress:
+            done = rehearse(
+                recipe, overrides or (), num_clients=clients, out=out, progress=progress
+            )
         if json:
             print_json(done.summary)
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from silotune.federation.progress import PlainProgress
+from silotune.federation.progress_lines import PlainProgress
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.server import drive_app

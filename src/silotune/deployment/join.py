@@ -18,6 +18,11 @@ from pathlib import Path
 from silotune.core.atomic_files import make_folder, write_atomically, write_json
 from silotune.core.errors import ConfigError, SilotuneError
 from silotune.data.reading import read_all, usual_columns
+from silotune.deployment.client_status import (
+    Activity,
+    forget_connection_state,
+    write_connection_state,
+)
 from silotune.deployment.consortium.caddy import gate_command
 from silotune.deployment.consortium.certificates import (
     fingerprint,
@@ -55,8 +60,10 @@ TELL_S = 30.0
 TICK_S = 0.5
 MOST_NAMES = 50
 """Most columns that a new client.toml lists as not allowed."""
-CONNECTED = "SuperNode ID"
-"""What a SuperNode writes when the server has let it in."""
+CONNECTED = (b"SuperNode ID", b"Connection successful after")
+"""What a SuperNode writes when the server has let it in, again or for the first time."""
+LOST = b"Connection attempt failed"
+"""What it writes when the server does not answer."""
 TEMPLATE = """\
 # What this client agrees to. It overrides every recipe: the server can ask, but not exceed it.
 name = {name}
@@ -226,12 +233,20 @@ def stay_joined(joined: Joined, note: Note) -> None:
             _start(joined, private, supervisor)
             connected = _connections(supervisor.log_of("supernode"))
             silent_until: float | None = time.monotonic() + TELL_S
+            activity = Activity(state)
             while True:
                 for _ in supervisor.tend():
                     pass
-                if next(connected):
+                now = next(connected)
+                if now is not None:
+                    write_connection_state(state, joined.kit.consortium, connected=now)
+                if now:
                     silent_until = None
                     note(f"'{joined.own.name}' is connected to {joined.kit.consortium}")
+                elif now is not None and silent_until is None:
+                    note("the connection is lost; trying again")
+                for text in activity.news():
+                    note(text)
                 if silent_until is not None and time.monotonic() > silent_until:
                     silent_until = None
                     kit = joined.folder / KIT
@@ -242,6 +257,7 @@ def stay_joined(joined: Joined, note: Note) -> None:
             supervisor.tell("supernode", signal.SIGTERM)
             time.sleep(TICK_S)
             supervisor.close()
+            forget_connection_state(state)
 
 
 def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
@@ -273,8 +289,9 @@ def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
     supervisor.keep("supernode", node, rest_s=REST_S)
 
 
-def _connections(log: Path) -> Iterator[bool]:
-    """Whether the SuperNode has said, since the last look, that the server has let it in."""
+def _connections(log: Path) -> Iterator[bool | None]:
+    """Whether it is connected now, if the SuperNode has said so since the last look; else None."""
+    before = False
     at = log.stat().st_size if log.exists() else 0
     while True:
         new = b""
@@ -283,4 +300,8 @@ def _connections(log: Path) -> Iterator[bool]:
                 file.seek(at)
                 new = file.read()
             at += len(new)
-        yield CONNECTED.encode() in new
+        last = max(new.rfind(word) for word in CONNECTED)
+        lost = new.rfind(LOST)
+        now = before if last == lost else last > lost  # both are -1 if it has said neither
+        yield now if now != before or b"SuperNode ID" in new else None
+        before = now

@@ -57,7 +57,8 @@ def submit(folder: Path, recipe: str | Path | RunConfig, overrides: Sequence[str
     checked = check(for_real_clients(given, folder))
     stem = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
     name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
-    made = RunFolder.create(free_place(folder / "runs" / name), checked.run)
+    place = free_place(folder / "runs" / name)
+    made = RunFolder.create(place, checked.run, name="" if stem == "run" else stem)
     _write(made.path, WAITING)
     return made.path
 

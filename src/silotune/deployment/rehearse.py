@@ -22,6 +22,7 @@ from silotune.deployment.consortium.gate import LOOPBACK
 from silotune.deployment.join import init
 from silotune.deployment.queue import DONE, FAILED, LOG, STOPPED, state_of, submit
 from silotune.deployment.supervisor import Note
+from silotune.federation.progress import Progress
 from silotune.federation.roster import NAME
 from silotune.federation.simulated_clients import write_client_configs
 from silotune.models.sources import resolve
@@ -47,7 +48,7 @@ def rehearse(
     *,
     num_clients: int = 3,
     out: Path | None = None,
-    note: Note = print,
+    progress: Progress | None = None,
 ) -> Run:
     """Run a recipe as a consortium on this machine.
 
@@ -56,7 +57,7 @@ def rehearse(
         overrides: Dotted `key=value` texts on top of it.
         num_clients: How many of its clients take part.
         out: Folder to create; by default runs/<time>-<recipe>-rehearsal.
-        note: Told what happens.
+        progress: Told what happens; silent by default.
 
     Returns:
         The finished run. It is in the rehearsal's folder, with everything that the consortium and
@@ -65,11 +66,17 @@ def rehearse(
     Raises:
         SilotuneError: The recipe has a mistake, or something did not start; all is stopped then.
     """
+    progress = progress or Progress()
+    progress.doing("reading the rows")
     run, rows = clients_of(recipe, overrides, num_clients)
     place = place_for(recipe, out, "-rehearsal").absolute()
-    with consortium_of(run, rows, place, note) as (folder, kept):
+    progress.doing(f"starting a server and {counted(len(rows), 'client')}")
+    with consortium_of(run, rows, place, progress.note) as (folder, kept):
+        progress.doing("waiting for the run to start")
         made = submit(folder, run)
-        follow(made, kept, note)
+        progress.doing("running the recipe")
+        follow(made, kept, progress.note)
+        progress.doing("stopping the server and the clients")
     return Run(made)
 
 

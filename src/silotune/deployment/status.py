@@ -3,6 +3,7 @@
 import fcntl
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,44 @@ def status(folder: Path) -> dict[str, Any]:
     """The present state of a consortium's server.
 
     Returns:
-        name, up, fingerprint, clients (name, online), runs (name, id, state, why, round, rounds,
-        bytes, seconds_left, waiting_for). A client knows a run by its id: `silotune client
-        outbound` shows the first eight digits.
+        name, up, fingerprint, clients (name, online, since: when it connected or left, if that is
+        known), runs (name, id, state, why, round, rounds, bytes, seconds_left, waiting_for). A
+        client knows a run by its id: `silotune client outbound` shows the first eight digits.
     """
-    consortium = Consortium.open(folder)
-    engine = (folder / MEMBERS).parent.absolute()
-    up = _is_up(engine)
-    online = _online(engine) if up else {}
-    members = folder / MEMBERS
-    nodes = Roster(members).nodes() if members.is_file() else {}
-    clients = [
-        {"name": name, "online": online.get(str(nodes.get(name)), False)}
-        for name in consortium.members()
-    ]
+    consortium, clients = Consortium.open(folder), clients_of(folder)
     away = [own["name"] for own in clients if not own["online"]]
     return {
         "name": consortium.about.name,
-        "up": up,
+        "up": is_up(folder),
         "fingerprint": consortium.fingerprint(),
         "clients": clients,
-        "runs": [_run(path, engine, away) for path in runs_of(folder).values()],
+        "runs": runs_now(folder, away),
     }
+
+
+def is_up(folder: Path) -> bool:
+    """Whether a consortium's server is up."""
+    return _is_up((folder / MEMBERS).parent.absolute())
+
+
+def clients_of(folder: Path) -> list[dict[str, Any]]:
+    """The clients of `status`. Asks the engine, which takes a second or more of a processor."""
+    engine, members = (folder / MEMBERS).parent.absolute(), folder / MEMBERS
+    seen = _online(engine) if _is_up(engine) else {}
+    nodes = Roster(members).nodes() if members.is_file() else {}
+    found: list[dict[str, Any]] = []
+    for name in Consortium.open(folder).members():
+        node = seen.get(str(nodes.get(name)), {})
+        online = node.get("status") == "online"
+        since = node.get("online-at" if online else "offline-at")
+        found.append({"name": name, "online": online, "since": since or None})
+    return found
+
+
+def runs_now(folder: Path, away: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The runs of `status`. Before its first round, a run waits for the clients that are away."""
+    engine = (folder / MEMBERS).parent.absolute()
+    return [_run(path, engine, away) for path in runs_of(folder).values()]
 
 
 def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
@@ -82,16 +99,16 @@ def _is_up(engine: Path) -> bool:
     return False
 
 
-def _online(engine: Path) -> dict[str, bool]:
+def _online(engine: Path) -> dict[str, dict[str, Any]]:
     environment = engine_environment(
         engine / "flwr", private=engine / "flwr", runs=engine / "runs", threads=usable_threads()
     )
     words = ("supernode", "list", CONNECTION, "--format", "json")
     answer = flwr(words, environment=environment, log=engine / "logs" / "flwr.log")
-    return {n["node-id"]: n["status"] == "online" for n in answer.get("nodes") or []}
+    return {node["node-id"]: node for node in answer.get("nodes") or []}
 
 
-def _run(path: Path, engine: Path, away: list[str]) -> dict[str, Any]:
+def _run(path: Path, engine: Path, away: Sequence[str]) -> dict[str, Any]:
     folder = RunFolder.open(path)
     rows = folder.metrics()
     done = [row for row in rows if row["event"] == "round"]
@@ -99,7 +116,7 @@ def _run(path: Path, engine: Path, away: list[str]) -> dict[str, Any]:
     left = folder.run.rounds - len(done)
     waiting = _waiting(engine / "runs" / folder.run_id() / PROGRESS)
     if waiting is None:  # before the first round, a run waits for clients to connect
-        waiting = away
+        waiting = list(away)
     return {
         "name": path.name,
         "id": folder.run_id(),

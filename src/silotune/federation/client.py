@@ -25,6 +25,7 @@ from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
 from silotune.federation.ledger import FILE as LEDGER
+from silotune.federation.progress import Progress
 from silotune.models.allocator import release_memory
 from silotune.models.loading import LoadedModel, read_adapter, untrained, write_adapter
 from silotune.recipes.schema import RunConfig
@@ -43,6 +44,8 @@ from silotune.training.loop import (
 from silotune.training.row_gradient_check import check_row_gradients
 from silotune.training.scoring import build_eval_batches, evaluate
 from silotune.training.tasks.base import Batch, Example, Prepared, Task
+
+SILENT = Progress()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Worker:
     """Where releases of rows are recorded; if absent, in each client's own folder."""
     quiet: bool = False
     """Whether no row may decide if this client answers: rows that cannot be used are no error."""
+
+    progress: Progress = SILENT
+    """Told the steps and batches of each client, on its own side."""
 
     keeps_optimizer: bool = False
     """Whether a client's optimizer goes on from round to round, as in one long training."""
@@ -155,11 +161,17 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
 
     Before the first round, this scores the base.
     """
-    loaded = worker.loaded
+    loaded, total = worker.loaded, len(data.eval_batches)
     write_adapter(loaded, {**broadcast.adapter, **memory.tensors.get("personal", {})})
+    worker.progress.client_scores(data.name, 0, total)
     with untrained(loaded) if broadcast.round == 1 else contextlib.nullcontext():
         return evaluate(
-            loaded, data.eval_batches, worker.task, client=data.name, num_examples=data.num_eval
+            loaded,
+            data.eval_batches,
+            worker.task,
+            client=data.name,
+            num_examples=data.num_eval,
+            tell=lambda done: worker.progress.client_scores(data.name, done, total),
         )
 
 
@@ -309,7 +321,8 @@ def _train(
     optimizer: Mapping[str, AdapterState],
 ) -> LocalResult:
     """Train the loaded adapter on these rows, under the round's protection."""
-    run, task = worker.run, worker.task
+    run, task, progress, total = worker.run, worker.task, worker.progress, len(steps)
+    progress.client_steps(data.name, 0, total, 0)
     return train(
         worker.loaded,
         build_batches(steps, data.examples, task, packed=run.train.packing),
@@ -323,6 +336,7 @@ def _train(
         guard=protection.guard(),
         must_be_finite=protection.plan is None,
         kept=optimizer if worker.keeps_optimizer or run.train.keep_moments else None,
+        tell=lambda done, tokens: progress.client_steps(data.name, done, total, tokens),
     )
 
 

@@ -111,6 +111,19 @@ class Outbound:
         return key
 
 
+def answer_words(line: Mapping[str, Any]) -> str:
+    """What an answer was, in a few words, from its line."""
+    said = line["said"]
+    if "failure" in said:
+        failure = said["failure"]
+        return f"round {failure.get('round', 0)}: failure: {failure.get('code', '')}"
+    if "update" in said:
+        return f"round {said['update']['round']}: update"
+    if "report" in said:
+        return "report on its number of rows"
+    return f"answer to {line['asked']}"
+
+
 def sent_by_run(path: Path) -> list[dict[str, Any]]:
     """What has left, per run, oldest run first: run, first, last, answers, updates, bytes.
 

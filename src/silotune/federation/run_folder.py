@@ -38,6 +38,7 @@ from silotune.core.types import ServerState
 from silotune.federation.client_memory import folder_name
 from silotune.federation.kept_updates import UPDATES, drop_updates, keep_spool, wait_for_disk
 from silotune.federation.metrics import Row, choosing_losses
+from silotune.federation.recipe_origin import origin_line
 from silotune.federation.spool import Spool, rounds_in
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
@@ -62,8 +63,10 @@ class RunFolder:
         """Set while the folder is locked. A process that inherits it holds the lock too."""
 
     @classmethod
-    def create(cls, path: Path, run: RunConfig) -> Self:
+    def create(cls, path: Path, run: RunConfig, *, name: str = "") -> Self:
         """Create a run folder. It exists with its recipe, or not at all.
+
+        `name` is what people call the recipe; see recipe_origin.py.
 
         Raises:
             RunFolderError: The path already exists; nothing is overwritten.
@@ -80,7 +83,7 @@ class RunFolder:
         try:
             make_folder(part)
             with open(part / cls.RECIPE, "w", encoding="utf-8", opener=owner_only) as file:
-                file.write(to_toml(run))
+                file.write(origin_line(name) + to_toml(run))
             list_files(part, [cls.RECIPE])
             part.rename(path)
         except OSError as error:

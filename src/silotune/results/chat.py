@@ -5,8 +5,9 @@ not know terminals, pages or run folders.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from silotune.core.errors import ConfigError
@@ -26,6 +27,8 @@ SPEAKERS: tuple[Speaker, ...] = ("base", "federated")
 NO_HEAD = "the base has no head for these labels, so it cannot answer"
 """Why a classifier's base is not asked."""
 
+Tell = Callable[[str, str], None]
+"""(speaker, what it has said so far): called while it speaks."""
 Exchange = tuple[str, str]
 """A message and the answer to it."""
 History = Mapping[str, tuple[Exchange, ...]]
@@ -42,6 +45,8 @@ class Reply:
     """Includes this exchange; pass it in with the next message."""
     num_unseen: Mapping[str, int]
     """How many of the oldest exchanges did not fit before this message, by speaker."""
+    cut: tuple[str, ...] = ()
+    """Speakers whose answer ended because it had become too long."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -68,7 +73,7 @@ class Speakers:
     max_new_tokens: int = 128
     """Maximum length of an answer, in tokens."""
 
-    def reply(self, text: str, history: History) -> Reply:
+    def reply(self, text: str, history: History, *, tell: Tell | None = None) -> Reply:
         """Let every speaker answer, greedily, with the system text and the template of training.
 
         If a conversation has become too long for the model's context, the oldest exchanges are
@@ -77,28 +82,35 @@ class Speakers:
         Args:
             text: The message; with the task classify, the text to label.
             history: The conversation so far. Not modified.
+            tell: Called with every new piece of an answer.
 
         Raises:
             ConfigError: This message alone is too long.
         """
         seen = {name: self._prompt(name, text, history.get(name, ())) for name in self.models}
-        answers = {name: self._answer(name, text, ids) for name, (ids, _) in seen.items()}
+        said = {name: self._answer(name, text, ids, tell) for name, (ids, _) in seen.items()}
+        answers = {name: one for name, (one, _) in said.items()}
         return Reply(
             answers,
             {name: (*history.get(name, ()), (text, said)) for name, said in answers.items()},
             {name: unseen for name, (_, unseen) in seen.items()},
+            tuple(name for name, (_, ended) in said.items() if not ended),
         )
 
-    def _answer(self, name: str, text: str, ids: list[int]) -> str:
+    def _answer(
+        self, name: str, text: str, ids: list[int], tell: Tell | None = None
+    ) -> tuple[str, bool]:
+        """What a speaker says, and whether it came to an end."""
         loaded = self.models[name]
         if self.run.task == "classify":
             shares = predictions(loaded, [{"text": text}], self.run.train.max_length)[0]
             label = (self.run.data.labels or ())[int(shares.argmax())]
-            return f"{label} ({float(shares.max()):.1%})"
+            return f"{label} ({float(shares.max()):.1%})", True
         asleep = name == "base" and loaded.has_adapter
         with base_only(loaded) if asleep else contextlib.nullcontext():
-            (said,) = complete(loaded, [ids], max_new_tokens=self.max_new_tokens)
-        return said.text.strip()
+            so_far = None if tell is None else partial(tell, name)
+            (said,) = complete(loaded, [ids], max_new_tokens=self.max_new_tokens, tell_text=so_far)
+        return said.text.strip(), said.ended
 
     def _prompt(self, name: str, text: str, talk: tuple[Exchange, ...]) -> tuple[list[int], int]:
         """Token ids of as much of the conversation as fits, and how many exchanges do not fit."""

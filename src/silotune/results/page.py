@@ -4,6 +4,7 @@ This file gathers the numbers. charts.py draws them, verdicts.py puts them into 
 html/report.html arranges them. The template escapes all data: names, questions, answers, recipe.
 """
 
+import datetime
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,6 +85,7 @@ def run_page(
     return render(
         "report.html",
         kind="run",
+        numbers=["metrics.jsonl", "summary.json"],
         title=f"{public_name(run.model.name)}, fine-tuned by "
         f"{counted(len(summary['clients']), 'client')}",
         subtitle=f"{counted(summary['rounds'], 'round')} of {summary['algorithm']}, result after "
@@ -218,9 +220,19 @@ def shared_parts(
         "split_charts": drawn(_split_charts(split)),
         "recipe": _PATH.sub(r'"\1"', to_toml(run)),
         "seed": run.seed,
+        "made": _made(provenance),
         "provenance": _for_others(run, provenance),
         "rows_sha256": rows_sha256(run, provenance),
     }
+
+
+def _made(provenance: Mapping[str, Any]) -> str:
+    """From which recipe, and when; empty if that is unknown."""
+    name, day = provenance.get("recipe"), provenance.get("date")
+    if not name or not day:
+        return ""
+    date = datetime.date.fromisoformat(day)
+    return f"Recipe {name}, {date.day} {date:%B %Y}."
 
 
 def _for_others(run: RunConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from silotune.core.errors import BudgetSpent, Declined, SilotuneError, UpdateErr
 from silotune.core.types import BUDGET_SPENT, Failure
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
+    SILENT,
     ClientData,
     Worker,
     prepare_client,
@@ -33,6 +34,7 @@ from silotune.federation.client import (
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
+from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.models.base import folder_of_base
 from silotune.models.devices import peak_memory_bytes
@@ -69,6 +71,8 @@ class Place:
     """See `Worker.quiet`."""
     min_count: int | None = None
     """A client's `limits.min_count`."""
+    progress: Progress = SILENT
+    """Told what a client is doing, on its own machine."""
 
 
 class Station:
@@ -85,7 +89,9 @@ class Station:
         loaded = load_for(run)
         algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
         task = build_task(run.task, run.data.labels)
-        self.worker = Worker(loaded, task, run, algorithm, place.ledger, place.quiet)
+        self.worker = Worker(
+            loaded, task, run, algorithm, place.ledger, place.quiet, place.progress
+        )
         self.base_sha256 = content_hash(folder_of_base(run.model))
         self.data: dict[str, ClientData] = {}
 

@@ -47,7 +47,7 @@ def drive(job: Job) -> Measured:
     data = job.data or prepare_clients(job.rows, unguarded)
     num_rows = {name: own.num_train for name, own in data.items()}
     algorithm = with_privacy(plain, run, job.folder, num_rows)
-    worker = replace(unguarded, algorithm=algorithm)
+    worker = replace(unguarded, algorithm=algorithm, progress=job.progress)
     server = open_server_side(
         run, job.folder, algorithm=algorithm, progress=job.progress, loaded=job.loaded
     )
@@ -57,6 +57,7 @@ def drive(job: Job) -> Measured:
     job.folder.rewind(job.state.round)
     job.progress.begin(job.run.rounds, job.state.round + 1)
     server.begin(job.state)
+    job.progress.has_clients(len(data))
     last = run_rounds(
         job.run,
         job.state,
@@ -166,6 +167,7 @@ class InProcessClients:
         for name, broadcast in messages.items():
             memory = load_memory(self.folder.client_folder(name), broadcast.round)
             result = score(self.worker, self.data[name], broadcast, memory)
+            self.progress.client_scored(name)
             yield Score(**{**vars(result), "size_bytes": size_bytes(broadcast.adapter)})
 
 

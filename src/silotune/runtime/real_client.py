@@ -20,6 +20,7 @@ from silotune.federation.client_recipe import (
     own_rows,
 )
 from silotune.federation.ledger import FILE as LEDGER
+from silotune.federation.live_writer import LiveFile
 from silotune.federation.outbound_log import FILE as OUTBOUND
 from silotune.federation.outbound_log import Outbound
 from silotune.recipes.schema import RunConfig
@@ -31,8 +32,8 @@ class Deployed:
     """One client's station, kept while the recipe and the client's configuration stay the same."""
 
     def __init__(self, config: Path) -> None:
-        self.config = config
-        self.name = load_client_config(config).name
+        self.config, own = config, load_client_config(config)
+        self.name, self.live = own.name, LiveFile(Path(own.state))
         self._now: tuple[str, str, ClientConfig] | None = None
         self._station: Station | None = None
         self._quiet = False
@@ -47,6 +48,7 @@ class Deployed:
             own = load_client_config(self.config)
             with _turn(own.runtime.turn):
                 station = self._open(about["recipe"], about["run"], own)
+                self._begin(kind, round_, station.worker.run.rounds, about["run"])
                 check_base(own, station.base_sha256, servers=about.get("base_sha256", ""))
                 if kind == "train":
                     outbound = self._outbound(about["run"], own)
@@ -67,7 +69,18 @@ class Deployed:
             return reply
 
         reply = guarded(work, client=self.name, round_=round_, quiet=lambda: self._quiet)
-        return guarded(let_out, client=self.name, round_=round_)
+        answer = guarded(let_out, client=self.name, round_=round_)
+        self.live.wait("waiting for the server")
+        return answer
+
+    def _begin(self, kind: str, round_: int, rounds: int, run_id: str) -> None:
+        """Say on this machine what the server asks for."""
+        self.live.more = {"run": run_id}
+        if kind == "query":
+            self.live.wait("reporting the number of rows")
+        else:
+            self.live.begin(rounds, round_)
+            self.live.begin_round(round_, [self.name])
 
     def _outbound(self, run_id: str, own: ClientConfig) -> Outbound:
         return Outbound(Path(own.state) / OUTBOUND, run_id, own.limits.max_bytes)
@@ -77,6 +90,7 @@ class Deployed:
         self._quiet = is_quiet(run, own)
         if self._station is None or self._now != (recipe, run_id, own):
             self._station = None  # frees the old model before the new one is loaded
+            self.live.wait(f"loading {run.model.name}")
             if not run_id.isalnum():
                 raise Declined("the run's id must consist of letters and digits")
             here = own_recipe(run, own)
@@ -97,6 +111,7 @@ class Deployed:
                 withholds=here.privacy.unit != "none",
                 quiet=self._quiet,
                 min_count=limits.min_count,
+                progress=self.live,
             )
             self._station = Station(place)
             self._now = (recipe, run_id, own)

@@ -1,7 +1,7 @@
 """Greedy answers of a model, in batches, with the template that it was trained with."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,16 @@ def answers(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
+    tell: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """The model's next turn in each conversation, in order. See `complete`."""
     prompts = [render(loaded.tokenizer, talk, ask=True) for talk in conversations]
     return complete(
-        loaded, encode(loaded, prompts), max_new_tokens=max_new_tokens, batch_size=batch_size
+        loaded,
+        encode(loaded, prompts),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        tell=tell,
     )
 
 
@@ -70,6 +75,8 @@ def complete(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
+    tell: Callable[[int], None] | None = None,
+    tell_text: Callable[[str], None] | None = None,
 ) -> list[Answer]:
     """Continue each prompt, greedily.
 
@@ -82,6 +89,8 @@ def complete(
         prompts: Token ids, none empty.
         max_new_tokens: Maximum length of an answer.
         batch_size: Prompts in one forward pass; it affects only speed and memory.
+        tell: Told the number of answers so far, after every batch.
+        tell_text: With a single prompt: told its answer so far, after every token.
 
     Returns:
         One answer per prompt, in order.
@@ -90,8 +99,10 @@ def complete(
     found: dict[int, Answer] = {}
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
-        new = _generate(loaded, [prompts[i] for i in batch], max_new_tokens)
+        new = _generate(loaded, [prompts[i] for i in batch], max_new_tokens, tell_text)
         found |= dict(zip(batch, new, strict=True))
+        if tell is not None:
+            tell(len(found))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -107,7 +118,10 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, 
 
 
 def _generate(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    tell_text: Callable[[str], None] | None = None,
 ) -> list[Answer]:
     ids, mask = pad_left(prompts, loaded.tokenizer.eos_token_id)
     ends = end_tokens(loaded)
@@ -124,8 +138,31 @@ def _generate(
             top_p=None,
             top_k=None,
             temperature=None,
+            streamer=None if tell_text is None else _Streamer(loaded, ends, tell_text),
         )
     return [_until_end(loaded, row, ends) for row in out[:, ids.shape[1] :].tolist()]
+
+
+class _Streamer:
+    """Passes on what `generate` has written so far; it is given the prompt first."""
+
+    def __init__(
+        self, loaded: LoadedModel, ends: Sequence[int], tell: Callable[[str], None]
+    ) -> None:
+        self._loaded, self._ends, self._tell = loaded, ends, tell
+        self._new: list[int] | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then token by token."""
+        if self._new is None:
+            self._new = []
+            return
+        self._new += value.flatten().tolist()
+        text = _until_end(self._loaded, self._new, self._ends).text
+        self._tell(text.removesuffix("\ufffd").strip())  # a letter of which bytes are missing
+
+    def end(self) -> None:
+        """Nothing to do: the last token has been passed on."""
 
 
 def _until_end(loaded: LoadedModel, new: list[int], ends: Sequence[int]) -> Answer:

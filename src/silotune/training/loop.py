@@ -7,7 +7,7 @@ a step.
 
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -229,6 +229,7 @@ def train(
     guard: RowGuard | None = None,
     must_be_finite: bool = True,
     kept: Mapping[str, Mapping[str, Tensor]] | None = None,
+    tell: Callable[[int, int], None] | None = None,
 ) -> LocalResult:
     """Train the model in place, one optimizer step per element of `steps`.
 
@@ -249,6 +250,7 @@ def train(
             itself, because the error would reveal something about its rows.
         kept: The optimizer's memory from an earlier training, empty at the first; None for an
             optimizer that begins again. With it, only the first training has a warm-up.
+        tell: Told the steps and the tokens so far, after every step; the device may be behind.
 
     Raises:
         UpdateError: The loss became NaN or infinite.
@@ -269,6 +271,8 @@ def train(
             if cfg.clip_norm > 0 and guard is None:
                 nn.utils.clip_grad_norm_(learning.values(), cfg.clip_norm)
             take_step(optimizer, step_lr(cfg, lr, totals.num_steps + warm), totals)
+            if tell is not None:
+                tell(totals.num_steps, totals.num_tokens)
     result = totals.result()
     if kept is not None:
         result = replace(result, optimizer=optimizer_state(optimizer, learning))

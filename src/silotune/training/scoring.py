@@ -1,7 +1,7 @@
 """How well a model predicts held-out rows: sums, and the metrics computed from them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,9 +49,23 @@ def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 def evaluate(
-    loaded: LoadedModel, batches: Iterable[Batch], task: Task, *, client: str, num_examples: int
+    loaded: LoadedModel,
+    batches: Iterable[Batch],
+    task: Task,
+    *,
+    client: str,
+    num_examples: int,
+    tell: Callable[[int], None] | None = None,
 ) -> Score:
     """Score the model. Dropout is off, and nothing is changed.
+
+    Args:
+        loaded: The model.
+        batches: Held-out rows.
+        task: Computes the loss.
+        client: Whose rows they are.
+        num_examples: How many they are.
+        tell: Told the number of batches so far, after every batch.
 
     Returns:
         Sums over the batches' targets: losses of several clients add up exactly.
@@ -60,7 +74,7 @@ def evaluate(
     counts = torch.zeros(len(task.labels), 3, dtype=torch.int64)
     loaded.model.eval()
     with torch.inference_mode():
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             out = task.loss(loaded, batch)
             loss_sum += float(out.loss_sum)
             num_tokens += batch.num_trained
@@ -69,6 +83,8 @@ def evaluate(
             if task.labels:
                 parts = (true[given == true], given, true)
                 counts += torch.stack([torch.bincount(p, minlength=len(counts)) for p in parts], 1)
+            if tell is not None:
+                tell(number)
     found = tuple((right, given, true) for right, given, true in counts.tolist())
     return Score(client, loss_sum, num_tokens, num_correct, num_examples, label_counts=found)
 

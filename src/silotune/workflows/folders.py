@@ -45,7 +45,8 @@ def open_folder(
     if recipe is None:
         raise ConfigError("there is no recipe.\n  Give a recipe, or a run folder to resume.")
     checked = check(recipe, overrides)
-    return kind.create(place_for(recipe, out), checked.run), checked
+    name = "" if isinstance(recipe, RunConfig) else Path(recipe).stem
+    return kind.create(place_for(recipe, out), checked.run, name=name), checked
 
 
 def place_for(recipe: str | Path | RunConfig, out: Path | str | None, ending: str = "") -> Path:

@@ -12,6 +12,7 @@ from silotune.core.errors import RunFolderError
 from silotune.data.clients import fingerprint
 from silotune.data.files import locate
 from silotune.data.row_draws import RULE as HELD_OUT_RULE
+from silotune.federation.recipe_origin import origin_of
 from silotune.federation.roster import is_consortium
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.server_scores import server_test_rows
@@ -29,8 +30,12 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
     """Record what the run depends on; a resumed run must depend on the same."""
     run = checked.run
     source = SOURCES.get(run.model.name)
+    text = (folder.path / folder.RECIPE).read_text(encoding="utf-8")
+    recipe, day = origin_of(text) or (None, None)
     now = {
         "run": str(folder.path),
+        "recipe": recipe,
+        "date": day,
         "base": {
             "name": run.model.name,
             "description": source.what if source else public_name(run.model.name),

@@ -15,6 +15,7 @@ from silotune.data.files import locate
 from silotune.federation.budget import begin_part, has_ceiling, keep_spent
 from silotune.federation.client import ClientData
 from silotune.federation.client_memory import check_memories
+from silotune.federation.live_writer import LiveFile
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Both, Progress
 from silotune.federation.recipe_model import load_for, local_tensors, warn_of_template
@@ -80,8 +81,10 @@ def run(
     overrides = keep_beside(out, rows, model, overrides, resume)
     folder, checked = open_folder(RunFolder, recipe, overrides, out=out, resume=resume)
     progress = progress or Progress()
+    live = LiveFile(folder.path)
+    progress = Both(progress, live)
     progress.note(f"run folder: {folder.path}")
-    with folder.locked():
+    with folder.locked(), live.writing():
         try:
             return run_in(folder, checked, progress, began=began)
         except BaseException as error:  # errors and signals alike are let through
@@ -182,7 +185,7 @@ def open_run(
         before = time.perf_counter()
         found = measure_first(run, folder, progress)
         measuring_s = time.perf_counter() - before
-        progress.note(f"loading {run.model.name}")
+        progress.doing(f"loading {run.model.name}")
         loaded = load_for(run, progress)
     if data is None:  # otherwise whoever prepared it has said this
         for text in warn_of_template(loaded.tokenizer, run, checked.rows, server_rows(run)):

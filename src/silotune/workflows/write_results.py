@@ -11,9 +11,11 @@ from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import RunFolderError
 from silotune.core.tree import size_bytes
 from silotune.core.types import AdapterState, ServerState
+from silotune.core.wording import counted
 from silotune.data.client_rows import ClientRows
 from silotune.federation.budget import read_spent
 from silotune.federation.privacy_statement import statement
+from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
 from silotune.models.loading import LoadedModel, base_only, save_adapter, write_adapter
@@ -73,6 +75,7 @@ def write_results(
     budget = _budget(run, folder)
     for text in budget_warnings(budget):
         job.progress.note(f"warning: {text}")
+    job.progress.doing("saving the adapter")
     loaded = job.loaded or load_for(run)
     result = _result(run, folder)
     finished = finish(job, result, loaded)  # before the result is put on the base to be saved
@@ -94,7 +97,8 @@ def write_results(
             {n: t for n, t in result.adapter.items() if n in loaded.head - job.local}
         ),
     )
-    split = _write_rows(run, folder, checked.rows, loaded)
+    split = _write_rows(run, folder, checked.rows, loaded, job.progress)
+    job.progress.doing("writing the report")
     card = model_card(run, summary, rows, provenance, split=split)
     write_atomically(folder.path / "README.md", card.encode())
     # last but for the page, which is made of it: its presence says that the run is done
@@ -130,14 +134,18 @@ def _measured(
 
 
 def _write_rows(
-    run: RunConfig, folder: RunFolder, rows: Mapping[str, ClientRows], loaded: LoadedModel
+    run: RunConfig,
+    folder: RunFolder,
+    rows: Mapping[str, ClientRows],
+    loaded: LoadedModel,
+    progress: Progress,
 ) -> dict[str, Any]:
     """split.json and samples.json. Real clients' rows are not the server's to read."""
     if run.runtime.name == "flower":
         return {}
     split = describe_split(rows, loaded.tokenizer, build_task(run.task))
     folder.write_json("split.json", split)
-    samples = _sample(run, rows, loaded) if run.task == "instruct" else []
+    samples = _sample(run, rows, loaded, progress) if run.task == "instruct" else []
     folder.write_json("samples.json", samples)
     return split
 
@@ -161,12 +169,14 @@ def _budget(run: RunConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def _sample(
-    run: RunConfig, rows: Mapping[str, ClientRows], loaded: LoadedModel
+    run: RunConfig, rows: Mapping[str, ClientRows], loaded: LoadedModel, progress: Progress
 ) -> list[dict[str, Any]]:
     """Held-out questions of the first clients, answered by the base and by the result."""
     asked = {name: question_of(rows[name].scored[0]) for name in sorted(rows)[: run.report.samples]}
     talks, limit = [talk for talk, _ in asked.values()], run.report.max_new_tokens
     said: dict[str, list[Answer]] = {}
+    if talks:
+        progress.doing(f"answering {counted(len(talks), 'held-out question')}")
     if loaded.has_adapter:  # else the base is another model
         with base_only(loaded):
             said["base"] = answers(loaded, talks, max_new_tokens=limit)
@@ -177,6 +187,7 @@ def _sample(
             "question": talk[-1]["content"],
             "reference": reference,
             "answers": {arm: own[i].text.strip() for arm, own in said.items()},
+            "cut": [arm for arm, own in said.items() if not own[i].ended],
         }
         for i, (name, (talk, reference)) in enumerate(asked.items())
     ]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from silotune.core.errors import UpdateError
 from silotune.core.types import Failure, Score, Update
-from silotune.federation.progress import LiveProgress, PlainProgress
+from silotune.federation.progress_lines import LiveProgress, PlainProgress
 from silotune.federation.round_rows import round_rows, score_rows
 from silotune.results.card import model_card
 from silotune.results.page import run_page

@@ -23,6 +23,8 @@ from tests.unit.results.page_values import (
 )
 
 NAMES = ("north", "south", "west")
+FILES = ("metrics.jsonl", "summary.json", "comparison.json")
+"""Beside the page."""
 PLAIN_TAGS = (
     *("html", "head", "meta", "title", "style", "body", "main", "header", "nav", "section"),
     *("article", "h1", "h2", "h3", "h4", "p", "div", "ul", "li", "a", "b", "strong", "pre"),
@@ -99,7 +101,7 @@ def test_a_page_asks_for_nothing_outside_itself(reader):
     assert ("content", policy) in reader.attributes
     for name, value in reader.attributes:
         assert name != "src"
-        assert name not in ("href", "xlink:href") or value.startswith("#")
+        assert name not in ("href", "xlink:href") or value.startswith("#") or value in FILES
     assert "@import" not in reader.text
     assert not re.search(r"url\((?!#)", " ".join(value for _, value in reader.attributes))
 
@@ -107,7 +109,7 @@ def test_a_page_asks_for_nothing_outside_itself(reader):
 def test_every_link_of_the_page_has_its_place(reader):
     ids = [value for name, value in reader.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    links = [value for name, value in reader.attributes if name == "href"]
+    links = [v for name, v in reader.attributes if name == "href" and v not in FILES]
     assert {link.removeprefix("#") for link in links} <= set(ids)
 
 
@@ -310,3 +312,36 @@ def test_interval_without_bounds_or_numbers():
     assert interval({"mean": float("nan")}, ".3f") == "–"
     assert interval(None, ".3f") == "–"
     assert interval({"mean": -0.1, "low": -0.2, "high": 0.1}, "+.2f") == "−0.10 [−0.20,\u00a0+0.10]"
+
+
+HEAD = 'colspan="4">'
+
+
+def test_a_comparison_begins_with_its_figures_and_arms_and_folds_twenty_sentences():
+    page = page_of_comparison([f"client {n:02d}" for n in range(20)])
+    chart, mean, client, words = (
+        page.index(part)
+        for part in ("<svg", HEAD + "mean over", HEAD + "client 00", "<li><strong>client 00")
+    )
+    assert chart < mean < client < words
+    folded = [part.split("</details>")[0] for part in page.split("<details>")[1:]]
+    assert sum("<li><strong>client" in part for part in folded) == 1
+    assert "<svg" not in "".join(folded)
+    assert "mean over clients</th>" not in "".join(folded)
+
+
+def test_a_page_says_which_recipe_when_and_where_the_numbers_are():
+    made = {**provenance(), "recipe": "hospitals", "date": "2026-01-31"}
+    page = run_page(recipe(), summary_of(NAMES), [], made, split={}, samples=[])
+    assert "Recipe hospitals, 31 January 2026." in Reader(page).text
+    assert '<a href="metrics.jsonl">' in page
+    assert "Recipe hospitals" not in page_of_run()  # a folder of an earlier version
+    assert '<a href="comparison.json">' in page_of_comparison()
+
+
+def test_an_answer_that_was_cut_is_marked_and_no_other():
+    (sample,) = samples_of(["north"])
+    cut = Reader(page_of_run(samples=[{**sample, "cut": ["base"]}]))
+    assert cut.text.count("cut at the maximum length") == 1
+    assert cut.text.index("xxx") < cut.text.index("cut at the") < cut.text.index("An answer.")
+    assert "cut at the" not in Reader(page_of_run(samples=[sample])).text

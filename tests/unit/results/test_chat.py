@@ -15,7 +15,7 @@ from silotune.models.loading import LoadedModel, base_only, load_model
 from silotune.recipes.parse import parse
 from silotune.recipes.schema import RunConfig
 from silotune.results.chat import Chat, Speakers, positions
-from silotune.results.chat_page import address_of, guarded, take_port
+from silotune.results.loopback import address_of, guarded, take_port
 from silotune.training.generate import answer, encode
 
 SYSTEM = "Be brief."
@@ -187,31 +187,36 @@ def test_no_control_character_passes_except_line_breaks_and_tabs():
     assert set(plain(every)) <= {"\n", "\t"} | set(map(chr, range(0x20, 0x7F)))
 
 
-# --- who reaches the page
+# --- who reaches a page
+
+
+def port_of(host: str, port: int = 0):
+    return take_port(host, port, why="the page has no encryption")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "example.org", ""])
 def test_a_page_for_other_machines_is_refused_with_the_way_to_reach_it(host):
-    with pytest.raises(ConfigError, match="neither a password nor encryption") as error:
-        take_port(host, 0)
+    with pytest.raises(ConfigError, match="has no encryption") as error:
+        port_of(host)
     assert "ssh -L" in str(error.value)
 
 
-def test_without_gradio_the_error_says_what_to_install(monkeypatch):
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
-        take_port("127.0.0.1", 0)
+        port_of("127.0.0.1")
     assert "make env EXTRAS=web" in str(error.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(host, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with take_port(host, 0) as taken:
+    with port_of(host) as taken:
         number = taken.getsockname()[1]
         assert address_of(taken) == f"http://127.0.0.1:{number}/"
+        assert address_of(taken, "secret") == f"http://127.0.0.1:{number}/secret/"
         with pytest.raises(ConfigError, match=f"port {number} of {host} is not available") as error:
-            take_port(host, number)
+            port_of(host, number)
     assert "--port" in str(error.value)
 
 
@@ -220,6 +225,8 @@ def status_of(path: str, **headers: str) -> tuple[int, dict[bytes, bytes]]:
     sent = []
 
     async def app(scope, receive, send):
+        assert scope["path"].startswith("/")
+        assert "secret" not in scope["path"]
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def send(message):
@@ -230,15 +237,15 @@ def status_of(path: str, **headers: str) -> tuple[int, dict[bytes, bytes]]:
 
     asked = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "path": path, "headers": asked}
-    asyncio.run(guarded(app)(scope, receive, send))
+    asyncio.run(guarded(app, "secret")(scope, receive, send))
     return sent[0]["status"], dict(sent[0]["headers"])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost", "[::1]:80", "LOCALHOST:1"])
-def test_the_page_answers_by_this_machines_own_names(host):
-    status, headers = status_of("/", host=host)
+def test_a_page_answers_by_this_machines_own_names(host):
+    status, headers = status_of("/secret/", host=host)
     assert status == 200
-    assert b"default-src 'self'" in headers[b"content-security-policy"]
+    assert b"default-src 'none'" in headers[b"content-security-policy"]
 
 
 @pytest.mark.parametrize(
@@ -251,25 +258,27 @@ def test_the_page_answers_by_this_machines_own_names(host):
         {"host": "[broken"},
         {"host": "127.0.0.1", "origin": "https://evil.example"},
         {"host": "127.0.0.1", "origin": "null"},
+        {"host": "127.0.0.1", "sec-fetch-site": "cross-site"},
     ],
     ids=str,
 )
 def test_pages_and_names_of_others_do_not_reach_the_model(headers):
-    assert status_of("/gradio_api/queue/join", **headers)[0] == 403
+    assert status_of("/secret/say", **headers)[0] == 403
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        "/gradio_api/upload",
-        "/gradio_api/file=/etc/passwd",
-        "/gradio_api/proxy=http://evil.example",
-        "/gradio_api/vibe-edit",
-        "/gradio_api/run/answer",
-        "/login",
-        "/monitoring",
-        "/docs",
-    ],
+    "path", ["/", "", "/secret", "/Secret/", "/secre/", "/secretx/", "//secret/", "/s\u00e9cret/"]
 )
-def test_no_part_of_gradio_is_open_that_the_page_does_not_need(path):
+def test_nothing_is_said_without_the_token(path):
     assert status_of(path, host="127.0.0.1")[0] == 403
+
+
+def test_an_answer_can_be_read_while_it_is_written_and_is_the_same(loaded):
+    told = []
+    both = speakers(loaded, max_new_tokens=6)
+    reply = both.reply("What is scurvy?", {}, tell=lambda *piece: told.append(piece))
+    whole = {name: said.removesuffix("\ufffd").strip() for name, said in reply.answers.items()}
+    assert dict(told) == whole  # the last piece of each
+    assert [name for name, _ in told] == sorted(name for name, _ in told)
+    assert reply.answers == both.reply("What is scurvy?", {}).answers
+    assert set(reply.cut) <= set(both.models)

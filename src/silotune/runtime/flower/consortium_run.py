@@ -35,6 +35,7 @@ def drive(job: Job) -> Measured:
     link = _Hosted(job)
     link.check_up()
     try:
+        job.progress.doing("handing the run to the server")
         if not link.is_under_way():
             link.submit()
         outcome = link.follow()

@@ -62,6 +62,7 @@ def drive(job: Job) -> Measured:
     """
     if job.state.round == 0:
         job.folder.save(job.state, last=False)  # where the server app finds the first adapter
+    job.progress.doing("starting Flower's engine")
     with private_folder() as private, _Engine(private, job) as engine:
         engine.start_superlink()
         if job.run.runtime.name == "flower":

@@ -153,14 +153,15 @@ def _serve(listener: socket.socket, config: Path) -> None:
     from silotune.runtime.real_client import Deployed
 
     client = Deployed(config)
-    while True:
-        try:
-            accepted, _ = listener.accept()
-        except TimeoutError:
-            return
-        # the asking process may end in the middle of its question or of the answer
-        with Connection(accepted.detach()) as line, contextlib.suppress(EOFError, OSError):
-            line.send_bytes(pack(client.answer(unpack(line.recv_bytes()))))
+    with client.live.writing():
+        while True:
+            try:
+                accepted, _ = listener.accept()
+            except TimeoutError:
+                return
+            # the asking process may end in the middle of its question or of the answer
+            with Connection(accepted.detach()) as line, contextlib.suppress(EOFError, OSError):
+                line.send_bytes(pack(client.answer(unpack(line.recv_bytes()))))
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def run_remaining(clients: "FlowerClients", folder: RunFolder, *, local: Collect
     server = open_server_side(run, folder, algorithm=algorithm, progress=progress)
     progress.begin(run.rounds, state.round + 1)
     server.begin(state)
+    progress.has_clients(len(clients.names()))
     last = run_rounds(
         run,
         state,
@@ -181,6 +182,7 @@ class FlowerClients:
 
     def join(self) -> None:
         """Wait until every client has reported or the time is up."""
+        self.progress.doing("waiting for the clients to report")
         self.members.join()
 
     def facts(self) -> dict[str, Any]:
@@ -199,6 +201,7 @@ class FlowerClients:
         """Ask clients to score the adapter."""
         for answer in self._ask("evaluate", messages):
             assert not isinstance(answer, Update)
+            self.progress.client_scored(answer.client)
             yield answer
 
     def _ask(

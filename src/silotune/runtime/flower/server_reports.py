@@ -39,9 +39,17 @@ class FileProgress(Progress):
         """Pass it on."""
         self._say("begin", rounds=rounds, first=first)
 
+    def has_clients(self, number: int) -> None:
+        """Pass it on."""
+        self._say("has_clients", number=number)
+
     def note(self, text: str) -> None:
         """Pass it on."""
         self._say("note", text=text)
+
+    def doing(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Pass it on."""
+        self._say("doing", what=what, done=done, total=total)
 
     def begin_round(self, round_: int, cohort: Sequence[str]) -> None:
         """Pass it on."""
@@ -50,6 +58,14 @@ class FileProgress(Progress):
     def client_begins(self, client: str) -> None:
         """Pass it on."""
         self._say("client_begins", client=client)
+
+    def client_scores(self, client: str, done: int, total: int) -> None:
+        """Pass it on."""
+        self._say("client_scores", client=client, done=done, total=total)
+
+    def client_steps(self, client: str, done: int, total: int, tokens: int) -> None:
+        """Pass it on."""
+        self._say("client_steps", client=client, done=done, total=total, tokens=tokens)
 
     def client_done(self, update: Update) -> None:
         """Pass on what is shown of an update, without its tensors."""
@@ -67,6 +83,10 @@ class FileProgress(Progress):
     def begin_scoring(self, clients: Sequence[str]) -> None:
         """Pass it on."""
         self._say("begin_scoring", clients=list(clients))
+
+    def client_scored(self, client: str) -> None:
+        """Pass it on."""
+        self._say("client_scored", client=client)
 
     def end(self) -> None:
         """Close the file."""

@@ -74,6 +74,7 @@ def comparison_page(
     return render(
         "report.html",
         kind="comparison",
+        numbers=["comparison.json"],
         title=f"Was it worth joining? {comparison['base_name']}, "
         f"{counted(len(comparison['clients']), 'client')}",
         subtitle=_subtitle(run, comparison["seeds"]),

@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def evaluate(
             "  Leave out --suite to score its own held-out rows."
         )
     own = None if cfg.suites else _rows_of(run)
-    progress.note(f"loading {config.model.name}")
+    progress.doing(f"loading {config.model.name}")
     loaded = run.load(client=cfg.client)
     if own is not None and cfg.client is not None:
         own = {cfg.client: own[cfg.client]}
@@ -174,11 +175,11 @@ def evaluate(
         with activated():
             found: dict[str, Any] = {}
             if own is not None:
-                progress.note(f"{model}: held-out questions")
-                rows, found[HELD_OUT] = _held_out(loaded, config, own, cfg)
+                tell = partial(progress.doing, f"held-out questions to the {model} model")
+                rows, found[HELD_OUT] = _held_out(loaded, config, own, cfg, tell)
                 write_rows(place / f"held-out-{model}.jsonl", rows)
             for name in cfg.suites:
-                progress.note(f"{model}: {name}")
+                progress.doing(f"{name} to the {model} model")
                 rows, found[name] = _suite(loaded, name, asked, cfg, config)
                 if rows:
                     write_rows(place / f"{name}-{model}.jsonl", rows)
@@ -221,15 +222,24 @@ def _rows_of(run: Run) -> Mapping[str, ClientRows]:
 
 
 def _held_out(
-    loaded: LoadedModel, config: Any, rows: Mapping[str, Any], cfg: Questions
+    loaded: LoadedModel,
+    config: Any,
+    rows: Mapping[str, Any],
+    cfg: Questions,
+    tell: Callable[[int, int], None],
 ) -> tuple[list[Row], dict[str, Any]]:
     if config.task == "classify":
         return _held_out_labels(loaded, config, rows, cfg)
     task = build_task(config.task)
     kept: list[Row] = []
     scores: dict[str, Any] = {}
-    for client, own in sorted(rows.items()):
-        talks = _drawn(own.evaluation, cfg.limit, config.seed, client)
+    drawn = {
+        client: _drawn(own.evaluation, cfg.limit, config.seed, client)
+        for client, own in sorted(rows.items())
+    }
+    before, total = 0, sum(map(len, drawn.values()))
+    tell(0, total)
+    for client, talks in drawn.items():
         prepared = prepare_rows(talks, task, loaded, config.train.max_length)
         each = score_each(loaded, prepared.examples, task, batch_size=config.evaluate.batch_size)
         scores[client] = {
@@ -237,6 +247,8 @@ def _held_out(
             "loss": sum(s.loss_sum for s in each) / max(1, sum(s.num_tokens for s in each)),
         }
         if not task.is_asked:
+            before += len(talks)
+            tell(before, total)
             kept += [
                 {"client": client, "loss_sum": s.loss_sum, "num_tokens": s.num_tokens} for s in each
             ]
@@ -247,7 +259,9 @@ def _held_out(
             [talk for talk, _ in asked],
             max_new_tokens=cfg.max_new_tokens,
             batch_size=cfg.batch_size,
+            tell=lambda done, before=before: tell(before + done, total),
         )
+        before += len(asked)
         judged = judge(said, [reference for _, reference in asked])
         scores[client] |= mean_quality(judged)
         for (talk, reference), one, quality in zip(asked, said, judged, strict=True):

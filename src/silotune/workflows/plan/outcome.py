@@ -35,7 +35,7 @@ def measure_first(run: RunConfig, folder: RunFolder, progress: Progress) -> Meas
         return "plan.measure is not set"
     if folder.read_json(FILE) is not None or folder.load_state() is not None:
         return "the run had already started"
-    progress.note(f"measuring one step of {run.model.name} in a separate process")
+    progress.doing(f"measuring one step of {run.model.name} in a separate process")
     if not is_at_hand(run):
         load_for(run)  # download it now, so that the measured step does not include it
     return measure(run)

@@ -14,6 +14,7 @@ from silotune.core.errors import DataError
 from silotune.core.public_call import public
 from silotune.core.wording import human_bytes, human_seconds
 from silotune.data.files import locate
+from silotune.federation.progress import Progress
 from silotune.models.sources import check_name
 from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
@@ -91,6 +92,7 @@ def plan(
     limits: Limits | None = None,
     rows: Any = None,
     model: Any = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Predict what a run would cost.
 
@@ -103,22 +105,31 @@ def plan(
             iterator, or {client: rows}. They are written to a folder that is removed in the end.
         model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
             like the rows and not changed.
+        progress: Told what takes time; silent by default.
 
     Raises:
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """
     with from_memory(rows, model, overrides) as changed:
-        return _plan(resolve_recipe(recipe, changed), measured=measured, limits=limits)
+        return _plan(
+            resolve_recipe(recipe, changed),
+            progress or Progress(),
+            measured=measured,
+            limits=limits,
+        )
 
 
-def _plan(run: RunConfig, *, measured: bool, limits: Limits | None) -> Plan:
+def _plan(run: RunConfig, progress: Progress, *, measured: bool, limits: Limits | None) -> Plan:
     check_name(run.model.name)
     check_track(run)
     here = measured and is_at_hand(run)
+    progress.doing("reading the rows")
     run, num_clients, notes = _look_at_rows(run, needed=here)
     shapes, algorithm = build_shapes(run), algorithm_of(run.algorithm)
     sent = traffic(run, shapes, algorithm, num_clients)
     notes += list(shapes.notes)
+    if here:
+        progress.doing(f"measuring one step of {run.model.name} in a separate process")
     outcome = measure(run.model_copy(update={"rounds": sent.rounds})) if here else None
     notes += _measurement_notes(outcome, wanted=measured)
     found = outcome if isinstance(outcome, Measurement) else None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from silotune.core.atomic_files import owner_only
-from silotune.federation.progress import PlainProgress
+from silotune.federation.progress_lines import PlainProgress
 from silotune.federation.run_folder import RunFolder
 from silotune.workflows.shared_base import Bench, attempt
 

@@ -40,13 +40,18 @@ ROWS = [
 ]
 CALLS = [
     ("begin", (3, 2)),
+    ("has_clients", (5,)),
+    ("doing", ("loading", 1, 2)),
     ("note", ("base model:\n 'ü' \u2028 {}",)),
     ("begin_round", (2, ["north", "Orléans / 2"])),
     ("client_begins", ("north",)),
+    ("client_scores", ("north", 0, 9)),
+    ("client_steps", ("north", 1, 50, 640)),
     ("client_done", (UPDATE,)),
     ("client_failed", (Failure("south", 2, "timeout", "no answer within 1 s", "wait"),)),
     ("end_round", (2, ROWS)),
     ("begin_scoring", (["north", "south"],)),
+    ("client_scored", ("north",)),
 ]
 
 
@@ -158,7 +163,7 @@ def test_the_lines_are_json_and_hold_no_tensor(tmp_path, written):
     tell(written)
     lines = [json.loads(line) for line in (tmp_path / PROGRESS).read_text().splitlines() if line]
     assert [line["event"] for line in lines] == ["started", *(name for name, _ in CALLS)]
-    done = lines[5]
+    (done,) = [line for line in lines if line["event"] == "client_done"]
     assert done == {
         "event": "client_done",
         "client": "Orléans / 2",
