@@ -294,10 +294,25 @@ def test_a_sweep_is_listed_and_reported_and_its_best_run_is_named(done, capsys):
     assert done.path / listed.best == done.best.path
     command = CliRunner().invoke
     assert command(app, ["report", str(done.path)]).output == f"{done.path / 'report.html'}\n"
+    said = command(app, ["report", str(done.path), "--charts", "pdf", "--csv"]).output.split()
+    assert [word.rpartition("/")[2] for word in said] == [
+        *("report.html", "01-held-out-loss-nats-per-token-per-round-and-run.pdf"),
+        *("runs.csv", "settings.csv"),
+    ]
+    assert command(app, ["report", str(done.path), "--csv", "--latex"]).exit_code == 2
     for words in (["ask", str(done.path), "x"], ["export", str(done.path)]):
         found = command(app, words)
         assert found.exit_code == 2
         assert f"silotune {words[0]} {done.best.path}" in found.stderr
+
+
+def test_a_sweep_is_a_data_frame_with_keys_as_numbers(done):
+    found = done.table()
+    assert list(found["loss"]) == [run["loss"] for run in runs(done)]
+    assert set(found["train.lr"]) == {1e-3, 1e-2}
+    assert set(found["adapter.rank"]) == {2, 4}
+    assert found.groupby("adapter.rank")["loss"].min().min() == runs(done)[0]["loss"]
+    assert list(done.table(seeds_together=True)["loss"]) == list(found["loss"])
 
 
 def test_a_sweep_is_no_run(done):

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.wording import counted, human_bytes, human_seconds
-from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
+from silotune.federation.metrics import Row, held_out_losses, overall_scores
 from silotune.recipes.schema import RunConfig
+from silotune.results.frames import round_numbers
 
 ARMS = ("base", "federated")
 
@@ -297,28 +298,25 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     Args:
         rows: metrics.jsonl.
     """
-    held_out, labels = held_out_losses(rows), overall_scores(rows)
-    more = ("accuracy", "macro F1", "Matthews") if labels else ()
-    lines = [("round", "train loss", "held-out loss after the round", *more, "sent", "seconds")]
+    numbers = round_numbers(rows)
+    names = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "Matthews"}
+    names = {key: name for key, name in names.items() if numbers and key in numbers[0]}
+    losses = ("train loss", "held-out loss after the round")
+    header = ("round", *losses, *names.values(), "sent", "seconds")
+    lines: list[tuple[str, ...]] = [header]
 
-    def scores(round_: int) -> tuple[str, ...]:
-        found = labels.get(round_)
-        return tuple(f"{n:.3f}" for n in found.values()) if found else ("-",) * len(more)
+    def number(value: float | None, form: str = ".3f") -> str:
+        return "-" if value is None else format(value, form)
 
-    if 0 in held_out:
-        lines.append(("0 (base)", "-", f"{held_out[0]:.3f}", *scores(0), "-", "-"))
-    for last in (row for row in rows if row["event"] == "round"):
-        own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
-        after = held_out.get(last["round"])
-        sent = sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in own)
+    for row in numbers:
         lines.append(
             (
-                str(last["round"]),
-                f"{train_loss(own):.3f}" if trained(own) else "-",
-                "-" if after is None else f"{after:.3f}",
-                *scores(last["round"]),
-                human_bytes(sent),
-                f"{last['seconds']:.1f}" if "seconds" in last else "-",
+                str(row["round"]) if row["round"] else "0 (base)",
+                number(row["train_loss"]),
+                number(row["held_out_loss"]),
+                *(number(row[key]) for key in names),
+                "-" if row["bytes"] is None else human_bytes(row["bytes"]),
+                number(row["seconds"], ".1f"),
             )
         )
     return lines

@@ -8,7 +8,13 @@ from silotune.recipes.parse import to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.results import charts
 from silotune.results.page import Drawing, render, rows_sha256
-from silotune.workflows.sweep.ranking import sweep_table, title_of, verdict
+from silotune.workflows.sweep.ranking import (
+    has_seeds,
+    run_table,
+    sweep_table,
+    title_of,
+    verdict,
+)
 
 
 def sweep_page(
@@ -54,6 +60,7 @@ def sweep_page(
         notes=[*([result["note"]] if result["note"] else []), *result["notes"]],
         header=header,
         rows=rows,
+        every_run=run_table(result) if has_seeds(result) else [],
         drawings=[drawing for drawing in drawings if drawing.svg],
         failures=[own for own in result["runs"] if own["failed"] is not None],
         best=" ".join(f"{key}={text}" for key, text in done[0]["keys"].items()) if done else "",

@@ -1,0 +1,90 @@
+"""Results as numbers for a notebook: lists of rows, and data frames made of them.
+
+Tables for people are text and live beside what they show; these are the same numbers, unrounded.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from silotune.core.reading_back import parse_toml
+from silotune.federation.metrics import Row, held_out_losses, overall_scores, train_loss, trained
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Rows = list[dict[str, Any]]
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> "DataFrame":
+    """A data frame with one line per row; what a row lacks, or has as None, is NaN."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [{key: math.nan if v is None else v for key, v in row.items()} for row in rows]
+    )
+
+
+def round_numbers(rows: Sequence[Row]) -> Rows:
+    """One row per round, round 0 being the base.
+
+    Args:
+        rows: metrics.jsonl.
+
+    Returns:
+        round, train_loss, held_out_loss (both over all clients), with the task classify accuracy,
+        macro_f1 and mcc, bytes (both ways) and seconds. None: not measured.
+    """
+    held_out, labels = held_out_losses(rows), overall_scores(rows)
+    names = list(next(iter(labels.values()), {}))
+    found: Rows = []
+    if 0 in held_out:
+        found.append({"round": 0, "train_loss": None, "held_out_loss": held_out[0]})
+    for last in (row for row in rows if row["event"] == "round"):
+        own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
+        found.append(
+            {
+                "round": last["round"],
+                "train_loss": train_loss(own) if trained(own) else None,
+                "held_out_loss": held_out.get(last["round"]),
+                "bytes": sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in own),
+                "seconds": last.get("seconds"),
+            }
+        )
+    for row in found:
+        row |= {name: labels.get(row["round"], {}).get(name) for name in names}
+        row |= {name: row.get(name) for name in ("bytes", "seconds")}
+    order = ("round", "train_loss", "held_out_loss", *names, "bytes", "seconds")
+    return [{name: row[name] for name in order} for row in found]
+
+
+def client_numbers(summary: Mapping[str, Any]) -> Rows:
+    """One row per client: client, num_train, num_eval, base_loss, federated_loss, change.
+
+    Args:
+        summary: summary.json.
+    """
+    names = ("num_train", "num_eval", "base_loss", "federated_loss")
+    found = [
+        {"client": name, **{key: own[key] for key in names}}
+        for name, own in summary["clients"].items()
+    ]
+    for row in found:
+        losses = (row["federated_loss"], row["base_loss"])
+        row["change"] = None if None in losses else losses[0] - losses[1]
+    return found
+
+
+def value_of(text: str) -> Any:
+    """The value of an override, as a number where it is one.
+
+    >>> value_of("1e-3"), value_of("8"), value_of("bfloat16"), value_of("[1, 2]")
+    (0.001, 8, 'bfloat16', '[1, 2]')
+    """
+    try:
+        found = parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        return text
+    if isinstance(found, float) and not math.isfinite(found):
+        return text
+    return found if isinstance(found, int | float | str) else text
