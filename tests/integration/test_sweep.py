@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -266,6 +267,9 @@ def test_the_page_shows_every_run_and_asks_no_network(done):
         assert f"{run['loss']:.3f}" in page
     assert "silotune run RECIPE adapter.rank=" in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    for named in (done.best.config.model.name, done.best.config.data.path, str(done.path)):
+        assert named not in page, "a page is handed on; it showed the folder of the model"
+        assert Path(named).name in page or named == str(done.path)
 
 
 def test_the_published_sweep_of_eight_runs_is_one_command(tmp_path):

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from silotune.core.wording import counted
-from silotune.recipes.parse import to_toml
+from silotune.models.base_files import public_name
 from silotune.recipes.schema import RunConfig
 from silotune.results import charts
-from silotune.results.page import Drawing, render, rows_sha256
+from silotune.results.page import Drawing, render, shared_parts
 from silotune.workflows.sweep.ranking import (
     has_seeds,
     run_table,
@@ -49,12 +49,8 @@ def sweep_page(
         "sweep.html",
         kind="sweep",
         warnings=[],
-        samples=[],
-        split={},
-        seed=run.seed,
         adapter_sha256=None,
-        rows_sha256=rows_sha256(run, provenance),
-        title=f"{counted(len(result['runs']), 'run')} of {run.model.name}",
+        title=f"{counted(len(result['runs']), 'run')} of {public_name(run.model.name)}",
         subtitle=f"varied: {', '.join(result['keys'])}",
         verdict=[verdict(result)],
         notes=[*([result["note"]] if result["note"] else []), *result["notes"]],
@@ -64,8 +60,7 @@ def sweep_page(
         drawings=[drawing for drawing in drawings if drawing.svg],
         failures=[own for own in result["runs"] if own["failed"] is not None],
         best=" ".join(f"{key}={text}" for key, text in done[0]["keys"].items()) if done else "",
-        recipe=to_toml(run),
-        provenance=provenance,
+        **shared_parts(run, provenance, {}, []),
     )
 
 
