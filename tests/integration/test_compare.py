@@ -250,6 +250,21 @@ def test_a_comparison_is_listed_with_the_run_that_can_be_asked(done):
         silotune.Run(done.path).ask("What is it?")
 
 
+def test_a_comparison_is_a_data_frame(done):
+    found = done.table().set_index(["client", "metric", "arm"])
+    for name, own in done.result["clients"].items():
+        for metric in ("loss", "rougeL"):
+            one = found.loc[(name, metric, "federated")]
+            assert one["mean"] == own["scores"][metric]["federated"]["mean"]
+            assert one["difference"] == own["differences"][metric]["federated"]["mean"]
+            assert one["verdict"] == own["verdicts"][metric]["federated"]
+    assert len(found) == len(ARMS) * 4 * len(done.result["metrics"])
+    done.report(charts="svg", tables="latex")
+    names = {file.name for file in (done.path / "tables").iterdir()}
+    assert names >= {"loss-scores.tex", "loss-differences.tex", "costs.tex"}
+    assert len(list((done.path / "charts").glob("*.svg"))) >= 2
+
+
 def test_full_training_is_compared_too(recipe, tmp_path):
     keys = ["model.dtype=float32", "rounds=1", "report.samples=0"]
     full = [*keys, "adapter.kind=full", "compare.seeds=2"]

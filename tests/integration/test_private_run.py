@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -66,6 +67,17 @@ def test_every_output_says_that_seeded_noise_protects_nobody(done):
     card = (done.export() / "README.md").read_text()
     assert told in card
     assert "Held-out loss" not in card, "it has no noise, and an export is for others"
+
+
+def test_tables_for_papers_hold_no_number_without_noise(done):
+    done.report(tables="csv", charts="svg")
+    clients = pd.read_csv(done.path / "tables" / "clients.csv")
+    assert list(clients["num_train"]) == [c["num_train"] for c in done.summary["clients"].values()]
+    assert clients[["base_loss", "federated_loss", "change"]].isna().all(axis=None)
+    rounds = pd.read_csv(done.path / "tables" / "rounds.csv")
+    assert len(rounds) == 3
+    assert rounds[["train_loss", "held_out_loss"]].isna().all(axis=None)
+    assert not [file for file in (done.path / "charts").iterdir() if "loss" in file.name]
 
 
 def test_without_a_section_every_output_says_that_there_is_none(recipe, tmp_path):

@@ -428,6 +428,16 @@ def test_a_result_that_the_disk_does_not_hold_as_it_was_trained_is_no_result(
     assert silotune.run(resume=tmp_path / "r").adapter()
 
 
+def test_rounds_and_clients_are_data_frames(finished):
+    done, _ = finished
+    rounds, clients = done.rounds(), done.table()
+    assert list(rounds["round"]) == [0, 1, 2, 3]
+    assert rounds["held_out_loss"].iloc[-1] == done.summary["overall"]["federated_loss"]
+    sent = sum(r.get("bytes_up", 0) + r.get("bytes_down", 0) for r in done.metrics)
+    assert rounds["bytes"].sum() <= sent
+    assert list(clients["client"]) == list(done.summary["clients"])
+
+
 def test_rows_that_are_held_but_not_used_are_explained_beside_the_two_counts(
     tiny_model, tmp_path, capsys
 ):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -266,6 +267,9 @@ def test_the_page_shows_every_run_and_asks_no_network(done):
         assert f"{run['loss']:.3f}" in page
     assert "silotune run RECIPE adapter.rank=" in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    for named in (done.best.config.model.name, done.best.config.data.path, str(done.path)):
+        assert named not in page, "a page is handed on; it showed the folder of the model"
+        assert Path(named).name in page or named == str(done.path)
 
 
 def test_the_published_sweep_of_eight_runs_is_one_command(tmp_path):
@@ -294,10 +298,25 @@ def test_a_sweep_is_listed_and_reported_and_its_best_run_is_named(done, capsys):
     assert done.path / listed.best == done.best.path
     command = CliRunner().invoke
     assert command(app, ["report", str(done.path)]).output == f"{done.path / 'report.html'}\n"
+    said = command(app, ["report", str(done.path), "--charts", "pdf", "--csv"]).output.split()
+    assert [word.rpartition("/")[2] for word in said] == [
+        *("report.html", "01-held-out-loss-nats-per-token-per-round-and-run.pdf"),
+        *("runs.csv", "settings.csv"),
+    ]
+    assert command(app, ["report", str(done.path), "--csv", "--latex"]).exit_code == 2
     for words in (["ask", str(done.path), "x"], ["export", str(done.path)]):
         found = command(app, words)
         assert found.exit_code == 2
         assert f"silotune {words[0]} {done.best.path}" in found.stderr
+
+
+def test_a_sweep_is_a_data_frame_with_keys_as_numbers(done):
+    found = done.table()
+    assert list(found["loss"]) == [run["loss"] for run in runs(done)]
+    assert set(found["train.lr"]) == {1e-3, 1e-2}
+    assert set(found["adapter.rank"]) == {2, 4}
+    assert found.groupby("adapter.rank")["loss"].min().min() == runs(done)[0]["loss"]
+    assert list(done.table(seeds_together=True)["loss"]) == list(found["loss"])
 
 
 def test_a_sweep_is_no_run(done):

@@ -218,12 +218,32 @@ def report(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="The folder of a run, comparison or sweep.")
     ],
+    charts: Annotated[
+        Literal["svg", "pdf"] | None,
+        typer.Option(help="Also write every chart as a file, into the folder's charts/."),
+    ] = None,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Also write the tables as CSV, unrounded, into tables/.")
+    ] = False,
+    latex: Annotated[
+        bool, typer.Option("--latex", help="Also write the tables for LaTeX, into tables/.")
+    ] = False,
 ) -> None:
     """Write report.html: a run, comparison or sweep on one page.
 
-    The page needs no network.
+    The page needs no network. With --charts, --csv and --latex, its charts and tables are written
+    for papers and spreadsheets, too.
     """
     with errors_as_exit_codes():
         from silotune.cli.finished import open_finished
+        from silotune.core.errors import ConfigError
 
-        typer.echo(open_finished(run).report())
+        if csv and latex:
+            raise ConfigError("--csv and --latex exclude each other.\n  Call the command twice.")
+        tables = "csv" if csv else "latex" if latex else None
+        page = open_finished(run).report(charts=charts, tables=tables)
+        typer.echo(page)
+        endings = {"charts": charts, "tables": tables and tables.replace("latex", "tex")}
+        for folder, ending in endings.items():
+            for file in sorted((run / folder).glob(f"*.{ending}")) if ending else ():
+                typer.echo(file)

@@ -41,6 +41,32 @@ def wilson(successes: int, total: int) -> Interval:
     return Interval(successes / total, float(found.low), float(found.high))
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """The mean of a few values, such as those of several seeds, and its 95 % t interval.
+
+    Args:
+        values: At least one.
+
+    Returns:
+        mean, low, high; low and high are None for a single value.
+
+    Reference:
+        Student 1908, "The Probable Error of a Mean".
+
+    Example:
+        >>> [round(x, 3) for x in mean_interval([1.0, 2.0, 3.0])]
+        [2.0, -0.484, 4.484]
+    """
+    from scipy.special import stdtrit  # Student's t, without the cost of scipy.stats
+
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return mean, None, None
+    error = float(np.std(values, ddof=1)) / count**0.5
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
+    return mean, mean - half, mean + half
+
+
 def label_scores(counts: Sequence[Sequence[float]]) -> dict[str, float]:
     """Accuracy, macro F1 and Matthews correlation, from counts that add up over clients.
 

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,9 +29,17 @@ from silotune.recipes.schema import RunConfig
 from silotune.results.chat import NO_HEAD, SPEAKERS, Chat, Speaker, Speakers
 from silotune.results.export import GGUF_DEFAULT, check_request, export_run
 from silotune.results.export_card import ExportKind
+from silotune.results.frames import client_numbers, frame, round_numbers
 from silotune.results.hub import hub_login, push_folder
 from silotune.results.listing import refuse_collection
 from silotune.results.page import run_page
+from silotune.results.paper import TableKind, check_kinds, write_charts, write_tables
+from silotune.results.published import published
+from silotune.results.summary import label_table, loss_table, round_table
+from silotune.results.svg import ChartKind, saving
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,14 @@ class Run:
         """metrics.jsonl: one row per round, client and event."""
         return self._folder().metrics()
 
+    def rounds(self) -> "DataFrame":
+        """One row per round: losses over all clients, bytes and seconds; round 0 is the base."""
+        return frame(round_numbers(self.metrics))
+
+    def table(self) -> "DataFrame":
+        """One row per client: numbers of rows, held-out loss of base and result, and change."""
+        return frame(client_numbers(self.summary))
+
     @property
     def samples(self) -> list[dict[str, Any]]:
         """Held-out questions with the answers of base and result; [] if none were asked."""
@@ -91,18 +107,39 @@ class Run:
             if (self.path / name).is_file()
         }
 
-    def report(self) -> Path:
-        """Write report.html: the run on one page that needs no network. Returns its path."""
-        folder = self._folder()
-        page = run_page(
-            folder.run,
-            self.summary,
-            self.metrics,
-            folder.read_json("provenance.json"),
-            split=self.split,
-            samples=self.samples,
-        )
+    @public
+    def report(self, *, charts: ChartKind | None = None, tables: TableKind | None = None) -> Path:
+        """Write report.html: the run on one page that needs no network. Returns its path.
+
+        Args:
+            charts: Also write every chart as a file, into charts/.
+            tables: Also write the tables, into tables/: "csv" unrounded, "latex" as on the page.
+                Under [privacy], without the numbers that have no noise, like the page.
+        """
+        check_kinds(charts, tables)
+        folder, summary, rows = self._folder(), self.summary, self.metrics
+        with saving(charts) as saved:
+            page = run_page(
+                *(folder.run, summary, rows, folder.read_json("provenance.json")),
+                split=self.split,
+                samples=self.samples,
+            )
         write_atomically(self.path / "report.html", page.encode())
+        write_charts(self.path, saved)
+        safe = published(summary, rows)
+        write_tables(
+            self.path,
+            tables,
+            numbers=lambda: {
+                "clients": frame(client_numbers(safe.summary)),
+                "rounds": frame(round_numbers(safe.rows)),
+            },
+            texts=lambda: {
+                "clients": loss_table(safe.summary),
+                "labels": label_table(safe.summary),
+                "rounds": round_table(safe.rows),
+            },
+        )
         return self.path / "report.html"
 
     @property

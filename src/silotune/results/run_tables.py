@@ -6,14 +6,10 @@ from typing import Any
 from silotune.core.wording import human_bytes, human_seconds
 from silotune.federation.metrics import (
     Row,
-    held_out_losses,
-    overall_scores,
     part_of,
-    server_losses,
     server_set,
-    train_loss,
-    trained,
 )
+from silotune.results.frames import round_numbers
 
 
 def prediction_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -47,46 +43,31 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     Args:
         rows: metrics.jsonl.
     """
-    held_out, labels = held_out_losses(rows), overall_scores(rows)
-    more = ("accuracy", "macro F1", "Matthews") if labels else ()
-    server = server_losses(rows)
-    own = (f"loss on the {server_set(rows)}",) if server else ()
-    scored = f"{part_of(rows)} loss after the round"
-    ends = [row for row in rows if row["event"] == "round"]
-    error = ("aggregation error",) if any("aggregation_error" in row for row in ends) else ()
-    head = ("round", "train loss", scored, *more, *own, "sent", "seconds")
-    lines: list[tuple[str, ...]] = [(*head, *error)]
+    numbers = round_numbers(rows)
+    names = {
+        "train_loss": "train loss",
+        "held_out_loss": f"{part_of(rows)} loss after the round",
+        "accuracy": "accuracy",
+        "macro_f1": "macro F1",
+        "mcc": "Matthews",
+        "server_loss": f"loss on the {server_set(rows)}",
+        "bytes": "sent",
+        "seconds": "seconds",
+        "aggregation_error": "aggregation error",
+    }
+    known = numbers[0] if numbers else ("train_loss", "held_out_loss", "bytes", "seconds")
+    names = {key: name for key, name in names.items() if key in known}
+    forms = {"seconds": ".1f", "aggregation_error": ".2g"}
+    lines: list[tuple[str, ...]] = [("round", *names.values())]
 
-    def at_server(round_: int) -> tuple[str, ...]:
-        return (f"{server[round_]:.3f}" if round_ in server else "-",) * len(own)
+    def shown(key: str, value: float | None) -> str:
+        if value is None:
+            return "-"
+        return human_bytes(int(value)) if key == "bytes" else format(value, forms.get(key, ".3f"))
 
-    def scores(round_: int) -> tuple[str, ...]:
-        found = labels.get(round_)
-        return tuple(f"{n:.3f}" for n in found.values()) if found else ("-",) * len(more)
-
-    if 0 in held_out or 0 in server:
-        base = f"{held_out[0]:.3f}" if 0 in held_out else "-"
-        none = ("-",) * len(error)
-        lines.append(("0 (base)", "-", base, *scores(0), *at_server(0), "-", "-", *none))
-    for last in ends:
-        clients = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
-        after = held_out.get(last["round"])
-        sent = sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in clients)
-        lines.append(
-            (
-                str(last["round"]),
-                f"{train_loss(clients):.3f}" if trained(clients) else "-",
-                "-" if after is None else f"{after:.3f}",
-                *scores(last["round"]),
-                *at_server(last["round"]),
-                human_bytes(sent),
-                f"{last['seconds']:.1f}" if "seconds" in last else "-",
-                *(
-                    f"{last[key]:.2g}" if (key := "aggregation_error") in last else "-"
-                    for _ in error
-                ),
-            )
-        )
+    for row in numbers:
+        round_ = str(row["round"]) if row["round"] else "0 (base)"
+        lines.append((round_, *(shown(key, row[key]) for key in names)))
     return lines
 
 

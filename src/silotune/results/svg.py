@@ -6,29 +6,49 @@ follows the page's light or dark theme. Names are data: they are never read as m
 markup.
 """
 
+import contextlib
 import html
 import io
 import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from silotune.core.safe_text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#010203"
 """Placeholder for `currentColor`; no palette contains it."""
 Legend = dict[str, "Artist"]
 """Legend handles by their texts."""
 
+ChartKind = Literal["svg", "pdf"]
+
+
+class Saved(NamedTuple):
+    """A chart as a file of its own."""
+
+    label: str
+    """What it shows."""
+    kind: ChartKind
+    data: bytes
+    lacks_glyphs: bool
+    """Whether a PDF shows boxes instead of some letters, which its font does not have."""
+
+
+_SAVING: ContextVar[tuple[ChartKind, list[Saved]] | None] = ContextVar("saving", default=None)
+
 _WIDTH = 360.0  # all sizes in points; one point is one unit of the SVG
 _STYLE = {
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,  # fonts that publishers accept
     "text.parse_math": False,
     "font.size": 10,
     "axes.titlesize": 10,
@@ -52,6 +72,33 @@ _STYLE = {
     "hatch.color": INK,
     "patch.edgecolor": INK,
 }
+
+
+@contextlib.contextmanager
+def saving(kind: ChartKind | None) -> Iterator[list[Saved]]:
+    """Also keep every chart that is drawn meanwhile as a file; nothing if `kind` is None.
+
+    A page draws its charts somewhere inside; this collects them without drawing them again.
+    """
+    saved: list[Saved] = []
+    token = _SAVING.set(None if kind is None else (kind, saved))
+    try:
+        yield saved
+    finally:
+        _SAVING.reset(token)
+
+
+def _save(figure: "Figure", label: str) -> None:
+    if (wanted := _SAVING.get()) is None:
+        return
+    kind, saved = wanted
+    file = io.BytesIO()
+    names = ("Date", "Creator") if kind == "svg" else ("CreationDate", "Creator", "Producer")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        figure.savefig(file, format=kind, transparent=True, metadata=dict.fromkeys(names))
+    lacks = kind == "pdf" and any("missing from font" in str(own.message) for own in said)
+    saved.append(Saved(label, kind, file.getvalue(), lacks))
 
 
 def chart(label: str, height: float, draw: Callable[["Axes"], Legend]) -> str:
@@ -81,6 +128,7 @@ def chart(label: str, height: float, draw: Callable[["Axes"], Legend]) -> str:
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        _save(figure, label)
     return _inline(file.getvalue(), label)
 
 

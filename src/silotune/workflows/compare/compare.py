@@ -10,7 +10,7 @@ order of rows. `_compare` is the protocol.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from silotune.core.atomic_files import write_atomically, write_json
 from silotune.core.errors import ConfigError, DataError, RunFolderError
@@ -23,6 +23,9 @@ from silotune.recipes.arms import federated_arms
 from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import FinishConfig
+from silotune.results.frames import frame
+from silotune.results.paper import TableKind, check_kinds, write_charts, write_tables
+from silotune.results.svg import ChartKind, saving
 from silotune.workflows.check import Checked
 from silotune.workflows.compare.arms import Arms
 from silotune.workflows.compare.best import choose_best
@@ -42,6 +45,7 @@ from silotune.workflows.compare.folder import (
 from silotune.workflows.compare.held_out import samples
 from silotune.workflows.compare.local_training import Plan, pooled, rows_trained
 from silotune.workflows.compare.names import RESULT
+from silotune.workflows.compare.numbers import cost_numbers, score_numbers, text_tables
 from silotune.workflows.compare.own_arms import go_on
 from silotune.workflows.compare.page import comparison_page
 from silotune.workflows.compare.statistics import Scores, compare_arms
@@ -50,6 +54,9 @@ from silotune.workflows.compare.verdicts import choice_notes, finish_notes
 from silotune.workflows.data_overview import describe_split
 from silotune.workflows.folders import open_folder, place_for
 from silotune.workflows.in_memory import keep_beside
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -73,17 +80,36 @@ class Comparison:
             )
         return result
 
-    def report(self) -> Path:
-        """Write report.html: the comparison on one page that needs no network. Returns its path."""
+    def table(self) -> "DataFrame":
+        """One row per client, metric and arm: score, difference from training alone, verdict."""
+        return frame(score_numbers(self.result))
+
+    @public
+    def report(self, *, charts: ChartKind | None = None, tables: TableKind | None = None) -> Path:
+        """Write report.html: the comparison on one page that needs no network. Returns its path.
+
+        Args:
+            charts: Also write every chart as a file, into charts/.
+            tables: Also write the tables, into tables/: "csv" unrounded, "latex" as on the page.
+        """
+        check_kinds(charts, tables)
         folder, result = ComparisonFolder.open(self.path), self.result
-        page = comparison_page(
-            result,
-            run=folder.run,
-            provenance=folder.read_json("provenance.json"),
-            split=result["split"],
-            samples=result["samples"],
-        )
+        with saving(charts) as saved:
+            page = comparison_page(
+                result,
+                run=folder.run,
+                provenance=folder.read_json("provenance.json"),
+                split=result["split"],
+                samples=result["samples"],
+            )
         write_atomically(self.path / "report.html", page.encode())
+        write_charts(self.path, saved)
+        write_tables(
+            self.path,
+            tables,
+            numbers=lambda: {"scores": self.table(), "costs": frame(cost_numbers(result))},
+            texts=lambda: text_tables(result),
+        )
         return self.path / "report.html"
 
 

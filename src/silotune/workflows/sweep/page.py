@@ -4,11 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from silotune.core.wording import counted
-from silotune.recipes.parse import to_toml
+from silotune.models.base_files import public_name
 from silotune.recipes.schema import RunConfig
 from silotune.results import charts
-from silotune.results.page import Drawing, render, rows_sha256
-from silotune.workflows.sweep.ranking import name_of, sweep_table, title_of, verdict
+from silotune.results.page import Drawing, render, shared_parts
+from silotune.workflows.sweep.ranking import (
+    has_seeds,
+    name_of,
+    run_table,
+    sweep_table,
+    title_of,
+    verdict,
+)
 
 
 def sweep_page(
@@ -46,23 +53,19 @@ def sweep_page(
         "sweep.html",
         kind="sweep",
         warnings=[],
-        samples=[],
-        split={},
-        seed=run.seed,
         adapter_sha256=None,
-        rows_sha256=rows_sha256(run, provenance),
-        title=f"{counted(len(result['runs']), 'run')} of {run.model.name}",
+        title=f"{counted(len(result['runs']), 'run')} of {public_name(run.model.name)}",
         subtitle=f"varied: {', '.join(result['keys'])}",
         verdict=[verdict(result)],
         notes=[*([result["note"]] if result["note"] else []), *result["notes"]],
         loss_name=name,
         header=header,
         rows=rows,
+        every_run=run_table(result) if has_seeds(result) else [],
         drawings=[drawing for drawing in drawings if drawing.svg],
         failures=[own for own in result["runs"] if own["failed"] is not None],
         best=" ".join(f"{key}={text}" for key, text in done[0]["keys"].items()) if done else "",
-        recipe=to_toml(run),
-        provenance=provenance,
+        **shared_parts(run, provenance, {}, []),
     )
 
 

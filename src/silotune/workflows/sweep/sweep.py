@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Field
 
@@ -23,13 +23,16 @@ from silotune.federation.run_folder import RunFolder
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import usable_threads
 from silotune.recipes.sweep_grid import read_axes
+from silotune.results.frames import frame, value_of
+from silotune.results.paper import TableKind, check_kinds, write_charts, write_tables
 from silotune.results.run import Run
+from silotune.results.svg import ChartKind, saving
 from silotune.workflows.check import on_a_day
 from silotune.workflows.folders import place_for
 from silotune.workflows.in_memory import keep_beside
 from silotune.workflows.shared_base import Bench, attempt, needs
 from silotune.workflows.sweep.page import sweep_page
-from silotune.workflows.sweep.ranking import ranked
+from silotune.workflows.sweep.ranking import SEED, ranked, run_table, settings_of, sweep_table
 from silotune.workflows.sweep.search import Search
 from silotune.workflows.sweep.trials import (
     Trial,
@@ -41,6 +44,9 @@ from silotune.workflows.sweep.trials import (
     trials_of,
 )
 from silotune.workflows.sweep.worker import WorkerProcess
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class SweepFolder(RunFolder):
@@ -80,8 +86,33 @@ class Sweep:
         """The run with the lowest held-out loss."""
         return Run(self.path / self.result["runs"][0]["path"])
 
-    def report(self) -> Path:
-        """Write report.html: all runs on one page that needs no network. Returns its path."""
+    def table(self, *, seeds_together: bool = False) -> "DataFrame":
+        """One row per run: its keys as numbers where they are, losses, bytes, seconds.
+
+        Args:
+            seeds_together: One row per setting instead: the mean held-out loss over its seeds, and
+                a 95 % t interval (low, high; NaN for a single seed).
+        """
+        rows = settings_of(self.result["runs"]) if seeds_together else self.result["runs"]
+        columns = [key for key in self.result["keys"] if not seeds_together or key != SEED]
+        return frame(
+            {
+                **{key: value_of(row["keys"].get(key, "")) for key in columns},
+                **{key: value for key, value in row.items() if key not in ("keys", "scores")},
+                **(row.get("scores") or {}),
+            }
+            for row in rows
+        )
+
+    @public
+    def report(self, *, charts: ChartKind | None = None, tables: TableKind | None = None) -> Path:
+        """Write report.html: all runs on one page that needs no network. Returns its path.
+
+        Args:
+            charts: Also write every chart as a file, into charts/.
+            tables: Also write the tables, into tables/: "csv" unrounded, "latex" as on the page.
+        """
+        check_kinds(charts, tables)
         result = self.result
         curves = {
             own["number"]: held_out_losses(Run(self.path / own["path"]).metrics)
@@ -89,10 +120,17 @@ class Sweep:
             if own["failed"] is None
         }
         finished = RunFolder.open(self.best.path)
-        page = sweep_page(
-            result, curves, SweepFolder.open(self.path).run, finished.read_json("provenance.json")
-        )
+        run, provenance = SweepFolder.open(self.path).run, finished.read_json("provenance.json")
+        with saving(charts) as saved:
+            page = sweep_page(result, curves, run, provenance)
         write_atomically(self.path / "report.html", page.encode())
+        write_charts(self.path, saved)
+        write_tables(
+            self.path,
+            tables,
+            numbers=lambda: {"runs": self.table(), "settings": self.table(seeds_together=True)},
+            texts=lambda: {"runs": run_table(result), "settings": sweep_table(result)},
+        )
         return self.path / "report.html"
 
 
