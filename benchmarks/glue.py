@@ -14,7 +14,7 @@ from pathlib import Path
 from minilm_l3 import build_student
 
 import silotune
-from silotune.federation.progress import PlainProgress
+from silotune.federation.progress_lines import PlainProgress
 from silotune.workflows.compare.statistics import (
     against_table,
     cost_table,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import silotune
-from silotune.federation.progress import PlainProgress
+from silotune.federation.progress_lines import PlainProgress
 from silotune.recipes.parse import parse
 from silotune.results.charts import MARKERS, PALETTE
 from silotune.results.svg import Legend, chart

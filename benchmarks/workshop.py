@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import silotune
-from silotune.federation.progress import PlainProgress
+from silotune.federation.progress_lines import PlainProgress
 from silotune.workflows.compare.statistics import cost_table, difference_table, score_table
 from silotune.workflows.compare.verdicts import comparison_verdict, worse_off_warnings
 

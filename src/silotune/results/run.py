@@ -35,7 +35,8 @@ from silotune.results.listing import refuse_collection
 from silotune.results.page import run_page
 from silotune.results.paper import TableKind, check_kinds, write_charts, write_tables
 from silotune.results.published import published
-from silotune.results.summary import label_table, loss_table, round_table
+from silotune.results.run_tables import round_table
+from silotune.results.summary import label_table, loss_table
 from silotune.results.svg import ChartKind, saving
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import silotune
 from silotune.cli import app
-from silotune.federation.progress import PlainProgress
+from silotune.federation.progress_lines import PlainProgress
 from silotune.results.charts import rows_per_client
 from silotune.results.run_tables import split_table
 from silotune.workflows.sweep.ranking import ranked, sweep_table, verdict

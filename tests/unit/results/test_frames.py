@@ -3,7 +3,8 @@
 import math
 
 from silotune.results.frames import client_numbers, frame, round_numbers
-from silotune.results.summary import loss_table, round_table
+from silotune.results.run_tables import round_table
+from silotune.results.summary import loss_table
 from tests.unit.results.page_values import rows_of, summary_of
 
 NAMES = ("north", "south")

@@ -70,10 +70,7 @@ class Sweep:
 
     @property
     def result(self) -> dict[str, Any]:
-        """sweep.json: every run's keys, losses, bytes and seconds, best first; failures last.
-
-        See docs/sweep.md.
-        """
+        """sweep.json (docs/sweep.md): the runs, best first, and failures last."""
         result = SweepFolder.open(self.path).read_json("sweep.json")
         if result is None:
             raise RunFolderError(
