@@ -144,6 +144,7 @@ def test_samples_show_what_each_arm_answers(done):
     assert [s["client"] for s in samples] == ["hospital-0", "hospital-1"]
     assert set(samples[0]["answers"]) == set(ARMS)
     assert samples[0]["reference"].startswith("It is ")
+    assert set(samples[0]["cut"]) <= set(ARMS)
 
 
 class Stop(Exception):

@@ -86,7 +86,7 @@ def score_held_out(
     limit = limit or run.report.max_new_tokens
     said = answers(loaded, [talk for talk, _ in asked], max_new_tokens=limit)
     for i, one in zip(shown, said, strict=True):
-        rows[i]["answer"] = one.text
+        rows[i]["answer"], rows[i]["ended"] = one.text, one.ended
     if run.compare.max_new_tokens:
         for row, quality in zip(rows, judge(said, [ref for _, ref in asked]), strict=True):
             row.update(asdict(quality))
@@ -101,12 +101,12 @@ def samples(
     for client in list(held)[: run.report.samples if task.is_asked else 0]:
         talk, reference = question_of(held[client].talks[0])
         said = {
-            arm: rows[client][0]["answer"].strip()
+            arm: rows[client][0]
             for arm, by_seed in scores.items()
             if client in (rows := next(iter(by_seed.values()))) and "answer" in rows[client][0]
         }
-        question = talk[-1]["content"]
-        found.append(
-            {"client": client, "question": question, "reference": reference, "answers": said}
-        )
+        about = {"client": client, "question": talk[-1]["content"], "reference": reference}
+        answers_by_arm = {arm: row["answer"].strip() for arm, row in said.items()}
+        cut = [arm for arm, row in said.items() if not row.get("ended", True)]
+        found.append({**about, "answers": answers_by_arm, "cut": cut})
     return found
