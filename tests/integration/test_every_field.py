@@ -44,6 +44,7 @@ CHANGES_THE_ADAPTER = [
     "train.local_steps=3",
     "train.local_steps=none; train.local_epochs=1",
     "train.optimizer=sgd",
+    "train.keep_moments=true",
     "train.lr=1e-3",
     "train.schedule=cosine",
     "train.schedule=cosine; train.lr_min=1e-3",

@@ -20,7 +20,6 @@ from silotune.algorithms.base import AlgorithmConfig, weight_of
 from silotune.algorithms.factors import Pair, pairs_of, wide
 from silotune.core.algorithm import Algorithm
 from silotune.core.seeds import generator
-from silotune.core.tree import add
 from silotune.core.types import AdapterState, Change, ServerState, Updates
 from silotune.recipes.schema import RunConfig
 
@@ -83,8 +82,8 @@ def aggregation_error(
 
 
 def _with(adapter: AdapterState, delta: AdapterState) -> AdapterState:
-    known = {name: adapter[name] for name in delta if name in adapter}
-    return {**adapter, **add(known, {name: delta[name] for name in known})}
+    moved = {n: adapter[n].double() + delta[n].double() for n in delta if n in adapter}
+    return {**adapter, **moved}
 
 
 def _seen(adapter: AdapterState, directions: Mapping[Pair, Tensor]) -> dict[Pair, Tensor]:

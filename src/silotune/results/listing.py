@@ -63,7 +63,7 @@ def runs(folder: Path | str = "runs") -> list[Listed]:
         RunFolderError: There is no such folder.
     """
     place = Path(folder)
-    if not place.is_dir():
+    if not str(folder) or not place.is_dir():  # an empty text is the present folder to Path
         raise RunFolderError(
             f"{place} is not a folder.\n  Give the folder that holds your runs, by default runs."
         )

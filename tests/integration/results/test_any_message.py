@@ -88,7 +88,7 @@ def finished(answers, last):
         if isinstance(a, Update)
     ]
     bad = [answer for answer in answers if isinstance(answer, Failure)]
-    rows = round_rows(1, names, Spool(good), bad, [], seconds=1.0)
+    rows = round_rows(1, names, Spool(good), bad, [], {}, 1.0)
     rows += score_rows(1, last)
     shown = io.StringIO()
     for kind in (PlainProgress, LiveProgress):

@@ -29,7 +29,7 @@ def told(tmp_path_factory, tiny_model):
 def test_progress_tables_card_and_page_name_the_validation_loss(told):
     run, said, _ = told
     assert {row["part"] for row in run.metrics if row["event"] == "evaluate"} == {"validation"}
-    assert "validation loss after round 0" in said.getvalue()
+    assert "validation loss before it" in said.getvalue()
     card = (run.path / "README.md").read_text("utf-8")
     page = (run.path / "report.html").read_text("utf-8")
     for text in (

@@ -35,7 +35,7 @@ from silotune.runtime.payload import Parcel, pack, unpack
 from tests.conftest import write_jsonl, write_tiny_recipe
 
 LIGHT = """
-import json, os, sys, time, types
+import contextlib, json, os, sys, time, types
 from pathlib import Path
 from silotune.runtime.flower import resident_worker
 from silotune.runtime.payload import Parcel
@@ -49,6 +49,7 @@ time.sleep(own.get("loads", 0))
 class Deployed:
     def __init__(self, config):
         self.asked = 0
+        self.live = types.SimpleNamespace(writing=contextlib.nullcontext)
 
     def answer(self, parcel):
         self.asked += 1
