@@ -7,7 +7,7 @@ itself is never formed: all sums run over factors, in float64. LoRA's scaling al
 out, because it is the same for all clients of one module.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,19 +59,23 @@ def pairs_of(names: Iterable[str]) -> list[Pair]:
     return found
 
 
-def needs_pairs(adapter: AdapterState, algorithm: str) -> None:
-    """Refuse an adapter without a pair of factors.
+def needs_pairs(algorithm: str) -> Callable[[AdapterState, int], dict[str, AdapterState]]:
+    """The `init` of an algorithm without memory that works on both factors of a module.
 
-    Raises:
-        ConfigError: The adapter does not have both factors of any module.
+    It raises a ConfigError if the adapter has them nowhere.
     """
-    if not pairs_of(adapter):
+
+    def init(adapter: AdapterState, _: int) -> dict[str, AdapterState]:
+        if pairs_of(adapter):
+            return {}
         raise ConfigError(
             f"algorithm.name = '{algorithm}' works on LoRA's two factors, but this adapter does "
             "not have both.\n"
             "  Set adapter.kind = 'lora' without options that change its factors, or choose "
             "another algorithm."
         )
+
+    return init
 
 
 def starts_at_zero(name: str) -> bool:
@@ -128,6 +132,21 @@ def padded(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     missing = max(0, rank - left.shape[1])
     left = torch.nn.functional.pad(left[:, :rank], (0, missing))
     return left, torch.nn.functional.pad(right[:rank], (0, 0, 0, missing))
+
+
+def orthonormal(left: Tensor, right: Tensor, pair: Pair, like: AdapterState) -> dict[str, Tensor]:
+    """The pair whose product is nearest to `left @ right`, in the shapes and dtypes of `like`.
+
+    The random factor is orthonormal; the singular values go to the one that starts at 0. Empty if
+    the product is 0, which has no directions.
+    """
+    u, s, vh = svd(left, right)
+    if not bool(s.any()):
+        return {}
+    rank = wide(like, pair)[0].shape[1]
+    if pair.random == pair.right:
+        return narrow(*padded(u * s, vh, rank), pair, like)
+    return narrow(*padded(u, s[:, None] * vh, rank), pair, like)
 
 
 def stacked(states: Sequence[tuple[float, AdapterState]], pair: Pair) -> tuple[Tensor, Tensor]:

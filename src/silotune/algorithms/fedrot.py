@@ -55,17 +55,10 @@ def fedrot(cfg: FedRotConfig) -> Algorithm:
             turned |= narrow(b @ q, q.T @ a, pair, like=trained)
         return {**trained, **turned}
 
-    def init(
-        adapter: AdapterState,
-        num_clients: int,  # noqa: ARG001 - as `init`
-    ) -> dict[str, AdapterState]:
-        needs_pairs(adapter, "fedrot")
-        return {}
-
     # At 0 nothing is turned at all, so that strength = 0 is FedAvg to the last bit.
     settings: Mapping[str, float] = {"strength": cfg.strength}
     rule = LocalRule(align=align if cfg.strength > 0 else None, settings=dict(settings))
-    return replace(fedavg(cfg), name="fedrot", local=rule, init=init)
+    return replace(fedavg(cfg), name="fedrot", local=rule, init=needs_pairs("fedrot"))
 
 
 def rotation(overlap: Tensor, strength: float = 1.0) -> Tensor:

@@ -11,22 +11,11 @@ as it has no directions. For an embedding the roles of the factors are exchanged
 from dataclasses import replace
 from typing import ClassVar
 
-from torch import Tensor
-
 from silotune.algorithms.base import Facts
-from silotune.algorithms.factors import (
-    ONE_FACTOR,
-    Pair,
-    narrow,
-    needs_pairs,
-    padded,
-    pairs_of,
-    svd,
-    wide,
-)
+from silotune.algorithms.factors import ONE_FACTOR, needs_pairs, orthonormal, pairs_of, wide
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
 from silotune.core.algorithm import Algorithm
-from silotune.core.types import AdapterState, Change, ServerState
+from silotune.core.types import Change, ServerState
 
 
 class FedSVDConfig(FedAvgConfig):
@@ -49,29 +38,13 @@ def fedsvd(cfg: FedSVDConfig) -> Algorithm:
     Its `init` raises a ConfigError if the adapter does not have both factors.
     """
 
-    def init(
-        adapter: AdapterState,
-        num_clients: int,  # noqa: ARG001 - as `init`
-    ) -> dict[str, AdapterState]:
-        needs_pairs(adapter, "fedsvd")
-        return {}
-
     def step(state: ServerState, change: Change) -> ServerState:
         moved = move(state, change.delta, server_lr=cfg.server_lr)
         adapter = dict(moved.adapter)
         for pair in pairs_of(adapter):
-            adapter |= _renew(adapter, pair)
+            adapter |= orthonormal(*wide(adapter, pair), pair, like=adapter)
         return replace(moved, adapter=adapter)
 
-    return replace(fedavg(cfg), name="fedsvd", step=step, init=init, local=ONE_FACTOR)
-
-
-def _renew(adapter: AdapterState, pair: Pair) -> dict[str, Tensor]:
-    """The pair with the same product, whose factor that clients do not train is orthonormal."""
-    left, right = wide(adapter, pair)
-    u, s, vh = svd(left, right)
-    if not bool(s.any()):
-        return {}
-    if pair.random == pair.right:
-        return narrow(*padded(u * s, vh, left.shape[1]), pair, like=adapter)
-    return narrow(*padded(u, s[:, None] * vh, left.shape[1]), pair, like=adapter)
+    return replace(
+        fedavg(cfg), name="fedsvd", step=step, init=needs_pairs("fedsvd"), local=ONE_FACTOR
+    )

@@ -15,7 +15,6 @@ from silotune.algorithms.base import Facts
 from silotune.algorithms.factors import ONE_FACTOR, needs_pairs
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.core.algorithm import Algorithm
-from silotune.core.types import AdapterState
 
 
 class FFALoRAConfig(FedAvgConfig):
@@ -40,12 +39,4 @@ def ffa_lora(cfg: FFALoRAConfig) -> Algorithm:
 
     Its `init` raises a ConfigError if the adapter does not have both factors.
     """
-    return replace(fedavg(cfg), name="ffa_lora", local=ONE_FACTOR, init=_init)
-
-
-def _init(
-    adapter: AdapterState,
-    num_clients: int,  # noqa: ARG001 - as `init`
-) -> dict[str, AdapterState]:
-    needs_pairs(adapter, "ffa_lora")
-    return {}
+    return replace(fedavg(cfg), name="ffa_lora", local=ONE_FACTOR, init=needs_pairs("ffa_lora"))

@@ -11,19 +11,12 @@ factors are averaged. A product of 0 keeps its factors.
 
 from typing import ClassVar
 
-from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
-from silotune.algorithms.factors import (
-    narrow,
-    needs_pairs,
-    padded,
-    pairs_of,
-    stacked,
-    svd,
-)
+from silotune.algorithms.base import AlgorithmConfig, Facts, mean_delta, weight_of
+from silotune.algorithms.factors import needs_pairs, orthonormal, pairs_of, stacked
 from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import Algorithm
-from silotune.core.tree import add, subtract, weighted_mean
-from silotune.core.types import AdapterState, Change, ServerState, Updates
+from silotune.core.tree import add, subtract
+from silotune.core.types import Change, ServerState, Updates
 
 
 class FlexLoRAConfig(AlgorithmConfig):
@@ -46,31 +39,19 @@ def flexlora(cfg: FlexLoRAConfig) -> Algorithm:
     Its `init` raises a ConfigError if the adapter does not have both factors.
     """
 
-    def init(
-        adapter: AdapterState,
-        num_clients: int,  # noqa: ARG001 - as `init`
-    ) -> dict[str, AdapterState]:
-        needs_pairs(adapter, "flexlora")
-        return {}
-
     def combine(state: ServerState, updates: Updates) -> Change:
-        delta = weighted_mean((weight_of(u, cfg), u.delta) for u in updates)
+        delta = mean_delta(updates, cfg)
         total = sum(weight_of(u, cfg) for u in updates)
         received = {name: state.adapter[name] for name in delta}
         trained = [(weight_of(u, cfg) / total, add(received, u.delta)) for u in updates]
         for pair in pairs_of(delta):
-            u, s, vh = svd(*stacked(trained, pair))
-            if not bool(s.any()):
-                continue
-            rank = received[pair.left].shape[1]
-            left, right = padded(u * s, vh, rank)
-            if pair.random == pair.left:
-                left, right = padded(u, s[:, None] * vh, rank)
-            new = narrow(left, right, pair, like=received)
+            new = orthonormal(*stacked(trained, pair), pair, like=received)
             delta |= subtract(new, {name: received[name] for name in new})
         return Change(delta)
 
     def step(state: ServerState, change: Change) -> ServerState:
         return move(state, change.delta)
 
-    return Algorithm(name="flexlora", combine=combine, step=step, init=init, linear=False)
+    return Algorithm(
+        name="flexlora", combine=combine, step=step, init=needs_pairs("flexlora"), linear=False
+    )

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
+from silotune.algorithms.base import AlgorithmConfig, Facts, mean_delta, weight_of
 from silotune.algorithms.factors import Pair, linalg, needs_pairs, pairs_of, wide
 from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import Algorithm
-from silotune.core.tree import add, weighted_mean
-from silotune.core.types import AdapterState, Change, ServerState, Updates
+from silotune.core.tree import add
+from silotune.core.types import Change, ServerState, Updates
 
 
 class LoRAFAIRConfig(AlgorithmConfig):
@@ -46,15 +46,8 @@ def lora_fair(cfg: LoRAFAIRConfig) -> Algorithm:
     Its `init` raises a ConfigError if the adapter does not have both factors.
     """
 
-    def init(
-        adapter: AdapterState,
-        num_clients: int,  # noqa: ARG001 - as `init`
-    ) -> dict[str, AdapterState]:
-        needs_pairs(adapter, "lora_fair")
-        return {}
-
     def combine(state: ServerState, updates: Updates) -> Change:
-        delta = weighted_mean((weight_of(u, cfg), u.delta) for u in updates)
+        delta = mean_delta(updates, cfg)
         received = {name: state.adapter[name] for name in delta}
         mean, pairs = add(received, delta), pairs_of(delta)
         # sum_i p_i B_i (A_i mean(A)^T), one client in memory at a time
@@ -80,4 +73,6 @@ def lora_fair(cfg: LoRAFAIRConfig) -> Algorithm:
     def step(state: ServerState, change: Change) -> ServerState:
         return move(state, change.delta)
 
-    return Algorithm(name="lora_fair", combine=combine, step=step, init=init, linear=False)
+    return Algorithm(
+        name="lora_fair", combine=combine, step=step, init=needs_pairs("lora_fair"), linear=False
+    )

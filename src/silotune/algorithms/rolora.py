@@ -15,7 +15,6 @@ from silotune.algorithms.base import Facts
 from silotune.algorithms.factors import needs_pairs, starts_at_random, starts_at_zero
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.core.algorithm import Algorithm, LocalRule
-from silotune.core.types import AdapterState
 
 
 class RoLoRAConfig(FedAvgConfig):
@@ -37,17 +36,11 @@ def rolora(cfg: RoLoRAConfig) -> Algorithm:
 
     Its `init` raises a ConfigError if the adapter does not have both factors.
     """
-    return replace(fedavg(cfg), name="rolora", local=LocalRule(trains=_is_trained), init=_init)
+    return replace(
+        fedavg(cfg), name="rolora", local=LocalRule(trains=_is_trained), init=needs_pairs("rolora")
+    )
 
 
 def _is_trained(name: str, round_: int) -> bool:
     rests = starts_at_random if round_ % 2 == 1 else starts_at_zero
     return not rests(name)
-
-
-def _init(
-    adapter: AdapterState,
-    num_clients: int,  # noqa: ARG001 - as `init`
-) -> dict[str, AdapterState]:
-    needs_pairs(adapter, "rolora")
-    return {}
