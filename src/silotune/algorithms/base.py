@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from silotune.core.algorithm import LocalContext
 from silotune.core.tree import weighted_mean
 from silotune.core.types import Config, Update, Updates
 
@@ -66,3 +68,9 @@ def weight_of(update: Update, cfg: AlgorithmConfig) -> float:
 def mean_delta(updates: Updates, cfg: AlgorithmConfig) -> dict[str, Tensor]:
     """The weighted mean of the deltas: `sum_i p_i D_i` with `p_i = w_i / sum_j w_j`."""
     return weighted_mean((weight_of(u, cfg), u.delta) for u in updates)
+
+
+def kept(context: LocalContext, purpose: str, name: str, like: Tensor) -> Tensor:
+    """What a client kept for a tensor in its earlier rounds, as `like`; 0 before the first."""
+    own = context.memory.get(purpose, {})
+    return own[name].to(like) if name in own else torch.zeros_like(like)

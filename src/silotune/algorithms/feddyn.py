@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from silotune.algorithms.base import AlgorithmConfig, Facts, mean_delta
+from silotune.algorithms.base import AlgorithmConfig, Facts, kept, mean_delta
 from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import Algorithm, LocalContext, LocalOutcome, LocalRule
 from silotune.core.tree import add, scale, squared_distance, zeros_like
@@ -45,22 +45,18 @@ def feddyn(cfg: FedDynConfig) -> Algorithm:
         number = torch.tensor([num_clients], dtype=torch.int64)
         return {MEAN: zeros_like(adapter), CLIENTS: {"number": number}}
 
-    def own(context: LocalContext, name: str, like: Tensor) -> Tensor:
-        kept = context.memory.get(OWN, {})
-        return kept[name].to(like) if name in kept else torch.zeros_like(like)
-
     def pull(now: Mapping[str, Tensor], context: LocalContext) -> Tensor:
         return 0.5 * cfg.alpha * squared_distance(now, context.received)
 
     def correct(name: str, gradient: Tensor, context: LocalContext) -> Tensor:
-        return gradient - own(context, name, gradient)
+        return gradient - kept(context, OWN, name, gradient)
 
     def finish(
         delta: AdapterState,
         sum_of_steps: float,  # noqa: ARG001 - the signature of `finish`
         context: LocalContext,
     ) -> LocalOutcome:
-        new = {n: own(context, n, d) - cfg.alpha * d for n, d in delta.items()}
+        new = {n: kept(context, OWN, n, d) - cfg.alpha * d for n, d in delta.items()}
         return LocalOutcome(memory={OWN: new})
 
     def combine(state: ServerState, updates: Updates) -> Change:

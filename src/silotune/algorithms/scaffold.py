@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from silotune.algorithms.base import Facts, mean_delta
+from silotune.algorithms.base import Facts, kept, mean_delta
 from silotune.algorithms.fedavg import FedAvgConfig, move
 from silotune.core.algorithm import Algorithm, LocalContext, LocalOutcome, LocalRule
 from silotune.core.tree import add, layout_of, scale, subtract, weighted_mean, zeros_like
@@ -55,16 +55,12 @@ def scaffold(cfg: ScaffoldConfig) -> Algorithm:
         number = torch.tensor([num_clients], dtype=torch.int64)
         return {CONTROL: zeros_like(adapter), "clients": {"number": number}}
 
-    def own(context: LocalContext, name: str, like: Tensor) -> Tensor:
-        kept = context.memory.get(CONTROL, {})
-        return kept[name].to(like) if name in kept else torch.zeros_like(like)
-
     def correct(name: str, gradient: Tensor, context: LocalContext) -> Tensor:
         theirs = context.extra[CONTROL][name].to(gradient)
-        return gradient - own(context, name, gradient) + theirs
+        return gradient - kept(context, CONTROL, name, gradient) + theirs
 
     def finish(delta: AdapterState, sum_of_steps: float, context: LocalContext) -> LocalOutcome:
-        old = {name: own(context, name, d) for name, d in delta.items()}
+        old = {name: kept(context, CONTROL, name, d) for name, d in delta.items()}
         new = {
             name: old[name] - context.extra[CONTROL][name] - d / sum_of_steps
             for name, d in delta.items()
