@@ -167,6 +167,16 @@ def test_a_lone_client_keeps_its_best_round_also_after_an_interruption(
     assert any("stop.patience is ignored" in note for note in done.result["notes"])
 
 
+def test_held_out_rows_never_choose_the_federations_round(recipe, tmp_path):
+    """Without validation rows, only the federation could pick its best round of several."""
+    keys = ["compare.seeds=1", "compare.tune=false", "checkpoint.keep=best", "evaluate.every=1"]
+    done = silotune.compare(recipe, keys, out=tmp_path / "c")
+    federated = silotune.Run(done.path / "seed-3" / "federated" / "run")
+    assert federated.config.checkpoint.keep == "last"
+    assert federated.config.evaluate.every == 0, "nothing is scored before the end"
+    assert any('checkpoint.keep = "best" is ignored' in note for note in done.result["notes"])
+
+
 def test_an_interrupted_tuning_goes_on_and_trains_nothing_twice(recipe, done, tmp_path):
     whole, heard = done
     first, rest = Parts("tuning hospital-1 alone: lr 0.05, optimizer kept"), Parts()

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,14 @@ class Arms:
         """Score the untrained base."""
         first = self.base_model.dress(self.recipe(self.run, self.run.seed))
         with untrained(self.loaded):
-            self.part("base", "the base", lambda _: Trained(first, Cost()), self.data)
+            self.part("base", "the base", lambda _: Trained(first, Cost()), self.data, seed=None)
 
     def federated(self, arm: str, point: Point, seed: int) -> Run:
         """Run an arm's recipe with this seed, as `silotune run` would."""
         place = place_of(arm, seed)
         path = self.folder.path / place / "run"
         train = self._federation(arm, point, seed)
-        self.part(place, f"seed {seed}, {arm}", train, self.data, memory=path)
+        self.part(place, arm, train, self.data, seed=seed, memory=path)
         return Run(path)
 
     def alone(self, client: str, point: Point, seed: int, plan: Mapping[int, int]) -> None:
@@ -141,12 +142,12 @@ class Arms:
         place = place_alone(client, seed)
         scored = self.data if client in self.run.compare.only else [client]
         train = self._alone(self.data[client], point, seed, plan)
-        self.part(place, f"seed {seed}, {client} alone", train, scored)
+        self.part(place, f"{client} alone", train, scored, seed=seed)
 
     def centralized(self, point: Point, seed: int, plan: Mapping[int, int]) -> None:
         """All rows in one place."""
         train = self._alone(self.pool, point, seed, plan)
-        self.part(place_of(CENTRALIZED, seed), f"seed {seed}, {CENTRALIZED}", train, self.data)
+        self.part(place_of(CENTRALIZED, seed), CENTRALIZED, train, self.data, seed=seed)
 
     # --- trials: trained with the seed of tuning, and scored on the validation rows only
 
@@ -206,7 +207,8 @@ class Arms:
                 validation = Validation(
                     lambda adapter: self.validation_loss(names, adapter), every, self.picks_round
                 )
-            done = train_alone(worker, data, plan, first, place / "state", validation)
+            tell = partial(self.progress.doing, "training without the others")
+            done = train_alone(worker, data, plan, first, place / "state", validation, tell)
             if self.loaded.has_adapter:
                 write_adapter(self.loaded, done.adapter)
                 save_adapter(self.loaded, place / "adapter", base=self.run.model)
@@ -236,11 +238,10 @@ class Arms:
         """An arm's recipe with a seed, on the rows of the first seed."""
         run = self.run
         fixed = run.data.split_seed if run.data.split_seed is not None else run.seed
-        # without a history, only the comparison scores the end; keep = "best" needs every score
-        every, checkpoint = run.evaluate.every, run.checkpoint
-        if run.evaluate.choose_by == "server":  # the other arms have no server
-            checkpoint = checkpoint.model_copy(update={"keep": "last"})
-        every = every if run.compare.history or checkpoint.keep == "best" else 0
+        # without a history, only the comparison scores the end. Without validation rows, the best
+        # round would be the federation's only, chosen by the rows that compare, or by its server's
+        every = run.evaluate.every if run.compare.history else 0
+        checkpoint = run.checkpoint.model_copy(update={"keep": "last"})
         if self.picks_round:
             every = run.compare.every
             checkpoint = run.checkpoint.model_copy(update={"every": 1, "keep": "best"})
@@ -293,6 +294,8 @@ class Arms:
         title: str,
         train: Train,
         clients: Sequence[str] | Mapping[str, Any],
+        *,
+        seed: int | None,
         memory: Path | None = None,
     ) -> None:
         """Train a part and score the held-out rows, unless it is finished.
@@ -302,16 +305,23 @@ class Arms:
             title: Its name in progress messages.
             train: Takes the folder and trains.
             clients: The clients whose held-out rows it is scored on.
+            seed: Absent for what no seed changes.
             memory: The run folder where clients keep personal tensors.
         """
+        title = title if seed is None else f"seed {seed}, {title}"
         if (folder := self._begin(place, title)) is None:
             return
         done = train(folder)
-        rows = [
-            {"client": client, **row}
-            for client in clients
-            for row in self._score(client, {**done.adapter, **self._kept(memory, client)})
-        ]
+        # the report shows answers of the first seed only, and they take longer than scores
+        shown = list(self.data)[: self.run.report.samples if seed in (None, self.run.seed) else 0]
+        rows: list[Row] = []
+        for n, client in enumerate(clients):
+            self.progress.doing("scoring held-out rows", n, len(clients))
+            write_adapter(self.loaded, {**done.adapter, **self._kept(memory, client)})
+            found = score_held_out(
+                self.loaded, self.task, self.run, self.held[client], is_shown=client in shown
+            )
+            rows += [{"client": client, **row} for row in found]
         write_rows(folder / "scores.jsonl", rows)
         self._finish(folder, done, ["scores.jsonl", "part.json"])
 
@@ -352,11 +362,3 @@ class Arms:
     def _kept(self, memory: Path | None, client: str) -> AdapterState:
         """The tensors that a client of a finished run keeps to itself."""
         return {} if memory is None else personal(RunFolder.open(memory), client)
-
-    def _score(self, client: str, adapter: AdapterState) -> list[Row]:
-        """One row per held-out row of the client, in the same order."""
-        write_adapter(self.loaded, adapter)
-        is_shown = list(self.data).index(client) < self.run.report.samples
-        return score_held_out(
-            self.loaded, self.task, self.run, self.held[client], is_shown=is_shown
-        )

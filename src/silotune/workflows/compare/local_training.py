@@ -100,6 +100,7 @@ def train_alone(
     first: AdapterState,
     place: Path,
     validation: Validation | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trained:
     """Train on one holder's rows, in the rounds of a federation but without one.
 
@@ -110,6 +111,7 @@ def train_alone(
         first: The adapter to start from.
         place: Where the state is saved after every round. A call with the same folder resumes.
         validation: How rounds are scored; not at all if absent.
+        tell: Called when a round begins, with the rounds done and their number.
 
     Raises:
         UpdateError: Training ended in NaN or infinity.
@@ -124,6 +126,7 @@ def train_alone(
     for r, count in sorted(plan.items()):
         if r <= now.round:
             continue
+        tell(now.round, last)
         message = Broadcast(r, adapter, score=False)
         update = take_part(worker, data, message, place / "memory", count=count)
         adapter = add(adapter, update.delta)

@@ -75,11 +75,10 @@ def go_on(arms: Arms, arm: str, client: str, point: Point, seed: int) -> None:
         return Trained(interpolated(start, own, share), Cost(), 0, loss, share)
 
     place = place_extended(arm, OWN_STEPS, client, seed)
-    arms.part(place, f"seed {seed}, {extension(arm, OWN_STEPS)}, {client}", train, [client])
+    arms.part(place, f"{extension(arm, OWN_STEPS)}, {client}", train, [client], seed=seed)
     if arms.run.finish.interpolate:
         mixed = place_extended(arm, INTERPOLATION, client, seed)
-        title = f"seed {seed}, {extension(arm, INTERPOLATION)}, {client}"
-        arms.part(mixed, title, mix, [client])
+        arms.part(mixed, f"{extension(arm, INTERPOLATION)}, {client}", mix, [client], seed=seed)
 
 
 def _start(

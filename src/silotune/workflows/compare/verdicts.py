@@ -59,6 +59,8 @@ def choice_notes(numbers: Mapping[str, Any], run: RunConfig) -> list[str]:
         ignored = ["stop.patience is ignored: every arm trains all rounds, on equal examples"]
     if run.evaluate.server_path is not None:
         ignored.append("evaluate.server_path is ignored: arms are scored on the clients' rows")
+    if run.checkpoint.keep == "best" and not numbers["rounds"]:
+        ignored.append('checkpoint.keep = "best" is ignored: the last round of every arm counts')
     if not numbers["tuned"]:
         rounds = ", but each arm's best round by validation counts" if numbers["rounds"] else ""
         return [f"{NOT_TUNED}: every arm was trained as the recipe says{rounds}", *ignored]
