@@ -1,0 +1,274 @@
+"""When joining pays: `python benchmarks/joining.py [--set types] [--rows 20 50] [--out DIR]`.
+
+Runs `silotune compare`, tuned as it is shipped, for the same rows cut into clients in several ways
+and for several numbers of rows per client. Clients choose among alone, federated and steps of their
+own. Rows are read from ../shared next to the repository if they are there. Finished cells are read
+again, interrupted ones go on. Prints a table, and writes it and a figure into the folder.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import silotune
+from silotune.recipes.parse import parse
+from silotune.results.charts import MARKERS, PALETTE
+from silotune.results.svg import Legend, chart
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+NAMESPACE = "http://www.w3.org/2000/svg"
+BATCH = 8
+PASSES = {20: 12, 50: 8, 120: 4, 500: 2}
+"""Over a client's rows, by their number."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of several owners, how they can be cut into clients, and what is trained on them."""
+
+    train: str
+    held_out: str
+    """Absent, each client holds out a fifth of its rows."""
+    owner: str
+    owners: tuple[str, ...]
+    label: str
+    """What tells how much clients differ: the distribution of this column."""
+    cuts: Mapping[str, Mapping[str, Any]]
+    sizes: tuple[int, ...]
+    recipe: Mapping[str, Any]
+    metric: str
+    sign: int
+    """1 if more is better."""
+
+
+TYPES = Rows(
+    train="medquad_types/train.jsonl",
+    held_out="medquad_types/dev.jsonl",
+    owner="source",
+    owners=("GARD", "GHR", "NIDDK", "NIHSeniorHealth"),
+    label="label_name",
+    cuts={
+        "alike": {"kind": "iid", "num_clients": 4},
+        "by source": {"by": "source"},
+        "few types each": {
+            "kind": "dirichlet",
+            "alpha": 0.1,
+            "label": "label_name",
+            "num_clients": 4,
+        },
+    },
+    sizes=(20, 50, 120, 500),
+    recipe={
+        "task": "classify",
+        "model": {"name": "minilm-l6"},
+        # the last layer: hardly any backward pass
+        "adapter": {
+            "rank": 8,
+            "alpha": 16,
+            "targets": ["query", "value"],
+            "peft": {"layers_to_transform": [5]},
+        },
+        "data": {"text": "text", "label": "label_name"},
+        "train": {"max_length": 32},
+        "compare": {"group": "focus", "tune": {"lr": [5e-3, 2e-2, 8e-2], "server_lr": [1.0, 3.0]}},
+    },
+    metric="accuracy",
+    sign=1,
+)
+SETS = {"types": TYPES}
+COMMON: dict[str, Any] = {
+    "train": {"batch_size": BATCH, "schedule": "cosine"},
+    "data": {"validation_fraction": 0.2},
+    "compare": {"seeds": 3, "centralized": False, "every": 2},
+    "evaluate": {"batch_size": 64},
+    "finish": {"interpolate": [0.0, 0.5, 1.0]},
+    "report": {"page": False, "samples": 0},
+}
+
+
+def main() -> None:
+    """Compare what is missing, then print and draw everything."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--set", choices=SETS, default="types")
+    options.add_argument("--rows", type=int, nargs="+")
+    options.add_argument("--cuts", nargs="+")
+    options.add_argument("--out", type=Path, default=Path("runs/joining"))
+    options.add_argument("--jobs", type=int, default=1)
+    options.add_argument("overrides", nargs="*", metavar="key=value")
+    args = options.parse_intermixed_args()
+    of = SETS[args.set]
+    if not (DATA / of.train).is_file():
+        sys.exit(f"skipped: {of.train} is not next to this repository")
+    place = (args.out / args.set).resolve()
+    cells = [
+        (n, cut) for n in args.rows or of.sizes for cut in of.cuts if cut in (args.cuts or of.cuts)
+    ]
+    # one thread each: two processes that wait for each other's threads take ten times as long
+    keys = [*args.overrides, *(["runtime.threads=1"] if args.jobs > 1 else [])]
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        found = list(pool.map(partial(_cell, args.set, place, keys), cells))
+    table = "\n".join(_table(of, found))
+    print(table)
+    (place / "table.md").write_text(table + "\n", encoding="utf-8")
+    (place / "joining.svg").write_text(_draw(of, found), encoding="utf-8")
+
+
+Cell = dict[str, Any]
+"""cut, rows, difference between clients, and the comparison's result."""
+
+
+def _cell(name: str, place: Path, overrides: Sequence[str], of_cell: tuple[int, str]) -> Cell:
+    n, cut = of_cell
+    of = SETS[name]
+    own = place / f"{n}-{cut.replace(' ', '-')}"
+    if (own / "comparison.json").is_file():
+        result = json.loads((own / "comparison.json").read_text(encoding="utf-8"))
+    elif own.exists():
+        result = silotune.compare(resume=own).result
+    else:
+        files = _write_rows(of, place, n)
+        rows_each = len(files["train"]) // len(of.owners)
+        steps = max(1, round(rows_each * 0.8 / BATCH))  # one pass over the rows of a mean client
+        recipe = parse(
+            _merged(
+                COMMON,
+                of.recipe,
+                {
+                    "rounds": PASSES[n],
+                    "data": files["data"],
+                    "partition": dict(of.cuts[cut]),
+                    "train": {"local_steps": steps},
+                    "finish": {"local_steps": steps},
+                },
+            )
+        )
+        result = silotune.compare(recipe, overrides, out=own).result
+    print(f"{cut}, {n} rows per client: done", flush=True)
+    return {"cut": cut, "rows": n, "result": result}
+
+
+def _write_rows(of: Rows, place: Path, n: int) -> dict[str, Any]:
+    """At most n rows of every owner; fewer rows are always among more rows."""
+    place.mkdir(parents=True, exist_ok=True)
+    kept: list[Row] = []
+    for owner in of.owners:
+        own = [row for row in _read(of.train) if row[of.owner] == owner]
+        kept += sorted(own, key=_place)[:n]
+    paths = {"path": place / f"rows-{n}.jsonl"}
+    _write(paths["path"], kept)
+    if of.held_out:
+        paths["eval_path"] = place / "held-out.jsonl"
+        _write(paths["eval_path"], [r for r in _read(of.held_out) if r[of.owner] in of.owners])
+    return {"train": kept, "data": {key: str(path) for key, path in paths.items()}}
+
+
+def _read(name: str) -> "list[Row]":
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def _write(path: Path, rows: "list[Row]") -> None:
+    # written beside and renamed, because another cell may be reading it
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+
+
+def _place(row: Row) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
+
+
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+            found[key] = _merged(found[key], value) if both else value
+    return found
+
+
+def _table(of: Rows, found: "list[Cell]") -> Iterator[str]:
+    heads = ("clients", "difference", "rows per client", "base", "alone", "federated")
+    more = ("federated - alone", "both + own steps", "best - best alone", "gained", "lost")
+    yield "| " + " | ".join((*heads, *more)) + " |"
+    yield "|---" * (len(heads) + len(more)) + "|"
+    for cell in found:
+        result = cell["result"]
+        means = result["overall"]["scores"][of.metric]
+        words = Counter(
+            own["verdicts"][of.metric]["federated"] for own in result["clients"].values()
+        )
+        cells = [cell["cut"], f"{_difference(result['split']):.2f}", str(cell["rows"])]
+        cells += [f"{means[arm]['mean']:.3f}" for arm in ("base", "local", "federated")]
+        for own in _gains(result, of.metric).values():
+            cells.append(f"{own['mean']:+.3f} ({own['low']:+.3f} to {own['high']:+.3f})")
+        cells += [str(words[word]) for word in ("gained", "lost")]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _gains(result: Mapping[str, Any], metric: str) -> "dict[str, dict[str, float]]":
+    """Federated minus alone, the same after own steps, and what everyone gains if it may choose."""
+    own = result["overall"]["differences"][metric]
+    best = result["best"]["overall"]["differences"][metric]["best"]
+    return {
+        "federated": own["federated"],
+        "own steps": own["federated + own steps"],
+        "best": best,
+    }
+
+
+def _difference(split: Mapping[str, Any]) -> float:
+    """Mean over rows of the total variation between a client's labels and everyone's: 0 to 1."""
+    everyone: Counter[str] = Counter()
+    for own in split.values():
+        everyone.update(own["labels"])
+    total = everyone.total()
+    return sum(
+        abs(own["labels"].get(label, 0) - everyone[label] * own["num_train"] / total) / 2 / total
+        for own in split.values()
+        for label in everyone
+    )
+
+
+def _draw(of: Rows, found: "list[Cell]") -> str:
+    """Gain over the tuned lone client by rows per client, one line per cut."""
+
+    def lines(ax: "Axes") -> Legend:
+        shown: Legend = {}
+        ax.axhline(0, linewidth=0.8, color=PALETTE[-1])
+        for n, cut in enumerate(of.cuts):
+            own = [cell for cell in found if cell["cut"] == cut]
+            gains = [_gains(cell["result"], of.metric)["federated"] for cell in own]
+            # a little apart, so that no interval hides another
+            places = [cell["rows"] * (1 + 0.04 * n) for cell in own]
+            means = [of.sign * gain["mean"] for gain in gains]
+            reach = [abs(gain["high"] - gain["low"]) / 2 for gain in gains]
+            drawn = ax.errorbar(
+                places, means, yerr=reach, color=PALETTE[n], marker=MARKERS[n], capsize=2
+            )
+            shown[cut] = drawn.lines[0]
+        ax.set(xscale="log", xlabel="rows per client", ylabel=f"gain in {of.metric}")
+        ax.set_xticks(of.sizes, [str(size) for size in of.sizes])
+        ax.minorticks_off()
+        return shown
+
+    svg = chart("Federated minus alone, both tuned", 260, lines)
+    # a separate file needs the namespace and background that a chart in a page inherits
+    return svg.replace("<svg ", f'<svg xmlns="{NAMESPACE}" style="background: white" ', 1)
+
+
+if __name__ == "__main__":
+    main()
