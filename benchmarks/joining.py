@@ -121,7 +121,7 @@ def main() -> None:
     keys = [*args.overrides, *(["runtime.threads=1"] if args.jobs > 1 else [])]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         found = list(pool.map(partial(_cell, args.set, place, keys), cells))
-    table = "\n".join(_table(of, found))
+    table = "\n".join(line for m in (of.metric, "loss") for line in _table(of, found, m))
     print(table)
     (place / "table.md").write_text(table + "\n", encoding="utf-8")
     (place / "joining.svg").write_text(_draw(of, found), encoding="utf-8")
@@ -200,20 +200,19 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _table(of: Rows, found: "list[Cell]") -> Iterator[str]:
+def _table(of: Rows, found: "list[Cell]", metric: str) -> Iterator[str]:
+    yield f"\n{metric}, mean over {len(of.owners)} clients:\n"
     heads = ("clients", "difference", "rows per client", "base", "alone", "federated")
     more = ("federated - alone", "both + own steps", "best - best alone", "gained", "lost")
     yield "| " + " | ".join((*heads, *more)) + " |"
     yield "|---" * (len(heads) + len(more)) + "|"
     for cell in found:
         result = cell["result"]
-        means = result["overall"]["scores"][of.metric]
-        words = Counter(
-            own["verdicts"][of.metric]["federated"] for own in result["clients"].values()
-        )
+        means = result["overall"]["scores"][metric]
+        words = Counter(own["verdicts"][metric]["federated"] for own in result["clients"].values())
         cells = [cell["cut"], f"{_difference(result['split']):.2f}", str(cell["rows"])]
         cells += [f"{means[arm]['mean']:.3f}" for arm in ("base", "local", "federated")]
-        for own in _gains(result, of.metric).values():
+        for own in _gains(result, metric).values():
             cells.append(f"{own['mean']:+.3f} ({own['low']:+.3f} to {own['high']:+.3f})")
         cells += [str(words[word]) for word in ("gained", "lost")]
         yield "| " + " | ".join(cells) + " |"

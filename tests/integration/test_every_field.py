@@ -146,6 +146,11 @@ ELSEWHERE = {
         f"privacy.{key}": "test_client_level"
         for key in ("clip_norm", "clipping", "quantile", "clip_lr")
     },
+    **{
+        f"secure_sum.{key}": "test_secure_sum_run"
+        for key in ("kind", "range", "min_cohort", "max_examples", "simulate")
+    },
+    "secure_sum.colluding": "test_privacy_of_sums",
     "evaluate.server_path": "test_server_scores",
     "evaluate.choose_by": "test_server_scores",
     "stop.patience": "test_early_stop",

@@ -27,6 +27,7 @@ from silotune.core.wording import counted
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import Spool
 from silotune.federation.sampling import num_needed
+from silotune.privacy.secure_sum.member import threshold_of
 from silotune.recipes.schema import RunConfig
 
 
@@ -160,7 +161,7 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
         open_: Clients whose answer is still awaited.
 
     Returns:
-        The update, with the norm of its delta among its metrics.
+        The update, with the norm of its delta among its metrics, unless that is masked.
 
     Raises:
         UpdateError: From a client that was not asked or has answered; of a round to come; wrong
@@ -179,10 +180,13 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
             "  Its update is not used."
         )
     check_same_layout(update.delta, expected.layouts[update.client], who=who)
-    norm = l2_norm(update.delta)
+    # under masks, every word is as likely as any other, so there is nothing to see
+    norm = None if expected.known.run.secure_sum.is_on else l2_norm(update.delta)
     # the guard scales whatever is finite down to its norm
     check = check_finite if expected.known.run.privacy.clips_at_server else check_representable
-    if not norm <= LARGEST:  # as it is if any value is not finite, or larger than that
+    if (
+        norm is not None and not norm <= LARGEST
+    ):  # as it is if any value is not finite, or larger than that
         check(update.delta, who=who)
     extra = expected.extra[update.client]
     if update.extra.keys() != extra.keys():
@@ -202,7 +206,8 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
             f"{who}: trained with {dict(update.settings) or 'no settings'}, the server's algorithm "
             f"has {dict(expected.settings) or 'none'}.\n  Use the same recipe at this client."
         )
-    return replace(update, metrics={**update.metrics, "delta_norm": norm})
+    known_norm = {} if norm is None else {"delta_norm": norm}
+    return replace(update, metrics={**update.metrics, **known_norm})
 
 
 def _check_weight(update: Update, known: Known, who: str) -> None:
@@ -230,6 +235,8 @@ def check_quorum(
         QuorumError: Names the clients that are missing, and why.
     """
     needed, arrived = num_needed(run.sampling, len(cohort)), len(spool)
+    if run.secure_sum.is_on:
+        needed = max(needed, threshold_of(len(cohort)))
     if arrived >= needed:
         return None
     spent = sum(failure.code == BUDGET_SPENT for failure in failures)
@@ -238,9 +245,12 @@ def check_quorum(
     reasons = "\n".join(
         "  " + one_line(f"{f.client}: {f.code}: {first_line(f.place)}") for f in failures
     )
+    why = f"sampling.quorum = {run.sampling.quorum:g}"
+    if needed > num_needed(run.sampling, len(cohort)):
+        why = "a secure sum"
     raise QuorumError(
-        f"round {round_}: {arrived} usable updates of {len(cohort)}, and sampling.quorum = "
-        f"{run.sampling.quorum:g} needs {needed}.\n{reasons}\n"
+        f"round {round_}: {arrived} usable updates of {len(cohort)}, and {why} needs {needed}."
+        f"\n{reasons}\n"
         "  Fix these clients and resume: finished clients are not trained again. If the recipe\n"
         "  is at fault, start a new run with a different one."
     )

@@ -14,9 +14,10 @@ from silotune.core.algorithm import Algorithm
 from silotune.core.errors import ConfigError
 from silotune.core.seeds import generator
 from silotune.core.wording import counted
-from silotune.federation.client_privacy import plan_of_client
+from silotune.federation.client_privacy import ClientPlan, plan_of_client
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.ledger import write_down
+from silotune.federation.privacy_of_sums import guarantee_of_sums
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.sampling import cohort_size
 from silotune.privacy.accountant import Epsilon, noise_for, spent, spent_in_all, third_opinion
@@ -43,7 +44,8 @@ def promise_of(run: RunConfig, num_examples: Mapping[str, int]) -> Promise | Non
         noise_multiplier, clipping, num_clients, num_planned (clients per round) and epsilon_replace
         (one client replaced by another: the sensitivity is twice as large). With noise at the
         clients, also `clients` with each client's plan and epsilon; the top-level epsilon is then
-        the largest of these, and `epsilon_prv` is a third opinion on it.
+        the largest of these, and `epsilon_prv` is a third opinion on it; with secure sums, `sums`
+        with what only sums reveal, see `guarantee_of_sums`.
 
     Raises:
         ConfigError: dp-accounting is missing, or the noise is too large for adaptive clipping.
@@ -111,12 +113,13 @@ def _by_server(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
 
 def _by_clients(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
     delta, clients, worst = _delta(run), dict[str, Any](), Epsilon(0.0, 0.0)
-    third = 0.0
+    third, plans = 0.0, dict[str, ClientPlan]()
     for name, count in sorted(num_examples.items()):
         if count == 0:
             continue
         plan = plan_of_client(run, count, client=name)
         assert plan is not None, "the noise is at the client"
+        plans[name] = plan
         cost = spent_in_all([plan.steps()], delta=delta)
         clients[name] = {**asdict(plan), "epsilon": as_json(cost)}
         if cost.pld >= worst.pld:
@@ -128,6 +131,7 @@ def _by_clients(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
         "clients": clients,
         "epsilon": as_json(worst),
         "epsilon_prv": _number(third),
+        **of_sums_as_json(guarantee_of_sums(run, plans)),
     }
 
 
@@ -160,6 +164,15 @@ def _delta(run: RunConfig) -> float:
 def cost_if_replaced(noise_multiplier: float, num_releases: int, delta: float) -> Epsilon:
     """The epsilon if one client is replaced by another, which may move the sum twice as far."""
     return spent(noise_multiplier=noise_multiplier / 2, num_releases=num_releases, delta=delta)
+
+
+def of_sums_as_json(found: Mapping[str, Any] | None) -> Promise:
+    """What `guarantee_of_sums` has found, for a promise or a statement."""
+    if found is None:
+        return {}
+    if "why_not" in found:
+        return {"sums": dict(found)}
+    return {"sums": {**found, "epsilon": as_json(found["epsilon"])}}
 
 
 def as_json(cost: Epsilon) -> dict[str, float | None]:

@@ -175,13 +175,28 @@ def _lines_by_server(found: Mapping[str, Any]) -> list[str]:
 
 def _lines_by_clients(found: Mapping[str, Any]) -> list[str]:
     own = found["clients"].items()
+    sums = [_of_sums(found["promise"])] if "sums" in found["promise"] else []
     each = ", ".join(f"{name} {_epsilon(cost['epsilon']['pld'])}" for name, cost in own)
     return [
         f"epsilon by the RDP accountant: {_epsilon(found['epsilon']['rdp'])}; of all guaranteed "
         f"rounds by the PRV accountant: {_epsilon(found['promise']['epsilon_prv'])}; replacing one "
         "unit by another counts as two (one removed, one added)",
         f"epsilon spent by each client: {each}",
+        *sums,
     ]
+
+
+def _of_sums(promise: Promise) -> str:
+    """What the sums alone reveal, in words: for all guaranteed rounds."""
+    sums = promise["sums"]
+    if "why_not" in sums:
+        return f"the sums have no stronger guarantee: {sums['why_not']}"
+    rounds, noisy = counted(promise["num_releases"], "round"), counted(sums["num_noisy"], "client")
+    return (
+        "whoever reads opened sums only, and knows the noise of at most "
+        f"{counted(sums['colluding'], 'client')}: {guarantee(sums['epsilon'], promise)} for "
+        f"{rounds}, by the noise of {noisy}"
+    )
 
 
 def check_lines(promise: Promise) -> Sequence[str]:
@@ -191,8 +206,10 @@ def check_lines(promise: Promise) -> Sequence[str]:
         f"{counted(promise['num_releases'], 'round')}; {_mechanism(promise)}"
     )
     if "clients" in promise:
+        sums = [f"privacy: {_of_sums(promise)}"] if "sums" in promise else []
         return [
             first,
+            *sums,
             *(
                 f"privacy: client '{name}': {guarantee(own['epsilon'], promise)} with a noise "
                 f"multiplier of {own['noise_multiplier']:g} and "

@@ -8,6 +8,7 @@ from silotune.data.chat_templates import TEMPLATES
 from silotune.models.adapters import PROMPT_KINDS
 from silotune.recipes.algorithm import FlowerStrategyConfig, OwnAlgorithmConfig, chosen_algorithm
 from silotune.recipes.schema import RunConfig
+from silotune.recipes.secure_sums import of_secure_sums
 
 MAX_ROWS_UNDER_PRIVACY = (
     "keeps a fixed number of rows, so one row more may push another one out: "
@@ -41,6 +42,7 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _of_the_adapter(run)
     yield from _of_the_optimizer(run)
     yield from _of_privacy(run)
+    yield from of_secure_sums(run)
 
 
 def _of_an_early_stop(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from silotune.data.reading import DataConfig
 from silotune.models.adapters import AdapterConfig
 from silotune.models.base import ModelConfig
 from silotune.privacy.base import PrivacyConfig
+from silotune.privacy.secure_sum.config import SecureSumConfig
 from silotune.recipes.algorithm import (
     ALGORITHM_CONFIGS,
     FLOWER,
@@ -164,6 +165,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "distill": DistillConfig,
         "algorithm": ALGORITHM_CONFIGS.get(algorithm, AlgorithmConfig),
         "privacy": PrivacyConfig,
+        "secure_sum": SecureSumConfig,
         "evaluate": EvaluateConfig,
         "checkpoint": CheckpointConfig,
         "finish": FinishConfig,

@@ -14,6 +14,7 @@ from silotune.data.reading import DataConfig
 from silotune.models.adapters import AdapterConfig
 from silotune.models.base import ModelConfig
 from silotune.privacy.base import PrivacyConfig
+from silotune.privacy.secure_sum.config import SecureSumConfig
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS, AnyAlgorithmConfig
 from silotune.recipes.sections import (
     BudgetConfig,
@@ -55,6 +56,7 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
     algorithm: AnyAlgorithmConfig = Field(default_factory=lambda: ALGORITHM_CONFIGS["fedavg"]())
     privacy: PrivacyConfig = PrivacyConfig()
+    secure_sum: SecureSumConfig = SecureSumConfig()
     server: ServerConfig = ServerConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -15,7 +15,7 @@ import torch
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import BudgetSpent, ClientTimeout, UpdateError
 from silotune.core.tree import size_bytes
-from silotune.core.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score
+from silotune.core.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score, Update
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
     ClientData,
@@ -30,10 +30,12 @@ from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
+from silotune.federation.secure_sum import num_numbers, summed
 from silotune.federation.server_scores import open_server_side
 from silotune.models.devices import peak_memory_bytes
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
+from silotune.runtime.simulated_sums import SimulatedSums
 from silotune.training.tasks import build_task
 
 
@@ -48,10 +50,14 @@ def drive(job: Job) -> Measured:
     num_rows = {name: own.num_train for name, own in data.items()}
     algorithm = with_privacy(plain, run, job.folder, num_rows)
     worker = replace(unguarded, algorithm=algorithm, progress=job.progress)
+    sums = SimulatedSums(run, list(data)) if run.secure_sum.is_on else None
+    if sums is not None:
+        algorithm = summed(algorithm, run, sums)
+        job.folder.spool(job.state.round + 1).remove()  # masked with keys that are gone
     server = open_server_side(
         run, job.folder, algorithm=algorithm, progress=job.progress, loaded=job.loaded
     )
-    clients = InProcessClients(worker, data, job.folder, job.progress)
+    clients = InProcessClients(worker, data, job.folder, job.progress, sums=sums)
     for text in clients.notes():
         job.progress.note(text)
     job.folder.rewind(job.state.round)
@@ -107,6 +113,7 @@ class InProcessClients:
         *,
         train_group: TrainGroup | None = None,
         group_size: int = 1,
+        sums: SimulatedSums | None = None,
     ) -> None:
         """Nothing is trained yet.
 
@@ -117,6 +124,7 @@ class InProcessClients:
             progress: Told which client starts.
             train_group: How a group is trained; by default one client after another.
             group_size: Clients that are handed over together.
+            sums: Hides single updates, if the recipe asks for secure sums.
         """
         self.worker = worker
         self.data = data
@@ -124,6 +132,7 @@ class InProcessClients:
         self.progress = progress
         self.train_group = train_group or one_by_one
         self.group_size = group_size
+        self.sums = sums
 
     def names(self) -> Sequence[str]:
         """All clients, sorted."""
@@ -145,6 +154,16 @@ class InProcessClients:
 
     def train(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         """Train the clients in groups; those whose turn comes after the deadline fail."""
+        if self.sums is None or not messages:
+            yield from self._trained(messages)
+            return
+        one = next(iter(messages.values()))  # a linear algorithm sends all clients the same
+        count = num_numbers(self.worker.algorithm, one.adapter, one.round)
+        self.sums.begin(one.round, list(messages), count)
+        for arrival in self._trained(messages):
+            yield self.sums.hide(arrival) if isinstance(arrival, Update) else arrival
+
+    def _trained(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         began, limit = time.monotonic(), self.worker.run.sampling.timeout_s
         waiting = list(messages.items())
         for at in range(0, len(waiting), self.group_size):

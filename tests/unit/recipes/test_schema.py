@@ -529,6 +529,17 @@ OTHER: dict[str, tuple[str, list[str]]] = {
         }.items()
     },
     "privacy.max_participations": ("2", [*NOISE, "privacy.unit=record"]),
+    **{
+        f"secure_sum.{key}": (value, ["secure_sum.kind=masks", "secure_sum.range=1.0"])
+        for key, value in {
+            "kind": "masks",
+            "range": "0.5",
+            "min_cohort": "7",
+            "max_examples": "99",
+            "colluding": "2",
+            "simulate": "true",
+        }.items()
+    },
     "sweep.keys": ('["train.lr=1e-4,1e-3"]', []),
     "sweep.runs": ('["train.lr=1e-4", "rounds=2"]', []),
     "sweep.search": ("9", []),

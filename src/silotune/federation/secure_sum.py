@@ -1,0 +1,185 @@
+"""Secure sums in a run: what a client sends instead of its change, and what is made of the sum.
+
+The masks are those of `privacy/secure_sum`. Here changes become words and the sum of words becomes
+one change: their weighted mean, which a linear algorithm treats like the update of one client.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from silotune.core.algorithm import Algorithm, expected_layout
+from silotune.core.errors import UpdateError
+from silotune.core.seeds import generator
+from silotune.core.tree import size_bytes
+from silotune.core.types import (
+    AdapterState,
+    Change,
+    Layout,
+    ServerState,
+    TensorSpec,
+    Update,
+    Updates,
+)
+from silotune.privacy.secure_sum.ring import Ring, Words
+from silotune.recipes.schema import RunConfig
+
+TENSOR = "words"
+"""The only tensor of a masked update: all numbers of the change in name order, then its weight."""
+CUT = "numbers_cut"
+"""The metric that counts the numbers of a change beyond `secure_sum.range`."""
+
+
+class Sums(Protocol):
+    """What a runtime offers: it carries the messages by which a sum is opened."""
+
+    def open(self, round_: int, survivors: Sequence[str], total: Words) -> tuple[Words, int]:
+        """The sum of the survivors' words, and the number of clients that the round began with.
+
+        Args:
+            round_: The round.
+            survivors: Clients whose masked words are in the total.
+            total: Their sum in the ring.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How the changes of a round become words, and their sum a change."""
+
+    run: RunConfig
+    num_clients: int
+    """Clients that the round begins with."""
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of the numbers, which are multiplied by the client's weight."""
+        cfg = self.run.secure_sum
+        assert cfg.range is not None, "recipes/secure_sums.py requires it"
+        weight = cfg.max_examples if self._by_rows else 1
+        return Ring(cfg.range * weight, self.num_clients)
+
+    @property
+    def _by_rows(self) -> bool:
+        return self.run.algorithm.weights == "examples"
+
+    def encode(self, update: Update) -> tuple[Words, int]:
+        """An update's words, and how many numbers were cut.
+
+        Rounding draws from the run's seed: it hides nothing, and a resumed run has the same bits.
+
+        Raises:
+            UpdateError: The client has more rows than `secure_sum.max_examples`.
+        """
+        cfg, who = self.run.secure_sum, f"client '{update.client}', round {update.round}"
+        weight = update.num_examples if self._by_rows else 1
+        if weight > cfg.max_examples:
+            raise UpdateError(
+                f"{who}: {weight} training rows, more than secure_sum.max_examples = "
+                f"{cfg.max_examples}.\n  Raise it, or set algorithm.weights = 'uniform'."
+            )
+        values = _flat(update.delta)
+        assert cfg.range is not None
+        cut = int(np.count_nonzero(np.abs(values) > cfg.range))
+        own = generator(self.run.seed, "rounding", update.client, update.round)
+        words, _ = self.ring.encode(
+            np.clip(values, -cfg.range, cfg.range) * weight,
+            lambda count: torch.rand(count, generator=own, dtype=torch.float64).numpy(),
+        )
+        return np.append(words, np.uint32(weight)), cut
+
+    def mean(
+        self, total: Words, layout: Layout, num_survivors: int
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """The weighted mean of the changes, float32, and the sum of their weights.
+
+        Args:
+            total: The opened sum.
+            layout: Of a change before it became words.
+            num_survivors: Clients in the sum.
+
+        Raises:
+            UpdateError: It is larger than clients that keep to the protocol could make it.
+        """
+        cfg, weight, values = self.run.secure_sum, int(total[-1]), self.ring.decode(total[:-1])
+        most = num_survivors * (cfg.max_examples if self._by_rows else 1)
+        assert cfg.range is not None
+        largest = weight * cfg.range + num_survivors * self.ring.step
+        if not num_survivors <= weight <= most or np.abs(values).max(initial=0) > largest:
+            raise UpdateError(
+                "the sum of a round is larger than its clients' changes can be, so at least one "
+                "client does not keep to the protocol. A secure sum cannot say which.\n"
+                "  The last checkpoint is kept. Ask the clients for their versions, then resume."
+            )
+        shapes = {n: tuple(s for s in layout[n].shape if s is not None) for n in sorted(layout)}
+        parts = torch.from_numpy(values / weight).float().split([*map(math.prod, shapes.values())])
+        return {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }, weight
+
+
+def _flat(delta: AdapterState) -> NDArray[np.float64]:
+    parts = [delta[name].detach().cpu().double().reshape(-1) for name in sorted(delta)]
+    return torch.cat(parts).numpy()
+
+
+def as_sent(update: Update, words: Words, cut: int) -> Update:
+    """The update with words instead of its change, whose norm nobody is told."""
+    delta = {TENSOR: torch.from_numpy(words.view(np.int32))}
+    return replace(
+        update, delta=delta, bytes_up=size_bytes(delta), metrics={**update.metrics, CUT: cut}
+    )
+
+
+def summed(algorithm: Algorithm, run: RunConfig, sums: Sums) -> Algorithm:
+    """An algorithm that learns the sum of the changes only.
+
+    Args:
+        algorithm: Linear, and nothing but the delta is sent.
+        run: The recipe.
+        sums: Opens the sum of a round.
+    """
+    assert algorithm.linear, "only a weighted sum of changes can do without single ones"
+    assert algorithm.layout is None, "all changes have the same shape"
+    assert algorithm.extra_layout is None, "what is sent besides the delta is not masked"
+
+    def layout(state: ServerState, client: str | None) -> Layout:  # noqa: ARG001
+        specs = expected_layout(algorithm, state).values()
+        count = sum(math.prod(s for s in spec.shape if s is not None) for spec in specs)
+        return {TENSOR: TensorSpec((count + 1,), torch.int32)}
+
+    def combine(state: ServerState, updates: Updates) -> Change:
+        total, survivors = np.zeros(0, dtype=np.uint32), list[str]()
+        for update in updates:
+            words = update.delta[TENSOR].numpy().view(np.uint32)
+            total = words + total if len(survivors) else words.copy()
+            survivors.append(update.client)
+        opened, num_clients = sums.open(state.round + 1, survivors, total)
+        numbers = Numbers(run, num_clients)
+        layout_now = expected_layout(algorithm, state)
+        mean, weight = numbers.mean(opened, layout_now, len(survivors))
+        whole = Update(
+            client=f"the sum over {len(survivors)} clients",
+            round=state.round + 1,
+            delta=mean,
+            num_examples=weight,
+            metrics={},
+            settings=dict(algorithm.local.settings),
+        )
+        return algorithm.combine(state, [whole])
+
+    return replace(algorithm, layout=layout, combine=combine)
+
+
+def num_numbers(algorithm: Algorithm, adapter: Mapping[str, torch.Tensor], round_: int) -> int:
+    """How many numbers a client's change has in a round."""
+    rule = algorithm.local
+    sent = [t for n, t in adapter.items() if rule.trains(n, round_) and not rule.personal(n)]
+    return sum(tensor.numel() for tensor in sent)

@@ -1,0 +1,60 @@
+"""What secure sums need of the rest of a recipe."""
+
+from collections.abc import Iterator
+
+from silotune.recipes.algorithm import FlowerStrategyConfig, OwnAlgorithmConfig, chosen_algorithm
+from silotune.recipes.schema import RunConfig
+
+WHERE = "secure_sum.kind"
+
+
+def of_secure_sums(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Contradictions between [secure_sum] and other sections, as (key, reason)."""
+    cfg, fields = run.secure_sum, type(run.secure_sum).model_fields
+    if not cfg.is_on:
+        given = [key for key in fields if getattr(cfg, key) != fields[key].default]
+        yield from (
+            (f"secure_sum.{key}", 'only has an effect with kind = "masks"') for key in given
+        )
+        return
+    if cfg.range is None:
+        yield (
+            "secure_sum.range",
+            "is missing: the largest absolute value of one number of a client's change, for "
+            "example 1.0",
+        )
+    if run.runtime.name != "in-process":
+        yield (
+            WHERE,
+            f"cannot be used with runtime.name = '{run.runtime.name}' yet: only simulations in one "
+            "process carry its messages",
+        )
+    if run.privacy.clips_at_server:
+        yield (
+            "privacy.noise_at",
+            "must be 'client' with secure sums: the server cannot clip a change that it cannot see",
+        )
+    if run.checkpoint.keep_updates:
+        yield (
+            "checkpoint.keep_updates",
+            "cannot be used with secure sums: what is kept would be words under masks",
+        )
+    arms = {"algorithm": run.algorithm}
+    arms |= {f"compare.algorithms.{i}": arm for i, arm in enumerate(run.compare.algorithms)}
+    for where, arm in arms.items():
+        if isinstance(arm, (FlowerStrategyConfig, OwnAlgorithmConfig)):
+            kind = "a Flower strategy" if isinstance(arm, FlowerStrategyConfig) else "own code"
+            yield where, f"{kind} cannot be used with secure sums: it may want single changes"
+            continue
+        facts = arm.facts
+        why = (
+            "it is no weighted sum of the changes"
+            if not facts.linear
+            else "clients send more than their change, and that is not masked"
+            if facts.sends_more
+            else "its server has to know who answered"
+            if facts.remembers
+            else ""
+        )
+        if why:
+            yield where, f"'{chosen_algorithm(arm)}' cannot be used with secure sums: {why}"

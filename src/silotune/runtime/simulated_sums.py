@@ -1,0 +1,124 @@
+"""Secure sums in a simulation: every client's half of the protocol, in one process.
+
+What is computed is what clients on their own machines would compute, keys, shares and masks
+included. Only the messages are missing. A round's keys live in memory: after an interruption, the
+round begins again with new ones.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from silotune.core.errors import ConfigError
+from silotune.core.types import Update
+from silotune.federation.secure_sum import Numbers, as_sent
+from silotune.privacy.secure_sum.masks import Session
+from silotune.privacy.secure_sum.member import Advert, Member, Verify
+from silotune.privacy.secure_sum.opening import open_sum, passed_on
+from silotune.privacy.secure_sum.ring import Words
+from silotune.recipes.schema import RunConfig
+
+
+class SimulatedSums:
+    """Implements `Sums`, and hides updates as their clients would."""
+
+    def __init__(self, run: RunConfig, names: Sequence[str]) -> None:
+        """Make the keys by which the clients know each other.
+
+        Args:
+            run: The recipe.
+            names: All clients of the run.
+
+        Raises:
+            ConfigError: cryptography is not installed.
+        """
+        self.run, self.run_id = run, secrets.token_hex(8)
+        self.signers: Mapping[str, Any] = {}
+        if not run.secure_sum.simulate:
+            self.signers = {name: _new_signer() for name in names}
+        self.roster = {name: _verifier(key) for name, key in self.signers.items()}
+        self.names: Sequence[str] = []
+        self._members: dict[str, Member] = {}
+        self._adverts: dict[str, Advert] = {}
+        self._shares: dict[str, dict[str, bytes]] = {}
+
+    def begin(self, round_: int, names: Sequence[str], count: int) -> None:
+        """New keys and shares for a round.
+
+        Args:
+            round_: The round.
+            names: Its clients.
+            count: Numbers of a change.
+
+        Raises:
+            ConfigError: There are fewer clients than `secure_sum.min_cohort`.
+        """
+        smallest = self.run.secure_sum.min_cohort
+        if len(names) < smallest:
+            raise ConfigError(
+                f"round {round_} asks {len(names)} clients, and secure_sum.min_cohort is "
+                f"{smallest}.\n  Ask more clients per round, or lower it; 3 is the least."
+            )
+        self.names = sorted(names)
+        if self.run.secure_sum.simulate:
+            return
+        session = Session(self.run_id, round_)
+        self._members = {
+            name: Member(
+                name,
+                session,
+                count + 1,  # the weight
+                sign=self.signers[name].sign,
+                roster=self.roster,
+                smallest=smallest,
+            )
+            for name in self.names
+        }
+        self._adverts = {name: one.advertise() for name, one in self._members.items()}
+        self._shares = {name: one.share(self._adverts) for name, one in self._members.items()}
+
+    def hide(self, update: Update) -> Update:
+        """What the client sends instead of the update.
+
+        Raises:
+            UpdateError: It has more rows than `secure_sum.max_examples`.
+        """
+        words, cut = Numbers(self.run, len(self.names)).encode(update)
+        if not self.run.secure_sum.simulate:
+            hidden = passed_on(self._shares)[update.client]
+            words = self._members[update.client].mask(words, hidden)
+        return as_sent(update, words, cut)
+
+    def open(self, round_: int, survivors: Sequence[str], total: Words) -> tuple[Words, int]:
+        """Ask every survivor once for its shares, and take the masks off."""
+        if not self.run.secure_sum.simulate:
+            answers = {name: self._members[name].answer(survivors) for name in survivors}
+            session = Session(self.run_id, round_)
+            total = open_sum(session, self._adverts, self._shares, survivors, total, answers)
+        return total, len(self.names)
+
+
+def _new_signer() -> Any:
+    try:
+        kind: Any = import_module("cryptography.hazmat.primitives.asymmetric.ed25519")
+    except ImportError as error:
+        raise ConfigError(
+            "[secure_sum] needs cryptography, which is not installed.\n"
+            "  Install it: make env EXTRAS=secure"
+        ) from error
+    return kind.Ed25519PrivateKey.generate()
+
+
+def _verifier(key: Any) -> Verify:
+    invalid: Any = import_module("cryptography.exceptions").InvalidSignature
+    public = key.public_key()
+
+    def is_signed(message: bytes, signature: bytes) -> bool:
+        try:
+            public.verify(signature, message)
+        except invalid:
+            return False
+        return True
+
+    return is_signed
