@@ -59,6 +59,10 @@ def kind_of(path: Path) -> Kind | None:
 def runs(folder: Path | str = "runs") -> list[Listed]:
     """List the runs, comparisons and sweeps in a folder, oldest first.
 
+    Returns:
+        name, kind, state, held-out loss, best run and date of each. One that cannot be read is
+        listed with the reason.
+
     Raises:
         RunFolderError: There is no such folder.
     """

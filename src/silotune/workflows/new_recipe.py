@@ -79,6 +79,9 @@ def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
         rows: A file, a folder with a train file, or a folder with one file per client.
         out: The recipe to create; by default beside the rows, with their name and `.toml`.
 
+    Returns:
+        The recipe, what was guessed in it, and a few rows as the model will read them.
+
     Raises:
         DataError: The rows cannot be read, or it cannot be guessed what they are.
         ConfigError: There already is such a recipe.

@@ -63,7 +63,7 @@ def run(
     Args:
         recipe: A shipped name, a TOML file or a config; optional with `resume`.
         overrides: Dotted `key=value` texts on top of it.
-        out: The run folder to create; by default runs/<time>-<recipe>. Never overwritten.
+        out: The run folder to create; by default `runs/<time>-<recipe>`. Never overwritten.
         resume: A run folder to resume, with the recipe that is stored in it.
         progress: Told what happens; silent by default.
         rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
@@ -75,7 +75,7 @@ def run(
         The finished run.
 
     Raises:
-        SilotuneError: See errors.py. Whatever was finished stays in the run folder.
+        SilotuneError: The run cannot be done. Whatever was finished stays in its folder.
     """
     began = time.perf_counter()
     overrides = keep_beside(out, rows, model, overrides, resume)
@@ -241,5 +241,9 @@ def drive_rounds(job: Job, drive: Callable[[Job], Measured]) -> Measured:
 
 @public
 def base_folder(name: str) -> str | Path:
-    """Where a `model.name` is found: the folder of a named source (fetched once), or the name."""
+    """Where a `model.name` is found: the folder of a named source (fetched once), or the name.
+
+    Raises:
+        ModelError: There is no such model, or a named source cannot be fetched.
+    """
     return resolve(name)
