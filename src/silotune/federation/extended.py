@@ -65,7 +65,12 @@ def extension(before: RunConfig, after: RunConfig, *, after_round: int) -> dict[
         after_round: The round that was done last.
     """
     old, new = (
-        {"rounds": run.rounds, "train.schedule": run.train.schedule} for run in (before, after)
+        {
+            "rounds": run.rounds,
+            "train.schedule": run.train.schedule,
+            "train.lr_min": run.train.lr_min,
+        }
+        for run in (before, after)
     )
     changed = [key for key in old if old[key] != new[key]]
     return {

@@ -43,7 +43,10 @@ def open_to_extend(resume: Path, overrides: Sequence[str]) -> tuple[RunFolder, C
             f"  Leave it out, or start a new run. More rounds are possible: rounds="
             f"{2 * folder.run.rounds}."
         )
-    longer = with_overrides(folder.run, overrides, name=str(resume))
+    asked = [*overrides]
+    if any(text.partition("=")[2].strip().strip("\"'") == "constant" for text in overrides):
+        asked.append("train.lr_min=0")  # it belongs to the schedule that ends here
+    longer = with_overrides(folder.run, asked, name=str(resume))
     if longer != folder.run:
         _check_can_grow(folder, longer, says_schedule=SCHEDULE in keys)
     return folder, check(longer)

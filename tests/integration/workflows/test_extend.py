@@ -120,7 +120,7 @@ def test_a_kill_while_a_run_is_extended_leaves_one_of_the_two_runs(
 
 
 def test_another_schedule_has_to_be_said_and_is_recorded(recipe, tmp_path):
-    keys = ["train.schedule=linear", "train.local_steps=1", "rounds=2"]
+    keys = ["train.schedule=linear", "train.lr_min=0.002", "train.local_steps=1", "rounds=2"]
     short = silotune.run(recipe, keys, out=tmp_path / "run")
     with pytest.raises(ConfigError) as refused:
         silotune.run(overrides=["rounds=4"], resume=short.path)
@@ -129,11 +129,15 @@ def test_another_schedule_has_to_be_said_and_is_recorded(recipe, tmp_path):
     assert silotune.run(resume=short.path).summary == short.summary  # nothing was touched
     done = silotune.run(overrides=["rounds=4", "train.schedule=linear"], resume=short.path)
     rates = {row["round"]: row["lr"] for row in done.metrics if row["event"] == "train"}
-    assert rates == pytest.approx({1: 1e-2, 2: 5e-3, 3: 5e-3, 4: 2.5e-3})
+    assert rates == pytest.approx({1: 1e-2, 2: 6e-3, 3: 6e-3, 4: 4e-3})
     done = silotune.run(overrides=["rounds=5", "train.schedule=constant"], resume=short.path)
     rates = {row["round"]: row["lr"] for row in done.metrics if row["event"] == "train"}
     assert rates[5] == pytest.approx(1e-2)
-    assert done.summary["extended"][1]["after"] == {"rounds": 5, "train.schedule": "constant"}
+    assert done.summary["extended"][1]["after"] == {
+        "rounds": 5,
+        "train.schedule": "constant",
+        "train.lr_min": 0.0,
+    }
     assert "train.schedule was linear and is constant" in (done.path / "README.md").read_text()
 
 
