@@ -69,6 +69,9 @@ class NewRecipe:
     """A few train rows as the model will read them. Private: keep them out of logs and files. If
     the model's tokenizer is not on this machine, or its template refuses a row, in silotune's plain
     template, with 0 tokens."""
+    warnings: tuple[str, ...] = ()
+    """What `silotune check` says of the rows that is no mistake, such as two clients whose names
+    differ in capitals only."""
 
 
 @public
@@ -115,7 +118,8 @@ def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
         for line in text.splitlines()
         if "# guess: " in line
     )
-    return NewRecipe(place, text, guesses, len(train.rows), _samples(checked))
+    samples, warnings = _samples(checked), tuple(checked.warnings)
+    return NewRecipe(place, text, guesses, len(train.rows), samples, warnings)
 
 
 def _beside(source: Path) -> Path:
