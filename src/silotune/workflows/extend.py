@@ -79,15 +79,6 @@ def _check_can_grow(folder: RunFolder, longer: RunConfig, *, says_schedule: bool
             f"rounds = {longer.rounds}: {path} has {run.rounds} already, and a run can only grow.\n"
             "  Give more rounds, or leave them out to resume the run as it is."
         )
-    if run.train.schedule != "constant" and not says_schedule:
-        raise ConfigError(
-            f"{path}: the learning rate of its rounds was chosen for {run.rounds} of them "
-            f'({SCHEDULE} = "{run.train.schedule}"), so {longer.rounds} from the start would have '
-            "been another run.\n"
-            "  Say what the further rounds should follow, and the run records it: "
-            f"{SCHEDULE}={run.train.schedule} (the rates of {longer.rounds} rounds, from here on) "
-            f"or {SCHEDULE}=constant."
-        )
     if run.privacy.unit != "none":
         raise ConfigError(
             f"{path}: its [privacy] guarantee is about {run.rounds} rounds, and more of them would "
@@ -100,12 +91,22 @@ def _check_can_grow(folder: RunFolder, longer: RunConfig, *, says_schedule: bool
             "  Submit a new run, which every client checks against its limits."
         )
     _check_end(folder, longer)
+    if run.train.schedule != "constant" and not says_schedule:
+        raise ConfigError(
+            f"{path}: the learning rate of its rounds was chosen for {run.rounds} of them "
+            f'({SCHEDULE} = "{run.train.schedule}"), so {longer.rounds} from the start would have '
+            "been another run.\n"
+            "  Say what the further rounds should follow, and the run records it: "
+            f"{SCHEDULE}={run.train.schedule} (the rates of {longer.rounds} rounds, from here on) "
+            f"or {SCHEDULE}=constant."
+        )
 
 
 def _check_end(folder: RunFolder, longer: RunConfig) -> None:
     """Refuse to extend a run that something else than its rounds has ended."""
     run, state = folder.run, folder.load_state()
-    if state is None or folder.read_json(folder.RESULT) is None:
+    is_finished = folder.read_json(folder.RESULT) is not None
+    if state is None or (state.round < run.rounds and not is_finished):
         return  # it was interrupted, so no round was its last
     if state.round < run.rounds:
         raise ConfigError(

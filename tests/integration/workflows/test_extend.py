@@ -171,6 +171,7 @@ def test_a_guarantee_about_its_rounds_is_not_broken(recipe, tmp_path):
             "privacy.noise_multiplier=1",
             "privacy.delta=1e-5",
             "algorithm.weights=uniform",
+            "train.schedule=cosine",  # a reason that the user could talk away comes last
         ],
     )
     folder = RunFolder.create(tmp_path / "run", run)
