@@ -11,7 +11,7 @@ comma := ,
 # Tests start hundreds of processes: each would compile every module again where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env dev demo test unit slow fuzz kills check format bench bench-deploy docs dist lock sbom clean
+.PHONY: env dev demo test unit slow fuzz kills check format bench bench-deploy docs site dist lock sbom clean
 
 env: $(VENV)/.installed $(if $(EXTRAS),$(VENV)/.with-$(subst $(comma),-,$(EXTRAS)))
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -77,6 +77,10 @@ bench-deploy: dev
 docs: dev
 	$(BIN)/python docs/build_recipe_reference.py
 	$(BIN)/python docs/build_papers.py
+
+# Everything in docs/ as pages that need no network, in build/site.
+site: dev
+	$(BIN)/mkdocs build --strict --quiet
 
 # A source archive, and the wheel that is built from it, in dist/: publishing is then one upload.
 DIST ?= dist

@@ -271,7 +271,7 @@ def test_a_resumed_run_keeps_its_recipe_and_names_the_keys_that_differ(recipe, u
     text = mistake("run", recipe.name, "train.lr=1.0", "seed=9", "--resume", unfinished)
     assert "the recipe differs from that of unfinished in: seed, train.lr." in text
     text = mistake("run", "train.lr=1.0", "--resume", unfinished)
-    assert "a resumed run keeps its recipe, so overrides do not apply." in text
+    assert "a resumed run keeps its recipe, so train.lr cannot be changed." in text
 
 
 def test_a_mistake_of_a_resumed_run_leaves_its_folder(here, recipe, unfinished):

@@ -6,30 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import run_typed
+from tests.shown import blocks, commands, run_small
 
 pytestmark = pytest.mark.engine  # one of the commands does
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = Path(__file__).parents[2] / "README.md"
 MAKE = {"make demo", "make test", "make env"}  # .ci/run, test_demo.py and this run are those
 DEPLOYED = ("rehearse", "server", "client")  # test_deployment.py runs these: some never end
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    inline = re.findall(r"`(silotune run [^`]+)`", README)
-    return [line for line in lines if line] + inline
+def all_commands() -> list[str]:
+    """Those in text, too."""
+    inline = re.findall(r"`(silotune run [^`]+)`", README.read_text(encoding="utf-8"))
+    return [*commands(README), *inline]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with the README's recipe and a file of rows as it describes them."""
     place = tmp_path_factory.mktemp("readme")
-    (toml,) = [block for block in blocks("toml") if "tickets.csv" in block]
+    (toml,) = [block for block in blocks(README, "toml") if "tickets.csv" in block]
     (place / "tickets.toml").write_text(toml)
     with (place / "tickets.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -40,7 +36,7 @@ def workplace(tmp_path_factory):
 
 
 def test_the_readme_shows_the_commands_that_this_file_expects():
-    heads = {" ".join(c.split()[:2]) for c in commands()}
+    heads = {" ".join(c.split()[:2]) for c in all_commands()}
     verbs = ("check", "data", "plan", "sweep", "run", "compare", "ask", "chat", "evaluate")
     verbs += ("export", "report", *DEPLOYED)
     assert heads == {"make demo", "make test", *(f"silotune {verb}" for verb in verbs)}
@@ -48,31 +44,15 @@ def test_the_readme_shows_the_commands_that_this_file_expects():
 
 @pytest.mark.timeout(900)
 def test_every_command_runs_in_the_order_shown(workplace, tiny_model):
-    import shlex
-
-    for command in commands():
-        if command in MAKE:
+    for command in all_commands():
+        if command in MAKE or command.split()[1] in DEPLOYED:
             continue
-        _, verb, *rest = shlex.split(command)
-        if verb in DEPLOYED:
-            continue
-        if verb in ("run", "compare", "sweep", "plan") and "--resume" not in rest:
-            small = ["train.local_steps=1", "train.max_length=256", "runtime.threads=1"]
-            rest += [f"model.name={tiny_model}", *small]
-        if verb == "sweep":
-            rest += ["--jobs=1"]  # processes for two runs cost more than the runs
-        if verb == "compare":
-            rest += ["data.max_rows=4", "data.max_eval_rows=2", "report.max_new_tokens=2"]
-            rest += ["compare.tune={lr=[1e-3]}"]
-        asked = "What is 1?\n" if verb == "chat" else ""
-        done = run_typed([verb, *rest], cwd=workplace, input=asked)
-        assert done.returncode == 0, (command, done.stderr)
-        assert done.stdout, command
+        run_small(command, cwd=workplace, model=tiny_model)
 
 
 def test_the_python_snippets_run(workplace, tiny_model, monkeypatch):
     monkeypatch.chdir(workplace)
-    for code in blocks("python"):
+    for code in blocks(README, "python"):
         small = code.replace('"rounds=1"', f'"rounds=1", "model.name={tiny_model}"')
         assert small != code or "silotune.run(" not in code
         exec(compile(small, "README.md", "exec"), {})

@@ -179,6 +179,8 @@ def print_new(made: "silotune.NewRecipe") -> None:
     print_line(f"{made.path}: a recipe for {counted(made.num_rows, 'row')}\n")
     for text in made.guesses:
         print_line(text)
+    for text in made.warnings:
+        print_line(f"warning: {text}")
     if made.samples and not made.samples[0].num_tokens:
         print_line(
             "\nrows are shown in a plain template: the model is not on this machine yet, or its "

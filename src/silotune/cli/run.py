@@ -40,11 +40,14 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Run folder to resume, with its own recipe.")
+        Path | None, typer.Option(help="Run folder to resume or extend, with its own recipe.")
     ] = None,
     json: AsSummary = False,
 ) -> None:
-    """Run a recipe, or resume an interrupted run."""
+    """Run a recipe, resume an interrupted run, or extend a run.
+
+    --resume FOLDER continues an interrupted run; with rounds=N, a finished one too.
+    """
     with errors_as_exit_codes():
         import silotune
         from silotune.cli import results

@@ -115,9 +115,12 @@ def submit(
     """Queue a recipe for the consortium's clients."""
     with errors_as_exit_codes():
         from silotune.deployment.queue import resubmit, submit
+        from silotune.deployment.status import is_up
 
         made = resubmit(folder, recipe) if again else submit(folder, recipe, overrides or ())
         print_line(f"run folder: {made}")
+        if not is_up(folder):
+            typer.echo("the server is not up; the run waits for: silotune server up", err=True)
 
 
 def log(
@@ -140,6 +143,8 @@ def log(
                     typer.echo(plain(file.read()), nl=False)
                     at = file.tell()
             if not follow or ended:
+                if not at:
+                    typer.echo(f"{path.name} has printed nothing yet", err=True)
                 return
             time.sleep(0.5)
 

@@ -21,7 +21,12 @@ contains names and shapes, never values of rows or updates.
 
 
 class SilotuneError(Exception):
-    """Base of all errors that a user can fix. `exit_code` is what the command line returns."""
+    """Base of all errors that a user can fix. `exit_code` is what the command line returns.
+
+    It is 2 for a mistake in a recipe, in arguments, data, a model or a run folder (ConfigError,
+    DataError, ModelError, RunFolderError), and 1 if a run failed (QuorumError, DiskError and
+    others). The text says what happened, where, and how to fix it, and holds no row.
+    """
 
     exit_code = 1
 

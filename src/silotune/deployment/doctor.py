@@ -153,7 +153,9 @@ def _server(joined: Joined) -> tuple[Notice, float] | Finding:
         if isinstance(why, ssl.SSLError) or "reset" in str(why).lower():
             fix = "Its operators have not approved this client, or have revoked it: ask them."
             return fail("does not let this client in", fix)
-        fix = "Ask your network administrators to allow outgoing TCP to that port, without a proxy."
+        fix = "Ask the server's operators whether it is up. If it is, ask your network "
+        fix += "administrators to allow outgoing TCP to that port, directly or through a proxy in "
+        fix += "HTTPS_PROXY that does not open the connection."
         return fail(f"cannot be reached ({why})", fix)
 
 

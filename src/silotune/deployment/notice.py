@@ -71,10 +71,12 @@ def read_notice(kit: Kit, context: ssl.SSLContext) -> Notice:
         OSError: The server cannot be reached, is another one, or refuses this client.
         ValueError: Its answer is not a notice.
     """
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    # like the gate of `join`: through HTTPS_PROXY if it is set, and never to this machine itself
+    proxies = {} if host_of(kit) in ("localhost", "127.0.0.1", "[::1]") else None
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
     )
-    with direct.open(f"https://{host_of(kit)}:{kit.port}{NOTICE}", timeout=TIMEOUT_S) as page:
+    with opener.open(f"https://{host_of(kit)}:{kit.port}{NOTICE}", timeout=TIMEOUT_S) as page:
         about = json.loads(page.read(MOST_BYTES))
         date = parsedate_to_datetime(page.headers["Date"]).timestamp()
     recipe = about["recipe"]

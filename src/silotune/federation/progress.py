@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Prints nothing; subclasses do."""
+    """Is told what a run does, and prints nothing; subclasses do."""
 
     def begin(self, rounds: int, first: int) -> None:
         """A run starts or resumes at round `first` of `rounds`."""

@@ -36,6 +36,7 @@ from silotune.core.errors import DiskError, RunFolderError
 from silotune.core.reading_back import parse_json, read_json, read_text, read_toml
 from silotune.core.types import ServerState
 from silotune.federation.client_memory import folder_name
+from silotune.federation.extended import with_extensions
 from silotune.federation.kept_updates import UPDATES, drop_updates, keep_spool, wait_for_disk
 from silotune.federation.metrics import Row, choosing_losses
 from silotune.federation.recipe_origin import origin_line
@@ -118,7 +119,8 @@ class RunFolder:
             )
         fix = f"Restore it, or start a new {cls.KIND} with the changed recipe."
         check_listed(path, cls.RECIPE, fix=fix)
-        return cls(path, parse(read_toml(recipe, fix=fix), name=str(recipe)))
+        run = parse(read_toml(recipe, fix=fix), name=str(recipe))
+        return cls(path, with_extensions(path, run))
 
     def has_begun(self) -> bool:
         """Whether any round has left an update, metrics or a checkpoint."""

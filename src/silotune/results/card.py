@@ -24,6 +24,7 @@ from silotune.results.summary import (
     budget_lines,
     budget_warnings,
     cost_lines,
+    extension_lines,
     is_scored,
     label_table,
     loss_name,
@@ -110,7 +111,7 @@ def _heading(run: RunConfig, summary: Mapping[str, Any]) -> list[str]:
         "",
         run_verdict(summary),
         "",
-        *(line for note in notes_of(run) for line in (note, "")),
+        *(line for note in [*notes_of(run), *extension_lines(summary)] for line in (note, "")),
     ]
 
 

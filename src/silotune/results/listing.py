@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from silotune.core.errors import RunFolderError, SilotuneError, first_line
 from silotune.core.public_call import public
-from silotune.core.reading_back import read_object, read_rows, read_toml
+from silotune.core.reading_back import read_json, read_object, read_rows, read_toml
 from silotune.core.safe_text import folder_name
 
 
@@ -58,6 +58,10 @@ def kind_of(path: Path) -> Kind | None:
 @public
 def runs(folder: Path | str = "runs") -> list[Listed]:
     """List the runs, comparisons and sweeps in a folder, oldest first.
+
+    Returns:
+        name, kind, state, held-out loss, best run and date of each. One that cannot be read is
+        listed with the reason.
 
     Raises:
         RunFolderError: There is no such folder.
@@ -147,7 +151,11 @@ def _under_way(path: Path, recipe: Mapping[str, Any], kind: str) -> str:
     file = path / "metrics.jsonl"
     rows = read_rows(file, fix=FIX) if file.is_file() else []
     done = max((row["round"] for row in rows if row["event"] == "round"), default=0)
-    return f"{now}, round {done} of {recipe['rounds']} done"
+    longer = path / "extended.json"  # federation/extended.py, which would cost torch
+    rounds = (
+        read_json(longer, fix=FIX)[-1]["after"]["rounds"] if longer.is_file() else recipe["rounds"]
+    )
+    return f"{now}, round {done} of {rounds} done"
 
 
 def _is_locked(path: Path) -> bool:

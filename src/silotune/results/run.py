@@ -58,7 +58,11 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """summary.json: losses per client, bytes, seconds, fingerprint of the adapter."""
+        """summary.json: losses per client, bytes, seconds, fingerprint of the adapter.
+
+        Raises:
+            RunFolderError: The run is not finished, or the file is damaged.
+        """
         summary = self._folder().read_json("summary.json")
         if summary is None:
             raise RunFolderError(
@@ -72,11 +76,17 @@ class Run:
         return self._folder().metrics()
 
     def rounds(self) -> "DataFrame":
-        """One row per round: losses over all clients, bytes and seconds; round 0 is the base."""
+        """One row per round: losses over all clients, bytes and seconds; round 0 is the base.
+
+        Losses are in nats per token (classify: per row); bytes are those sent, both ways.
+        """
         return frame(round_numbers(self.metrics))
 
     def table(self) -> "DataFrame":
-        """One row per client: numbers of rows, held-out loss of base and result, and change."""
+        """One row per client: num_train, num_eval, base_loss, federated_loss, change.
+
+        Losses are in nats per token (classify: per row); a change below 0 is an improvement.
+        """
         return frame(client_numbers(self.summary))
 
     @property
@@ -150,6 +160,8 @@ class Run:
 
     def adapter(self) -> AdapterState:
         """The result's tensors by name, float32.
+
+        A factor `lora_A` has the shape (rank, d_in), `lora_B` (d_out, rank).
 
         Raises:
             RunFolderError: There is no result yet, or a file of it has changed since.
@@ -298,6 +310,15 @@ class Run:
 
         The system text and the template are those of training. With the task classify, `question`
         is the text to classify. The answer is its label and the probability that the model assigns.
+
+        Args:
+            question: One question, or the text to classify.
+            base: Ask the untouched base.
+            client: Ask the result as this client has it; see `load`.
+            max_new_tokens: Maximum length of the answer, in tokens, at least 1.
+
+        Returns:
+            The answer. Decoding is greedy: the most likely token is chosen each time.
 
         Raises:
             ConfigError: The question is too long, the base has no head to answer with, or both

@@ -188,6 +188,20 @@ def notes_of(run: RunConfig) -> list[str]:
     return notes
 
 
+def extension_lines(summary: Mapping[str, Any]) -> list[str]:
+    """That a run was told to go on, once for each time; empty if it ran as it was planned."""
+    return [
+        f"Extended from {one['before']['rounds']} to {one['after']['rounds']} rounds on "
+        f"{one['date']}, after round {one['after_round']}"
+        + (
+            f"; train.schedule was {one['before'][key]} and is {one['after'][key]} since then."
+            if (key := "train.schedule") in one["after"]
+            else "."
+        )
+        for one in summary.get("extended", ())
+    ]
+
+
 def unused_rows(
     run: RunConfig, summary: Mapping[str, Any], split: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:

@@ -97,6 +97,9 @@ def check(
         model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
             like the rows and not changed.
 
+    Returns:
+        The recipe (`run`), the rows of every client (`rows`), warnings, and what was not checked.
+
     Raises:
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """

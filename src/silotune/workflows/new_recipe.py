@@ -69,6 +69,9 @@ class NewRecipe:
     """A few train rows as the model will read them. Private: keep them out of logs and files. If
     the model's tokenizer is not on this machine, or its template refuses a row, in silotune's plain
     template, with 0 tokens."""
+    warnings: tuple[str, ...] = ()
+    """What `silotune check` says of the rows that is no mistake, such as two clients whose names
+    differ in capitals only."""
 
 
 @public
@@ -78,6 +81,9 @@ def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
     Args:
         rows: A file, a folder with a train file, or a folder with one file per client.
         out: The recipe to create; by default beside the rows, with their name and `.toml`.
+
+    Returns:
+        The recipe, what was guessed in it, and a few rows as the model will read them.
 
     Raises:
         DataError: The rows cannot be read, or it cannot be guessed what they are.
@@ -112,7 +118,8 @@ def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
         for line in text.splitlines()
         if "# guess: " in line
     )
-    return NewRecipe(place, text, guesses, len(train.rows), _samples(checked))
+    samples, warnings = _samples(checked), tuple(checked.warnings)
+    return NewRecipe(place, text, guesses, len(train.rows), samples, warnings)
 
 
 def _beside(source: Path) -> Path:

@@ -27,7 +27,7 @@ def pretrain_teacher(
         recipe: A shipped name, a TOML file or a config, with `distill.teacher`, rows of the server
             and `distill.pretrain_epochs`.
         overrides: Dotted `key=value` strings that change it.
-        out: The model folder to create; by default runs/<time>-<recipe>-teacher.
+        out: The model folder to create; by default `runs/<time>-<recipe>-teacher`.
         progress: Receives progress messages; silent by default.
 
     Returns:
@@ -36,7 +36,7 @@ def pretrain_teacher(
         the held-out ones.
 
     Raises:
-        SilotuneError: See errors.py; nothing incomplete is left behind.
+        SilotuneError: The teacher cannot be trained; nothing incomplete is left behind.
     """
     checked = check(recipe, overrides)
     run, distill = checked.run, checked.run.distill

@@ -33,6 +33,7 @@ from silotune.runtime.flower import engine as flower_engine
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
 from silotune.workflows.check import Checked
+from silotune.workflows.extend import extend, open_to_extend
 from silotune.workflows.folders import dotted_values, open_folder
 from silotune.workflows.in_memory import keep_beside
 from silotune.workflows.plan.outcome import measure_first, write_prediction
@@ -58,12 +59,14 @@ def run(
     rows: Any = None,
     model: Any = None,
 ) -> Run:
-    """Run a recipe, or resume an interrupted run.
+    """Run a recipe, resume an interrupted run, or extend a run by more rounds.
 
     Args:
         recipe: A shipped name, a TOML file or a config; optional with `resume`.
-        overrides: Dotted `key=value` texts on top of it.
-        out: The run folder to create; by default runs/<time>-<recipe>. Never overwritten.
+        overrides: Dotted `key=value` texts on top of it. With `resume`, only `rounds`: the run goes
+            on until it has that many. If its learning rate is not constant, also `train.schedule`,
+            which the added rounds follow.
+        out: The run folder to create; by default `runs/<time>-<recipe>`. Never overwritten.
         resume: A run folder to resume, with the recipe that is stored in it.
         progress: Told what happens; silent by default.
         rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
@@ -75,26 +78,33 @@ def run(
         The finished run.
 
     Raises:
-        SilotuneError: See errors.py. Whatever was finished stays in the run folder.
+        SilotuneError: The run cannot be done. Whatever was finished stays in its folder.
     """
     began = time.perf_counter()
     overrides = keep_beside(out, rows, model, overrides, resume)
-    folder, checked = open_folder(RunFolder, recipe, overrides, out=out, resume=resume)
+    if resume is not None and recipe is None and out is None and overrides:
+        folder, checked = open_to_extend(Path(resume), overrides)
+    else:
+        folder, checked = open_folder(RunFolder, recipe, overrides, out=out, resume=resume)
     progress = progress or Progress()
     live = LiveFile(folder.path)
     progress = Both(progress, live)
     progress.note(f"run folder: {folder.path}")
-    with folder.locked(), live.writing():
-        try:
-            return run_in(folder, checked, progress, began=began)
-        except BaseException as error:  # errors and signals alike are let through
-            if resume is None and _is_a_mistake(error) and not folder.has_begun():
-                # a resumed run keeps its recipe, so it would stop at the same mistake
-                progress.note("nothing was trained, so the run folder is removed")
-                folder.remove()
-            else:
-                progress.note(f"to continue: silotune run --resume {folder.path}")
-            raise
+    with folder.locked():
+        if checked.run.rounds > folder.run.rounds:
+            progress.note(f"extended from {folder.run.rounds} to {checked.run.rounds} rounds")
+            folder = extend(folder, checked.run)
+        with live.writing():
+            try:
+                return run_in(folder, checked, progress, began=began)
+            except BaseException as error:  # errors and signals alike are let through
+                if resume is None and _is_a_mistake(error) and not folder.has_begun():
+                    # a resumed run keeps its recipe, so it would stop at the same mistake
+                    progress.note("nothing was trained, so the run folder is removed")
+                    folder.remove()
+                else:
+                    progress.note(f"to continue: silotune run --resume {folder.path}")
+                raise
 
 
 def _is_a_mistake(error: BaseException) -> bool:
@@ -241,5 +251,9 @@ def drive_rounds(job: Job, drive: Callable[[Job], Measured]) -> Measured:
 
 @public
 def base_folder(name: str) -> str | Path:
-    """Where a `model.name` is found: the folder of a named source (fetched once), or the name."""
+    """Where a `model.name` is found: the folder of a named source (fetched once), or the name.
+
+    Raises:
+        ModelError: There is no such model, or a named source cannot be fetched.
+    """
     return resolve(name)

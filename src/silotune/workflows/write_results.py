@@ -14,6 +14,7 @@ from silotune.core.types import AdapterState, ServerState
 from silotune.core.wording import counted
 from silotune.data.client_rows import ClientRows
 from silotune.federation.budget import read_spent
+from silotune.federation.extended import extensions
 from silotune.federation.privacy_statement import statement
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
@@ -91,6 +92,7 @@ def write_results(
             **_measured(job, measured, spent, planned),
             **budget,
             **({"finish": finished} if finished else {}),
+            **({"extended": longer} if (longer := extensions(folder.path)) else {}),
             "adapter_sha256": file_sha256(adapter),
         },
         head_bytes=size_bytes(

@@ -104,6 +104,17 @@ def test_missing_answers_are_skipped_and_said(tmp_path):
     assert table["data"]["skip_empty"] is True
 
 
+def test_clients_whose_names_differ_in_capitals_only_are_said_at_once(tmp_path):
+    """They were one clinic, and only `check` said so."""
+    rows = [
+        [["Nord", "Süd", "süd"][n % 3], f"Was tun bei {n}?", f"Bei {n} hilft Ruhe."]
+        for n in range(30)
+    ]
+    write_csv(tmp_path / "x.csv", ["Klinik", "Frage", "Antwort"], rows)
+    done = CliRunner().invoke(app, ["new", "x.csv"])
+    assert "warning: clients 'Süd' and 'süd' differ in capitals" in done.output
+
+
 def test_texts_and_labels_become_a_classification(tmp_path):
     rows = [[f"Das war Fall {n} und gut.", ["ja", "nein"][n % 2]] for n in range(24)]
     write_csv(tmp_path / "x.csv", ["Bewertungstext", "Klasse"], rows)

@@ -110,7 +110,7 @@ def audit(
         overrides: Dotted `key=value` strings that change a recipe.
         canaries: How many, at least 10; by default 100. With [privacy] unit = "client" they are
             clients, otherwise rows.
-        out: The folder to create for a recipe; by default runs/<time>-<recipe>-audit.
+        out: The folder to create for a recipe; by default `runs/<time>-<recipe>-audit`.
         progress: Receives progress messages; silent by default.
         rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
             iterator, or {client: rows}. They are written beside the audit folder.
@@ -122,7 +122,7 @@ def audit(
 
     Raises:
         ConfigError: Invalid arguments, or a recipe that cannot be audited.
-        SilotuneError: See errors.py; nothing incomplete is left behind.
+        SilotuneError: Training or the attack failed; nothing incomplete is left behind.
     """
     progress = progress or Progress()
     if not isinstance(target, RunConfig) and _is_run(target):

@@ -81,7 +81,12 @@ class Comparison:
         return result
 
     def table(self) -> "DataFrame":
-        """One row per client, metric and arm: score, difference from training alone, verdict."""
+        """One row per client, metric and arm; the means over clients come last.
+
+        Columns: client, metric, arm; mean, low and high of the score; difference, difference_low
+        and difference_high from training alone; verdict. Missing values are not known, such as an
+        interval from too few rows. Losses are in nats per token (classify: per row).
+        """
         return frame(score_numbers(self.result))
 
     @public
@@ -129,7 +134,7 @@ def compare(
     Args:
         recipe: A shipped name, a TOML file or a config; its [compare] says what to compare.
         overrides: Dotted `key=value` strings that change it, for example "compare.seeds=5".
-        out: The folder to create; by default runs/<time>-<recipe>. Never overwritten.
+        out: The folder to create; by default `runs/<time>-<recipe>`. Never overwritten.
         resume: A comparison to resume, with its own recipe.
         progress: Receives progress messages; silent by default.
         rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
@@ -138,7 +143,7 @@ def compare(
             like the rows and not changed.
 
     Raises:
-        SilotuneError: See errors.py. Finished parts stay in the folder.
+        SilotuneError: The comparison cannot be made. Finished parts stay in the folder.
     """
     progress = progress or Progress()
     overrides = keep_beside(out, rows, model, overrides, resume)

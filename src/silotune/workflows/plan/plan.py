@@ -42,7 +42,7 @@ CHECKPOINTING = 1.2
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would cost."""
+    """What a run would cost: sizes in bytes, times in seconds."""
 
     run: RunConfig
     traffic: Traffic
@@ -106,6 +106,9 @@ def plan(
         model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
             like the rows and not changed.
         progress: Told what takes time; silent by default.
+
+    Returns:
+        Bytes, and, where they could be measured or estimated, memory and seconds.
 
     Raises:
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.

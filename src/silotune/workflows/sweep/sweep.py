@@ -86,6 +86,8 @@ class Sweep:
     def table(self, *, seeds_together: bool = False) -> "DataFrame":
         """One row per run: its keys as numbers where they are, losses, bytes, seconds.
 
+        Losses are in nats per token (classify: per row), of held-out rows.
+
         Args:
             seeds_together: One row per setting instead: the mean held-out loss over its seeds, and
                 a 95 % t interval (low, high; NaN for a single seed).
@@ -155,7 +157,7 @@ def sweep(
         search: Train this many runs, with values that Optuna chooses.
         jobs: Number of concurrent runs, each in a process with its own base; by default as many as
             processors and memory allow, and one on a GPU.
-        out: The folder to create; by default runs/<time>-<recipe>-sweep. Never overwritten.
+        out: The folder to create; by default `runs/<time>-<recipe>-sweep`. Never replaced.
         resume: A sweep to resume, with its own recipe and keys.
         progress: Receives progress messages; silent by default.
         rows: Rows in memory, instead of data.path: a list of dicts, a data set, a data frame, an
@@ -164,8 +166,8 @@ def sweep(
             like the rows and not changed.
 
     Raises:
-        SilotuneError: See errors.py. A mistake in any run is found before the first run starts. A
-            run that fails later raises nothing: the result lists it with the reason.
+        SilotuneError: A mistake in any run, found before the first one starts. A run that fails
+            later raises nothing: the result lists it with the reason.
     """
     progress = progress or Progress()
     overrides = keep_beside(out, rows, model, overrides, resume)
