@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import silotune
@@ -132,6 +133,44 @@ def test_a_real_clients_limit_decides_its_rank_or_that_it_stays_away(recipe):
     with pytest.raises(Declined, match=r"rank = 6 is above limits\.rank = 5, and adapter\.peft"):
         own("algorithm.name=flora", pattern, rank=5)
     assert own("algorithm.name=flora", pattern, rank=6).rank == 4
+
+
+def test_the_server_learns_next_to_what_stands_beside_the_adapter(recipe, tmp_path):
+    keys = ["algorithm.name=flora", "server.data_fraction=0.3", "server.work=fine-tune"]
+    done = silotune.run(recipe, [*keys, "rounds=2"], out=tmp_path / "run")
+    state = RunFolder.open(tmp_path / "run").load_state()
+    assert state is not None
+    assert any(is_beside(n) for n in state.adapter)
+    assert all(t.any() for n, t in state.adapter.items() if "lora_B" in n)  # the server's steps
+    assert len([r for r in done.metrics if r["event"] == "server"]) == 2
+
+
+def test_a_quantised_base_keeps_its_residual_in_32_bits(wide_model, tmp_path):
+    path = write_tiny_recipe(tmp_path, wide_model)
+    write_jsonl(tmp_path / "hospitals.jsonl", hospital_rows(per_client=4))
+    keys = ["algorithm.name=fedex", "model.quantization=nf4", "rounds=2"]
+    done = silotune.run(path, keys, out=tmp_path / "run")
+    state = RunFolder.open(tmp_path / "run").load_state()
+    assert state is not None
+    beside = [t for n, t in state.adapter.items() if is_beside(n)]
+    assert beside
+    assert {t.dtype for t in beside} == {torch.float32}
+    rounds = [r for r in done.metrics if r["event"] == "round"]
+    assert max(r["aggregation_error"] for r in rounds) < 1e-4
+
+
+def test_alone_a_client_trains_the_rank_that_it_has_in_the_federation(recipe, tmp_path):
+    keys = ["algorithm.name=flora", *KEYS, "compare.seeds=1", "report.samples=0", "rounds=2"]
+    silotune.compare(recipe, keys, out=tmp_path / "c")
+    ranks = {}
+    for path in (tmp_path / "c").rglob("adapter_model.safetensors"):
+        for client in ("hospital-0", "hospital-1", "hospital-2"):
+            if any(client in part for part in path.relative_to(tmp_path / "c").parts):
+                saved = load_file(path)
+                ranks[client] = {len(t) for n, t in saved.items() if "lora_A" in n}
+                config = json.loads((path.parent / "adapter_config.json").read_text())
+                assert config["lora_alpha"] / config["r"] == 1  # 4 / 4, the server's scaling
+    assert ranks == {"hospital-0": {1}, "hospital-1": {4}, "hospital-2": {2}}
 
 
 @pytest.mark.slow
