@@ -159,6 +159,17 @@ def test_a_quantised_base_keeps_its_residual_in_32_bits(wide_model, tmp_path):
     assert max(r["aggregation_error"] for r in rounds) < 1e-4
 
 
+def test_noise_for_rows_works_at_every_rank_and_next_to_a_residual(recipe, tmp_path):
+    """Each client clips and hides its own change, before any aggregation."""
+    private = ["privacy.unit=record", "privacy.delta=1e-2", "privacy.noise_multiplier=1"]
+    keys = ["algorithm.name=flora", *KEYS, *private, "privacy.noise=seeded", "rounds=2"]
+    done = silotune.run(recipe, keys, out=tmp_path / "run")
+    state = RunFolder.open(tmp_path / "run").load_state()
+    assert state is not None
+    assert any(is_beside(n) for n in state.adapter)
+    assert {r["status"] for r in done.metrics if r["event"] == "train"} == {"ok"}
+
+
 def test_alone_a_client_trains_the_rank_that_it_has_in_the_federation(recipe, tmp_path):
     keys = ["algorithm.name=flora", *KEYS, "compare.seeds=1", "report.samples=0", "rounds=2"]
     silotune.compare(recipe, keys, out=tmp_path / "c")

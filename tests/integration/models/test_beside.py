@@ -199,3 +199,20 @@ def test_what_does_not_fit_beside_the_adapter_is_refused_by_name(wide):  # noqa:
         spoilt = {**state, pair.left: torch.zeros(left), pair.right: torch.zeros(right)}
         with pytest.raises(UpdateError, match="which do not fit the module"):
             write_adapter(loaded, spoilt)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_embedding_takes_other_ranks_and_factors_beside_it_too(wide):  # noqa: F811
+    loaded, other = (load(wide, targets=("embed_tokens", "q_proj")) for _ in range(2))
+    state = with_residual(moved(loaded), (2, 3, 1))
+    assert any("residual_embedding_A" in name for name in state)
+    write_adapter(loaded, state)
+    write_adapter(other, joined(state))
+    assert loss_of(loaded) == pytest.approx(loss_of(other), abs=1e-5)
+    assert sha256(read_adapter(loaded)) == sha256(state)
+    low = at_rank(state, 1)
+    write_adapter(loaded, low)
+    learn(loaded, 1)
+    assert {n for n, t in read_adapter(loaded).items() if torch.equal(t, low[n])} == {
+        n for n in low if is_beside(n)
+    }
