@@ -12,8 +12,8 @@ PAGE = Path(__file__).parent / "papers.md"
 BEGIN = "<!-- Made by docs/build_papers.py from `facts` in each algorithm's file. -->\n"
 END = "<!-- end -->\n"
 HEAD = """\
-| `algorithm.name` | paper | file | exact | sums suffice | what differs |
-|---|---|---|---|---|---|
+| `algorithm.name` | paper | file | exact | sums suffice | mixed ranks | what differs |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -24,8 +24,9 @@ def build() -> str:
     rows: list[str] = []
     for name, (config, build) in ALGORITHMS.items():
         facts, file = config.facts, Path(inspect.getfile(build)).name
-        linear = "yes" if facts.linear else "no"
-        cells = f"{facts.paper} | `algorithms/{file}` | {facts.exact} | {linear} | {facts.differs}"
+        linear, mixed = ("yes" if fact else "no" for fact in (facts.linear, facts.mixed_ranks))
+        cells = f"{facts.paper} | `algorithms/{file}` | {facts.exact} | {linear} | {mixed} | "
+        cells += facts.differs
         rows.append(f"| `{name}` | {cells} |\n")
     return f"{before}{BEGIN}{HEAD}{''.join(rows)}{END}{after}"
 

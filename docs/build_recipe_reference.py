@@ -126,6 +126,8 @@ def type_text(annotation: Any) -> str:
         return " or ".join(type_text(t) for t in inner if t is not type(None))
     if origin in (tuple, list):
         return f"list of {type_text(inner[0])}s"
+    if origin is typing.Annotated:
+        return type_text(inner[0])
     if origin is dict:
         return f"table of {type_text(inner[1])}"
     return NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))

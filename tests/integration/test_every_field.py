@@ -133,6 +133,7 @@ ELSEWHERE = {
     "compare.every": "test_tuned_comparison",
     "compare.group": "test_tuned_comparison",
     "compare.centralized": "test_tuned_comparison",
+    "adapter.ranks": "test_mixed_ranks",
     "compare.algorithms": "test_compare",
     "compare.only": "test_compare",
     "compare.max_new_tokens": "test_compare",

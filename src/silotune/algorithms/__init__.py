@@ -7,6 +7,7 @@ from silotune.algorithms.base import AlgorithmConfig
 from silotune.algorithms.diloco import DiLoCoConfig, diloco
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.feddyn import FedDynConfig, feddyn
+from silotune.algorithms.fedex import FedExConfig, fedex
 from silotune.algorithms.fedopt import (
     FedAdagradConfig,
     FedAdamConfig,
@@ -22,6 +23,8 @@ from silotune.algorithms.fedrot import FedRotConfig, fedrot
 from silotune.algorithms.fedsvd import FedSVDConfig, fedsvd
 from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
 from silotune.algorithms.flexlora import FlexLoRAConfig, flexlora
+from silotune.algorithms.flora import FLoRAConfig, flora
+from silotune.algorithms.hetlora import HetLoRAConfig, hetlora
 from silotune.algorithms.lora_fair import LoRAFAIRConfig, lora_fair
 from silotune.algorithms.robust import (
     GeometricMedianConfig,
@@ -55,6 +58,9 @@ ALGORITHMS: dict[str, tuple[type[AlgorithmConfig], Callable[[Any], Algorithm]]] 
     "rolora": (RoLoRAConfig, rolora),
     "fedsvd": (FedSVDConfig, fedsvd),
     "flexlora": (FlexLoRAConfig, flexlora),
+    "hetlora": (HetLoRAConfig, hetlora),
+    "flora": (FLoRAConfig, flora),
+    "fedex": (FedExConfig, fedex),
     "lora_fair": (LoRAFAIRConfig, lora_fair),
     "fedrot": (FedRotConfig, fedrot),
     "norm_bound": (NormBoundConfig, norm_bound),

@@ -31,6 +31,12 @@ class Facts:
     is the best that any adapter of this rank can be, nearly is closer than the mean factors."""
     needs_lora: bool = False
     """Whether it needs LoRA's two factors, so that other kinds of adapter are refused."""
+    mixed_ranks: bool = False
+    """Whether clients may train factors of different ranks. Each receives the first columns and
+    rows of the server's."""
+    residual: bool = False
+    """Whether it keeps frozen factors beside the adapter, which has no room for them. Clients
+    receive them and train next to them; the base stays as it is."""
     sends_more: bool = False
     """Whether clients send something besides the delta, which no guard covers."""
     remembers: bool = False

@@ -8,7 +8,6 @@ out, because it is the same for all clients of one module.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,47 +15,15 @@ from torch import Tensor
 
 from silotune.core.algorithm import LocalRule
 from silotune.core.errors import ConfigError
-from silotune.core.types import AdapterState
+from silotune.core.lora import FROZEN, Pair, at_rank, is_beside, pairs_of
+from silotune.core.tree import add, weighted_mean
+from silotune.core.types import AdapterState, Change, ServerState, Update
 
 linalg: Any = torch.linalg
 """The library's functions, whose types are not declared."""
 
-FROZEN = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}
-"""The factor that PEFT initialises at random, and the other one, which starts at 0."""
-RIGHT = {"lora_A", "lora_embedding_A"}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The names of one module's factors."""
-
-    random: str
-    """Starts at random values; the one that FFA-LoRA freezes."""
-    zero: str
-    """Starts at 0."""
-
-    @property
-    def right(self) -> str:
-        """The factor of shape (r, d_in)."""
-        return self.random if RIGHT & set(self.random.split(".")) else self.zero
-
-    @property
-    def left(self) -> str:
-        """The factor of shape (d_out, r)."""
-        return self.zero if self.right == self.random else self.random
-
-
-def pairs_of(names: Iterable[str]) -> list[Pair]:
-    """The pairs of factors among these tensors, in the order of their names."""
-    known, found = set(names), list[Pair]()
-    for name in sorted(known):
-        parts = name.split(".")
-        for random, zero in FROZEN.items():
-            if random in parts:
-                other = ".".join(zero if part == random else part for part in parts)
-                if other in known:
-                    found.append(Pair(name, other))
-    return found
+RESIDUAL = "residual"
+"""In `Change.extra`: the factors that are to stand beside the adapter after the round."""
 
 
 def needs_pairs(algorithm: str) -> Callable[[AdapterState, int], dict[str, AdapterState]]:
@@ -96,15 +63,26 @@ ONE_FACTOR = LocalRule(trains=_is_trained)
 """Clients train the factor that starts at 0, and everything that is no factor."""
 
 
+def _is_not_beside(name: str, round_: int) -> bool:  # noqa: ARG001 - the signature of `trains`
+    return not is_beside(name)
+
+
+WITH_RESIDUAL = LocalRule(trains=_is_not_beside)
+"""Clients train the adapter next to the frozen factors beside it."""
+
+
 def wide(state: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, Tensor]:
     """Both factors as float64 matrices: (d_out, r) and (r, d_in)."""
     return state[pair.left].double().flatten(1), state[pair.right].double().flatten(1)
 
 
 def narrow(left: Tensor, right: Tensor, pair: Pair, like: AdapterState) -> dict[str, Tensor]:
-    """Two matrices as the tensors of a pair, in the shapes and dtypes of `like`."""
-    found = {pair.left: left, pair.right: right}
-    return {name: t.reshape(like[name].shape).to(like[name].dtype) for name, t in found.items()}
+    """Two matrices of any rank as the tensors of a pair, otherwise shaped and typed as `like`."""
+    b, a = like[pair.left], like[pair.right]
+    return {
+        pair.left: left.reshape(len(b), -1, *b.shape[2:]).to(b.dtype),
+        pair.right: right.reshape(-1, *a.shape[1:]).to(a.dtype),
+    }
 
 
 def svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,3 +160,173 @@ def squared_product_distance(
     for name in one.keys() - seen:
         total += float((one[name].double() - other[name].double()).square().sum())
     return max(0.0, total)
+
+
+# --- clients of several ranks, and sums of their products
+
+
+def trained(state: AdapterState, update: Update) -> dict[str, Tensor]:
+    """A client's adapter after training: what it received, at the rank of its update, plus that.
+
+    Args:
+        state: The server's adapter; of it, a client with rank r received the first r columns and
+            rows of every pair of factors.
+        update: The client's.
+    """
+    ranks = {len(update.delta[pair.right]) for pair in pairs_of(update.delta)}
+    received = at_rank(state, min(ranks)) if len(ranks) == 1 else state
+    return add({name: received[name] for name in update.delta}, update.delta)
+
+
+def widened(delta: AdapterState, like: AdapterState) -> dict[str, Tensor]:
+    """The same delta with factors of the rank that they have in `like`: zeros are appended."""
+    found = dict(delta)
+    for pair in pairs_of(delta):
+        missing = len(like[pair.right]) - len(delta[pair.right])
+        if missing:
+            left, right = delta[pair.left], delta[pair.right]
+            found[pair.left] = torch.cat([left, left.new_zeros(_sized(left, 1, missing))], dim=1)
+            found[pair.right] = torch.cat([right, right.new_zeros(_sized(right, 0, missing))])
+    return found
+
+
+def _sized(tensor: Tensor, dim: int, size: int) -> list[int]:
+    return [size if i == dim else n for i, n in enumerate(tensor.shape)]
+
+
+Products = dict[Pair, tuple[Tensor, Tensor]]
+"""One product per module, as float64 factors (d_out, k) and (k, d_in)."""
+
+
+def sum_of_products(terms: Iterable[Mapping[Pair, tuple[Tensor, Tensor]]]) -> Products:
+    """The sum of products, module by module, as stacked factors: no product is formed.
+
+    One term is in memory at a time, plus the stack. A stack with more than twice as many columns
+    as its product has rows or columns is rewritten with as many as it needs.
+    """
+    parts: dict[Pair, list[tuple[Tensor, Tensor]]] = {}
+    for term in terms:
+        for pair, factors in term.items():
+            own = parts.setdefault(pair, [])
+            own.append(factors)
+            most = 2 * min(len(factors[0]), factors[1].shape[1])
+            if sum(left.shape[1] for left, _ in own) > most:
+                parts[pair] = [compressed(*_stack(own))]
+    return {pair: _stack(own) for pair, own in parts.items()}
+
+
+def _stack(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([left for left, _ in parts], dim=1), torch.cat([right for _, right in parts])
+
+
+def compressed(
+    left: Tensor, right: Tensor, *, rank: int | None = None, floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Factors of the same product with as few columns as it needs, largest directions first.
+
+    Args:
+        left: (d_out, k), float64.
+        right: (k, d_in), float64.
+        rank: At most so many columns: the nearest product of that rank (Eckart and Young 1936).
+        floor: Directions of at most this size are rounding. So are those that float64 cannot tell
+            from 0 at the size of the factors.
+
+    Returns:
+        (d_out, m) and (m, d_in), the second one with orthonormal rows. m = 0 for a product of 0.
+    """
+    u, s, vh = svd(left, right)
+    rounding = 1e-14 * float(linalg.norm(left) * linalg.norm(right))
+    num = int((s > max(floor, rounding)).sum())
+    num = num if rank is None else min(num, rank)
+    return (u * s)[:, :num], vh[:num]
+
+
+def weighted_products(
+    state: AdapterState, update: Update, share: float
+) -> dict[Pair, tuple[Tensor, Tensor]]:
+    """A client's products after training times its share, for `sum_of_products`."""
+    own = trained(state, update)
+    found: dict[Pair, tuple[Tensor, Tensor]] = {}
+    for pair in pairs_of(own):
+        left, right = wide(own, pair)
+        found[pair] = share * left, right
+    return found
+
+
+def other_tensors(
+    weighted: Iterable[tuple[float, AdapterState]],
+) -> dict[str, Tensor]:
+    """The weighted mean of the tensors that are no factors, such as a classification head."""
+    return weighted_mean((weight, without_factors(delta)) for weight, delta in weighted)
+
+
+def without_factors(state: AdapterState) -> dict[str, Tensor]:
+    """The tensors that are no factors."""
+    factors = {name for pair in pairs_of(state) for name in (pair.left, pair.right)}
+    return {name: t for name, t in state.items() if name not in factors and not is_beside(name)}
+
+
+# --- what stands beside the adapter
+
+
+def beside(state: AdapterState, pair: Pair) -> tuple[Tensor, Tensor]:
+    """The frozen factors of a module, float64; (d_out, 0) and (0, d_in) if there are none."""
+    if pair.beside.left in state:
+        return wide(state, pair.beside)
+    left, right = wide(state, pair)
+    return left[:, :0], right[:0]
+
+
+def added_beside(
+    adapter: AdapterState, new: Products, *, decay: float = 1.0, rank: int | None = None
+) -> dict[str, Tensor]:
+    """`decay` times what stands beside the adapter plus new products, as tensors.
+
+    Each module gets as many columns as its sum needs, at most `rank`: directions that the adapter's
+    own dtype would round away next to its factors are left out. A product of 0 has no tensors.
+    """
+    found: dict[str, Tensor] = {}
+    for pair, (left, right) in new.items():
+        old_left, old_right = beside(adapter, pair)
+        own_left, own_right = wide(adapter, pair)
+        size = float(linalg.norm(own_left) * linalg.norm(own_right))
+        floor = torch.finfo(adapter[pair.left].dtype).eps * size
+        factors = torch.cat([decay * old_left, left], dim=1), torch.cat([old_right, right])
+        kept = compressed(*factors, rank=rank, floor=floor)
+        if kept[0].shape[1]:
+            named = narrow(*kept, pair, adapter)
+            found[pair.beside.left] = named[pair.left]
+            found[pair.beside.right] = named[pair.right]
+    return found
+
+
+def replace_beside(adapter: AdapterState, new: AdapterState) -> dict[str, Tensor]:
+    """The adapter with other frozen factors beside it."""
+    return {**{name: t for name, t in adapter.items() if not is_beside(name)}, **new}
+
+
+def squared_norm(left: Tensor, right: Tensor) -> float:
+    """`|left @ right|^2` from two small Gram matrices."""
+    return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+
+
+def report_residual(state: ServerState, change: Change) -> dict[str, float]:
+    """How large what stands beside the adapter is after a round, for metrics.jsonl.
+
+    Returns:
+        residual_rank, the highest rank of a module's residual; residual_norm, its Frobenius norm
+        over all modules without LoRA's scaling; and residual_ratio, that norm divided by the
+        adapter's own. The ratio is missing where the adapter's product is 0.
+    """
+    after = _moved(state.adapter, change.delta)
+    kept = replace_beside(after, change.extra.get(RESIDUAL, {}))
+    pairs = pairs_of(after)
+    rank = max((beside(kept, pair)[0].shape[1] for pair in pairs), default=0)
+    norm = sum(squared_norm(*beside(kept, pair)) for pair in pairs) ** 0.5
+    own = sum(squared_norm(*wide(after, pair)) for pair in pairs) ** 0.5
+    found = {"residual_rank": float(rank), "residual_norm": norm}
+    return found | ({"residual_ratio": norm / own} if own > 0 else {})
+
+
+def _moved(adapter: AdapterState, delta: AdapterState) -> dict[str, Tensor]:
+    return {**adapter, **add({name: adapter[name] for name in delta}, delta)}

@@ -5,17 +5,24 @@ Client Resources", section 3. arXiv:2402.11505
 By Eckart and Young no adapter of this rank is nearer to the mean of the products. Differs from the
 paper: the mean is decomposed from the stacked factors, never formed; the singular values go to the
 factor that starts at 0 (the paper does not say which), so that the other one stays of the size at
-which gradients through it are useful; all clients have the recipe's rank. Tensors that are no
-factors are averaged. A product of 0 keeps its factors.
+which gradients through it are useful; the scaling is the same at every rank, so that products are
+compared as functions. A client of a lower rank r receives the first r columns and rows, the nearest
+product of its rank. Tensors that are no factors are averaged. A product of 0 keeps its factors.
 """
 
 from typing import ClassVar
 
-from silotune.algorithms.base import AlgorithmConfig, Facts, mean_delta, weight_of
-from silotune.algorithms.factors import needs_pairs, orthonormal, pairs_of, stacked
+from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
+from silotune.algorithms.factors import (
+    needs_pairs,
+    orthonormal,
+    sum_of_products,
+    weighted_products,
+    widened,
+)
 from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import Algorithm
-from silotune.core.tree import add, subtract
+from silotune.core.tree import subtract, weighted_mean
 from silotune.core.types import Change, ServerState, Updates
 
 
@@ -26,10 +33,12 @@ class FlexLoRAConfig(AlgorithmConfig):
         paper='Bai et al. 2024, "Federated Fine-tuning of Large Language Models under '
         'Heterogeneous Tasks and Client Resources", section 3, arXiv:2402.11505',
         differs="The mean product is decomposed from the stacked factors, never formed. The "
-        "singular values go to the factor that starts at zero. All clients have the recipe's rank.",
+        "singular values go to the factor that starts at zero. LoRA's scaling is the same at every "
+        "rank.",
         linear=False,
         exact="truncated",
         needs_lora=True,
+        mixed_ranks=True,
     )
 
 
@@ -40,12 +49,14 @@ def flexlora(cfg: FlexLoRAConfig) -> Algorithm:
     """
 
     def combine(state: ServerState, updates: Updates) -> Change:
-        delta = mean_delta(updates, cfg)
+        delta = weighted_mean((weight_of(u, cfg), widened(u.delta, state.adapter)) for u in updates)
         total = sum(weight_of(u, cfg) for u in updates)
         received = {name: state.adapter[name] for name in delta}
-        trained = [(weight_of(u, cfg) / total, add(received, u.delta)) for u in updates]
-        for pair in pairs_of(delta):
-            new = orthonormal(*stacked(trained, pair), pair, like=received)
+        products = sum_of_products(
+            weighted_products(state.adapter, u, weight_of(u, cfg) / total) for u in updates
+        )
+        for pair, (left, right) in products.items():
+            new = orthonormal(left, right, pair, like=received)
             delta |= subtract(new, {name: received[name] for name in new})
         return Change(delta)
 

@@ -42,6 +42,7 @@ def algorithms(
             "exact",
             "sums suffice",
             "client noise",
+            "mixed ranks",
         )
         rows = [
             (
@@ -51,6 +52,7 @@ def algorithms(
                 fact.exact,
                 "yes" if fact.linear else "no",
                 "yes" if fact.linear and not fact.remembers else "no",
+                "yes" if fact.mixed_ranks else "no",
             )
             for key, fact in chosen.items()
         ]

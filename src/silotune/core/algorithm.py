@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from silotune.core.lora import at_rank
 from silotune.core.tree import layout_of
 from silotune.core.types import (
     AdapterState,
@@ -123,6 +124,29 @@ def keep_local(algorithm: Algorithm, names: Collection[str]) -> Algorithm:
         return name in own or local.personal(name)
 
     return replace(algorithm, local=replace(local, personal=personal))
+
+
+def with_ranks(algorithm: Algorithm, rank_of: Callable[[str], int | None]) -> Algorithm:
+    """The same algorithm for clients that train LoRA factors of lower ranks than the server's.
+
+    A client of rank r receives the first r columns and rows of every pair of factors, and its
+    update has their shapes.
+
+    Args:
+        algorithm: One that accepts mixed ranks.
+        rank_of: A client's rank by its name; None for the server's.
+    """
+
+    def layout(state: ServerState, client: str | None) -> Layout:
+        rank = None if client is None else rank_of(client)
+        adapter = state.adapter if rank is None else at_rank(state.adapter, rank)
+        return expected_layout(algorithm, replace(state, adapter=adapter), client)
+
+    def tailor(common: Broadcast, client: str) -> Broadcast:
+        rank = rank_of(client)
+        return common if rank is None else replace(common, adapter=at_rank(common.adapter, rank))
+
+    return replace(algorithm, layout=layout, tailor=tailor)
 
 
 def expected_layout(algorithm: Algorithm, state: ServerState, client: str | None = None) -> Layout:

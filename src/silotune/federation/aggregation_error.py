@@ -4,7 +4,8 @@ LoRA's factors are averaged separately by FedAvg, so the product of the means is
 products. The error is `|B A - M| / |M - B0 A0|` over all modules, with B A the factors after the
 change, M the weighted mean of the clients' products and B0 A0 what they received: 0 is exact, at 1
 the error is as large as the change itself. Robust rules leave clients out, which counts as an error
-here.
+here. Clients of lower ranks received less: their products are those of what they trained. What
+stands beside the adapter is a part of the function before and after.
 
 No product is formed. Norms are estimated from random directions, `E |X z|^2 = |X|^2` for z of
 independent signs: Hutchinson 1990, "A Stochastic Estimator of the Trace of the Influence Matrix".
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from silotune.algorithms.base import AlgorithmConfig, weight_of
-from silotune.algorithms.factors import Pair, pairs_of, wide
+from silotune.algorithms.factors import RESIDUAL, beside, replace_beside, trained, wide
 from silotune.core.algorithm import Algorithm
+from silotune.core.lora import Pair, pairs_of
 from silotune.core.seeds import generator
 from silotune.core.types import AdapterState, Change, ServerState, Updates
 from silotune.recipes.schema import RunConfig
@@ -36,7 +38,7 @@ def measure(
     """What a round says about its aggregation, for metrics.jsonl.
 
     Nothing under client-level privacy at the server, where single updates have no noise yet; no
-    error where updates have shapes of their own (mixed ranks, masks).
+    error where an own algorithm gives updates shapes of their own.
 
     Args:
         run: The recipe; its seed chooses the directions.
@@ -51,7 +53,7 @@ def measure(
     if run.privacy.clips_at_server:
         return {}
     found = dict(algorithm.report(state, change)) if algorithm.report else {}
-    if algorithm.layout is not None:
+    if algorithm.layout is not None and not run.algorithm.facts.mixed_ranks:
         return found
     error = aggregation_error(run.algorithm, state, updates, change, seed=run.seed)
     return found if error is None else {"aggregation_error": error, **found}
@@ -69,12 +71,17 @@ def aggregation_error(
     total = sum(weight_of(update, cfg) for update in updates)
     mean: dict[Pair, Tensor] = {}
     for update in updates:
-        after = _with(state.adapter, update.delta)
+        after = {**state.adapter, **trained(state.adapter, update)}
         for pair, seen in _seen(after, directions).items():
             part = weight_of(update, cfg) / total * seen
             mean[pair] = mean[pair] + part if pair in mean else part
     before = _seen(state.adapter, directions)
     after = _seen(_with(state.adapter, change.delta), directions)
+    if RESIDUAL in change.extra:
+        kept = replace_beside(state.adapter, change.extra[RESIDUAL])
+        for pair, signs in directions.items():
+            (left, right), (old_left, old_right) = beside(kept, pair), beside(state.adapter, pair)
+            after[pair] += left @ (right @ signs) - old_left @ (old_right @ signs)
     moved = sum(float((mean[pair] - before[pair]).square().sum()) for pair in pairs)
     missed = sum(float((mean[pair] - after[pair]).square().sum()) for pair in pairs)
     size = sum(float(seen.square().sum()) for seen in before.values())

@@ -25,6 +25,7 @@ from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
 from silotune.federation.ledger import FILE as LEDGER
+from silotune.federation.mixed_ranks import check_rank
 from silotune.federation.progress import Progress
 from silotune.models.allocator import release_memory
 from silotune.models.loading import LoadedModel, read_adapter, untrained, write_adapter
@@ -162,6 +163,7 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
     Before the first round, this scores the base.
     """
     loaded, total = worker.loaded, len(data.eval_batches)
+    check_rank(worker.run, data.name, broadcast)
     write_adapter(loaded, {**broadcast.adapter, **memory.tensors.get("personal", {})})
     worker.progress.client_scores(data.name, 0, total)
     with untrained(loaded) if broadcast.round == 1 else contextlib.nullcontext():
@@ -230,6 +232,7 @@ def train_round(
     # One function, though a long one: it reads top to bottom, like the round itself.
     began = time.perf_counter()
     run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
+    check_rank(worker.run, data.name, broadcast)
     count = num_rows(run.train, data.num_train) if count is None else count
     # 1. Score what was received, before it is trained.
     received_score = score(worker, data, broadcast, memory) if broadcast.score else None

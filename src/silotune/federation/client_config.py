@@ -51,6 +51,10 @@ class LimitsConfig(Config):
     """Base models that this client may train, by the SHA-256 of their content."""
     algorithms: tuple[str, ...] | None = None
     """Algorithms that this client accepts, by the names that recipes use."""
+    rank: int | None = Field(default=None, ge=1)
+    """Highest rank of LoRA factors that this client trains. With an algorithm that accepts mixed
+    ranks (hetlora, flexlora, flora) it then trains at this rank; other recipes of a higher rank are
+    refused. Memory for what such an algorithm keeps beside the adapter comes on top."""
     epsilon: float | None = Field(default=None, gt=0)
     """Maximum epsilon of all runs on this client's rows together. The client then accepts only
     recipes with noise at the client. If a recipe's target is higher, this client adds more noise,

@@ -19,6 +19,7 @@ from silotune.data.clients import load_client, load_client_quietly
 from silotune.data.config import DataConfig
 from silotune.federation.client_config import ClientConfig, LimitsConfig
 from silotune.federation.consent import against_consent, allowed_columns, split_key
+from silotune.federation.mixed_ranks import own_adapter
 from silotune.models.sources import SOURCES, is_hub_id
 from silotune.privacy.base import PrivacyConfig
 from silotune.recipes.contradictions import MAX_ROWS_UNDER_PRIVACY, contradictions
@@ -83,6 +84,11 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     if limits.max_steps is not None and steps is not None and steps * passes > limits.max_steps:
         each = f", each of train.accumulation = {passes} forward passes," * (passes > 1)
         refused.append(f"train.local_steps = {steps}{each} is above limits.max_steps")
+    try:
+        adapter = own_adapter(run, limits.rank)
+    except ValueError as error:
+        adapter = run.adapter
+        refused.append(str(error))
     refused += _against_privacy(run, own)
     refused += against_consent(run, own.data, columns=limits.columns, tasks=limits.tasks)
     sets_it = "validation_fraction" in own.data.model_fields_set
@@ -121,6 +127,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
     return run.model_copy(
         update={
             "model": model,
+            "adapter": adapter,
             "data": own_data(run, own),
             "partition": None,
             "privacy": _own_privacy(run.privacy, limits),

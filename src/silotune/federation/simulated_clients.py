@@ -73,6 +73,8 @@ def write_client_configs(
         }
         if model is not None:
             table["model"] = model
+        if name in run.adapter.ranks:
+            table["limits"] = {"rank": run.adapter.ranks[name]}
         paths[name] = place / "client.toml"
         write_atomically(paths[name], tomli_w.dumps(table).encode())
     return paths

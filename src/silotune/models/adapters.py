@@ -6,7 +6,7 @@ The only file that chooses PEFT's configuration. It knows modules, but not clien
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -68,8 +68,13 @@ class AdapterConfig(Config):
     any other PEFT method, named by peft.peft_type; full trains all weights."""
     rank: int = Field(default=8, ge=1)
     """lora: rank of the factors."""
+    ranks: dict[str, Annotated[int, Field(ge=1, strict=True)]] = Field(default={})
+    """lora, in simulation: lower ranks of single clients by name, for example { north = 4 }. Only
+    with an algorithm that accepts mixed ranks: hetlora, flexlora or flora. A real client sets rank
+    in [limits] of its own configuration instead."""
     alpha: float = Field(default=16, gt=0)
-    """lora: scaling. The product is multiplied by alpha / rank."""
+    """lora: scaling. The product is multiplied by alpha / rank. Clients of a lower rank use the
+    same number, so that equal factors are equal functions everywhere."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """lora: dropout in front of the factors during training."""
     targets: tuple[str, ...] | None = None
@@ -100,6 +105,15 @@ class AdapterConfig(Config):
             if moved and key not in ours and self.kind != "full":
                 kinds = [f"'{kind}'" for kind, keys in OWN_KEYS.items() if key in keys.values()]
                 mistakes.append(f"{key} only has an effect with kind = {' or '.join(kinds)}")
+        if self.ranks and self.kind != "lora":
+            mistakes.append("ranks only has an effect with kind = 'lora'")
+        for client, rank in self.ranks.items():
+            if rank > self.rank:
+                above = f"above rank = {self.rank}, the server's; raise rank"
+                mistakes.append(f"ranks.{client} = {rank} is {above}")
+        patterns = sorted(self.peft.keys() & {"rank_pattern", "alpha_pattern"})
+        if self.ranks and patterns:
+            mistakes.append(f"ranks cannot be used with peft.{patterns[0]}")
         if self.kind == "full" and self.peft:
             mistakes.append("peft has no effect with kind = 'full'")
         for option, key in OWN_KEYS[self.kind].items():
@@ -115,6 +129,22 @@ class AdapterConfig(Config):
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
+
+    def rank_of(self, client: str) -> int:
+        """The rank at which a client of a simulation trains."""
+        return self.ranks.get(client, self.rank)
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank of any module."""
+        pattern = self.peft.get("rank_pattern") or {}
+        return max([self.rank, *(rank for rank in pattern.values() if isinstance(rank, int))])
+
+    def at_rank(self, rank: int) -> "AdapterConfig":
+        """This adapter at a client of another rank: its factors are scaled by the same number."""
+        share = rank / self.rank
+        alpha = self.alpha * (share**0.5 if self.rslora else share)
+        return self.model_copy(update={"rank": rank, "alpha": alpha, "ranks": {}})
 
 
 def check_adapter(cfg: AdapterConfig, quantization: Quantization, device: torch.device) -> None:

@@ -6,7 +6,7 @@ swapped. This file knows nothing about clients, rounds or the network.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from silotune.core.atomic_files import write_json
+from silotune.core.lora import is_beside, joined
 from silotune.core.tree import check_same_layout, layout_of
 from silotune.core.types import AdapterState
 from silotune.models.adapters import (
@@ -26,6 +27,7 @@ from silotune.models.adapters import (
 )
 from silotune.models.base import ModelConfig, load_base, quiet_libraries
 from silotune.models.base_files import commit_of, public_reference
+from silotune.models.beside import described_ranks, read_beside, set_ranks, write_beside
 from silotune.models.causality import check_causal
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, draw_head, find_head, head_as_loaded, set_head
@@ -202,20 +204,32 @@ def renew_adapter(loaded: LoadedModel, cfg: AdapterConfig, *, seed: int) -> Load
 
 
 def read_adapter(loaded: LoadedModel) -> dict[str, Tensor]:
-    """A float32 copy of the trained tensors, on the CPU."""
+    """A float32 copy of the trained tensors and of what stands beside them, on the CPU."""
     return {
         name: p.detach().to("cpu", torch.float32, copy=True)
-        for name, p in loaded.parameters.items()
+        for name, p in {**loaded.parameters, **_beside(loaded)}.items()
     }
+
+
+def _beside(loaded: LoadedModel) -> dict[str, Tensor]:
+    return read_beside(loaded.model, loaded.parameters) if loaded.kind == "lora" else {}
 
 
 @torch.no_grad()
 def write_adapter(loaded: LoadedModel, state: AdapterState) -> None:
-    """Overwrite the trained tensors.
+    """Overwrite the trained tensors, and replace what stands beside them.
+
+    LoRA's factors take the rank that they have in `state`. Their scaling stays as it was loaded,
+    so that equal factors are equal functions at every rank.
 
     Raises:
-        UpdateError: Names or shapes differ from the model's.
+        UpdateError: Names differ from the model's, or shapes in more than the rank.
     """
+    given_beside = {name: t for name, t in state.items() if is_beside(name)}
+    if loaded.kind == "lora":
+        set_ranks(loaded.parameters, state)
+        write_beside(loaded.model, loaded.parameters, given_beside)
+        state = {name: t for name, t in state.items() if name not in given_beside}
     expected = layout_of(loaded.parameters)
     given = {
         name: t.to(loaded.parameters[name].dtype) if name in expected else t
@@ -254,13 +268,23 @@ def save_adapter(loaded: LoadedModel, folder: Path, *, base: ModelConfig) -> Non
     """Save the model's current state: a PEFT folder, or a plain model folder if all weights learn.
 
     The folder says which base it belongs to, as far as others can use that: no path of this
-    machine, the commit of a hub model, and a classifier's labels in the order of its classes.
+    machine, the commit of a hub model, and a classifier's labels in the order of its classes. What
+    stands beside the adapter is stacked with it, so that the folder is one plain adapter, of a
+    higher rank.
 
     Args:
         loaded: The model, which already holds the adapter to save.
         folder: Created; `PeftModel.from_pretrained(base, folder)` reads it.
         base: The base that `loaded` was made of.
     """
+    if _beside(loaded):
+        now = read_adapter(loaded)
+        write_adapter(loaded, joined(now))
+        try:
+            save_adapter(loaded, folder, base=base)
+        finally:
+            write_adapter(loaded, now)
+        return
     with quiet_libraries():  # warnings are about options that were checked when it was loaded
         if loaded.has_adapter:
             for config in loaded.model.peft_config.values():
@@ -268,7 +292,8 @@ def save_adapter(loaded: LoadedModel, folder: Path, *, base: ModelConfig) -> Non
                 config.revision = commit_of(base.name, base.revision)
                 config.inference_mode = True
                 _sort_sets(config)
-            loaded.model.save_pretrained(folder, save_embedding_layers=False)
+            with _described(loaded):
+                loaded.model.save_pretrained(folder, save_embedding_layers=False)
             if loaded.head_modules is not None:
                 save_labels(folder, list(loaded.model.config.id2label.values()))
         else:
@@ -276,6 +301,14 @@ def save_adapter(loaded: LoadedModel, folder: Path, *, base: ModelConfig) -> Non
         loaded.tokenizer.save_pretrained(folder)
     # PEFT writes a card full of empty headings; the run's own card is one level up
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def _described(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """PEFT's configuration as the live factors are, which may have another rank."""
+    if loaded.kind != "lora":
+        return nullcontext()
+    config = loaded.model.peft_config["default"]
+    return described_ranks(loaded.model, loaded.parameters, config)
 
 
 def save_labels(folder: Path, labels: Sequence[str]) -> None:

@@ -6,7 +6,12 @@ from pydantic import BaseModel
 
 from silotune.data.chat_templates import TEMPLATES
 from silotune.models.adapters import PROMPT_KINDS
-from silotune.recipes.algorithm import FlowerStrategyConfig, OwnAlgorithmConfig, chosen_algorithm
+from silotune.recipes.algorithm import (
+    ALGORITHM_CONFIGS,
+    FlowerStrategyConfig,
+    OwnAlgorithmConfig,
+    chosen_algorithm,
+)
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.secure_sums import of_secure_sums
 
@@ -207,6 +212,22 @@ def _of_the_adapter(run: RunConfig) -> Iterator[tuple[str, str]]:
         elif run.adapter.dora:
             why = "DoRA is not linear in the two factors, so means are not exact"
             yield "adapter.dora", f"cannot be used with algorithm '{name}': {why}"
+    if run.adapter.ranks:
+        for name in dict.fromkeys(
+            chosen_algorithm(arm) for arm in arms if not arm.facts.mixed_ranks
+        ):
+            others = ", ".join(n for n, cfg in ALGORITHM_CONFIGS.items() if cfg.facts.mixed_ranks)
+            yield (
+                "adapter.ranks",
+                f"cannot be used with algorithm '{name}', which averages factors of one rank; use "
+                f"one of: {others}",
+            )
+        if run.finish.local_steps:
+            yield (
+                "adapter.ranks",
+                "cannot be used with finish.local_steps: the result has the server's rank, which "
+                "these clients do not train",
+            )
     if kind in PROMPT_KINDS and run.task == "classify":
         yield "adapter.kind", f"'{kind}' does not work with task = \"classify\""
     if kind in PROMPT_KINDS and run.server.work == "distill":

@@ -146,6 +146,7 @@ class Station:
             "quantization": self.worker.loaded.quantization,
             "optimizer": pick_optimizer(run.train.optimizer, self.worker.loaded.device)[0],
             "threads": torch.get_num_threads(),
+            "rank": run.adapter.rank_of(data.name) if run.adapter.kind == "lora" else 0,
         }
         return self._signed(Parcel({"report": about}))
 

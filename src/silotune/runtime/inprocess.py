@@ -26,6 +26,7 @@ from silotune.federation.client import (
     take_part,
 )
 from silotune.federation.client_memory import load_memory
+from silotune.federation.mixed_ranks import with_client_ranks
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
@@ -48,7 +49,7 @@ def drive(job: Job) -> Measured:
     unguarded = Worker(job.loaded, build_task(run.task, run.data.labels), run, plain)
     data = job.data or prepare_clients(job.rows, unguarded)
     num_rows = {name: own.num_train for name, own in data.items()}
-    algorithm = with_privacy(plain, run, job.folder, num_rows)
+    algorithm = with_client_ranks(with_privacy(plain, run, job.folder, num_rows), run)
     worker = replace(unguarded, algorithm=algorithm, progress=job.progress)
     sums = SimulatedSums(run, list(data)) if run.secure_sum.is_on else None
     if sums is not None:

@@ -109,6 +109,8 @@ class _Report(_Form):
     quantization: Word = ""
     optimizer: Word = ""
     threads: Count
+    rank: Count = 0
+    """At which the client trains LoRA's factors; 0 without such factors."""
 
 
 class _Process(_Form):

@@ -22,6 +22,7 @@ from silotune.federation.client_config import (
     load_client_configs,
 )
 from silotune.federation.client_recipe import own_rows
+from silotune.federation.mixed_ranks import check_client_ranks
 from silotune.federation.privacy_guarantee import Promise, promise_of, too_few_for
 from silotune.federation.roster import is_consortium, names_in
 from silotune.federation.sampling import cohort_size
@@ -154,6 +155,7 @@ def _checked(run: RunConfig, *, offline: bool) -> Checked:
             warnings += label_warnings(rows, run.data.labels or ())
     check_server_test(run, {} if has_real_clients(run) else rows, own)
     check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
+    check_client_ranks(run, rows, real=has_real_clients(run))
     promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
     if promise is not None and (few := too_few_for(promise)) is not None:
         warnings.append(

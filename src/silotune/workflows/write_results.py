@@ -9,6 +9,7 @@ import torch
 
 from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import RunFolderError
+from silotune.core.lora import joined
 from silotune.core.tree import size_bytes
 from silotune.core.types import AdapterState, ServerState
 from silotune.core.wording import counted
@@ -201,7 +202,7 @@ def _save_result(
     write_adapter(loaded, result.adapter)
     place = folder.install("adapter", lambda part: save_adapter(loaded, part, base=run.model))
     if loaded.has_adapter:
-        _check_saved(place, result.adapter)
+        _check_saved(place, joined(result.adapter))
     return place
 
 

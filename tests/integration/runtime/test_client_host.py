@@ -301,6 +301,7 @@ def test_a_query_is_answered_with_only_counts_and_fingerprints(
         "quantization": "none",
         "optimizer": run.train.optimizer,
         "threads": 1,
+        "rank": run.adapter.rank,
     }
     process = wire.decode_process(parcel)
     assert process["base_loads"] == num_base_loads()

@@ -15,11 +15,13 @@ from silotune.algorithms.fedopt import FedAvgMConfig, fedavgm
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
 from silotune.core.algorithm import LocalContext, expected_extra, expected_layout
 from silotune.core.errors import ConfigError
+from silotune.core.lora import is_beside, joined
 from silotune.core.tree import layout_of, sha256
 from silotune.core.types import Change, ServerState, Update
 
 PROPERTY = settings(max_examples=20, deadline=None)
 A, B, BIAS = "layers.0.lora_A", "layers.0.lora_B", "bias"
+BESIDE_B = "layers.0.residual_B"
 
 values = st.floats(-1e3, 1e3, width=32)
 
@@ -230,7 +232,7 @@ def test_a_rotation_inside_a_clients_factors_moves_fedavg_but_not_the_clients_pr
 DEFAULTS = {name: build(config()) for name, (config, build) in ALGORITHMS.items()}
 FACTS = {name: config.facts for name, (config, _) in ALGORITHMS.items()}
 each = pytest.mark.parametrize("name", DEFAULTS)
-REWRITES = {"fedsvd", "flexlora"}
+REWRITES = {"fedsvd", "flexlora", "flora"}
 """Give the same product to other factors, so that signs and steps of single factors say nothing."""
 ADAPTER = {A: torch.tensor([[1.0, -2.0, 3.0]]), B: torch.tensor([[0.5], [-1.5]])}
 NORTH = {A: torch.tensor([[0.1, -0.2, 3e-4]]), B: torch.tensor([[0.5], [-0.25]])}
@@ -266,7 +268,9 @@ def test_every_algorithm_builds_under_its_own_name_and_plays_a_round(name):
     after = play(algorithm, state, several_updates(name))
     assert algorithm.name == name
     assert after.round == 1
-    assert layout_of(after.adapter) == layout_of(ADAPTER)
+    own = {n: t for n, t in after.adapter.items() if not is_beside(n)}
+    assert layout_of(own) == layout_of(ADAPTER)
+    assert (own.keys() != after.adapter.keys()) == FACTS[name].residual
     assert after.extra.keys() == state.extra.keys()
     learning = {n: t for n, t in ADAPTER.items() if algorithm.local.trains(n, 2)}
     assert expected_layout(algorithm, after) == layout_of(learning)
@@ -283,6 +287,7 @@ def test_what_an_algorithm_says_about_itself_is_what_it_is(name):
     assert facts.linear == algorithm.linear
     assert facts.sends_more == (algorithm.extra_layout is not None)
     assert facts.remembers == (algorithm.local.finish is not None)
+    assert facts.residual != algorithm.local.trains(BESIDE_B, 1)
     assert facts.paper
     assert facts.differs.endswith(".")
     bare = {"weight": torch.ones(2, 2)}
@@ -294,7 +299,8 @@ def test_what_an_algorithm_says_about_itself_is_what_it_is(name):
 
 
 def product_of(adapter):
-    return adapter[B].double() @ adapter[A].double()
+    whole = joined(adapter)
+    return whole[B].double() @ whole[A].double()
 
 
 @each
@@ -353,7 +359,8 @@ def test_step_counts_the_round_and_leaves_tensors_without_a_change_as_they_are(n
     assert after.round == state.round + 1
     if name not in REWRITES:
         assert torch.equal(after.adapter[A], state.adapter[A])
-    assert not torch.equal(after.adapter[B], state.adapter[B])
+    if name != "flora":  # which starts every round from 0
+        assert not torch.equal(after.adapter[B], state.adapter[B])
     for purpose, moments in state.extra.items():
         if purpose != "clients":
             assert torch.equal(after.extra[purpose][A], moments[A])
@@ -416,6 +423,10 @@ def another(config, field):
     default = getattr(config(), field)
     if field == "smoothing":  # far above the distances between clients, or it does nothing
         return 100.0
+    if field == "residual_rank":  # the toy's adapter has rank 1, and so has its residual
+        return 1
+    if isinstance(default, bool):
+        return not default
     if isinstance(default, str):
         return {"examples": "uniform", "gradient": "displacement"}[default]
     if isinstance(default, int):  # a number of clients, or of iterations

@@ -380,6 +380,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "model.double_quantization": ("false", []),
     "adapter.kind": ("full", []),
     "adapter.rank": ("3", []),
+    "adapter.ranks": ("{ north = 4 }", ["algorithm.name=flora"]),
     "adapter.alpha": ("9.5", []),
     "adapter.dropout": ("0.25", []),
     "adapter.targets": ('["k_proj"]', []),
@@ -560,6 +561,9 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "algorithm.selected": ("2", []),
     "algorithm.iterations": ("3", []),
     "algorithm.smoothing": ("0.25", []),
+    "algorithm.by_norm": ("false", []),
+    "algorithm.residual_decay": ("0.5", []),
+    "algorithm.residual_rank": ("3", []),
 }
 
 

@@ -77,6 +77,10 @@ class Members:
         """num_train and num_eval of each client that has reported."""
         return {name: {key: report[key] for key in PARTS} for name, report in self.reports.items()}
 
+    def rank_of(self, name: str) -> int:
+        """The rank at which a client trains LoRA's factors; 0 for one that has not reported."""
+        return self.reports.get(name, {}).get("rank", 0)
+
     def check_anybody(self) -> None:
         """Raise if no client has answered at all: then the engine is at fault, not a client.
 

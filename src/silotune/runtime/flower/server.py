@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import EngineError, SilotuneError, UpdateError
 from silotune.core.types import Arrival, Broadcast, Failure, Score, Update
+from silotune.federation.mixed_ranks import with_client_ranks
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
 from silotune.federation.roster import Roster
@@ -125,6 +126,7 @@ def run_remaining(clients: "FlowerClients", folder: RunFolder, *, local: Collect
     folder.rewind(state.round)
     plain = keep_local(algorithm_of(run.algorithm), local)
     algorithm = with_privacy(plain, run, folder, clients.members.num_examples())
+    algorithm = with_client_ranks(algorithm, run, clients.members.rank_of)
     server = open_server_side(run, folder, algorithm=algorithm, progress=progress)
     progress.begin(run.rounds, state.round + 1)
     server.begin(state)

@@ -282,7 +282,9 @@ def _absolute(name: str) -> str:
 def without_places(run: RunConfig) -> RunConfig:
     """A recipe for real clients: it says what rows look like, but not where they are."""
     data = run.data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
-    return run.model_copy(update={"data": data, "partition": None, **without_server(run)})
+    adapter = run.adapter.model_copy(update={"ranks": {}})  # each client knows its own
+    told = {"data": data, "adapter": adapter, "partition": None}
+    return run.model_copy(update={**told, **without_server(run)})
 
 
 def _default(key: str) -> Any:

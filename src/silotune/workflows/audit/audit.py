@@ -215,6 +215,11 @@ def _with_clients(
     folder: RunFolder, checked: Checked, progress: Progress, count: int
 ) -> dict[str, Any]:
     run = checked.run
+    if run.adapter.ranks:
+        raise ConfigError(
+            "adapter.ranks: canary clients answer at the server's rank only.\n"
+            "  Audit the recipe without ranks."
+        )
     progress.note(f"loading {run.model.name}")
     loaded = load_for(run, progress)
     provenance_of(folder, checked, loaded)

@@ -19,6 +19,7 @@ from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.core.atomic_files import make_folder, write_json, write_rows
 from silotune.core.checksums import list_files
 from silotune.core.errors import QuorumError, UpdateError, first_line
+from silotune.core.lora import at_rank
 from silotune.core.types import AdapterState
 from silotune.core.wording import human_seconds
 from silotune.federation.client import ClientData, Worker
@@ -199,6 +200,8 @@ class Arms:
 
         def train(place: Path) -> Trained:
             first = self.base_model.dress(run)  # first, because the worker keeps `self.loaded`
+            if data is not self.pool:  # alone, a client trains what it can train in the federation
+                first = at_rank(first, run.adapter.rank_of(data.name))
             worker = replace(self.worker(run), keeps_optimizer=point.keeps_optimizer)
             validation = None
             if self.has_validation:

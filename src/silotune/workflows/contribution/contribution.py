@@ -146,6 +146,13 @@ def check_possible(path: Path, run: RunConfig, algorithm: Algorithm) -> None:
         why = "adapter.head = 'local': every client scores with its own head, which is not kept"
     elif algorithm.layout is not None or algorithm.tailor is not None:
         why = f"algorithm.name = '{algorithm.name}': its clients train tensors of different shapes"
+    elif run.adapter.ranks:
+        why = "adapter.ranks: its clients train tensors of different shapes"
+    elif run.algorithm.facts.residual:
+        why = (
+            f"algorithm.name = '{algorithm.name}': what it keeps beside the adapter has another "
+            "size in every round"
+        )
     if why:
         raise ConfigError(f"{path} has no contributions to measure: {why}.\n  {fix}")
 

@@ -97,7 +97,9 @@ def _options(run: RunConfig, limits: Limits) -> dict[str, list[Option]]:
             options["bits"] = [(("model.quantization", "nf4"),)]
     smaller = limits.memory_bytes is not None or limits.size_bytes is not None
     if adapter.kind == "lora" and smaller:
-        options["rank"] = [(("adapter.rank", rank),) for rank, _ in _halves(adapter.rank)]
+        least = max(adapter.ranks.values(), default=1)  # no client's rank is above the server's
+        lower = [rank for rank, _ in _halves(adapter.rank) if rank >= least]
+        options["rank"] = [(("adapter.rank", rank),) for rank in lower]
     if limits.size_bytes is not None or limits.seconds is not None:
         options["rounds"] = [(("rounds", rounds),) for rounds, _ in _halves(run.rounds)]
     return {name: own for name, own in options.items() if own}

@@ -1,0 +1,107 @@
+"""FedEx-LoRA: the mean factors, and beside them what they miss of the mean of the products.
+
+Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
+Foundation Models", section 4. arXiv:2410.09432
+The mean factors miss `R = sum_i p_i B_i A_i - mean(B) mean(A)`, the covariance of the factors over
+the clients: `R = sum_i p_i (B_i - mean(B)) (A_i - mean(A))`. With K clients its rank is at most
+(K - 1) r. Differs from the paper: R is not added to the base's weights. All rounds' residuals stand
+beside the adapter as frozen factors of 32 bits, with as many columns as their sum needs, at most
+the smaller side of the module; so the base, which may be quantised, stays as it is.
+
+On clients that differ, the residual goes on growing in directions that the adapter cannot correct
+(toy O2 in tests/unit/algorithms/test_toy_o2.py): each round reports its size as `residual_ratio`,
+and `residual_decay` below 1 lets old residuals fade.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from silotune.algorithms.base import AlgorithmConfig, Facts, mean_delta, weight_of
+from silotune.algorithms.factors import (
+    RESIDUAL,
+    WITH_RESIDUAL,
+    added_beside,
+    needs_pairs,
+    replace_beside,
+    report_residual,
+    sum_of_products,
+    wide,
+)
+from silotune.algorithms.fedavg import move
+from silotune.core.algorithm import Algorithm
+from silotune.core.lora import Pair, pairs_of
+from silotune.core.tree import add
+from silotune.core.types import Change, ServerState, Updates
+
+
+class FedExConfig(AlgorithmConfig):
+    """Settings of FedEx-LoRA."""
+
+    residual_decay: float = Field(default=1.0, ge=0, le=1)
+    """Factor on the residual of earlier rounds. 1: as published, nothing fades. At 0 only the last
+    round's residual is kept. Below 1 the new function is not exactly the clients' mean."""
+    residual_rank: int | None = Field(default=None, ge=1)
+    """Maximum rank of the residual of a module: the nearest product of that rank is kept, and
+    clients receive no more. Absent: as high as it needs, at most the smaller side of the module."""
+    facts: ClassVar[Facts] = Facts(
+        paper='Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient '
+        'Fine-Tuning of Foundation Models", section 4, arXiv:2410.09432',
+        differs="The residual is not added to the base: it is kept beside the adapter as frozen "
+        "factors of 32 bits, of at most the rank that the module has. `residual_decay` below 1 "
+        "and `residual_rank` are ours, and with them the mean is not exact.",
+        linear=False,
+        exact="yes",
+        needs_lora=True,
+        residual=True,
+        down="adapter, residual",
+    )
+
+
+def fedex(cfg: FedExConfig) -> Algorithm:
+    """Build FedEx-LoRA.
+
+    Its `init` raises a ConfigError if the adapter does not have both factors.
+    """
+
+    def combine(state: ServerState, updates: Updates) -> Change:
+        delta = mean_delta(updates, cfg)
+        received = {name: state.adapter[name] for name in delta}
+        mean = add(received, delta)
+        total = sum(weight_of(u, cfg) for u in updates)
+
+        def deviations() -> Iterator[dict[Pair, tuple[Tensor, Tensor]]]:
+            for update in updates:
+                share, own = weight_of(update, cfg) / total, add(received, update.delta)
+                found: dict[Pair, tuple[Tensor, Tensor]] = {}
+                for pair in pairs_of(own):
+                    (left, right), (left_mean, right_mean) = wide(own, pair), wide(mean, pair)
+                    found[pair] = share * (left - left_mean), right - right_mean
+                yield found
+
+        kept = added_beside(
+            {**state.adapter, **mean},
+            sum_of_products(deviations()),
+            decay=cfg.residual_decay,
+            rank=cfg.residual_rank,
+        )
+        return Change(delta, {RESIDUAL: kept})
+
+    def step(state: ServerState, change: Change) -> ServerState:
+        moved = move(state, change.delta)
+        if RESIDUAL not in change.extra:
+            return moved
+        return replace(moved, adapter=replace_beside(moved.adapter, change.extra[RESIDUAL]))
+
+    return Algorithm(
+        name="fedex",
+        combine=combine,
+        step=step,
+        init=needs_pairs("fedex"),
+        local=WITH_RESIDUAL,
+        report=report_residual,
+        linear=False,
+    )
