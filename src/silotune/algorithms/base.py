@@ -36,6 +36,8 @@ class Facts:
     remembers: bool = False
     """Whether clients keep something between rounds, which is old at those that are rarely asked.
     Its server step also needs to know how many clients answered."""
+    keeps: str = ""
+    """What each client trains and never sends, so that each has an adapter of its own."""
     up: str = "adapter"
     """What a client sends."""
     down: str = "adapter"

@@ -182,6 +182,8 @@ def _predicted(summary: Mapping[str, Any]) -> list[str]:
 
 def _use(run: RunConfig, provenance: Mapping[str, Any]) -> list[str]:
     ask = f'silotune ask {without_folders(provenance["run"])} "your question"'
+    if run.algorithm.facts.keeps:  # the adapter alone answers like the base
+        return ["## Use", "", "```", f"{ask} --client NAME", "```", ""]
     code = python_use(run, revision_in(provenance), folder="adapter")
     return ["## Use", "", "```", ask, "```", "", *code, ""]
 

@@ -25,6 +25,7 @@ from silotune.models.base import folder_of_base
 from silotune.models.gguf_write import GgufType
 from silotune.models.loading import LoadedModel, write_adapter
 from silotune.models.sources import content_hash, is_hub_id
+from silotune.recipes.personal import kept_by
 from silotune.recipes.schema import RunConfig
 from silotune.results.chat import NO_HEAD, SPEAKERS, Chat, Speaker, Speakers
 from silotune.results.export import GGUF_DEFAULT, check_request, export_run
@@ -164,13 +165,29 @@ class Run:
 
         Args:
             client: Load the result as this client of a simulation has it: after its own steps
-                (`finish.local_steps`), or with its own head (`adapter.head = "local"`).
+                (`finish.local_steps`), or with the head or factor that it keeps
+                (`adapter.head = "local"`, `algorithm.name = "fedsa_lora"`).
 
         Raises:
             RunFolderError: There is no result yet.
             ModelError: The base is not the one that the adapter was trained on.
-            ConfigError: There is no such client, or it keeps nothing of its own.
+            ConfigError: There is no such client, or it keeps nothing of its own; or the result is
+                of use with a client's own part only, and none is named.
         """
+        self._check_whole(client)
+        return self._load_as(client)
+
+    def _check_whole(self, client: str | None) -> None:
+        """Refuse a result without the factor that every client keeps: it answers like the base."""
+        config = self.config
+        if client is None and (kept := config.algorithm.facts.keeps):
+            raise ConfigError(
+                f"{self.path}: with {kept_by(config)}, every client keeps a factor {kept} of its "
+                "own, and without one the adapter answers like the base.\n"
+                f"  Name a client with --client: {', '.join(sorted(self.summary['clients']))}."
+            )
+
+    def _load_as(self, client: str | None) -> LoadedModel:
         adapter = self._adapter_of(client)
         self.check_base()
         return self._load(self.config, adapter)
@@ -266,6 +283,7 @@ class Run:
             public=public,
             client=client,
         )
+        self._check_whole(client)
         _, adapter = self.summary, self._adapter_of(client)  # both raise if it is not finished
         self.check_base(there=True)
         api = hub_login() if push is not None else None
@@ -337,7 +355,9 @@ class Run:
                 raise ConfigError(f"{NO_HEAD}.\n  Ask without --base, and without --only base.")
             only = "federated"
         full = run.adapter.kind == "full"
-        result = None if full and only == "base" else self.load(client=client)
+        if only != "base":
+            self._check_whole(client)
+        result = None if full and only == "base" else self._load_as(client)
         base = load_for(run) if full and only != "federated" else result
         both = zip(SPEAKERS, (base, result), strict=True)
         models = {name: m for name, m in both if m is not None and only in (None, name)}

@@ -185,6 +185,11 @@ def notes_of(run: RunConfig) -> list[str]:
             "The server's validation set chose the round (evaluate.choose_by), so its loss looks "
             "better than it is."
         )
+    if kept := run.algorithm.facts.keeps:
+        notes.append(
+            f"Every client keeps a factor {kept} of its own, with which it was scored: without "
+            "one, the adapter in this folder answers like the base. `--client NAME` loads it."
+        )
     return notes
 
 

@@ -314,6 +314,7 @@ def test_a_resolved_recipe_reads_back_equal_for_every_algorithm(name, algorithm)
     cfg = ALGORITHM_CONFIGS[algorithm]()
     plain = ["adapter.dora=false"] if cfg.facts.needs_lora else []
     plain += PLAIN_SGD if cfg.needs_plain_sgd else []
+    plain += ["server.work=none"] if cfg.facts.keeps else []
     run = load_recipe(name, ["algorithm=none", f"algorithm.name={algorithm}", *plain])
     assert run.algorithm == ALGORITHM_CONFIGS[algorithm]()
     assert comes_back(run)

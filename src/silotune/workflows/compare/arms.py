@@ -29,6 +29,7 @@ from silotune.federation.run_folder import RunFolder
 from silotune.federation.server_work import build_lesson, is_pretrained, pretrain, server_rows
 from silotune.models.loading import LoadedModel, save_adapter, untrained, write_adapter
 from silotune.recipes.arms import federated_arms
+from silotune.recipes.personal import kept_by
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import CompareConfig, FinishConfig, StopConfig
 from silotune.recipes.tuning import Point
@@ -87,9 +88,11 @@ class Arms:
         self.folder, self.checked, self.progress = folder, checked, progress
         self.run = run = checked.run
         self.has_validation = run.data.validation_fraction > 0
+        self.recipes = federated_arms(run)
         # what is personal is kept for the last round only, and losses of rows have no noise
+        self.keeps_last = any(kept_by(recipe) for recipe in self.recipes.values())
         self.picks_round = (
-            self.has_validation and run.privacy.unit == "none" and run.adapter.head != "local"
+            self.has_validation and run.privacy.unit == "none" and not self.keeps_last
         )
         self.task = build_task(run.task, run.data.labels)
         progress.note(f"comparison folder: {folder.path}")
@@ -108,7 +111,6 @@ class Arms:
             )
             for name in self.data
         }
-        self.recipes = federated_arms(run)
         self.num_parts, self.num_done = num_parts(run, len(self.data)), 0
 
     @property
@@ -238,7 +240,7 @@ class Arms:
         fixed = run.data.split_seed if run.data.split_seed is not None else run.seed
         # without a history, only the comparison scores the end; keep = "best" needs every score
         every, checkpoint = run.evaluate.every, run.checkpoint
-        if run.evaluate.choose_by == "server":  # the other arms have no server
+        if run.evaluate.choose_by == "server" or self.keeps_last:  # others have no server
             checkpoint = checkpoint.model_copy(update={"keep": "last"})
         every = every if run.compare.history or checkpoint.keep == "best" else 0
         if self.picks_round:

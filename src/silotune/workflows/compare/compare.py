@@ -243,7 +243,7 @@ def _compare(
     numbers = compare_arms(scores, num_train=num_train) | _choices(arms, chosen, parts)
     # 6. What each client takes by its validation rows, and what that gives it on the held-out ones.
     if arms.has_validation:
-        numbers["best"] = choose_best(scores, read_validation(parts), num_train=num_train)
+        numbers["best"] = choose_best(scores, read_validation(parts, run), num_train=num_train)
     return _write(arms, parts, numbers, scores)
 
 
