@@ -146,6 +146,8 @@ ELSEWHERE = {
         f"privacy.{key}": "test_client_level"
         for key in ("clip_norm", "clipping", "quantile", "clip_lr")
     },
+    "train.loss": "test_own_functions",
+    "evaluate.metric": "test_own_functions",
     "evaluate.server_path": "test_server_scores",
     "evaluate.choose_by": "test_server_scores",
     "stop.patience": "test_early_stop",

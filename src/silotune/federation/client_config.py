@@ -51,6 +51,10 @@ class LimitsConfig(Config):
     """Base models that this client may train, by the SHA-256 of their content."""
     algorithms: tuple[str, ...] | None = None
     """Algorithms that this client accepts, by the names that recipes use."""
+    functions: tuple[str, ...] = ()
+    """Functions that a recipe may name as train.loss and evaluate.metric, such as
+    "python:my_package.my_module:my_loss". They are code of the server's choice, and a metric can
+    return anything that it works out from a row's loss. Absent: none."""
     epsilon: float | None = Field(default=None, gt=0)
     """Maximum epsilon of all runs on this client's rows together. The client then accepts only
     recipes with noise at the client. If a recipe's target is higher, this client adds more noise,

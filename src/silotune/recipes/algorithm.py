@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, create_model, field_validator
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
 from silotune.core.algorithm import Algorithm
+from silotune.core.own_code import PYTHON_NAME
 from silotune.recipes.own_algorithm import build_own
 
 
@@ -36,7 +37,6 @@ NOT_OPTIONS = {
 PYTHON = "python:<module>:<function>"
 """Placeholder for the names of all algorithms of one's own, also in messages and documents."""
 PYTHON_EXAMPLE = "Name a function like this: python:my_package.my_module:my_algorithm."
-PYTHON_NAME = r"python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 
 def _check_options(given: Any) -> Any:

@@ -22,6 +22,8 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     by_clients = run.evaluate.choose_by == "clients"
     if run.checkpoint.keep == "best" and run.evaluate.every == 0 and by_clients:
         yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
+    if run.evaluate.metric and run.evaluate.every == 0 and run.evaluate.server_path is None:
+        yield "evaluate.metric", "has no effect, because evaluate.every is 0"
     yield from run.runtime.contradictions()
     if run.plan.measure and run.runtime.name == "flower":
         yield (
@@ -128,6 +130,12 @@ def _of_records(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if run.data.max_rows is not None:
         yield "data.max_rows", MAX_ROWS_UNDER_PRIVACY
+    if run.train.loss is not None:
+        yield (
+            "train.loss",
+            "cannot be used with privacy.unit = 'record', which needs losses that depend on one "
+            "row each: nothing says that of your own function",
+        )
     if run.train.packing:
         yield (
             "train.packing",

@@ -10,6 +10,7 @@ from silotune.federation.metrics import (
     Row,
     held_out_losses,
     overall_scores,
+    own_metrics,
     part_of,
     server_set,
 )
@@ -55,6 +56,7 @@ def summarise(
         **({} if part_of(rows) == "held-out" else {"scored": part_of(rows)}),
         **_losses(rows, clients, result_round),
         **_server_scores(rows, result_round),
+        **_own_metric(run, rows, clients, result_round),
         **{key: sum(sizes) for key, sizes in sent.items()},
         **_training(rows),
         **found,
@@ -152,6 +154,21 @@ def _server_training(rows: Sequence[Row]) -> dict[str, Any]:
         "seconds_server": sum(row["seconds"] for row in at_server),
         "tokens_server": sum(int(row["num_tokens"]) for row in at_server),
     }
+
+
+def _own_metric(
+    run: RunConfig, rows: Sequence[Row], clients: Mapping[str, Any], result_round: int
+) -> dict[str, Any]:
+    """evaluate.metric of base and result, by client and as a mean over their rows."""
+    if run.evaluate.metric is None:
+        return {}
+
+    def arms(own: Sequence[Row]) -> dict[str, float | None]:
+        by_round = own_metrics(own)
+        return {"base": by_round.get(0), "federated": by_round.get(result_round)}
+
+    each = {n: arms([row for row in rows if row.get("client") == n]) for n in sorted(clients)}
+    return {"metric": {"name": run.evaluate.metric, "clients": each, "overall": arms(rows)}}
 
 
 def _label_scores(

@@ -39,6 +39,8 @@ from silotune.recipes.tracks import TRACKS
 from silotune.runtime.flower.engine import check_installed
 from silotune.runtime.flower.strategy_check import check_algorithm, strategy_warnings
 from silotune.training.loop import pick_optimizer
+from silotune.training.own_functions import own_loss, own_metric
+from silotune.training.tasks import build_task
 from silotune.workflows.data_overview import label_warnings
 from silotune.workflows.in_memory import from_memory
 
@@ -122,6 +124,8 @@ def _checked(run: RunConfig, *, offline: bool) -> Checked:
     if run.runtime.name != "in-process":
         check_installed(run)
     check_tracker(run.report.tracker)
+    own_loss(run.train.loss, build_task(run.task, run.data.labels))
+    own_metric(run.evaluate.metric)
     repeated = repeated_arms(run)  # raises for other mistakes in [compare]
     strategy, (_, notice) = (
         strategy_warnings(run.algorithm),

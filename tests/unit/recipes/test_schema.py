@@ -443,6 +443,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "train.warmup_steps": ("2", []),
     "train.weight_decay": ("0.25", []),
     "train.clip_norm": ("0.5", []),
+    "train.loss": ("python:my_rules:my_loss", []),
     "train.max_length": ("99", []),
     "train.packing": ("true", []),
     "train.compat": ('["late-schedule"]', ["train.schedule=cosine"]),
@@ -463,6 +464,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "distill.top_k": ("8", []),
     "distill.compat": ("raw-logits", []),
     "evaluate.every": ("2", []),
+    "evaluate.metric": ("python:my_rules:my_metric", []),
     "evaluate.batch_size": ("3", []),
     "evaluate.server_path": ("own.jsonl", []),
     "evaluate.choose_by": (
