@@ -30,6 +30,8 @@ def print_checked(checked: "Checked") -> None:
         print_table([("client", *parts), *body])
     for text in check_lines(checked.promise) if checked.promise is not None else ():
         print_line(text)
+    if checked.chosen:
+        print_line(checked.chosen)
     for text in checked.warnings:
         print_line(f"warning: {text}")
     for text in checked.unchecked:

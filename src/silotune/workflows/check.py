@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from silotune.models.devices import pick_device
 from silotune.models.quantization import check_quantization
 from silotune.models.sources import check_name, is_hub_id
 from silotune.recipes.arms import repeated_arms
+from silotune.recipes.auto import resolve_auto, why_chosen
 from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tracks import TRACKS
@@ -57,6 +58,8 @@ class Checked:
     """What [privacy] guarantees, if the recipe has it."""
     unchecked: Sequence[str] = ()
     """What could not be looked at, each with the reason."""
+    chosen: str = ""
+    """Which algorithm "auto" is, and why."""
 
     @property
     def not_looked_at(self) -> str:
@@ -107,6 +110,11 @@ def check(
 
 
 def _checked(run: RunConfig, *, offline: bool) -> Checked:
+    chosen = why_chosen(run)
+    return replace(_looked_at(resolve_auto(run), offline=offline), chosen=chosen)
+
+
+def _looked_at(run: RunConfig, *, offline: bool) -> Checked:
     check_name(run.model.name)
     if run.model.revision is not None and not is_hub_id(run.model.name):
         raise ConfigError(

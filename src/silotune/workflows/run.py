@@ -84,6 +84,8 @@ def run(
     live = LiveFile(folder.path)
     progress = Both(progress, live)
     progress.note(f"run folder: {folder.path}")
+    if checked.chosen:
+        progress.note(checked.chosen)
     with folder.locked(), live.writing():
         try:
             return run_in(folder, checked, progress, began=began)

@@ -97,7 +97,7 @@ def test_an_own_loss_gets_logits_and_targets_and_is_summed():
     [
         (
             "dubled",
-            r"does not exist: 'own_rules' has no function 'dubled'\. Did you mean 'doubled'\?\n  Its",
+            r"does not exist: 'own_rules' has no function 'dubled'\. Did you mean 'doubled'\?",
         ),
         ("scalar", r"returns shape \(\) for targets of \(2,\)\.\n  Return one loss of at least 0"),
         ("detached", r"returns a tensor without a gradient\.\n"),
