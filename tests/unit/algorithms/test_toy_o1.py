@@ -1,8 +1,9 @@
 """Toy O1: noise on the clients' mean reverses the order of FedIT and FFA-LoRA; RoLoRA is between.
 
 Low-rank regression by our own `fedavg` (on LoRA factors it is FedIT), `ffa_lora` and `rolora`: 8
-clients with 64 rows each of y = W x, x standard normal of 48 dimensions, y of 8, W of rank 4 and norm 1. An
-adapter B A of rank 4 starts with B = 0 and PEFT's A. 60 rounds of 5 full gradient steps of 0.05.
+clients with 64 rows each of y = W x, x standard normal of 48 dimensions, y of 8, W of rank 4 and
+norm 1. An adapter B A of rank 4 starts with B = 0 and PEFT's A. 60 rounds of 5 full gradient steps
+of 0.05.
 Each client's delta is clipped to an L2 norm of 1 over all of its tensors together; the mean of the
 8 gets Gaussian noise of deviation z / 8 on each value, as client-level differential privacy adds
 it. The error is |B A - W| / |W|, the mean over 10 seeds.
