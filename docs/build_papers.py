@@ -24,8 +24,8 @@ def build() -> str:
     rows: list[str] = []
     for name, (config, build) in ALGORITHMS.items():
         facts, file = config.facts, Path(inspect.getfile(build)).name
-        linear, mixed = ("yes" if fact else "no" for fact in (facts.linear, facts.mixed_ranks))
-        cells = f"{facts.paper} | `algorithms/{file}` | {facts.exact} | {linear} | {mixed} | "
+        sums, mixed = ("yes" if fact else "no" for fact in (facts.by_sums, facts.mixed_ranks))
+        cells = f"{facts.paper} | `algorithms/{file}` | {facts.exact} | {sums} | {mixed} | "
         cells += facts.differs
         rows.append(f"| `{name}` | {cells} |\n")
     return f"{before}{BEGIN}{HEAD}{''.join(rows)}{END}{after}"

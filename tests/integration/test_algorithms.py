@@ -1,5 +1,6 @@
 """Every algorithm on a real model: whole runs in process, and over an engine's real processes."""
 
+import json
 import sys
 
 import pytest
@@ -55,7 +56,8 @@ def test_it_trains_the_model_and_differs_from_fedavg(recipe, plain, tmp_path, na
     assert len(losses) == 4 * 3  # three clients, rounds 0 to 3
     base, last = sum(losses[:3]), sum(losses[-3:])
     assert last < base
-    assert done.ask("What is a1?", max_new_tokens=2) is not None
+    own = "hospital-0" if ALGORITHMS[name][0].facts.keeps else None
+    assert done.ask("What is a1?", client=own, max_new_tokens=2) is not None
 
 
 def test_scaffold_keeps_its_variates_at_the_clients_and_their_mean_at_the_server(recipe, tmp_path):
@@ -231,3 +233,20 @@ def test_over_an_engine_it_gives_the_same_bytes(recipe, tmp_path, name):
     here = silotune.run(recipe, keys, out=tmp_path / "here")
     there = silotune.run(recipe, [*keys, *engine], out=tmp_path / "there")
     assert there.summary["adapter_sha256"] == here.summary["adapter_sha256"]
+
+
+def test_auto_is_chosen_once_printed_and_recorded(recipe, plain, tmp_path, capsys):
+    done = silotune.run(recipe, ["algorithm.name=auto"], out=tmp_path / "run")
+    assert done.summary["adapter_sha256"] == plain["adamw"].summary["adapter_sha256"]
+    assert done.config.algorithm.name == "fedavg"
+    said = silotune.check(recipe, ["algorithm.name=auto"]).chosen
+    assert said.startswith("algorithm.name = 'auto' is fedavg: nothing hides single updates")
+    provenance = json.loads((tmp_path / "run" / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["algorithm"] == said
+    assert silotune.check(recipe).chosen == ""
+    (tmp_path / "run" / "summary.json").unlink()
+    assert silotune.run(resume=tmp_path / "run").summary == done.summary | {
+        key: value
+        for key, value in silotune.Run(tmp_path / "run").summary.items()
+        if "seconds" in key or "base_model_loads" in key or "peak" in key or key == "predicted"
+    }

@@ -152,6 +152,8 @@ ELSEWHERE = {
         for key in ("kind", "range", "min_cohort", "max_examples", "simulate")
     },
     "secure_sum.colluding": "test_privacy_of_sums",
+    "train.loss": "test_own_functions",
+    "evaluate.metric": "test_own_functions",
     "evaluate.server_path": "test_server_scores",
     "evaluate.choose_by": "test_server_scores",
     "stop.patience": "test_early_stop",

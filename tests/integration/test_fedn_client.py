@@ -10,7 +10,7 @@ import tomli_w
 import silotune
 from silotune.core.errors import ConfigError, UpdateError
 from silotune.deployment.fedn_client import Callbacks, first_model
-from silotune.results.run import read_result
+from silotune.results.saved_adapter import read_result
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 CLIENTS = ("hospital-0", "hospital-1")

@@ -20,6 +20,7 @@ from silotune.algorithms.fedopt import (
 )
 from silotune.algorithms.fedprox import FedProxConfig, fedprox
 from silotune.algorithms.fedrot import FedRotConfig, fedrot
+from silotune.algorithms.fedsa_lora import FedSALoRAConfig, fedsa_lora
 from silotune.algorithms.fedsvd import FedSVDConfig, fedsvd
 from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
 from silotune.algorithms.flexlora import FlexLoRAConfig, flexlora
@@ -63,6 +64,7 @@ ALGORITHMS: dict[str, tuple[type[AlgorithmConfig], Callable[[Any], Algorithm]]] 
     "fedex": (FedExConfig, fedex),
     "lora_fair": (LoRAFAIRConfig, lora_fair),
     "fedrot": (FedRotConfig, fedrot),
+    "fedsa_lora": (FedSALoRAConfig, fedsa_lora),
     "norm_bound": (NormBoundConfig, norm_bound),
     "median": (MedianConfig, median),
     "trimmed_mean": (TrimmedMeanConfig, trimmed_mean),

@@ -24,8 +24,8 @@ class Facts:
     differs: str = ""
     """What is done in another way than in the paper."""
     linear: bool = True
-    """Whether the change is a weighted sum of the deltas. Only then a server can do without single
-    updates (secure sums), and the noise of client-level privacy covers one client's influence."""
+    """Whether the change is a weighted sum of the deltas. Only then the noise of
+    client-level privacy can cover one client's influence."""
     exact: Literal["yes", "no", "nearly", "truncated"] = "no"
     """Whether the new factors' product is the mean of the clients' products: truncated to the rank
     is the best that any adapter of this rank can be, nearly is closer than the mean factors."""
@@ -42,10 +42,17 @@ class Facts:
     remembers: bool = False
     """Whether clients keep something between rounds, which is old at those that are rarely asked.
     Its server step also needs to know how many clients answered."""
+    keeps: str = ""
+    """What each client trains and never sends, so that each has an adapter of its own."""
     up: str = "adapter"
     """What a client sends."""
     down: str = "adapter"
     """What a client receives."""
+
+    @property
+    def by_sums(self) -> bool:
+        """Whether the sum of a round's deltas is all that the server needs (secure sums)."""
+        return self.linear and not (self.sends_more or self.remembers or self.mixed_ranks)
 
 
 class AlgorithmConfig(Config):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from silotune.cli.frame import errors_as_exit_codes, print_json
-from silotune.cli.options import MaxNewTokens, RunFolder
+from silotune.cli.options import MaxNewTokens, OfClient, RunFolder
 from silotune.core.safe_text import plain
 
 Suites = Annotated[
@@ -30,13 +30,6 @@ Instructions = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts in one forward pass.")]
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Maximum number of questions per suite, drawn at random.")
-]
-OfClient = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Use the model as this client has it: after its own steps, or with its own head.",
-    ),
 ]
 AskBase = Annotated[bool, typer.Option(help="Also ask the untouched base.")]
 AllowCode = Annotated[

@@ -50,7 +50,7 @@ def algorithms(
                 fact.up,
                 fact.down,
                 fact.exact,
-                "yes" if fact.linear else "no",
+                "yes" if fact.by_sums else "no",
                 "yes" if fact.linear and not fact.remembers else "no",
                 "yes" if fact.mixed_ranks else "no",
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from silotune.cli.frame import ended_by_ctrl_c, errors_as_exit_codes
-from silotune.cli.options import MaxNewTokens, RunFolder
+from silotune.cli.options import MaxNewTokens, OfClient, RunFolder
 from silotune.core.safe_text import plain
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def chat(
     only: Annotated[
         Literal["base", "federated"] | None, typer.Option(help="Talk with one of them only.")
     ] = None,
+    client: OfClient = None,
     max_new_tokens: MaxNewTokens = 128,
     web: Annotated[
         bool, typer.Option("--web", help="Use a page in the browser instead of the terminal.")
@@ -50,7 +51,7 @@ def chat(
             taken = stack.enter_context(take_port(host, port, why=WHY, what="--web"))
         finished = silotune.Run(run)
         pick_progress().note(f"loading {finished.config.model.name}")
-        talk = finished.chat(only=only, max_new_tokens=max_new_tokens)
+        talk = finished.chat(only=only, client=client, max_new_tokens=max_new_tokens)
         stack.enter_context(ended_by_ctrl_c())
         if taken is None:
             _converse(talk)

@@ -64,3 +64,12 @@ def recipe_and_overrides(
             f"  Give a TOML file or a shipped name ({shipped}), or --resume FOLDER."
         )
     return recipe, changed
+
+
+OfClient = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Use the model as this client has it: after its own steps, or with what it keeps.",
+    ),
+]

@@ -30,6 +30,8 @@ def print_checked(checked: "Checked") -> None:
         print_table([("client", *parts), *body])
     for text in check_lines(checked.promise) if checked.promise is not None else ():
         print_line(text)
+    if checked.chosen:
+        print_line(checked.chosen)
     for text in checked.warnings:
         print_line(f"warning: {text}")
     for text in checked.unchecked:
@@ -40,7 +42,7 @@ def print_checked(checked: "Checked") -> None:
 
 def print_run(done: "silotune.Run") -> None:
     """Print a run's held-out scores, what it cost, and where its files are."""
-    from silotune.results import run_tables
+    from silotune.results import budget_texts, run_tables
     from silotune.results import summary as tables
 
     summary = done.summary
@@ -60,13 +62,13 @@ def print_run(done: "silotune.Run") -> None:
         print_table(own)
     if lost := tables.worse_off(summary):
         print_line(f"\nnot better than the base for: {', '.join(lost)}")
-    for text in tables.budget_warnings(summary):
+    for text in budget_texts.budget_warnings(summary):
         print_line(f"\n{text}")
     print_line()
     for text in [
         *tables.notes_of(done.config),
         *tables.unused_rows(done.config, summary, done.split),
-        *tables.budget_lines(summary),
+        *budget_texts.budget_lines(summary),
         *tables.cost_lines(summary),
         *tables.own_lines(summary),
     ]:

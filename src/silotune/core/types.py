@@ -167,6 +167,8 @@ class Score:
     """Bytes sent down for this score alone; 0 when it came with a training message."""
     label_counts: LabelCounts = ()
     """With the task classify: one entry per label; otherwise empty."""
+    metric: float | None = None
+    """What evaluate.metric makes of the client's rows; None without one."""
 
 
 @dataclass(frozen=True)

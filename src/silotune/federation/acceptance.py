@@ -101,6 +101,12 @@ def _check_score(score: Score, known: Known) -> Score:
             f"{who}: its score counts {len(score.label_counts)} labels, the server knows "
             f"{labels}.\n  Use the same recipe at this client."
         )
+    if (score.metric is None) != (known.run.evaluate.metric is None):
+        says = "contains no" if score.metric is None else "contains a"
+        raise UpdateError(
+            f"{who}: its score {says} metric of the recipe's evaluate.metric.\n"
+            "  Use the same recipe at this client."
+        )
     rows = known.reported(score.client, "num_eval")
     per_row = 1 if labels else known.run.train.max_length
     if score.num_examples > rows or score.num_tokens > rows * per_row:

@@ -42,6 +42,7 @@ from silotune.training.loop import (
     stream,
     train,
 )
+from silotune.training.own_functions import own_loss, own_metric
 from silotune.training.row_gradient_check import check_row_gradients
 from silotune.training.scoring import build_eval_batches, evaluate
 from silotune.training.tasks.base import Batch, Example, Prepared, Task
@@ -174,6 +175,7 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
             client=data.name,
             num_examples=data.num_eval,
             tell=lambda done: worker.progress.client_scores(data.name, done, total),
+            metric=own_metric(worker.run.evaluate.metric),
         )
 
 
@@ -324,7 +326,8 @@ def _train(
     optimizer: Mapping[str, AdapterState],
 ) -> LocalResult:
     """Train the loaded adapter on these rows, under the round's protection."""
-    run, task, progress, total = worker.run, worker.task, worker.progress, len(steps)
+    run, progress, total = worker.run, worker.progress, len(steps)
+    task = own_loss(run.train.loss, worker.task)
     progress.client_steps(data.name, 0, total, 0)
     return train(
         worker.loaded,

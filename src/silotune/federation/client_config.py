@@ -55,6 +55,10 @@ class LimitsConfig(Config):
     """Highest rank of LoRA factors that this client trains. With an algorithm that accepts mixed
     ranks (hetlora, flexlora, flora) it then trains at this rank; other recipes of a higher rank are
     refused. Memory for what such an algorithm keeps beside the adapter comes on top."""
+    functions: tuple[str, ...] = ()
+    """Functions that a recipe may name as train.loss and evaluate.metric, such as
+    "python:my_package.my_module:my_loss". They are code of the server's choice, and a metric can
+    return anything that it works out from a row's loss. Absent: none."""
     epsilon: float | None = Field(default=None, gt=0)
     """Maximum epsilon of all runs on this client's rows together. The client then accepts only
     recipes with noise at the client. If a recipe's target is higher, this client adds more noise,

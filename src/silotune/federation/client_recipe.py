@@ -80,6 +80,12 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
             f"algorithm.name = '{algorithm}' is code of the server's choice; this client runs it "
             "only if limits.algorithms names it"
         )
+    for key, function in (("train.loss", run.train.loss), ("evaluate.metric", run.evaluate.metric)):
+        if function is not None and function not in limits.functions:
+            refused.append(
+                f"{key} is code of the server's choice; this client runs it only if "
+                "limits.functions names it"
+            )
     steps, passes = run.train.local_steps, run.train.accumulation
     if limits.max_steps is not None and steps is not None and steps * passes > limits.max_steps:
         each = f", each of train.accumulation = {passes} forward passes," * (passes > 1)

@@ -30,6 +30,19 @@ def held_out_losses(rows: Sequence[Row]) -> dict[int, float]:
     return {round_: _mean_loss(scores) for round_, scores in sorted(found.items())}
 
 
+def own_metrics(rows: Sequence[Row]) -> dict[int, float]:
+    """The recipe's own metric, by the round that produced the adapter: weighted by rows."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["event"] == "evaluate" and "metric" in row:
+            found.setdefault(row["round"], []).append(row)
+    return {
+        round_: sum(r["metric"] * r["num_examples"] for r in scored)
+        / sum(r["num_examples"] for r in scored)
+        for round_, scored in sorted(found.items())
+    }
+
+
 def server_losses(rows: Iterable[Row]) -> dict[int, float]:
     """Loss on the server's test set, by the round that produced the adapter."""
     scored = (row for row in rows if row["event"] == SERVER_TEST and row["status"] == "ok")

@@ -154,10 +154,11 @@ def as_a_client_has_it(
         own, about = load_tensors(place, fix="Restore it from a copy, or run the recipe again.")
         begun = {name: start[name].to(own[name].dtype) for name in own}
         return {**start, **interpolated(begun, own, json.loads(about["share"]))}
-    if folder.run.finish.local_steps or not personal(folder, client):
+    keeps = folder.run.algorithm.facts.keeps  # a client that was never asked has its first value
+    if folder.run.finish.local_steps or not (keeps or personal(folder, client)):
         raise ConfigError(
             f"client '{client}' keeps nothing of its own in this run folder.\n"
-            "  Leave out the client, or run a recipe with finish.local_steps or adapter.head = "
-            "'local'."
+            "  Leave out the client, or run a recipe with finish.local_steps, adapter.head = "
+            "'local' or algorithm.name = 'fedsa_lora'."
         )
     return start

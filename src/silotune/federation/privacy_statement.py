@@ -11,6 +11,7 @@ from silotune.federation.ledger import lines
 from silotune.federation.privacy_guarantee import FILE, Promise, as_json, cost_if_replaced
 from silotune.federation.run_folder import RunFolder
 from silotune.privacy.accountant import Epsilon, spent, spent_in_all
+from silotune.recipes.personal import what_is_kept
 from silotune.recipes.schema import RunConfig
 
 
@@ -136,8 +137,8 @@ def _not_protected(run: RunConfig, promise: Mapping[str, Any]) -> list[str]:
         )
     if promise["epsilon"]["pld"] is None:
         found.insert(0, "ANYTHING: the noise multiplier is 0")
-    if run.adapter.head == "local" and not record:
-        found.append("each client's own head, which stays at the client and has no noise")
+    if (kept := what_is_kept(run)) and not record:
+        found.append(f"each client's own {kept}, which stays at the client and has no noise")
     if run.finish.local_steps:
         found.append(
             "what each client learns in its own steps after the last round: it stays at the client "

@@ -15,6 +15,7 @@ from silotune.federation.metrics import (
     Row,
     held_out_losses,
     overall_scores,
+    own_metrics,
     part_of,
     server_losses,
     server_set,
@@ -229,11 +230,12 @@ class RunView(Progress):
         """A finished round in one line; call it after `end_round`."""
         trained_to = f": train loss {train_loss(rows):.3f}" if trained(rows) else ""
         parts = [f"round {round_}/{self.rounds} done{trained_to}"]
-        labels = overall_scores(rows)
+        labels, metrics = overall_scores(rows), own_metrics(rows)
         for scored, held_out in held_out_losses(rows).items():
             accuracy = f", accuracy {labels[scored]['accuracy']:.3f}" if scored in labels else ""
             when = "before it" if scored == round_ - 1 else f"after round {scored}"
-            parts.append(f"{part_of(rows)} loss {when}: {held_out:.3f}{accuracy}")
+            metric = f", own metric {metrics[scored]:.3f}" if scored in metrics else ""
+            parts.append(f"{part_of(rows)} loss {when}: {held_out:.3f}{accuracy}{metric}")
         for scored, loss in server_losses(rows).items():
             parts.append(f"{server_set(rows)} after round {scored}: loss {loss:.3f}")
         parts.append(f"{human_bytes(self.size_bytes)} sent so far")

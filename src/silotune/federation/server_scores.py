@@ -26,6 +26,7 @@ from silotune.federation.server_work import ServerWork, open_server_work
 from silotune.models.loading import LoadedModel, write_adapter
 from silotune.recipes.schema import RunConfig
 from silotune.training.known_tokens import prepare_rows
+from silotune.training.own_functions import own_metric
 from silotune.training.scoring import build_eval_batches, evaluate, metrics
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Batch, Task
@@ -93,7 +94,12 @@ class ServerTest:
         """Score a state's adapter; a row for metrics.jsonl."""
         write_adapter(self.loaded, state.adapter)
         found = evaluate(
-            self.loaded, self.batches, self.task, client="", num_examples=self.num_examples
+            self.loaded,
+            self.batches,
+            self.task,
+            client="",
+            num_examples=self.num_examples,
+            metric=own_metric(self.run.evaluate.metric),
         )
         row: Row = {"event": SERVER_TEST, "round": state.round}
         if self.run.evaluate.choose_by == "server":

@@ -9,6 +9,8 @@ from pydantic import Discriminator, Field, Tag, create_model, field_validator
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
 from silotune.core.algorithm import Algorithm
+from silotune.core.errors import ConfigError
+from silotune.core.own_code import PYTHON_NAME
 from silotune.recipes.own_algorithm import build_own
 
 
@@ -33,10 +35,11 @@ NOT_OPTIONS = {
 """Arguments of Flower's strategies that other recipe keys replace."""
 
 
+AUTO = "auto"
+"""The name that stands for whatever auto.py chooses."""
 PYTHON = "python:<module>:<function>"
 """Placeholder for the names of all algorithms of one's own, also in messages and documents."""
 PYTHON_EXAMPLE = "Name a function like this: python:my_package.my_module:my_algorithm."
-PYTHON_NAME = r"python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 
 def _check_options(given: Any) -> Any:
@@ -46,6 +49,14 @@ def _check_options(given: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"'{key}' should be a finite number")
     return cast(Any, given)
+
+
+class AutoConfig(AlgorithmConfig):
+    """Settings of the algorithm that is chosen for the recipe.
+
+    With [privacy] and LoRA it is ffa_lora, otherwise fedavg. `silotune check` says what is chosen
+    and why; the run records it, and its own recipe names it.
+    """
 
 
 class OwnAlgorithmConfig(AlgorithmConfig):
@@ -103,6 +114,7 @@ def chosen_algorithm(section: Any) -> str:
 
 ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {
     **{name: _named(name, cfg) for name, (cfg, _) in ALGORITHMS.items()},
+    AUTO: _named(AUTO, AutoConfig),
     PYTHON: OwnAlgorithmConfig,
     FLOWER: FlowerStrategyConfig,
 }
@@ -118,8 +130,14 @@ def build_algorithm(cfg: AlgorithmConfig) -> Algorithm:
     """Build an algorithm of ours or of the user's; runtime/flower/strategy.py builds Flower's too.
 
     Raises:
-        ConfigError: The user's function cannot be imported or called, or builds no `Algorithm`.
+        ConfigError: The user's function cannot be imported or called, or builds no `Algorithm`. Or
+            nothing has chosen an algorithm yet, see auto.py.
     """
     if isinstance(cfg, OwnAlgorithmConfig):
         return build_own(cfg.name, cfg, cfg.options)
+    if isinstance(cfg, AutoConfig):
+        raise ConfigError(
+            "algorithm.name = 'auto' cannot be used here.\n"
+            "  Name the algorithm that `silotune check` chooses for this recipe."
+        )
     return ALGORITHMS[chosen_algorithm(cfg)][1](cfg)

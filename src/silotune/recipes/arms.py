@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from silotune.core.errors import ConfigError
+from silotune.recipes.auto import resolve_auto
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import CompareConfig
@@ -64,7 +65,7 @@ def _arms(run: RunConfig) -> tuple[dict[str, RunConfig], dict[str, str]]:
         count = 2
         while name in arms:  # the same algorithm with other settings
             name, count = f"{label} {count}", count + 1
-        arms[name] = own.model_copy(update={"algorithm": algorithm})
+        arms[name] = resolve_auto(own.model_copy(update={"algorithm": algorithm}))
     for label, changes in run.compare.arms.items():
         name = f"{OWN}: {label}"
         recipe = _changed(own, label, changes)
@@ -105,7 +106,7 @@ def _changed(run: RunConfig, label: str, changes: Mapping[str, Any]) -> RunConfi
         other = section == "algorithm" and given.get("name", before["name"]) != before["name"]
         merged: dict[str, Any] = {**({} if other else before), **given}
         table[section] = {key: value for key, value in merged.items() if value != "none"}
-    changed = parse(table, name=where)
+    changed = resolve_auto(parse(table, name=where))
     if ("no-end-token" in changed.train.compat) != ("no-end-token" in run.train.compat):
         raise ConfigError(
             f"{where}: train.compat = 'no-end-token' determines the tokens, which all arms share.\n"

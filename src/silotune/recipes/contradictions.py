@@ -12,6 +12,7 @@ from silotune.recipes.algorithm import (
     OwnAlgorithmConfig,
     chosen_algorithm,
 )
+from silotune.recipes.personal import kept_by, what_is_kept
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.secure_sums import of_secure_sums
 
@@ -27,6 +28,8 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     by_clients = run.evaluate.choose_by == "clients"
     if run.checkpoint.keep == "best" and run.evaluate.every == 0 and by_clients:
         yield "checkpoint.keep", "'best' needs held-out losses, but evaluate.every is 0"
+    if run.evaluate.metric and run.evaluate.every == 0 and run.evaluate.server_path is None:
+        yield "evaluate.metric", "has no effect, because evaluate.every is 0"
     yield from run.runtime.contradictions()
     if run.plan.measure and run.runtime.name == "flower":
         yield (
@@ -37,6 +40,7 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _of_the_task(run)
     yield from _of_the_server(run)
     yield from _of_own_steps(run)
+    yield from _of_what_clients_keep(run)
     if "no-end-token" in run.train.compat and TEMPLATES.get(run.data.template) is None:
         own = ", ".join(name for name, text in TEMPLATES.items() if text is not None)
         yield "train.compat", f"'no-end-token' needs data.template to be one of: {own}"
@@ -133,6 +137,12 @@ def _of_records(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if run.data.max_rows is not None:
         yield "data.max_rows", MAX_ROWS_UNDER_PRIVACY
+    if run.train.loss is not None:
+        yield (
+            "train.loss",
+            "cannot be used with privacy.unit = 'record', which needs losses that depend on one "
+            "row each: nothing says that of your own function",
+        )
     if run.train.packing:
         yield (
             "train.packing",
@@ -292,8 +302,8 @@ def _of_the_servers_test(run: RunConfig) -> Iterator[tuple[str, str]]:
         return
     if path in (run.data.path, run.data.eval_path, run.server.data_path):
         yield "evaluate.server_path", "names rows that others have; the server needs its own"
-    if run.adapter.head == "local":
-        yield "adapter.head", "'local' leaves the server without a head to score with"
+    if kept := kept_by(run):
+        yield kept.partition(" ")[0], _without(run, "to score with")
     if chooses and run.checkpoint.keep != "best":
         yield "evaluate.choose_by", "'server' only has an effect with checkpoint.keep = 'best'"
 
@@ -349,5 +359,35 @@ def _of_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if server.work == "distill" and distill.teacher is None:
         yield "distill.teacher", "is missing: name a larger model with the same tokenizer"
-    if server.work != "none" and run.adapter.head == "local":
-        yield "adapter.head", "'local' leaves the server without a head to train with"
+    if server.work == "none":
+        return
+    if kept := kept_by(run):
+        yield kept.partition(" ")[0], _without(run, "to train with")
+    for i, arm in enumerate(run.compare.algorithms):
+        if arm.facts.keeps:
+            what = f"'{chosen_algorithm(arm)}' leaves the server without a factor {arm.facts.keeps}"
+            yield f"compare.algorithms.{i}", f"{what} to train with"
+
+
+def _without(run: RunConfig, purpose: str) -> str:
+    """Why a server cannot use a model of which its clients keep a part."""
+    _, _, value = kept_by(run).partition(" = ")
+    return f"{value} leaves the server without a {what_is_kept(run)} {purpose}"
+
+
+def _of_what_clients_keep(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What cannot be done where each client keeps a part of the adapter."""
+    if not (kept := kept_by(run)):
+        return
+    if run.checkpoint.keep == "best":
+        yield (
+            "checkpoint.keep",
+            f"'best' cannot be used with {kept}: clients keep their {what_is_kept(run)} of the "
+            "last rounds only, which belongs to no earlier adapter",
+        )
+    if run.algorithm.facts.keeps and run.runtime.name == "flower":
+        yield (
+            "algorithm.name",
+            f"'{chosen_algorithm(run.algorithm)}' cannot be used with runtime.name = 'flower': "
+            "so far, only the clients of a simulation can use what they keep",
+        )

@@ -91,7 +91,8 @@ def explain(where: tuple[str, ...], item: Any, table: Mapping[str, Any]) -> str:
                 + (f" {PYTHON_EXAMPLE}" if re.match("py", chosen.lower()) else "")
             )
         case "string_pattern_mismatch":
-            if str(item["input"]).startswith("python:"):
+            names_function = not key.startswith(("algorithm", "compare"))
+            if names_function or str(item["input"]).startswith("python:"):
                 return f"{key}: is not the path of a function. {PYTHON_EXAMPLE}"
             return f"{key}: is not the path of a class. {FLOWER_EXAMPLE}"
         case "model_type" | "dict_type":

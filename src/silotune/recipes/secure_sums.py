@@ -54,6 +54,8 @@ def of_secure_sums(run: RunConfig) -> Iterator[tuple[str, str]]:
             if facts.sends_more
             else "its server has to know who answered"
             if facts.remembers
+            else "changes of several ranks have several shapes"
+            if facts.mixed_ranks
             else ""
         )
         if why:

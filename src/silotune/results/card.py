@@ -18,11 +18,10 @@ from silotune.models.base_files import public_name, public_reference
 from silotune.models.loading import LABELS
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
+from silotune.results.budget_texts import budget_lines, budget_warnings
 from silotune.results.published import published
 from silotune.results.run_tables import prediction_notes, prediction_table, round_table, split_table
 from silotune.results.summary import (
-    budget_lines,
-    budget_warnings,
     cost_lines,
     extension_lines,
     is_scored,
@@ -183,6 +182,8 @@ def _predicted(summary: Mapping[str, Any]) -> list[str]:
 
 def _use(run: RunConfig, provenance: Mapping[str, Any]) -> list[str]:
     ask = f'silotune ask {without_folders(provenance["run"])} "your question"'
+    if run.algorithm.facts.keeps:  # the adapter alone answers like the base
+        return ["## Use", "", "```", f"{ask} --client NAME", "```", ""]
     code = python_use(run, revision_in(provenance), folder="adapter")
     return ["## Use", "", "```", ask, "```", "", *code, ""]
 

@@ -12,6 +12,7 @@ from silotune.federation.metrics import (
     Row,
     held_out_losses,
     overall_scores,
+    own_metrics,
     server_losses,
     train_loss,
     trained,
@@ -40,29 +41,32 @@ def round_numbers(rows: Sequence[Row]) -> Rows:
 
     Returns:
         round, train_loss, held_out_loss (both over all clients; of validation rows where a run
-        scores those), with the task classify accuracy, macro_f1 and mcc, with a test set at the
+        scores those), with the task classify accuracy, macro_f1 and mcc, with
+        evaluate.metric metric, with a test set at the
         server server_loss, bytes (both ways), seconds, and with LoRA's factors aggregation_error.
         None: not measured.
     """
     held_out, labels, server = held_out_losses(rows), overall_scores(rows), server_losses(rows)
-    names = list(next(iter(labels.values()), {}))
+    own = own_metrics(rows)
+    names = [*next(iter(labels.values()), {}), *(["metric"] if own else [])]
     ends = [row for row in rows if row["event"] == "round"]
     found: Rows = []
     if 0 in held_out or 0 in server:
         found.append({"round": 0})
     for last in ends:
-        own = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
+        trains = [r for r in rows if r["event"] == "train" and r["round"] == last["round"]]
         found.append(
             {
                 "round": last["round"],
-                "train_loss": train_loss(own) if trained(own) else None,
-                "bytes": sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in own),
+                "train_loss": train_loss(trains) if trained(trains) else None,
+                "bytes": sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in trains),
                 "seconds": last.get("seconds"),
                 "aggregation_error": last.get("aggregation_error"),
             }
         )
     for row in found:
-        row |= {name: labels.get(row["round"], {}).get(name) for name in names}
+        scored = {**labels.get(row["round"], {}), "metric": own.get(row["round"])}
+        row |= {name: scored.get(name) for name in names}
         row["held_out_loss"] = held_out.get(row["round"])
         row["server_loss"] = server.get(row["round"])
     at_server = ["server_loss"] if server else []

@@ -19,13 +19,12 @@ from silotune.models.sources import SOURCES
 from silotune.recipes.parse import to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.results import charts
+from silotune.results.budget_texts import budget_lines, budget_warnings
 from silotune.results.card import python_use, revision_in, without_folders
 from silotune.results.charts import Interval, Split
 from silotune.results.published import published
 from silotune.results.run_tables import prediction_notes, prediction_table
 from silotune.results.summary import (
-    budget_lines,
-    budget_warnings,
     cost_lines,
     extension_lines,
     is_scored,

@@ -17,7 +17,7 @@ KEPT = (
 """The columns of metrics.jsonl that follow from the recipe, the numbers of rows, and messages."""
 
 
-WITHHELD = ("scores", "predicted", "finish")
+WITHHELD = ("scores", "metric", "predicted", "finish")
 """Parts of a summary that are about rows, without noise."""
 
 

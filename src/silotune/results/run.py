@@ -5,10 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import ConfigError, ModelError, RunFolderError, UpdateError
 from silotune.core.public_call import as_path, public
@@ -25,6 +21,7 @@ from silotune.models.base import folder_of_base
 from silotune.models.gguf_write import GgufType
 from silotune.models.loading import LoadedModel, write_adapter
 from silotune.models.sources import content_hash, is_hub_id
+from silotune.recipes.personal import kept_by
 from silotune.recipes.schema import RunConfig
 from silotune.results.chat import NO_HEAD, SPEAKERS, Chat, Speaker, Speakers
 from silotune.results.export import GGUF_DEFAULT, check_request, export_run
@@ -36,6 +33,7 @@ from silotune.results.page import run_page
 from silotune.results.paper import TableKind, check_kinds, write_charts, write_tables
 from silotune.results.published import published
 from silotune.results.run_tables import round_table
+from silotune.results.saved_adapter import read_result
 from silotune.results.summary import label_table, loss_table
 from silotune.results.svg import ChartKind, saving
 
@@ -176,13 +174,29 @@ class Run:
 
         Args:
             client: Load the result as this client of a simulation has it: after its own steps
-                (`finish.local_steps`), or with its own head (`adapter.head = "local"`).
+                (`finish.local_steps`), or with the head or factor that it keeps
+                (`adapter.head = "local"`, `algorithm.name = "fedsa_lora"`).
 
         Raises:
             RunFolderError: There is no result yet.
             ModelError: The base is not the one that the adapter was trained on.
-            ConfigError: There is no such client, or it keeps nothing of its own.
+            ConfigError: There is no such client, or it keeps nothing of its own; or the result is
+                of use with a client's own part only, and none is named.
         """
+        self._check_whole(client)
+        return self._load_as(client)
+
+    def _check_whole(self, client: str | None) -> None:
+        """Refuse a result without the factor that every client keeps: it answers like the base."""
+        config = self.config
+        if client is None and (kept := config.algorithm.facts.keeps):
+            raise ConfigError(
+                f"{self.path}: with {kept_by(config)}, every client keeps a factor {kept} of its "
+                "own, and without one the adapter answers like the base.\n"
+                f"  Name a client with --client: {', '.join(sorted(self.summary['clients']))}."
+            )
+
+    def _load_as(self, client: str | None) -> LoadedModel:
         adapter = self._adapter_of(client)
         self.check_base()
         return self._load(self.config, adapter)
@@ -278,6 +292,7 @@ class Run:
             public=public,
             client=client,
         )
+        self._check_whole(client)
         _, adapter = self.summary, self._adapter_of(client)  # both raise if it is not finished
         self.check_base(there=True)
         api = hub_login() if push is not None else None
@@ -358,30 +373,10 @@ class Run:
                 raise ConfigError(f"{NO_HEAD}.\n  Ask without --base, and without --only base.")
             only = "federated"
         full = run.adapter.kind == "full"
-        result = None if full and only == "base" else self.load(client=client)
+        if only != "base":
+            self._check_whole(client)
+        result = None if full and only == "base" else self._load_as(client)
         base = load_for(run) if full and only != "federated" else result
         both = zip(SPEAKERS, (base, result), strict=True)
         models = {name: m for name, m in both if m is not None and only in (None, name)}
         return Chat(Speakers(run, models, max_new_tokens))
-
-
-def read_result(adapter: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a saved adapter or model, by name.
-
-    Raises:
-        RunFolderError: There are none, or a file is damaged.
-    """
-    files = sorted(adapter.glob("*.safetensors"))
-    if not files:
-        raise RunFolderError(
-            f"{adapter} holds no result yet.\n  Resume it: silotune run --resume {adapter.parent}"
-        )
-    tensors: dict[str, torch.Tensor] = {}
-    for path in files:
-        try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise RunFolderError(
-                f"{path} is damaged: {error}\n  Restore {adapter} from a copy."
-            ) from error
-    return tensors

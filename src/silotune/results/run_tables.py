@@ -50,6 +50,7 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         "accuracy": "accuracy",
         "macro_f1": "macro F1",
         "mcc": "Matthews",
+        "metric": "own metric",
         "server_loss": f"loss on the {server_set(rows)}",
         "bytes": "sent",
         "seconds": "seconds",

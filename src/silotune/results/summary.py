@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.wording import counted, human_bytes, human_seconds
-from silotune.federation.budget import end_note
 from silotune.federation.metrics import (
     SERVER_TEST,
     Row,
     held_out_losses,
     overall_scores,
+    own_metrics,
     part_of,
     server_set,
 )
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import StopConfig
 
 ARMS = ("base", "federated")
 
@@ -55,6 +54,7 @@ def summarise(
         **({} if part_of(rows) == "held-out" else {"scored": part_of(rows)}),
         **_losses(rows, clients, result_round),
         **_server_scores(rows, result_round),
+        **_own_metric(run, rows, clients, result_round),
         **{key: sum(sizes) for key, sizes in sent.items()},
         **_training(rows),
         **found,
@@ -154,6 +154,21 @@ def _server_training(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def _own_metric(
+    run: RunConfig, rows: Sequence[Row], clients: Mapping[str, Any], result_round: int
+) -> dict[str, Any]:
+    """evaluate.metric of base and result, by client and as a mean over their rows."""
+    if run.evaluate.metric is None:
+        return {}
+
+    def arms(own: Sequence[Row]) -> dict[str, float | None]:
+        by_round = own_metrics(own)
+        return {"base": by_round.get(0), "federated": by_round.get(result_round)}
+
+    each = {n: arms([row for row in rows if row.get("client") == n]) for n in sorted(clients)}
+    return {"metric": {"name": run.evaluate.metric, "clients": each, "overall": arms(rows)}}
+
+
 def _label_scores(
     rows: Sequence[Row], clients: Mapping[str, Any], result_round: int
 ) -> dict[str, Any]:
@@ -184,6 +199,11 @@ def notes_of(run: RunConfig) -> list[str]:
         notes.append(
             "The server's validation set chose the round (evaluate.choose_by), so its loss looks "
             "better than it is."
+        )
+    if kept := run.algorithm.facts.keeps:
+        notes.append(
+            f"Every client keeps a factor {kept} of its own, with which it was scored: without "
+            "one, the adapter in this folder answers like the base. `--client NAME` loads it."
         )
     return notes
 
@@ -360,26 +380,3 @@ def cost_lines(summary: Mapping[str, Any]) -> list[str]:
         + f"base loaded {counted(summary['base_model_loads'], 'time')}"
         + ("" if peak is None else f", peak memory {human_bytes(peak)}"),
     ]
-
-
-def budget_warnings(summary: Mapping[str, Any]) -> list[str]:
-    """A warning if the run took longer than budget.hours."""
-    budget = summary.get("budget")
-    if not budget or budget["hours"] is None or budget["seconds"] <= 3600 * budget["hours"]:
-        return []
-    one = f", and round 1 alone took {human_seconds(budget['longest_round_seconds'])}"
-    return [
-        f"budget.hours = {budget['hours']:g} was exceeded: the run took "
-        f"{human_seconds(budget['seconds'])} until the last score"
-        f"{one if budget['rounds'] == 1 else ''}."
-    ]
-
-
-def budget_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Which limit ended the run, and after which round; empty if none did."""
-    budget = summary.get("budget")
-    if not budget or budget["ended_by"] is None:
-        return []
-    after = f"{budget['rounds']} of {budget['planned_rounds']}"
-    stop = StopConfig.model_validate(budget.get("stop", {}))  # earlier versions had none
-    return [end_note(budget["ended_by"], after, stop, ends="ended")]

@@ -55,6 +55,7 @@ class _Score(_Form):
     num_correct: Count
     num_examples: Count
     label_counts: Annotated[list[tuple[Count, Count, Count]], Field(max_length=MAX_LABELS)] = []
+    metric: FiniteFloat | None = None
 
 
 class _Metrics(_Form):
@@ -261,7 +262,8 @@ def _checked(score: Score) -> Score:
 
 def _score_facts(score: Score) -> dict[str, Any]:
     left_out = ("client", "size_bytes", *(() if score.label_counts else ("label_counts",)))
-    return {k: v for k, v in asdict(score).items() if k not in left_out}
+    facts = {k: v for k, v in asdict(score).items() if k not in left_out}
+    return facts if score.metric is not None else {k: facts[k] for k in facts if k != "metric"}
 
 
 # --- tensors ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.errors import UpdateError
+from silotune.core.own_code import PYTHON_NAME
 from silotune.core.seeds import generator
 from silotune.core.types import Config
 from silotune.models.loading import LoadedModel
@@ -75,6 +76,10 @@ class TrainConfig(Config):
     clip_norm: float = Field(default=1.0, ge=0)
     """Bound on the L2 norm of the gradient over all trained tensors; 0 turns clipping off. Not
     used with privacy.unit = "record", which bounds every row's gradient instead."""
+    loss: str | None = Field(default=None, pattern=f"^{PYTHON_NAME}$")
+    """A loss of your own for the clients' training, in place of the likelihood:
+    python:<module>:<function>, see docs/how-to/add-a-metric-or-a-loss.md. A real client accepts it
+    only if its own limits.functions names it. Held-out losses stay likelihoods."""
     max_length: int = Field(default=512, ge=2)
     """Maximum length of a row in tokens; longer rows are truncated at the end."""
     packing: bool = False

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from silotune.core.own_code import PYTHON_NAME
 from silotune.core.stats import label_scores
 from silotune.core.types import Config, Score
 from silotune.models.loading import LoadedModel
-from silotune.training.tasks.base import Batch, Example, Task
+from silotune.training.tasks.base import Batch, Example, Loss, Task
 
 
 class EvaluateConfig(Config):
@@ -28,6 +29,10 @@ class EvaluateConfig(Config):
     choose_by: Literal["clients", "server"] = "clients"
     """Whose scores choose the best round and the end of a run (checkpoint.keep, stop.patience).
     server: those of server_path, whose rows are then no test."""
+    metric: str | None = Field(default=None, pattern=f"^{PYTHON_NAME}$")
+    """A metric of your own on the rows that are scored: python:<module>:<function>, see
+    docs/how-to/add-a-metric-or-a-loss.md. It is reported, and chooses nothing. A real client
+    accepts it only if its own limits.functions names it."""
     batch_size: int = Field(default=8, ge=1)
     """Rows in one forward pass; it changes the score only by rounding."""
 
@@ -56,6 +61,7 @@ def evaluate(
     client: str,
     num_examples: int,
     tell: Callable[[int], None] | None = None,
+    metric: "Metric | None" = None,
 ) -> Score:
     """Score the model. Dropout is off, and nothing is changed.
 
@@ -66,12 +72,14 @@ def evaluate(
         client: Whose rows they are.
         num_examples: How many they are.
         tell: Told the number of batches so far, after every batch.
+        metric: Makes one more number of the scored rows.
 
     Returns:
         Sums over the batches' targets: losses of several clients add up exactly.
     """
     loss_sum, num_tokens, num_correct = 0.0, 0, 0
     counts = torch.zeros(len(task.labels), 3, dtype=torch.int64)
+    rows: list[RowScore] = []
     loaded.model.eval()
     with torch.inference_mode():
         for number, batch in enumerate(batches, start=1):
@@ -83,10 +91,15 @@ def evaluate(
             if task.labels:
                 parts = (true[given == true], given, true)
                 counts += torch.stack([torch.bincount(p, minlength=len(counts)) for p in parts], 1)
+            if metric is not None:
+                rows += _row_scores(out, batch, task)
             if tell is not None:
                 tell(number)
     found = tuple((right, given, true) for right, given, true in counts.tolist())
-    return Score(client, loss_sum, num_tokens, num_correct, num_examples, label_counts=found)
+    own = None if metric is None else metric(rows)
+    return Score(
+        client, loss_sum, num_tokens, num_correct, num_examples, label_counts=found, metric=own
+    )
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,30 @@ class RowScore:
     """classify: index of its true class."""
 
 
+Metric = Callable[[Sequence[RowScore]], float]
+"""Scored rows of one client -> a number."""
+
+
+def _row_scores(out: Loss, batch: Batch, task: Task) -> list[RowScore]:
+    """The score of each row of a batch, in the batch's order."""
+    num_rows, length = batch.ids.shape
+    targets = batch.targets.to(out.logits.device)
+    nll = F.cross_entropy(out.logits, targets, reduction="none")  # (num_trained,)
+    row = batch.positions // length
+    sums = torch.zeros(num_rows, dtype=torch.float64)
+    sums.index_add_(0, row, nll.double().cpu())
+    counts = torch.bincount(row, minlength=num_rows)
+    return [
+        RowScore(total, count, *_classes(out, batch, n) if task.labels else ())
+        for n, (total, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True))
+    ]
+
+
+def _classes(out: Loss, batch: Batch, row: int) -> tuple[int, int]:
+    """The class that a row was given, and its true one."""
+    return int(out.logits[row].argmax()), int(batch.targets[row])
+
+
 def score_each(
     loaded: LoadedModel, examples: Sequence[Example], task: Task, *, batch_size: int
 ) -> list[RowScore]:
@@ -116,24 +153,16 @@ def score_each(
     with torch.inference_mode():
         for group in _by_length(examples, batch_size):
             batch = task.collate([examples[i] for i in group])
-            logits = task.loss(loaded, batch).logits  # (num_trained, vocabulary or labels)
-            nll = F.cross_entropy(logits, batch.targets.to(loaded.device), reduction="none")
-            row = batch.positions // batch.ids.shape[1]
-            sums = torch.zeros(len(group), dtype=torch.float64)
-            sums.index_add_(0, row, nll.double().cpu())
-            counts = torch.bincount(row, minlength=len(group))
-            for n, (i, total, count) in enumerate(
-                zip(group, sums.tolist(), counts.tolist(), strict=True)
-            ):
-                classes = (int(logits[n].argmax()), int(batch.targets[n])) if task.labels else ()
-                found[i] = RowScore(total, count, *classes)
+            scored = _row_scores(task.loss(loaded, batch), batch, task)
+            found |= dict(zip(group, scored, strict=True))
     return [found[i] for i in range(len(examples))]
 
 
 def metrics(scores: Iterable[Score]) -> dict[str, Any]:
     """Loss in nats, and how often the most likely prediction was right, over all targets.
 
-    For tokens: perplexity and token_accuracy. For labels: accuracy, macro_f1 and mcc, and the
+    For tokens: perplexity and token_accuracy. With a metric of one's own, `metric`: its mean over
+    clients, weighted by rows. For labels: accuracy, macro_f1 and mcc, and the
     counts that they are computed from. Clients have different numbers of targets; a mean of their
     means would give a small client as much weight as a large one.
     """
@@ -145,6 +174,10 @@ def metrics(scores: Iterable[Score]) -> dict[str, Any]:
         "num_tokens": num_tokens,
         "num_examples": sum(s.num_examples for s in all_scores),
     }
+    if None not in (own := [s.metric for s in all_scores]):
+        rows = found["num_examples"]
+        pairs = zip(all_scores, own, strict=True)
+        found["metric"] = sum(s.num_examples * (value or 0.0) for s, value in pairs) / rows
     if all_scores[0].label_counts:
         counts = add_label_counts(s.label_counts for s in all_scores)
         return {**found, **label_scores(counts), "label_counts": counts}

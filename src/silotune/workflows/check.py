@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,15 @@ from silotune.models.devices import pick_device
 from silotune.models.quantization import check_quantization
 from silotune.models.sources import check_name, is_hub_id
 from silotune.recipes.arms import repeated_arms
+from silotune.recipes.auto import resolve_auto, why_chosen
 from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tracks import TRACKS
 from silotune.runtime.flower.engine import check_installed
 from silotune.runtime.flower.strategy_check import check_algorithm, strategy_warnings
 from silotune.training.loop import pick_optimizer
+from silotune.training.own_functions import own_loss, own_metric
+from silotune.training.tasks import build_task
 from silotune.workflows.data_overview import label_warnings
 from silotune.workflows.in_memory import from_memory
 
@@ -56,6 +59,8 @@ class Checked:
     """What [privacy] guarantees, if the recipe has it."""
     unchecked: Sequence[str] = ()
     """What could not be looked at, each with the reason."""
+    chosen: str = ""
+    """Which algorithm "auto" is, and why."""
 
     @property
     def not_looked_at(self) -> str:
@@ -109,6 +114,11 @@ def check(
 
 
 def _checked(run: RunConfig, *, offline: bool) -> Checked:
+    chosen = why_chosen(run)
+    return replace(_looked_at(resolve_auto(run), offline=offline), chosen=chosen)
+
+
+def _looked_at(run: RunConfig, *, offline: bool) -> Checked:
     check_name(run.model.name)
     if run.model.revision is not None and not is_hub_id(run.model.name):
         raise ConfigError(
@@ -126,6 +136,8 @@ def _checked(run: RunConfig, *, offline: bool) -> Checked:
     if run.runtime.name != "in-process":
         check_installed(run)
     check_tracker(run.report.tracker)
+    own_loss(run.train.loss, build_task(run.task, run.data.labels))
+    own_metric(run.evaluate.metric)
     repeated = repeated_arms(run)  # raises for other mistakes in [compare]
     strategy, (_, notice) = (
         strategy_warnings(run.algorithm),

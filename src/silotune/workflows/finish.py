@@ -23,6 +23,7 @@ from silotune.federation.own_steps import (
 from silotune.models.loading import LoadedModel, write_adapter
 from silotune.runtime.inprocess import prepare_clients
 from silotune.runtime.job import Job
+from silotune.training.own_functions import own_metric
 from silotune.training.scoring import evaluate, metrics
 from silotune.training.tasks import build_task
 
@@ -106,5 +107,6 @@ def _scores(worker: Worker, data: ClientData, adapter: AdapterState) -> dict[str
         worker.task,
         client=data.name,
         num_examples=data.num_eval,
+        metric=own_metric(worker.run.evaluate.metric),
     )
     return {key: value for key, value in metrics([found]).items() if key != "label_counts"}

@@ -49,6 +49,7 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
             "held_out": HELD_OUT_RULE,
         },
         **_of_the_servers_test(run),
+        **({"algorithm": checked.chosen} if checked.chosen else {}),
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantization": loaded.quantization,

@@ -90,6 +90,8 @@ def run(
     live = LiveFile(folder.path)
     progress = Both(progress, live)
     progress.note(f"run folder: {folder.path}")
+    if checked.chosen:
+        progress.note(checked.chosen)
     with folder.locked():
         if checked.run.rounds > folder.run.rounds:
             progress.note(f"extended from {folder.run.rounds} to {checked.run.rounds} rounds")

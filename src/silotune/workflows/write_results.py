@@ -16,15 +16,25 @@ from silotune.core.wording import counted
 from silotune.data.client_rows import ClientRows
 from silotune.federation.budget import read_spent
 from silotune.federation.extended import extensions
+from silotune.federation.own_steps import personal
 from silotune.federation.privacy_statement import statement
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
-from silotune.models.loading import LoadedModel, base_only, save_adapter, write_adapter
+from silotune.models.loading import (
+    LoadedModel,
+    base_only,
+    read_adapter,
+    save_adapter,
+    write_adapter,
+)
+from silotune.recipes.personal import kept_by
 from silotune.recipes.schema import RunConfig
+from silotune.results.budget_texts import budget_warnings
 from silotune.results.card import model_card
-from silotune.results.run import Run, read_result
-from silotune.results.summary import budget_warnings, summarise
+from silotune.results.run import Run
+from silotune.results.saved_adapter import read_result
+from silotune.results.summary import summarise
 from silotune.runtime.job import Job, Measured
 from silotune.training.generate import Answer, answers
 from silotune.training.tasks import build_task
@@ -148,7 +158,7 @@ def _write_rows(
         return {}
     split = describe_split(rows, loaded.tokenizer, build_task(run.task))
     folder.write_json("split.json", split)
-    samples = _sample(run, rows, loaded, progress) if run.task == "instruct" else []
+    samples = _sample(run, folder, rows, loaded, progress) if run.task == "instruct" else []
     folder.write_json("samples.json", samples)
     return split
 
@@ -172,9 +182,16 @@ def _budget(run: RunConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def _sample(
-    run: RunConfig, rows: Mapping[str, ClientRows], loaded: LoadedModel, progress: Progress
+    run: RunConfig,
+    folder: RunFolder,
+    rows: Mapping[str, ClientRows],
+    loaded: LoadedModel,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Held-out questions of the first clients, answered by the base and by the result."""
+    """Held-out questions of the first clients, answered by the base and by the result.
+
+    A client that keeps a part of the adapter is answered with its own.
+    """
     asked = {name: question_of(rows[name].scored[0]) for name in sorted(rows)[: run.report.samples]}
     talks, limit = [talk for talk, _ in asked.values()], run.report.max_new_tokens
     said: dict[str, list[Answer]] = {}
@@ -183,7 +200,13 @@ def _sample(
     if loaded.has_adapter:  # else the base is another model
         with base_only(loaded):
             said["base"] = answers(loaded, talks, max_new_tokens=limit)
-    said["federated"] = answers(loaded, talks, max_new_tokens=limit)
+    if kept_by(run):
+        shared, said["federated"] = read_adapter(loaded), []
+        for name, talk in zip(asked, talks, strict=True):
+            write_adapter(loaded, {**shared, **personal(folder, name)})
+            said["federated"] += answers(loaded, [talk], max_new_tokens=limit)
+    else:
+        said["federated"] = answers(loaded, talks, max_new_tokens=limit)
     return [
         {
             "client": name,

@@ -20,7 +20,7 @@ from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import parse
 from silotune.recipes.tracks import TRACKS
-from silotune.results.summary import budget_lines, budget_warnings
+from silotune.results.budget_texts import budget_lines, budget_warnings
 from silotune.workflows.check import check, check_track
 from tests.conftest import changed, hospital_rows, small_table, write_jsonl
 

@@ -243,6 +243,10 @@ def double(tensors):
     return {n: t.double() for n, t in tensors.items()}
 
 
+def is_sent(algorithm, tensor, round_):
+    return algorithm.local.trains(tensor, round_) and not algorithm.local.personal(tensor)
+
+
 def several_updates(name, sign=1.0, *, round_=1):
     """Five clients with unequal weights, both signs, one coordinate far below tau."""
     deltas = [
@@ -251,8 +255,7 @@ def several_updates(name, sign=1.0, *, round_=1):
         *({n: (1 + i * i / 7) * d for n, d in NORTH.items()} for i in range(3)),
     ]
     sent = [
-        {n: d for n, d in delta.items() if DEFAULTS[name].local.trains(n, round_)}
-        for delta in deltas
+        {n: d for n, d in delta.items() if is_sent(DEFAULTS[name], n, round_)} for delta in deltas
     ]
     extra = {"control": sent} if FACTS[name].sends_more else {}
     return [
@@ -272,7 +275,7 @@ def test_every_algorithm_builds_under_its_own_name_and_plays_a_round(name):
     assert layout_of(own) == layout_of(ADAPTER)
     assert (own.keys() != after.adapter.keys()) == FACTS[name].residual
     assert after.extra.keys() == state.extra.keys()
-    learning = {n: t for n, t in ADAPTER.items() if algorithm.local.trains(n, 2)}
+    learning = {n: t for n, t in ADAPTER.items() if is_sent(algorithm, n, 2)}
     assert expected_layout(algorithm, after) == layout_of(learning)
     assert learning
     assert bool(expected_extra(algorithm, after)) == FACTS[name].sends_more
@@ -288,6 +291,7 @@ def test_what_an_algorithm_says_about_itself_is_what_it_is(name):
     assert facts.sends_more == (algorithm.extra_layout is not None)
     assert facts.remembers == (algorithm.local.finish is not None)
     assert facts.residual != algorithm.local.trains(BESIDE_B, 1)
+    assert bool(facts.keeps) == any(algorithm.local.personal(n) for n in ADAPTER)
     assert facts.paper
     assert facts.differs.endswith(".")
     bare = {"weight": torch.ones(2, 2)}
@@ -308,7 +312,7 @@ def test_the_server_moves_to_where_the_clients_agree_to_go(name):
     # a flipped sign in a server's step fails here
     delta = {A: torch.tensor([[0.1, -0.2, 0.3]]), B: torch.tensor([[-0.5], [0.25]])}
     algorithm = DEFAULTS[name]
-    sent = {n: d for n, d in delta.items() if algorithm.local.trains(n, 1)}
+    sent = {n: d for n, d in delta.items() if is_sent(algorithm, n, 1)}
     more = {"control": sent} if FACTS[name].sends_more else {}
     updates = [update(f"client-{i}", sent, extra=more) for i in range(5)]
     after = play(algorithm, start(algorithm, ADAPTER), updates)
@@ -323,7 +327,7 @@ def test_the_server_moves_to_where_the_clients_agree_to_go(name):
 @each
 def test_clients_that_do_not_move_leave_the_function_where_it_is(name):
     algorithm = DEFAULTS[name]
-    still = {n: torch.zeros_like(t) for n, t in ADAPTER.items() if algorithm.local.trains(n, 1)}
+    still = {n: torch.zeros_like(t) for n, t in ADAPTER.items() if is_sent(algorithm, n, 1)}
     more = {"control": still} if FACTS[name].sends_more else {}
     updates = [update(f"client-{i}", still, i + 1, extra=more) for i in range(5)]
     after = play(algorithm, start(algorithm, ADAPTER), updates)

@@ -1,11 +1,16 @@
-"""Toy O1: noise on the clients' mean reverses the order of FedIT and FFA-LoRA.
+"""Toy O1: noise on the clients' mean reverses the order of FedIT and FFA-LoRA; RoLoRA is between.
 
-Low-rank regression by our own `fedavg` (on LoRA factors it is FedIT) and `ffa_lora`: 8 clients with
-64 rows each of y = W x, x standard normal of 48 dimensions, y of 8, W of rank 4 and norm 1. An
-adapter B A of rank 4 starts with B = 0 and PEFT's A. 60 rounds of 5 full gradient steps of 0.05.
+Low-rank regression by our own `fedavg` (on LoRA factors it is FedIT), `ffa_lora` and `rolora`: 8
+clients with 64 rows each of y = W x, x standard normal of 48 dimensions, y of 8, W of rank 4 and
+norm 1. An adapter B A of rank 4 starts with B = 0 and PEFT's A. 60 rounds of 5 full gradient steps
+of 0.05.
 Each client's delta is clipped to an L2 norm of 1 over all of its tensors together; the mean of the
 8 gets Gaussian noise of deviation z / 8 on each value, as client-level differential privacy adds
 it. The error is |B A - W| / |W|, the mean over 10 seeds.
+
+RoLoRA trains both factors, one at a time, and lands between the two on either side of the crossing:
+.42 to .48 without noise on five of these sets, and on two of them 1.2 at z = .5, 2.4 to 2.5 at
+z = 1, 6.7 to 7.1 at z = 2. In the specification's draw of this toy, it leads without noise.
 
 Only the order is checked, on seeds 0 to 9. It is the same on all of the ten sets 0 to 9, 100 to
 109, ... 900 to 909, and for every single seed of them. Their means, FedIT and FFA-LoRA:
@@ -20,12 +25,14 @@ from torch import Tensor
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.ffa_lora import FFALoRAConfig, ffa_lora
+from silotune.algorithms.rolora import RoLoRAConfig, rolora
 from silotune.core.algorithm import Algorithm
 from silotune.core.seeds import generator
 from silotune.core.tree import add, subtract
 from silotune.core.types import Change, ServerState, Update
 
 FEDIT, FFA = fedavg(FedAvgConfig()), ffa_lora(FFALoRAConfig())
+ROLORA = rolora(RoLoRAConfig())
 A, B = "lora_A", "lora_B"
 CLIENTS, ROUNDS, STEPS, LR, CLIP_NORM = 8, 60, 5, 0.05, 1.0
 ROWS, D_IN, D_OUT, RANK = 64, 48, 8, 4
@@ -88,12 +95,14 @@ def train(algorithm: Algorithm, state: ServerState, w: Tensor, moments: Tensor) 
     return updates
 
 
-def test_without_noise_fedit_is_closer_because_its_first_factor_is_trained_too():
-    fedit, ffa = (error(algorithm, 0.0, range(10)) for algorithm in (FEDIT, FFA))
-    assert fedit.mean() < 0.8 * ffa.mean()
+def test_without_noise_the_more_of_both_factors_is_trained_the_closer():
+    fedit, rolora_, ffa = (error(a, 0.0, range(10)).mean() for a in (FEDIT, ROLORA, FFA))
+    assert fedit < 0.8 * rolora_
+    assert rolora_ < 0.8 * ffa
 
 
 @pytest.mark.parametrize("z", [1.0, *(pytest.param(z, marks=pytest.mark.slow) for z in (0.5, 2.0))])
-def test_with_noise_ffa_lora_is_closer_because_its_noise_is_not_multiplied(z):
-    fedit, ffa = (error(algorithm, z, range(10)) for algorithm in (FEDIT, FFA))
-    assert ffa.mean() < 0.95 * fedit.mean()
+def test_with_noise_the_order_is_reversed_because_noise_on_both_factors_is_multiplied(z):
+    fedit, rolora_, ffa = (error(a, z, range(10)).mean() for a in (FEDIT, ROLORA, FFA))
+    assert ffa < 0.95 * rolora_
+    assert rolora_ < 0.95 * fedit

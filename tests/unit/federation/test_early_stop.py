@@ -13,7 +13,7 @@ from silotune.federation.budget import end_note, is_out_of_patience, read_spent
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.sections import StopConfig
-from silotune.results.summary import budget_lines
+from silotune.results.budget_texts import budget_lines
 from tests.unit.federation.test_rounds import StandInClients, go, recipe
 
 STOPS = {"data__validation_fraction": 0.2, "checkpoint__keep": "best", "stop__patience": 2}

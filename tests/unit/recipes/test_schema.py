@@ -314,6 +314,7 @@ def test_a_resolved_recipe_reads_back_equal_for_every_algorithm(name, algorithm)
     cfg = ALGORITHM_CONFIGS[algorithm]()
     plain = ["adapter.dora=false"] if cfg.facts.needs_lora else []
     plain += PLAIN_SGD if cfg.needs_plain_sgd else []
+    plain += ["server.work=none"] if cfg.facts.keeps else []
     run = load_recipe(name, ["algorithm=none", f"algorithm.name={algorithm}", *plain])
     assert run.algorithm == ALGORITHM_CONFIGS[algorithm]()
     assert comes_back(run)
@@ -443,6 +444,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "train.warmup_steps": ("2", []),
     "train.weight_decay": ("0.25", []),
     "train.clip_norm": ("0.5", []),
+    "train.loss": ("python:my_rules:my_loss", []),
     "train.max_length": ("99", []),
     "train.packing": ("true", []),
     "train.compat": ('["late-schedule"]', ["train.schedule=cosine"]),
@@ -463,6 +465,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "distill.top_k": ("8", []),
     "distill.compat": ("raw-logits", []),
     "evaluate.every": ("2", []),
+    "evaluate.metric": ("python:my_rules:my_metric", []),
     "evaluate.batch_size": ("3", []),
     "evaluate.server_path": ("own.jsonl", []),
     "evaluate.choose_by": (

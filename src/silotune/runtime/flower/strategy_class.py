@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from silotune.core.errors import ConfigError
+from silotune.core.own_code import text_of
 from silotune.core.wording import did_you_mean
 from silotune.recipes import own_algorithm
 from silotune.recipes.algorithm import NOT_OPTIONS, FlowerStrategyConfig
-from silotune.recipes.own_algorithm import text_of
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy

@@ -36,6 +36,7 @@ from silotune.federation.sampling import cohort_size
 from silotune.federation.server_work import open_server_work
 from silotune.models.loading import LoadedModel, read_adapter, untrained
 from silotune.recipes.parse import shipped_recipes
+from silotune.recipes.personal import kept_by, what_is_kept
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import BudgetConfig, StopConfig
 from silotune.results.run import Run
@@ -172,10 +173,11 @@ def _check_auditable(run: RunConfig) -> None:
             f"runtime.name = '{run.runtime.name}': an audit adds canaries to the clients, which "
             "only works in process.\n  Add runtime.name=in-process."
         )
-    if run.adapter.head == "local" and run.privacy.unit != "client":
+    if (kept := kept_by(run)) and run.privacy.unit != "client":
+        key = kept.partition(" ")[0]
         raise ConfigError(
-            "adapter.head = 'local': every client scores with its own head, which is not part of "
-            "the result, so canary rows reveal little.\n  Choose another adapter.head."
+            f"{kept}: every client scores with its own {what_is_kept(run)}, which is not part of "
+            f"the result, so canary rows reveal little.\n  Choose another {key}."
         )
 
 

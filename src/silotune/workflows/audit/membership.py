@@ -19,6 +19,7 @@ from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
 from silotune.models.loading import LoadedModel, untrained
+from silotune.recipes.personal import kept_by, what_is_kept
 from silotune.recipes.schema import RunConfig
 from silotune.results.run import Run
 from silotune.training.known_tokens import prepare_rows
@@ -99,10 +100,11 @@ def _rows_of(run: Run) -> tuple[RunConfig, Mapping[str, ClientRows]]:
             f"{run.path} ran with runtime.name = '{config.runtime.name}', and only in-process runs "
             "can be audited, because their rows are on this machine.\n  Run the recipe in process."
         )
-    if config.adapter.head == "local":
+    if kept := kept_by(config):
+        key = kept.partition(" ")[0]
         raise ConfigError(
-            f"{run.path}: with adapter.head = 'local', every client scores with its own head, "
-            "which is not part of the result.\n  Audit a run with another adapter.head."
+            f"{run.path}: with {kept}, every client scores with its own {what_is_kept(config)}, "
+            f"which is not part of the result.\n  Audit a run with another {key}."
         )
     checked = check(config)
     check_same_rows(RunFolder.open(run.path), checked)

@@ -31,6 +31,7 @@ from silotune.federation.run_folder import RunFolder
 from silotune.federation.server_work import build_lesson, is_pretrained, pretrain, server_rows
 from silotune.models.loading import LoadedModel, save_adapter, untrained, write_adapter
 from silotune.recipes.arms import federated_arms
+from silotune.recipes.personal import kept_by
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import CompareConfig, FinishConfig, StopConfig
 from silotune.recipes.tuning import Point
@@ -89,10 +90,10 @@ class Arms:
         self.folder, self.checked, self.progress = folder, checked, progress
         self.run = run = checked.run
         self.has_validation = run.data.validation_fraction > 0
+        self.recipes = federated_arms(run)
         # what is personal is kept for the last round only, and losses of rows have no noise
-        self.picks_round = (
-            self.has_validation and run.privacy.unit == "none" and run.adapter.head != "local"
-        )
+        keeps_last = any(kept_by(recipe) for recipe in self.recipes.values())
+        self.picks_round = self.has_validation and run.privacy.unit == "none" and not keeps_last
         self.task = build_task(run.task, run.data.labels)
         progress.note(f"comparison folder: {folder.path}")
         progress.note(f"loading {run.model.name}")
@@ -110,7 +111,6 @@ class Arms:
             )
             for name in self.data
         }
-        self.recipes = federated_arms(run)
         self.num_parts, self.num_done = num_parts(run, len(self.data)), 0
 
     @property

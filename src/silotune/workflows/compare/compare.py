@@ -26,6 +26,8 @@ from silotune.recipes.sections import FinishConfig
 from silotune.results.frames import frame
 from silotune.results.paper import TableKind, check_kinds, write_charts, write_tables
 from silotune.results.svg import ChartKind, saving
+from silotune.training.own_functions import own_loss
+from silotune.training.tasks import build_task
 from silotune.workflows.check import Checked
 from silotune.workflows.compare.arms import Arms
 from silotune.workflows.compare.best import choose_best
@@ -180,7 +182,8 @@ def _check(checked: Checked) -> dict[str, tuple[str, ...]]:
         RunFolderError: The comparison was begun by an older version.
     """
     run = checked.run
-    federated_arms(run)  # an arm that repeats another is a mistake here only
+    for arm in federated_arms(run).values():  # one that repeats another is a mistake here only
+        own_loss(arm.train.loss, build_task(run.task, run.data.labels))
     if with_validation(run) != run:
         raise RunFolderError(
             "this comparison was begun by an older version of silotune, without validation rows.\n"
@@ -248,7 +251,7 @@ def _compare(
     numbers = compare_arms(scores, num_train=num_train) | _choices(arms, chosen, parts)
     # 6. What each client takes by its validation rows, and what that gives it on the held-out ones.
     if arms.has_validation:
-        numbers["best"] = choose_best(scores, read_validation(parts), num_train=num_train)
+        numbers["best"] = choose_best(scores, read_validation(parts, run), num_train=num_train)
     return _write(arms, parts, numbers, scores)
 
 

@@ -17,6 +17,7 @@ from silotune.federation.client_memory import folder_name
 from silotune.federation.metrics import Row, held_out_losses, overall_scores
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.arms import federated_arms
+from silotune.recipes.personal import kept_by
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tuning import federated_points, lone_points, own_points
 from silotune.results.run import Run
@@ -176,16 +177,26 @@ def _by_owner(parts: Places, key: str) -> dict[str, dict[str, list[Any]]]:
     return found
 
 
-def read_validation(parts: Places) -> Losses:
-    """The validation losses of every client's choices: alone, federated, and their extensions.
+def read_validation(parts: Places, run: RunConfig) -> Losses:
+    """The validation losses of every client's choices, see `choices`.
 
     A loss that is not finite, or unknown, is infinite.
     """
     found: Losses = {}
     for arm, by_seed in parts.items():
-        if arm in EXTENDED or builds_on(arm) is not None:
+        if arm in choices(run):
             found[arm] = {seed: _validation(own) for seed, own in by_seed.items()}
     return found
+
+
+def choices(run: RunConfig) -> tuple[str, ...]:
+    """The arms that a client chooses from.
+
+    Alone, federated, those that keep a part of the adapter at each client, and what extends the
+    first two.
+    """
+    personal = [arm for arm, recipe in federated_arms(run).items() if kept_by(recipe)]
+    return tuple(dict.fromkeys([*EXTENDED, *personal, *extensions(run)]))
 
 
 def _validation(parts: Mapping[str, Path]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
 from silotune.models.loading import LoadedModel, read_adapter, write_adapter
+from silotune.recipes.personal import kept_by, what_is_kept
 from silotune.recipes.schema import RunConfig
 from silotune.results.run import Run
 from silotune.results.summary import unit_of
@@ -142,8 +143,8 @@ def check_possible(path: Path, run: RunConfig, algorithm: Algorithm) -> None:
         why = (
             f"server.work = '{run.server.work}': what the server learned between rounds is not kept"
         )
-    elif run.adapter.head == "local":
-        why = "adapter.head = 'local': every client scores with its own head, which is not kept"
+    elif kept := kept_by(run):
+        why = f"{kept}: every client scores with its own {what_is_kept(run)}, which is not kept"
     elif algorithm.layout is not None or algorithm.tailor is not None:
         why = f"algorithm.name = '{algorithm.name}': its clients train tensors of different shapes"
     elif run.adapter.ranks:

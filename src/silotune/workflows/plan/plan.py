@@ -16,6 +16,7 @@ from silotune.core.wording import human_bytes, human_seconds
 from silotune.data.files import locate
 from silotune.federation.progress import Progress
 from silotune.models.sources import check_name
+from silotune.recipes.auto import resolve_auto
 from silotune.recipes.parse import resolve_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
@@ -123,6 +124,7 @@ def plan(
 
 
 def _plan(run: RunConfig, progress: Progress, *, measured: bool, limits: Limits | None) -> Plan:
+    run = resolve_auto(run)
     check_name(run.model.name)
     check_track(run)
     here = measured and is_at_hand(run)
