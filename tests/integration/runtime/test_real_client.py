@@ -13,6 +13,7 @@ import pytest
 import tomli_w
 import torch
 
+from silotune.core.lora import at_rank
 from silotune.core.types import Broadcast, Failure
 from silotune.federation.ledger import lines
 from silotune.federation.outbound_log import FILE as OUTBOUND
@@ -420,3 +421,24 @@ def test_a_folder_of_the_server_is_never_looked_up_here(client, tmp_path):
     said = own.answer(message(recipe(model="copy:tiny"))).about["failure"]
     assert said["code"] == "declined"
     assert "set model to this client's own copy" in said["place"]
+
+
+# --- rank ----------------------------------------------------------------------------------------
+
+
+def test_a_client_trains_at_its_own_rank_and_refuses_a_higher_one(client, adapter):
+    """The server learns the rank from the report, and truncates what it sends."""
+    own = client(ONE, rank=1)
+    run = recipe(algorithm={"name": "flora"})
+    report = wire.decode_report(own.answer(message(run)), "north")
+    assert report["rank"] == 1
+    assert own._station.worker.run.adapter.rank == 1
+    low = at_rank(adapter, 1)
+    sent = own.answer(message(run, "train", wire.encode_broadcast(Broadcast(1, low))))
+    update = wire.decode_answer(sent, "north", bytes_down=0)
+    assert {n: t.shape for n, t in update.delta.items()} == {n: t.shape for n, t in low.items()}
+    refused = own.answer(message(run, "train", wire.encode_broadcast(Broadcast(2, adapter))))
+    assert "arrives at rank 2, this client trains at rank 1" in refused.about["failure"]["place"]
+    plain = own.answer(message(recipe())).about["failure"]
+    assert plain["code"] == "declined"
+    assert "adapter.rank = 2 is above limits.rank = 1" in plain["place"]
