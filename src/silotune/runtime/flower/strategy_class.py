@@ -8,10 +8,10 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from silotune.core import own_code
 from silotune.core.errors import ConfigError
 from silotune.core.own_code import text_of
 from silotune.core.wording import did_you_mean
-from silotune.recipes import own_algorithm
 from silotune.recipes.algorithm import NOT_OPTIONS, FlowerStrategyConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ OURS = {
 
 def refused(cfg: FlowerStrategyConfig, what: str, fix: str) -> ConfigError:
     """The error for a strategy that cannot be used: what is wrong, and how to fix it."""
-    return own_algorithm.refused(cfg.name, what, fix)
+    return own_code.refused("algorithm.name", cfg.name, what, fix)
 
 
 def class_of(cfg: FlowerStrategyConfig) -> "type[Strategy]":
