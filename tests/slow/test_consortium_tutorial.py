@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ class Terminals:
             words += ["--model", str(self.model)]
         if words[:2] == ["client", "doctor"]:
             self.wait_for("clients reach it", [0])
+            self.wait_for_port()
         if words[:2] == ["server", "submit"]:
             words += [f"model.name={self.model}", *SMALL]
             self.wait_for("' is connected to", range(1, len(self.running)))
@@ -54,7 +56,7 @@ class Terminals:
                 )
             return ""
         done = run_typed(words, cwd=self.place)
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def wait_for(self, text: str, terminals: Iterable[int]) -> None:
@@ -64,6 +66,17 @@ class Terminals:
         while not all(text in log.read_text() for log in logs):
             assert time.monotonic() < deadline, [log.read_text() for log in logs]
             time.sleep(1)
+
+    def wait_for_port(self) -> None:
+        """The gate listens a moment after the line that names its port."""
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", int(self.port)), timeout=5).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, (self.place / "0.log").read_text()
+                time.sleep(0.5)
 
     def close(self) -> None:
         for process in reversed(self.running):

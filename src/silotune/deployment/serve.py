@@ -112,6 +112,8 @@ class _Server:
             public=self.private / "public",
         )
         write_json(self.private / "gate.json", config)
+        # before the gate listens: a client that asks at once would get HTTP 404
+        write_notice(self.private / "public", self.consortium.folder)
         self.supervisor.keep(GATE, gate_command(self.private / "gate.json"))
         about = self.consortium.about
         self.note(f"{about.name}: clients reach it at {about.host}, port {about.port}")
