@@ -108,6 +108,7 @@ def main() -> None:
     options.add_argument("--cuts", nargs="+")
     options.add_argument("--out", type=Path, default=Path("runs/joining"))
     options.add_argument("--jobs", type=int, default=1)
+    options.add_argument("--finished", action="store_true", help="train nothing, show what is done")
     options.add_argument("overrides", nargs="*", metavar="key=value")
     args = options.parse_intermixed_args()
     of = SETS[args.set]
@@ -117,6 +118,8 @@ def main() -> None:
     cells = [
         (n, cut) for n in args.rows or of.sizes for cut in of.cuts if cut in (args.cuts or of.cuts)
     ]
+    if args.finished:
+        cells = [cell for cell in cells if (_folder(place, *cell) / "comparison.json").is_file()]
     # one thread each: two processes that wait for each other's threads take ten times as long
     keys = [*args.overrides, *(["runtime.threads=1"] if args.jobs > 1 else [])]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
@@ -131,10 +134,14 @@ Cell = dict[str, Any]
 """cut, rows, difference between clients, and the comparison's result."""
 
 
+def _folder(place: Path, n: int, cut: str) -> Path:
+    return place / f"{n}-{cut.replace(' ', '-')}"
+
+
 def _cell(name: str, place: Path, overrides: Sequence[str], of_cell: tuple[int, str]) -> Cell:
     n, cut = of_cell
     of = SETS[name]
-    own = place / f"{n}-{cut.replace(' ', '-')}"
+    own = _folder(place, n, cut)
     if (own / "comparison.json").is_file():
         result = json.loads((own / "comparison.json").read_text(encoding="utf-8"))
     elif own.exists():
@@ -260,7 +267,8 @@ def _draw(of: Rows, found: "list[Cell]") -> str:
             )
             shown[cut] = drawn.lines[0]
         ax.set(xscale="log", xlabel="rows per client", ylabel=f"gain in {of.metric}")
-        ax.set_xticks(of.sizes, [str(size) for size in of.sizes])
+        sizes = sorted({cell["rows"] for cell in found})
+        ax.set_xticks(sizes, [str(size) for size in sizes])
         ax.minorticks_off()
         return shown
 

@@ -73,7 +73,7 @@ def test_recipe_names_complete():
         ("silotune ru", ["run", "runs"]),
         ("silotune run hosp", ["hospitals"]),
         ("silotune recipes work", ["workshop"]),
-        ("silotune sweep x adapter.ra", ["adapter.rank="]),
+        ("silotune sweep x adapter.ta", ["adapter.targets="]),
     ],
 )
 def test_a_shell_gets_commands_recipes_and_keys(line, offered):

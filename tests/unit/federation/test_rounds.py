@@ -88,7 +88,11 @@ def answers(algorithm):
     rule = built.local
 
     def answer(update):
-        sent = {n: t for n, t in update.delta.items() if rule.trains(n, update.round)}
+        sent = {
+            n: t
+            for n, t in update.delta.items()
+            if rule.trains(n, update.round) and not rule.personal(n)
+        }
         more = {"control": sent} if built.extra_layout else {}
         return replace(update, settings=dict(rule.settings), delta=sent, extra=more)
 
