@@ -61,6 +61,9 @@ def up(
 def approve(
     request: Annotated[Path, typer.Argument(help="The request that a client's operators sent.")],
     folder: Folder = HERE,
+    again: Annotated[
+        bool, typer.Option("--again", help="Let in a key that was revoked before.")
+    ] = False,
 ) -> None:
     """Let a client in, and write the kit to send back.
 
@@ -69,7 +72,7 @@ def approve(
     with errors_as_exit_codes():
         from silotune.deployment.consortium.folder import Consortium
 
-        kit, fingerprint = Consortium.open(folder).approve(request)
+        kit, fingerprint = Consortium.open(folder).approve(request, again=again)
         print_line(f"fingerprint, to compare by telephone: {fingerprint}")
         print_line(f"send back: {kit}")
 

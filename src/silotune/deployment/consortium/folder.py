@@ -167,18 +167,20 @@ class Consortium:
             found[name] = Member(name, place, read_certificate(_text(path), where=str(path)))
         return found
 
-    def approve(self, request: Path, *, days: int = DAYS) -> tuple[Path, str]:
+    def approve(self, request: Path, *, days: int = DAYS, again: bool = False) -> tuple[Path, str]:
         """Let a client in.
 
         Args:
             request: The file that the client's operators sent.
+            again: Whether a key that was revoked may come back.
             days: How long its certificate is valid; approving it again renews it.
 
         Returns:
             The kit to send back, and the fingerprint of the client's key, to be compared.
 
         Raises:
-            ConfigError: The request is not intact, or another key has this name.
+            ConfigError: The request is not intact, another key has this name, or the key was
+                revoked.
         """
         asked = read_request_file(request)
         key = public_key(read_request(asked.request, where=f"{request}: request"))
@@ -192,6 +194,12 @@ class Consortium:
                 )
             if same_key and name != asked.name:
                 raise ConfigError(f"this key is already in, as '{name}'.")
+        if asked.name not in members and not again and self._was_revoked(key):
+            raise ConfigError(
+                f"the key of '{asked.name}' was revoked.\n  If it may have been stolen, ask for a "
+                "new request: silotune client init. To let the same key in again: silotune server "
+                f"approve {request} --again"
+            )
         authority = self.authority()
         made = client_certificate(authority, self._signer(), key, asked.name, days=days)
         kit = self.folder / "kits" / f"{asked.name}.toml"
@@ -210,6 +218,12 @@ class Consortium:
         # last: its presence says that the client is in
         write_atomically(place / "certificate.pem", pem(made).encode("ascii"))
         return kit, fingerprint(key)
+
+    def _was_revoked(self, key: PublicKey) -> bool:
+        """Whether a client with this key was in and is not any more, under whatever name."""
+        gone = (self.folder / "revoked").glob("*/certificate.pem")
+        keys = {fingerprint(public_key(read_certificate(_text(p), where=str(p)))) for p in gone}
+        return fingerprint(key) in keys
 
     def revoke(self, name: str) -> None:
         """Remove a client; its kit stops working as soon as the server notices.

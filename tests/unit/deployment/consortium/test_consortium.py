@@ -290,6 +290,22 @@ def test_a_name_is_taken_until_it_is_revoked(consortium, north, tmp_path):
     assert list(consortium.members()) == ["NORTH"]
 
 
+def test_a_revoked_key_comes_back_only_if_the_operators_say_so(consortium, north, tmp_path):
+    """An old request is still intact after its key was stolen and revoked."""
+    for _ in range(2):  # also the second time
+        consortium.approve(north / "request.toml", again=True)
+        consortium.revoke("north")
+        text = problem(consortium.approve, north / "request.toml")
+        assert "the key of 'north' was revoked" in text
+        assert "--again" in text
+    renamed = Request(name="other", request=pem(new_request("other", read_key(north / "key.pem"))))
+    write_file(tmp_path / "other.toml", renamed)
+    assert "was revoked" in problem(consortium.approve, tmp_path / "other.toml")
+    consortium.approve(north / "request.toml", again=True)
+    assert list(consortium.members()) == ["north"]
+    consortium.approve(north / "request.toml")  # a member's certificate is renewed as before
+
+
 def test_one_key_is_one_client(consortium, north, tmp_path):
     consortium.approve(north / "request.toml")
     key = read_key(north / "key.pem")
