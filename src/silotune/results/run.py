@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import ConfigError, ModelError, RunFolderError, UpdateError
 from silotune.core.public_call import as_path, public
+from silotune.core.tree import check_same_layout, layout_of
 from silotune.core.types import AdapterState
 from silotune.federation.client_memory import folder_name
 from silotune.federation.metrics import Row
@@ -211,12 +212,17 @@ class Run:
 
     def _load(self, run: RunConfig, adapter: AdapterState) -> LoadedModel:
         loaded = load_for(run)
-        head = loaded.head_modules
+        head, known = loaded.head_modules, layout_of(loaded.parameters)
         if head is not None and run.adapter.head == "freeze":
             # the head is saved because the adapter needs it, but it is still as it was drawn
             adapter = {name: t for name, t in adapter.items() if not head.holds(name)}
+        adapter = without_frozen(loaded.model, loaded.kind, adapter)
         try:
-            write_adapter(loaded, without_frozen(loaded.model, loaded.kind, adapter))
+            if not run.algorithm.facts.residual:
+                # another rank than the recipe's would be scaled wrongly, and be another function
+                own = {n: t.to(loaded.parameters[n]) for n, t in adapter.items() if n in known}
+                check_same_layout({**adapter, **own}, known, who="adapter for this model")
+            write_adapter(loaded, adapter)
         except UpdateError as error:
             raise ModelError(
                 f"{self.path / 'adapter'} does not fit {run.model.name}: {error}\n"
