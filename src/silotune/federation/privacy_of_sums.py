@@ -17,10 +17,9 @@ from typing import Any
 
 from silotune.core.wording import counted
 from silotune.federation.client_privacy import ClientPlan
-from silotune.federation.sampling import cohort_size, num_needed
+from silotune.federation.sampling import cohort_size
 from silotune.federation.secure_sum import Numbers
 from silotune.privacy.accountant import Epsilon, spent_in_all
-from silotune.privacy.secure_sum.member import threshold_of
 from silotune.recipes.schema import RunConfig
 
 FINE = 1000
@@ -38,15 +37,16 @@ def guarantee_of_sums(
         num_rounds: Rounds that were released; all planned ones if absent.
 
     Returns:
-        Either why_not, in words, or: num_noisy (clients of a round whose noise the reader does not
-        know), colluding, `clients` (each one's noise multiplier in the sum, and its epsilon by the
-        PLD accountant) and epsilon, the largest of these as a pair of both accountants' numbers.
+        Either why_not, in words, or: num_noisy (clients in the smallest sum whose noise the reader
+        does not know), colluding, `clients` (each one's noise multiplier in the sum, and its
+        epsilon by the PLD accountant) and epsilon, the largest of these as a pair of both
+        accountants' numbers.
     """
     if not run.secure_sum.is_on:
         return None
     asked = cohort_size(run.sampling, len(plans))
-    fewest = max(num_needed(run.sampling, asked), threshold_of(asked))
-    noisy = fewest - run.secure_sum.colluding
+    # what clients insist on themselves; the quorum is the server's word
+    noisy = run.secure_sum.min_cohort - run.secure_sum.colluding
     if reason := _why_not(run, plans, asked, noisy):
         return {"why_not": reason}
     assert run.privacy.delta is not None
@@ -79,8 +79,8 @@ def _why_not(run: RunConfig, plans: Mapping[str, ClientPlan], asked: int, noisy:
         return f"train.optimizer is '{run.train.optimizer}', not 'sgd', which keeps a Gaussian one"
     if noisy < 2:
         return (
-            f"of the fewest clients in a sum, {counted(max(noisy, 0), 'client')} would be left "
-            "whose noise nobody knows"
+            f"of secure_sum.min_cohort clients in a sum, {counted(max(noisy, 0), 'client')} would "
+            "be left whose noise nobody knows"
         )
     if run.privacy.noise == "seeded":
         return "the noise is seeded"

@@ -25,6 +25,7 @@ def found(num_clients=5, rows=117, **changes):
     recipe = {
         key: dict(value) if isinstance(value, dict) else value for key, value in RECIPE.items()
     }
+    recipe["secure_sum"]["min_cohort"] = num_clients
     for section, own in changes.items():
         recipe[section] = {**recipe[section], **own} if isinstance(own, dict) else own
     run = parse(recipe)
@@ -51,8 +52,9 @@ def test_the_noise_of_the_others_adds_up(num, epsilon):
 
 def test_with_fewer_clients_needed_or_more_of_them_colluding_less_noise_counts():
     whole = found(9)["epsilon"].pld
-    quorum = found(9, sampling={"quorum": 0.5})
-    assert quorum["num_noisy"] == 6, "seven of nine open a sum, and one of them reads it"
+    quorum = found(9, secure_sum={"min_cohort": 7})
+    assert quorum["num_noisy"] == 6, "a server may say that there are seven, and one reads the sum"
+    assert found(9, sampling={"quorum": 0.5})["num_noisy"] == 8, "the quorum is the server's word"
     colluding = found(9, secure_sum={"colluding": 4})
     assert colluding["num_noisy"] == 5
     assert whole < quorum["epsilon"].pld < colluding["epsilon"].pld

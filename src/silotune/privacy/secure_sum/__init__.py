@@ -7,10 +7,12 @@ masks of pairs cancel. What is left over, own masks and those of pairs with a cl
 answered, is rebuilt from shares that the others hold.
 
 Adversary: a server that reads everything, and up to c clients that tell it what they know. It may
-lie about who is there and who answered. As long as `2 * threshold > num_clients + c` it can open
-one sum per round at most, and that over `threshold` clients at least: whoever answers gives one
-kind of share per client, and both kinds together would need more answers than there are. The
-server, or one client with a wrong share, can make a round fail.
+lie about who is there and who answered, and tell different clients different things. As long as
+`2 * threshold > num_clients + c` among the clients that are told of each other, it cannot open two
+sums with the same client: whoever answers gives one kind of share per client, and both kinds
+together would need more answers than there are. A sum holds the changes of as many clients as each
+of them asks for (`smallest`), at least. The server, or one client with a wrong share, can make a
+round fail.
 
 Differs from the paper: no extra step in which clients compare whom the server named, because the
 threshold is more than two thirds; a seal on the own mask's key, so that a wrong share is noticed.

@@ -22,8 +22,9 @@ class SecureSumConfig(Config):
     The sum is exact in steps of `range` divided by about 2^28, so a few times the largest change
     that you expect costs nothing."""
     min_cohort: int = Field(default=4, ge=3)
-    """Fewest clients whose sum a client takes part in. The sum over two tells each of them the
-    other's change, and if all but one work together, the sum over more does, too."""
+    """Fewest clients whose sum a client takes part in. Each client insists on it, whatever the
+    server says, and the guarantee of sums counts on no more. The sum over two tells each of them
+    the other's change, and if all but one work together, the sum over more does, too."""
     max_examples: int = Field(default=10_000, ge=1)
     """With algorithm.weights = "examples": most training rows of a client. A change is multiplied
     by its client's number of rows before it is masked, so this makes the steps coarser."""
