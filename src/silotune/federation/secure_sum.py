@@ -26,6 +26,7 @@ from silotune.core.types import (
     Update,
     Updates,
 )
+from silotune.privacy.noise import secure_uniform, seeded_uniform
 from silotune.privacy.secure_sum.ring import Ring, Words
 from silotune.recipes.schema import RunConfig
 
@@ -72,7 +73,8 @@ class Numbers:
     def encode(self, update: Update) -> tuple[Words, int]:
         """An update's words, and how many numbers were cut.
 
-        Rounding draws from the run's seed: it hides nothing, and a resumed run has the same bits.
+        Rounding draws from the run's seed, so that a resumed run has the same bits; next to noise
+        that nobody may predict, nobody may predict the rounding either.
 
         Raises:
             UpdateError: The client has more rows than `secure_sum.max_examples`.
@@ -87,10 +89,11 @@ class Numbers:
         values = _flat(update.delta)
         assert cfg.range is not None
         cut = int(np.count_nonzero(np.abs(values) > cfg.range))
-        own = generator(self.run.seed, "rounding", update.client, update.round)
+        own = seeded_uniform(generator(self.run.seed, "rounding", update.client, update.round))
+        privacy = self.run.privacy
+        draw = secure_uniform if privacy.unit != "none" and privacy.noise == "secure" else own
         words, _ = self.ring.encode(
-            np.clip(values, -cfg.range, cfg.range) * weight,
-            lambda count: torch.rand(count, generator=own, dtype=torch.float64).numpy(),
+            np.clip(values, -cfg.range, cfg.range) * weight, lambda count: draw(count).numpy()
         )
         return np.append(words, np.uint32(weight)), cut
 

@@ -43,6 +43,11 @@ def equal(one, other):
         ["algorithm.name=ffa_lora"],
         ["algorithm.name=rolora"],
         ["sampling.fraction=0.8"],
+        [
+            *("privacy.unit=client", "privacy.noise_at=client", "privacy.noise=seeded"),
+            *("privacy.noise_multiplier=0.1", "privacy.delta=0.1", "privacy.clip_norm=0.1"),
+            *("algorithm.weights=uniform", "evaluate.every=0"),
+        ],
     ],
     ids=lambda keys: " ".join(keys) or "fedavg",
 )
