@@ -141,6 +141,17 @@ def as_sent(update: Update, words: Words, cut: int) -> Update:
     )
 
 
+def as_words(algorithm: Algorithm) -> Algorithm:
+    """The algorithm with updates of the shape that masked ones have."""
+
+    def layout(state: ServerState, client: str | None) -> Layout:  # noqa: ARG001
+        specs = expected_layout(algorithm, state).values()
+        count = sum(math.prod(s for s in spec.shape if s is not None) for spec in specs)
+        return {TENSOR: TensorSpec((count + 1,), torch.int32)}
+
+    return replace(algorithm, layout=layout)
+
+
 def summed(algorithm: Algorithm, run: RunConfig, sums: Sums) -> Algorithm:
     """An algorithm that learns the sum of the changes only.
 
@@ -152,11 +163,6 @@ def summed(algorithm: Algorithm, run: RunConfig, sums: Sums) -> Algorithm:
     assert algorithm.linear, "only a weighted sum of changes can do without single ones"
     assert algorithm.layout is None, "all changes have the same shape"
     assert algorithm.extra_layout is None, "what is sent besides the delta is not masked"
-
-    def layout(state: ServerState, client: str | None) -> Layout:  # noqa: ARG001
-        specs = expected_layout(algorithm, state).values()
-        count = sum(math.prod(s for s in spec.shape if s is not None) for spec in specs)
-        return {TENSOR: TensorSpec((count + 1,), torch.int32)}
 
     def combine(state: ServerState, updates: Updates) -> Change:
         total, survivors = np.zeros(0, dtype=np.uint32), list[str]()
@@ -178,7 +184,7 @@ def summed(algorithm: Algorithm, run: RunConfig, sums: Sums) -> Algorithm:
         )
         return algorithm.combine(state, [whole])
 
-    return replace(algorithm, layout=layout, combine=combine)
+    return replace(as_words(algorithm), combine=combine)
 
 
 def num_numbers(algorithm: Algorithm, adapter: Mapping[str, torch.Tensor], round_: int) -> int:

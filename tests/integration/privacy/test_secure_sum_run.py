@@ -132,6 +132,14 @@ def test_what_reaches_the_server_is_not_the_change(recipe, tmp_path, monkeypatch
     assert {row["status"] for row in rows} == {"ok"}
 
 
+def test_the_plan_counts_what_is_sent_to_the_byte(recipe, tmp_path):
+    planned = silotune.plan(recipe, [*MASKS, "rounds=1"], measured=False).traffic
+    done = silotune.run(recipe, [*MASKS, "rounds=1"], out=tmp_path / "run")
+    assert planned.bytes_up == done.summary["bytes_up"]
+    usual = silotune.plan(recipe, ["rounds=1"], measured=False).traffic
+    assert planned.bytes_up == usual.bytes_up + 5 * 4, "one number more: each client's weight"
+
+
 def test_numbers_beyond_the_range_are_cut_and_counted(recipe, tmp_path):
     done = silotune.run(recipe, [*MASKS[:1], "secure_sum.range=1e-4"], out=tmp_path / "run")
     rows = [r for r in done.metrics if r["event"] == "train"]
