@@ -190,9 +190,8 @@ def check_update(update: Update, expected: Expected, open_: Collection[str]) -> 
     norm = None if expected.known.run.secure_sum.is_on else l2_norm(update.delta)
     # the guard scales whatever is finite down to its norm
     check = check_finite if expected.known.run.privacy.clips_at_server else check_representable
-    if (
-        norm is not None and not norm <= LARGEST
-    ):  # as it is if any value is not finite, or larger than that
+    # not so if any value is not finite, or larger than that
+    if norm is not None and not norm <= LARGEST:
         check(update.delta, who=who)
     extra = expected.extra[update.client]
     if update.extra.keys() != extra.keys():

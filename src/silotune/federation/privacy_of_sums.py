@@ -26,15 +26,12 @@ FINE = 1000
 TAIL = 8
 
 
-def guarantee_of_sums(
-    run: RunConfig, plans: Mapping[str, ClientPlan], *, num_rounds: int | None = None
-) -> dict[str, Any] | None:
+def guarantee_of_sums(run: RunConfig, plans: Mapping[str, ClientPlan]) -> dict[str, Any] | None:
     """What whoever reads the opened sums, and nothing else, can tell; None without secure sums.
 
     Args:
         run: The recipe, with noise at the clients.
         plans: Each client's mechanism.
-        num_rounds: Rounds that were released; all planned ones if absent.
 
     Returns:
         Either why_not, in words, or: num_noisy (clients in the smallest sum whose noise the reader
@@ -55,7 +52,7 @@ def guarantee_of_sums(
     # that of the client with the least noise counts for all
     least = min(plan.noise_multiplier * _size(plan) for plan in plans.values())
     for name, plan in sorted(plans.items()):
-        z, alone = math.sqrt(noisy) * least / _size(plan), plan.steps(num_rounds)
+        z, alone = math.sqrt(noisy) * least / _size(plan), plan.steps()
         cost = spent_in_all([replace(alone, noise_multiplier=z)], delta=run.privacy.delta)
         own[name] = {"noise_multiplier": z, "epsilon": cost.pld}
         worst = cost if cost.pld >= worst.pld else worst
@@ -87,7 +84,9 @@ def _why_not(run: RunConfig, plans: Mapping[str, ClientPlan], asked: int, noisy:
     first = run.train.lr if records else 1.0
     last = first if run.train.schedule == "constant" or not records else run.train.lr_min
     noise = [plan.noise_multiplier * _size(plan) for plan in plans.values()]
-    widest = first * (max(_size(plan) for plan in plans.values()) + TAIL * max(noise))
+    # a step may happen to draw all rows of a client, with gradients that point the same way
+    largest = max(plan.clip_norm / plan.sampling_rate for plan in plans.values())
+    widest = first * (largest + TAIL * max(noise))
     assert run.secure_sum.range is not None
     if widest > run.secure_sum.range:
         return f"secure_sum.range would cut some of the noise; {widest:.3g} is wide enough"

@@ -8,10 +8,9 @@ from silotune.data.chat_templates import TEMPLATES
 from silotune.models.adapters import PROMPT_KINDS
 from silotune.recipes.algorithm import (
     ALGORITHM_CONFIGS,
-    FlowerStrategyConfig,
-    OwnAlgorithmConfig,
     chosen_algorithm,
 )
+from silotune.recipes.each_algorithm import each_algorithm, foreign
 from silotune.recipes.personal import kept_by, what_is_kept
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.secure_sums import of_secure_sums
@@ -177,11 +176,8 @@ def _of_noise_at_the_server(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Settings that would weaken the protection of clients, or need noise at the client."""
     if run.privacy.max_participations is not None:
         yield "privacy.max_participations", "only has an effect with noise at the client"
-    arms = {"algorithm": run.algorithm}
-    arms |= {f"compare.algorithms.{i}": arm for i, arm in enumerate(run.compare.algorithms)}
-    for where, arm in arms.items():
-        if isinstance(arm, (FlowerStrategyConfig, OwnAlgorithmConfig)):
-            kind = "a Flower strategy" if isinstance(arm, FlowerStrategyConfig) else "own code"
+    for where, arm in each_algorithm(run).items():
+        if kind := foreign(arm):
             yield where, f"{kind} cannot be made private: what it releases is unknown"
         elif arm.weights != "uniform":
             yield (

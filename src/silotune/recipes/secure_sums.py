@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from silotune.recipes.algorithm import FlowerStrategyConfig, OwnAlgorithmConfig, chosen_algorithm
+from silotune.recipes.algorithm import chosen_algorithm
+from silotune.recipes.each_algorithm import each_algorithm, foreign
 from silotune.recipes.schema import RunConfig
 
 WHERE = "secure_sum.kind"
@@ -39,11 +40,8 @@ def of_secure_sums(run: RunConfig) -> Iterator[tuple[str, str]]:
             "checkpoint.keep_updates",
             "cannot be used with secure sums: what is kept would be words under masks",
         )
-    arms = {"algorithm": run.algorithm}
-    arms |= {f"compare.algorithms.{i}": arm for i, arm in enumerate(run.compare.algorithms)}
-    for where, arm in arms.items():
-        if isinstance(arm, (FlowerStrategyConfig, OwnAlgorithmConfig)):
-            kind = "a Flower strategy" if isinstance(arm, FlowerStrategyConfig) else "own code"
+    for where, arm in each_algorithm(run).items():
+        if kind := foreign(arm):
             yield where, f"{kind} cannot be used with secure sums: it may want single changes"
             continue
         facts = arm.facts

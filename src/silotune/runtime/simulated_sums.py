@@ -7,13 +7,12 @@ round begins again with new ones.
 
 import secrets
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from silotune.core.errors import ConfigError
 from silotune.core.types import Update
 from silotune.federation.secure_sum import Numbers, as_sent
-from silotune.privacy.secure_sum.masks import Session
+from silotune.privacy.secure_sum.masks import Session, library
 from silotune.privacy.secure_sum.member import Advert, Member, Verify
 from silotune.privacy.secure_sum.opening import open_sum, passed_on
 from silotune.privacy.secure_sum.ring import Words
@@ -41,7 +40,7 @@ class SimulatedSums:
         self.names: Sequence[str] = []
         self._members: dict[str, Member] = {}
         self._adverts: dict[str, Advert] = {}
-        self._shares: dict[str, dict[str, bytes]] = {}
+        self._hidden: dict[str, dict[str, bytes]] = {}
 
     def begin(self, round_: int, names: Sequence[str], count: int) -> None:
         """New keys and shares for a round.
@@ -76,7 +75,8 @@ class SimulatedSums:
             for name in self.names
         }
         self._adverts = {name: one.advertise() for name, one in self._members.items()}
-        self._shares = {name: one.share(self._adverts) for name, one in self._members.items()}
+        shares = {name: one.share(self._adverts) for name, one in self._members.items()}
+        self._hidden = passed_on(shares)
 
     def hide(self, update: Update) -> Update:
         """What the client sends instead of the update.
@@ -86,8 +86,7 @@ class SimulatedSums:
         """
         words, cut = Numbers(self.run, len(self.names)).encode(update)
         if not self.run.secure_sum.simulate:
-            hidden = passed_on(self._shares)[update.client]
-            words = self._members[update.client].mask(words, hidden)
+            words = self._members[update.client].mask(words, self._hidden[update.client])
         return as_sent(update, words, cut)
 
     def open(self, round_: int, survivors: Sequence[str], total: Words) -> tuple[Words, int]:
@@ -95,23 +94,16 @@ class SimulatedSums:
         if not self.run.secure_sum.simulate:
             answers = {name: self._members[name].answer(survivors) for name in survivors}
             session = Session(self.run_id, round_)
-            total = open_sum(session, self._adverts, self._shares, survivors, total, answers)
+            total = open_sum(session, self._adverts, self._hidden, survivors, total, answers)
         return total, len(self.names)
 
 
 def _new_signer() -> Any:
-    try:
-        kind: Any = import_module("cryptography.hazmat.primitives.asymmetric.ed25519")
-    except ImportError as error:
-        raise ConfigError(
-            "[secure_sum] needs cryptography, which is not installed.\n"
-            "  Install it: make env EXTRAS=secure"
-        ) from error
-    return kind.Ed25519PrivateKey.generate()
+    return library("hazmat.primitives.asymmetric.ed25519").Ed25519PrivateKey.generate()
 
 
 def _verifier(key: Any) -> Verify:
-    invalid: Any = import_module("cryptography.exceptions").InvalidSignature
+    invalid: Any = library("exceptions").InvalidSignature
     public = key.public_key()
 
     def is_signed(message: bytes, signature: bytes) -> bool:

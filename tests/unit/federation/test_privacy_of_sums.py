@@ -92,6 +92,13 @@ def test_the_width_that_is_named_is_wide_enough():
     assert "epsilon" in found(secure_sum={"range": width * 1.01})
 
 
+def test_the_width_covers_a_step_that_draws_every_row():
+    """Lots are drawn by chance: all 117 rows may come, each with a clipped gradient of 0.3."""
+    reason = found(secure_sum={"range": 0.5})["why_not"]
+    width = float(reason.split("; ")[1].split(" ")[0])
+    assert width > 5.0 * 0.3 * 117 / 8
+
+
 def test_a_client_with_few_rows_has_less_protection_by_the_others():
     """Its lot is smaller, so one row moves its mean further than others' noise was made for."""
     run = parse(RECIPE)

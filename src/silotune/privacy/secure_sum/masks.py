@@ -34,7 +34,7 @@ class Session:
 
 def read_private(raw: bytes) -> Any:
     """The X25519 key of 32 secret bytes."""
-    return _library("hazmat.primitives.asymmetric.x25519").X25519PrivateKey.from_private_bytes(raw)
+    return library("hazmat.primitives.asymmetric.x25519").X25519PrivateKey.from_private_bytes(raw)
 
 
 def public_of(key: Any) -> bytes:
@@ -53,14 +53,14 @@ def agree(key: Any, other: bytes, about: bytes) -> bytes:
     Raises:
         ValueError: The public key is none, or one with which every secret is the same.
     """
-    kind: Any = _library("hazmat.primitives.asymmetric.x25519").X25519PublicKey
+    kind: Any = library("hazmat.primitives.asymmetric.x25519").X25519PublicKey
     return derive(key.exchange(kind.from_public_bytes(other)), about)
 
 
 def derive(secret: bytes, about: bytes, length: int = KEY_BYTES) -> bytes:
     """A key for one purpose from a secret that several follow from."""
-    hashes: Any = _library("hazmat.primitives.hashes")
-    kind: Any = _library("hazmat.primitives.kdf.hkdf").HKDF
+    hashes: Any = library("hazmat.primitives.hashes")
+    kind: Any = library("hazmat.primitives.kdf.hkdf").HKDF
     return kind(algorithm=hashes.SHA256(), length=length, salt=None, info=about).derive(secret)
 
 
@@ -71,7 +71,7 @@ def mask(key: bytes, count: int) -> Words:
         key: 32 bytes that are used for nothing else.
         count: At most 2**36, where the cipher's counter of blocks would begin again.
     """
-    ciphers: Any = _library("hazmat.primitives.ciphers")
+    ciphers: Any = library("hazmat.primitives.ciphers")
     stream = ciphers.Cipher(ciphers.algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     return np.frombuffer(stream.update(bytes(4 * count)), dtype="<u4").astype(np.uint32, copy=False)
 
@@ -79,7 +79,7 @@ def mask(key: bytes, count: int) -> Words:
 def hide(key: bytes, text: bytes, about: bytes) -> bytes:
     """Encrypt and authenticate one message; the key hides no other."""
     return (
-        _library("hazmat.primitives.ciphers.aead")
+        library("hazmat.primitives.ciphers.aead")
         .ChaCha20Poly1305(key)
         .encrypt(bytes(12), text, about)
     )
@@ -87,10 +87,10 @@ def hide(key: bytes, text: bytes, about: bytes) -> bytes:
 
 def reveal(key: bytes, hidden: bytes, about: bytes) -> bytes | None:
     """The message, or None if it or what it is about was changed."""
-    invalid: Any = _library("exceptions").InvalidTag
+    invalid: Any = library("exceptions").InvalidTag
     try:
         return (
-            _library("hazmat.primitives.ciphers.aead")
+            library("hazmat.primitives.ciphers.aead")
             .ChaCha20Poly1305(key)
             .decrypt(bytes(12), hidden, about)
         )
@@ -98,7 +98,12 @@ def reveal(key: bytes, hidden: bytes, about: bytes) -> bytes | None:
         return None
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """A module of cryptography.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     try:
         return import_module(f"cryptography.{name}")
     except ImportError as error:
