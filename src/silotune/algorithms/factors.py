@@ -8,11 +8,13 @@ out, because it is the same for all clients of one module.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import LocalRule
 from silotune.core.errors import ConfigError
 from silotune.core.lora import FROZEN, Pair, at_rank, is_beside, pairs_of
@@ -330,3 +332,11 @@ def report_residual(state: ServerState, change: Change) -> dict[str, float]:
 
 def _moved(adapter: AdapterState, delta: AdapterState) -> dict[str, Tensor]:
     return {**adapter, **add({name: adapter[name] for name in delta}, delta)}
+
+
+def step_with_residual(state: ServerState, change: Change) -> ServerState:
+    """Move the adapter as FedAvg does, and replace what stands beside it if the change says so."""
+    moved = move(state, change.delta)
+    if RESIDUAL not in change.extra:
+        return moved
+    return replace(moved, adapter=replace_beside(moved.adapter, change.extra[RESIDUAL]))

@@ -14,7 +14,6 @@ and `residual_decay` below 1 lets old residuals fade.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
@@ -26,12 +25,11 @@ from silotune.algorithms.factors import (
     WITH_RESIDUAL,
     added_beside,
     needs_pairs,
-    replace_beside,
     report_residual,
+    step_with_residual,
     sum_of_products,
     wide,
 )
-from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import Algorithm
 from silotune.core.lora import Pair, pairs_of
 from silotune.core.tree import add
@@ -90,16 +88,10 @@ def fedex(cfg: FedExConfig) -> Algorithm:
         )
         return Change(delta, {RESIDUAL: kept})
 
-    def step(state: ServerState, change: Change) -> ServerState:
-        moved = move(state, change.delta)
-        if RESIDUAL not in change.extra:
-            return moved
-        return replace(moved, adapter=replace_beside(moved.adapter, change.extra[RESIDUAL]))
-
     return Algorithm(
         name="fedex",
         combine=combine,
-        step=step,
+        step=step_with_residual,
         init=needs_pairs("fedex"),
         local=WITH_RESIDUAL,
         report=report_residual,

@@ -11,7 +11,6 @@ New factors are the last ones with columns permuted and signs flipped, which kee
 distribution.
 """
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -24,12 +23,11 @@ from silotune.algorithms.factors import (
     added_beside,
     needs_pairs,
     other_tensors,
-    replace_beside,
     report_residual,
+    step_with_residual,
     sum_of_products,
     weighted_products,
 )
-from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import Algorithm
 from silotune.core.lora import Pair, pairs_of
 from silotune.core.seeds import generator
@@ -71,17 +69,10 @@ def flora(cfg: FLoRAConfig) -> Algorithm:
         delta |= subtract(new, {name: state.adapter[name] for name in new})
         return Change(delta, {RESIDUAL: added_beside(state.adapter, sums)})
 
-    def step(state: ServerState, change: Change) -> ServerState:
-        moved = move(state, change.delta)
-        if RESIDUAL not in change.extra:
-            return moved
-        adapter = replace_beside(moved.adapter, change.extra[RESIDUAL])
-        return replace(moved, adapter=adapter)
-
     return Algorithm(
         name="flora",
         combine=combine,
-        step=step,
+        step=step_with_residual,
         init=needs_pairs("flora"),
         local=WITH_RESIDUAL,
         report=report_residual,
