@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NAMESPACE = "http://www.w3.org/2000/svg"
-BATCH = 8
-PASSES = {20: 12, 50: 8, 120: 4, 500: 2}
-"""Over a client's rows, by their number."""
 Row = dict[str, Any]
 
 
@@ -44,15 +41,24 @@ class Rows:
     held_out: str
     """Absent, each client holds out a fifth of its rows."""
     owner: str
-    owners: tuple[str, ...]
-    label: str
-    """What tells how much clients differ: the distribution of this column."""
+    """Column that says whose a row is; empty: nobody's, and only cut alike."""
+    owners: tuple[str | int, ...]
     cuts: Mapping[str, Mapping[str, Any]]
-    sizes: tuple[int, ...]
+    length: Mapping[int, tuple[int, int]]
+    """Rounds, and steps of a client in each, by its number of rows."""
     recipe: Mapping[str, Any]
     metric: str
     sign: int
     """1 if more is better."""
+
+
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+            found[key] = _merged(found[key], value) if both else value
+    return found
 
 
 TYPES = Rows(
@@ -60,7 +66,6 @@ TYPES = Rows(
     held_out="medquad_types/dev.jsonl",
     owner="source",
     owners=("GARD", "GHR", "NIDDK", "NIHSeniorHealth"),
-    label="label_name",
     cuts={
         "alike": {"kind": "iid", "num_clients": 4},
         "by source": {"by": "source"},
@@ -71,7 +76,7 @@ TYPES = Rows(
             "num_clients": 4,
         },
     },
-    sizes=(20, 50, 120, 500),
+    length={20: (12, 2), 50: (8, 5), 120: (4, 12), 500: (2, 50)},
     recipe={
         "task": "classify",
         "model": {"name": "minilm-l6"},
@@ -89,9 +94,56 @@ TYPES = Rows(
     metric="accuracy",
     sign=1,
 )
-SETS = {"types": TYPES}
+ANSWERS: dict[str, Any] = {
+    "model": {"name": "smollm2-135m-instruct"},
+    "adapter": {"rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj"]},
+    "train": {"batch_size": 4},
+    "data": {"validation_fraction": 0.1},
+    "compare": {"tune": {"lr": [1e-3, 3e-3, 1e-2], "server_lr": [1.0, 3.0]}},
+}
+"""Generated answers: a training takes minutes on a laptop's processor, so it is a short one."""
+INSTITUTES = Rows(
+    train="medquad_mini/train.jsonl",
+    held_out="medquad_mini/eval.jsonl",
+    owner="source",
+    owners=("GARD", "GHR", "NIDDK", "NINDS"),
+    cuts={"alike": {"kind": "iid", "num_clients": 4}, "by source": {"by": "source"}},
+    length={20: (5, 2), 50: (10, 2)},
+    recipe=_merged(ANSWERS, {"compare": {"group": "focus"}}),
+    metric="loss",
+    sign=-1,
+)
+HOSPITALS = Rows(
+    train="cardbiomed/five_hospitals.jsonl",
+    held_out="",
+    owner="hospital",
+    owners=(1, 2, 3, 4, 5),
+    cuts={"alike": {"kind": "iid", "num_clients": 5}, "by hospital": {"by": "hospital"}},
+    length={20: (5, 2), 70: (10, 2)},
+    recipe=ANSWERS,
+    metric="loss",
+    sign=-1,
+)
+ALPACA = Rows(
+    train="alpaca_en/train.jsonl",
+    held_out="",
+    owner="",
+    owners=(1, 2, 3, 4),
+    cuts={"alike": {"kind": "iid", "num_clients": 4}},
+    length={20: (5, 2), 50: (10, 2)},
+    recipe=_merged(
+        ANSWERS,
+        {
+            "data": {"prompt": "{instruction}\n{input}", "completion": "{output}"},
+            "train": {"max_length": 128},
+        },
+    ),
+    metric="loss",
+    sign=-1,
+)
+SETS = {"types": TYPES, "institutes": INSTITUTES, "hospitals": HOSPITALS, "alpaca": ALPACA}
 COMMON: dict[str, Any] = {
-    "train": {"batch_size": BATCH, "schedule": "cosine"},
+    "train": {"batch_size": 8, "schedule": "cosine"},
     "data": {"validation_fraction": 0.2},
     "compare": {"seeds": 3, "centralized": False, "every": 2},
     "evaluate": {"batch_size": 64},
@@ -116,7 +168,7 @@ def main() -> None:
         sys.exit(f"skipped: {of.train} is not next to this repository")
     place = (args.out / args.set).resolve()
     cells = [
-        (n, cut) for n in args.rows or of.sizes for cut in of.cuts if cut in (args.cuts or of.cuts)
+        (n, cut) for n in args.rows or of.length for cut in of.cuts if cut in (args.cuts or of.cuts)
     ]
     if args.finished:
         cells = [cell for cell in cells if (_folder(place, *cell) / "comparison.json").is_file()]
@@ -124,7 +176,9 @@ def main() -> None:
     keys = [*args.overrides, *(["runtime.threads=1"] if args.jobs > 1 else [])]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         found = list(pool.map(partial(_cell, args.set, place, keys), cells))
-    table = "\n".join(line for m in (of.metric, "loss") for line in _table(of, found, m))
+    table = "\n".join(
+        line for m in dict.fromkeys((of.metric, "loss")) for line in _table(of, found, m)
+    )
     print(table)
     (place / "table.md").write_text(table + "\n", encoding="utf-8")
     (place / "joining.svg").write_text(_draw(of, found), encoding="utf-8")
@@ -148,14 +202,13 @@ def _cell(name: str, place: Path, overrides: Sequence[str], of_cell: tuple[int, 
         result = silotune.compare(resume=own).result
     else:
         files = _write_rows(of, place, n)
-        rows_each = len(files["train"]) // len(of.owners)
-        steps = max(1, round(rows_each * 0.8 / BATCH))  # one pass over the rows of a mean client
+        rounds, steps = of.length[n]
         recipe = parse(
             _merged(
                 COMMON,
                 of.recipe,
                 {
-                    "rounds": PASSES[n],
+                    "rounds": rounds,
                     "data": files["data"],
                     "partition": dict(of.cuts[cut]),
                     "train": {"local_steps": steps},
@@ -172,9 +225,11 @@ def _write_rows(of: Rows, place: Path, n: int) -> dict[str, Any]:
     """At most n rows of every owner; fewer rows are always among more rows."""
     place.mkdir(parents=True, exist_ok=True)
     kept: list[Row] = []
-    for owner in of.owners:
-        own = [row for row in _read(of.train) if row[of.owner] == owner]
-        kept += sorted(own, key=_place)[:n]
+    rows = sorted(_read(of.train), key=_place)
+    if not of.owner:
+        kept = rows[: n * len(of.owners)]
+    for owner in of.owners if of.owner else ():
+        kept += [row for row in rows if row[of.owner] == owner][:n]
     paths = {"path": place / f"rows-{n}.jsonl"}
     _write(paths["path"], kept)
     if of.held_out:
@@ -198,15 +253,6 @@ def _place(row: Row) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
-def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-            found[key] = _merged(found[key], value) if both else value
-    return found
-
-
 def _table(of: Rows, found: "list[Cell]", metric: str) -> Iterator[str]:
     yield f"\n{metric}, mean over {len(of.owners)} clients:\n"
     heads = ("clients", "difference", "rows per client", "base", "alone", "federated")
@@ -217,7 +263,8 @@ def _table(of: Rows, found: "list[Cell]", metric: str) -> Iterator[str]:
         result = cell["result"]
         means = result["overall"]["scores"][metric]
         words = Counter(own["verdicts"][metric]["federated"] for own in result["clients"].values())
-        cells = [cell["cut"], f"{_difference(result['split']):.2f}", str(cell["rows"])]
+        apart = _difference(result["split"])
+        cells = [cell["cut"], "" if apart is None else f"{apart:.2f}", str(cell["rows"])]
         cells += [f"{means[arm]['mean']:.3f}" for arm in ("base", "local", "federated")]
         for own in _gains(result, metric).values():
             cells.append(f"{own['mean']:+.3f} ({own['low']:+.3f} to {own['high']:+.3f})")
@@ -236,8 +283,10 @@ def _gains(result: Mapping[str, Any], metric: str) -> "dict[str, dict[str, float
     }
 
 
-def _difference(split: Mapping[str, Any]) -> float:
+def _difference(split: Mapping[str, Any]) -> float | None:
     """Mean over rows of the total variation between a client's labels and everyone's: 0 to 1."""
+    if not all(own["labels"] for own in split.values()):
+        return None  # generated answers
     everyone: Counter[str] = Counter()
     for own in split.values():
         everyone.update(own["labels"])
