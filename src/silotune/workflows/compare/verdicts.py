@@ -129,13 +129,21 @@ def finish_notes(numbers: Mapping[str, Any], run: RunConfig) -> list[str]:
 
 
 def worse_off_warnings(comparison: Mapping[str, Any]) -> list[str]:
-    """One sentence per federated arm that leaves clients worse off than alone; the result first."""
+    """One sentence per federated arm with clients of a higher loss than alone; the result first.
+
+    Whether that is clear is the verdict's to say: one seed, for example, never is.
+    """
     worse = sorted(comparison["worse_off"].items(), key=lambda arm: arm[0] != comparison["result"])
-    return [
-        f"With “{arm}”, worse off than {_alone(arm)}: {', '.join(names)}."
-        for arm, names in worse
-        if names
-    ]
+    found: list[str] = []
+    for arm, names in worse:
+        verdicts = {name: comparison["clients"][name]["verdicts"][LOSS.key][arm] for name in names}
+        clear = [name for name, verdict in verdicts.items() if verdict == "lost"]
+        how = f"clearly: {', '.join(clear)}" if clear else "none of them clearly"
+        if names:
+            found.append(
+                f"With “{arm}”, a higher mean loss than {_alone(arm)}: {', '.join(names)} ({how})."
+            )
+    return found
 
 
 def _alone(arm: str) -> str:

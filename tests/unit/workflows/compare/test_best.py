@@ -127,7 +127,8 @@ def test_extended_arms_are_compared_with_lone_clients_that_went_on_alike():
     assert gaps[LONE]["mean"] == pytest.approx(-0.5)
     assert gaps[OWN]["mean"] == pytest.approx(+0.1), "not -0.4"
     assert worse_off_warnings(found) == [
-        "With “federated + own steps”, worse off than with “local + own steps”: north."
+        "With “federated + own steps”, a higher mean loss than with “local + own steps”: north "
+        "(clearly: north)."
     ]
     assert extension_table(found, "loss")[0] == ("client", "+ own steps", "verdict")
     assert extension_table(found, "loss")[1][1:] == ("+0.100 [+0.100, +0.100]", "lost")

@@ -76,7 +76,14 @@ def test_a_client_that_is_worse_off_is_named_even_when_the_loss_is_small():
     assert found["worse_off"] == {"federated": ["north", "south"]}
     assert found["clients"]["north"]["verdicts"]["loss"]["federated"] == "lost"
     found["result"] = "federated"
-    assert worse_off_warnings(found) == ["With “federated”, worse off than alone: north, south."]
+    assert worse_off_warnings(found) == [
+        "With “federated”, a higher mean loss than alone: north, south (clearly: north, south)."
+    ]
+    for client in found["clients"].values():
+        client["verdicts"]["loss"]["federated"] = "one seed: no verdict"
+    assert worse_off_warnings(found) == [
+        "With “federated”, a higher mean loss than alone: north, south (none of them clearly)."
+    ]
 
 
 def test_few_rows_are_noted():
