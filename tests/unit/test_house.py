@@ -19,6 +19,7 @@ RANK = {
     "models": 1,
     "algorithms": 1,
     "privacy": 1,
+    "compression": 1,
     "training": 2,
     "recipes": 3,
     "federation": 4,
@@ -29,7 +30,7 @@ RANK = {
     "cli": 8,
 }
 FRONT_DOOR = {"__init__", "__main__"}
-TORCH_ONLY = ("core", "algorithms", "privacy")
+TORCH_ONLY = ("core", "algorithms", "privacy", "compression")
 HEAVY = {"transformers", "peft", "trl", "flwr", "datasets"}
 
 

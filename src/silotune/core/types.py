@@ -178,7 +178,7 @@ class Update:
     client: str
     round: int
     delta: AdapterState
-    """After minus before, float32."""
+    """After minus before, float32; on its way to the server what the codec makes of it."""
     num_examples: int
     """Rows of the client's train part: its weight under `weights = "examples"`."""
     metrics: Mapping[str, float]

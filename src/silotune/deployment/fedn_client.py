@@ -107,7 +107,7 @@ class Callbacks:
         tensors = [("adapter", name, shape) for name, shape in self._shapes.items()]
         about = {"round": max(1, self._round), "score": False, "tensors": tensors}
         asked = {"kind": kind, "recipe": self._recipe, "run": self._run_id, "parcel": about}
-        values = np.concatenate([array.reshape(-1) for array in arrays])
+        values = np.concatenate([array.reshape(-1) for array in arrays]).view(np.uint8)
         reply = self._client.answer(Parcel(asked, values))
         answer = wire.decode_answer(reply, self._client.name, bytes_down=values.nbytes)
         if isinstance(answer, Failure):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from silotune.compression.changes import travels
 from silotune.core.algorithm import Algorithm, broadcast_extra, expected_extra, expected_layout
 from silotune.core.errors import ConfigError
 from silotune.core.tree import layout_bytes, size_bytes
@@ -287,7 +288,7 @@ def round_cost(
     extra = expected_extra(algorithm, state).values()
     return RoundCost(
         down=sum(map(size_bytes, (state.adapter, *broadcast_extra(state, algorithm).values()))),
-        up=sum(map(layout_bytes, (expected_layout(algorithm, state), *extra))),
+        up=sum(map(layout_bytes, (travels(run.wire, expected_layout(algorithm, state)), *extra))),
         num_asked=asked,
         num_scoring=(num_clients - asked) * scored,
         num_last=num_clients * (run.evaluate.every > 0),

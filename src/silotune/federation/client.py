@@ -24,6 +24,7 @@ from silotune.data.reading import TaskRow
 from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
+from silotune.federation.compressed import as_sent
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.mixed_ranks import check_rank
 from silotune.federation.progress import Progress
@@ -199,10 +200,11 @@ def take_part(
     num, round_ = data.num_train, broadcast.round
     protection = Protection.of(run, client=data.name, round_=round_, num_examples=num, count=count)
     protection.begin(worker.ledger or Ledger(own / LEDGER))
-    memory = load_memory(own, round_)
-    update, memory = train_round(worker, data, broadcast, memory, protection, count=count)
+    before = load_memory(own, round_)
+    update, after = train_round(worker, data, broadcast, before, protection, count=count)
+    update, after = as_sent(run, update, before, after)
     # before the update counts: asked again after a crash, the client starts from the older memory
-    save_memory(own, round_, memory, keep_from=round_ - run.checkpoint.every)
+    save_memory(own, round_, after, keep_from=round_ - run.checkpoint.every)
     return update
 
 

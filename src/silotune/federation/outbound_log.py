@@ -59,7 +59,7 @@ class Outbound:
 
         Args:
             about: All texts and counts of the answer.
-            values: The numbers of the answer, float32.
+            values: The bytes of the answer's tensors.
             asked: query, train or evaluate.
             seconds: How long it took to produce the answer.
             recipe: What the server wanted to be done, as it was sent.
@@ -94,13 +94,15 @@ class Outbound:
             line["recipe"] = self._once("recipe_sha256", recipe, {"text": recipe})
         if update is not None:
             line["tensors"] = self._layout(update["tensors"])
-            line["norm"] = float(np.linalg.norm(values.astype(np.float64)))
+            # what a codec or a mask makes of a change has no norm that says anything
+            if all(len(listed) == 3 for listed in update["tensors"]):
+                line["norm"] = float(np.linalg.norm(values.view(np.float32).astype(np.float64)))
             line["sha256"] = hashlib.sha256(values.tobytes()).hexdigest()
         write_down(self.path, line)
 
     def _layout(self, tensors: Any) -> str:
-        """The hash of a list of names and shapes, which is recorded the first time it is seen."""
-        layout = {f"{group}/{name}": list(shape) for group, name, shape in tensors}
+        """The hash of a list of names, shapes and types, which is recorded the first time."""
+        layout = {f"{group}/{name}": [*shape, *type_] for group, name, shape, *type_ in tensors}
         return self._once("layout", json.dumps(layout), {"shapes": layout})
 
     def _once(self, kind: str, text: str, facts: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from silotune.recipes.each_algorithm import each_algorithm, foreign
 from silotune.recipes.personal import kept_by, what_is_kept
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.secure_sums import of_secure_sums
+from silotune.recipes.wire import of_the_wire
 
 MAX_ROWS_UNDER_PRIVACY = (
     "keeps a fixed number of rows, so one row more may push another one out: "
@@ -51,6 +52,7 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _of_the_optimizer(run)
     yield from _of_privacy(run)
     yield from of_secure_sums(run)
+    yield from of_the_wire(run)
 
 
 def _of_an_early_stop(run: RunConfig) -> Iterator[tuple[str, str]]:

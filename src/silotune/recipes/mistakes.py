@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from silotune.algorithms import ALGORITHMS
 from silotune.algorithms.base import AlgorithmConfig
+from silotune.compression.config import WireConfig
 from silotune.core.wording import did_you_mean, shortened
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
@@ -167,6 +168,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "algorithm": ALGORITHM_CONFIGS.get(algorithm, AlgorithmConfig),
         "privacy": PrivacyConfig,
         "secure_sum": SecureSumConfig,
+        "wire": WireConfig,
         "evaluate": EvaluateConfig,
         "checkpoint": CheckpointConfig,
         "finish": FinishConfig,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from silotune.compression.config import WireConfig
 from silotune.core.types import Config
 from silotune.data.partition import PartitionConfig
 from silotune.data.reading import DataConfig
@@ -57,6 +58,7 @@ class RunConfig(Config):
     algorithm: AnyAlgorithmConfig = Field(default_factory=lambda: ALGORITHM_CONFIGS["fedavg"]())
     privacy: PrivacyConfig = PrivacyConfig()
     secure_sum: SecureSumConfig = SecureSumConfig()
+    wire: WireConfig = WireConfig()
     server: ServerConfig = ServerConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

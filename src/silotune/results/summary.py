@@ -25,7 +25,7 @@ def summarise(
     *,
     result_round: int,
     measured: Mapping[str, Any],
-    head_bytes: int = 0,
+    head_bytes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Build the contents of summary.json.
 
@@ -36,7 +36,7 @@ def summarise(
         result_round: The round after which the adapter became the result.
         measured: What only the process knows: seconds_total, base_model_loads, peak_memory_bytes,
             adapter_sha256, adapter.
-        head_bytes: Size of the classification head, which is in every message with the adapter.
+        head_bytes: bytes_up and bytes_down of the classification head in one message.
     """
     sent = {
         key: [n for row in rows if (n := row.get(key, 0))] for key in ("bytes_up", "bytes_down")
@@ -45,7 +45,8 @@ def summarise(
     if run.task == "classify":
         found["labels"] = list(run.data.labels or ())
         found["scores"] = _label_scores(rows, clients, result_round)
-        found |= {f"head_{key}": head_bytes * len(sizes) for key, sizes in sent.items()}
+        head = head_bytes or {}
+        found |= {f"head_{key}": head.get(key, 0) * len(sizes) for key, sizes in sent.items()}
     return {
         "task": run.task,
         "algorithm": getattr(run.algorithm, "name", ""),

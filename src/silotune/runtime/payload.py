@@ -1,4 +1,4 @@
-"""What travels between processes: one JSON text and one row of float32 numbers. Nothing pickled.
+"""What travels between processes: one JSON text and one row of bytes. Nothing pickled.
 
 Imports neither torch nor flwr, so that a process that only passes parcels on starts at once.
 """
@@ -18,8 +18,8 @@ a request after 30 s without an answer, so a part of this size still passes at 0
 
 
 def no_values() -> np.ndarray:
-    """An empty row of numbers."""
-    return np.zeros(0, dtype=np.float32)
+    """An empty row of bytes."""
+    return np.zeros(0, dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Parcel:
     about: dict[str, Any]
     """Plain JSON values."""
     values: np.ndarray = field(default_factory=no_values)
-    """All tensors, concatenated to 1-D float32."""
+    """The little-endian bytes of all tensors, concatenated to 1-D uint8."""
 
 
 def pack(parcel: Parcel) -> bytes:
-    """One byte string: the length of the text, the text, the numbers."""
+    """One byte string: the length of the text, the text, the bytes of the tensors."""
     text = json.dumps(parcel.about).encode()
     return len(text).to_bytes(HEADER_BYTES, "little") + text + parcel.values.tobytes()
 
@@ -45,11 +45,11 @@ def unpack(data: bytes) -> Parcel:
         UpdateError: The bytes are not a parcel.
     """
     start = HEADER_BYTES + int.from_bytes(data[:HEADER_BYTES], "little")
-    if len(data) < start or (len(data) - start) % 4:
+    if len(data) < start:
         raise UpdateError(
             "a message is incomplete.\n  Install the same version of silotune on both sides."
         )
-    values = np.frombuffer(data, dtype=np.float32, offset=start)
+    values = np.frombuffer(data, dtype=np.uint8, offset=start)
     return Parcel(read_text(data[HEADER_BYTES:start]), values)
 
 

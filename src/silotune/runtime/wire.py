@@ -1,4 +1,4 @@
-"""Converts our types to parcels and back, always in float32, and counts the bytes on the wire.
+"""Converts our types to parcels and back, and counts the bytes on the wire.
 
 The form of what arrives is checked here; what it means is checked in `federation/acceptance.py`.
 """
@@ -32,6 +32,9 @@ Seconds = Annotated[FiniteFloat, Field(ge=0, le=10 * 365.25 * 86400)]
 """At most ten years."""
 Name = Annotated[str, Field(max_length=1000)]
 Word = Annotated[str, Field(max_length=100)]
+Shape = Annotated[list[int], Field(max_length=64)]
+"""torch sums tensors of at most 64 dimensions."""
+Listed = tuple[str, str, list[int]] | tuple[str, str, list[int], str]
 
 
 class _Form(BaseModel):
@@ -39,9 +42,9 @@ class _Form(BaseModel):
 
 
 class _Tensors(_Form):
-    tensors: list[tuple[Name, Name, Annotated[list[int], Field(max_length=64)]]]
-    """Group, name and shape of every tensor, in the order of the values. torch sums tensors of at
-    most 64 dimensions."""
+    tensors: list[tuple[Name, Name, Shape] | tuple[Name, Name, Shape, Word]]
+    """Group, name and shape of every tensor, in the order of the values, and its type unless that
+    is float32."""
 
 
 class _Broadcast(_Tensors):
@@ -139,6 +142,8 @@ def decode_broadcast(parcel: Parcel) -> Broadcast:
     """
     form = _read(_Broadcast, parcel.about)
     groups = _unflatten(form, parcel.values)
+    if any(t.dtype != torch.float32 for state in groups.values() for t in state.values()):
+        raise UpdateError("a message brings an adapter that is not float32.")
     return Broadcast(form.round, groups.get("adapter", {}), _extra(groups), form.score)
 
 
@@ -269,33 +274,54 @@ def _score_facts(score: Score) -> dict[str, Any]:
 # --- tensors ----------------------------------------------------------------------------------
 
 
-def _flatten(groups: Groups) -> tuple[list[tuple[str, str, list[int]]], np.ndarray]:
-    layout: list[tuple[str, str, list[int]]] = []
+TYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "int32": torch.int32,
+}
+"""What may travel: changes and adapters as float32, or what a codec or a mask makes of them."""
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+def _flatten(groups: Groups) -> tuple[list[Listed], np.ndarray]:
+    layout: list[Listed] = []
     parts: list[Tensor] = []
     for group, state in groups.items():
         for name in sorted(state):
             tensor = state[name]
-            assert tensor.dtype == torch.float32, f"{name} is {tensor.dtype}: only float32 is sent"
-            layout.append((group, name, list(tensor.shape)))
-            parts.append(tensor.detach().cpu().reshape(-1))
+            assert tensor.dtype in NAMES, f"{name} is {tensor.dtype}, which is not sent"
+            own = (group, name, list(tensor.shape))
+            plain = tensor.dtype == torch.float32
+            layout.append(own if plain else (*own, NAMES[tensor.dtype]))
+            if tensor.numel():  # torch cannot see nothing as bytes
+                parts.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
     return layout, torch.cat(parts).numpy() if parts else no_values()
 
 
 def _unflatten(form: _Tensors, values: np.ndarray) -> dict[str, dict[str, Tensor]]:
-    if values.dtype != np.float32 or values.ndim != 1:
-        raise UpdateError(f"a message brings {values.dtype} numbers; only float32 is accepted.")
     flat = torch.from_numpy(values.copy())  # the received bytes are read-only
     groups: dict[str, dict[str, Tensor]] = {}
     at = 0
-    for group, name, shape in form.tensors:
+    for group, name, shape, *other in form.tensors:
+        type_ = other[0] if other else "float32"
         if any(size < 0 for size in shape) or name in groups.get(group, {}):
             raise UpdateError(f"a message lists tensor '{name}' twice or with a negative size.")
-        size = math.prod(shape)
+        if type_ not in TYPES:
+            raise UpdateError(
+                f"a message brings '{name}' as {type_}, which is not accepted.\n"
+                "  Install the same version of silotune on both sides."
+            )
+        size = math.prod(shape) * TYPES[type_].itemsize
         if at + size > flat.numel():
             raise UpdateError(f"a message holds fewer numbers than its tensors need ('{name}').")
-        if math.prod(max(1, n) for n in shape) > 2**62:  # no numbers, and strides above 64 bits
+        if math.prod(max(1, n) for n in shape) > 2**60:  # no numbers, and strides above 64 bits
             raise UpdateError(f"a message gives '{name}' an impossible shape.")
-        groups.setdefault(group, {})[name] = flat[at : at + size].reshape(shape)
+        own = flat[at : at + size] if size else torch.zeros(0, dtype=torch.uint8)
+        if at % TYPES[type_].itemsize:
+            own = own.clone()  # a number begins at a multiple of its size
+        groups.setdefault(group, {})[name] = own.view(TYPES[type_]).reshape(shape)
         at += size
     if at != flat.numel():
         raise UpdateError("a message holds more numbers than its tensors need.")

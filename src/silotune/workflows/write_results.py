@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from silotune.compression.changes import travels
 from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import RunFolderError
 from silotune.core.lora import joined
-from silotune.core.tree import size_bytes
+from silotune.core.tree import layout_bytes, layout_of, size_bytes
 from silotune.core.types import AdapterState, ServerState
 from silotune.core.wording import counted
 from silotune.data.client_rows import ClientRows
@@ -93,6 +94,7 @@ def write_results(
     finished = finish(job, result, loaded)  # before the result is put on the base to be saved
     adapter = _save_result(loaded, run, result, folder)
     rows = folder.metrics()
+    head = {n: t for n, t in result.adapter.items() if n in loaded.head - job.local}
     summary = summarise(
         run,
         rows,
@@ -106,9 +108,10 @@ def write_results(
             **({"extended": longer} if (longer := extensions(folder.path)) else {}),
             "adapter_sha256": file_sha256(adapter),
         },
-        head_bytes=size_bytes(
-            {n: t for n, t in result.adapter.items() if n in loaded.head - job.local}
-        ),
+        head_bytes={
+            "bytes_up": layout_bytes(travels(run.wire, layout_of(head))),
+            "bytes_down": size_bytes(head),
+        },
     )
     split = _write_rows(run, folder, checked.rows, loaded, job.progress)
     job.progress.doing("writing the report")

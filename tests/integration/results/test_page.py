@@ -238,7 +238,9 @@ def test_comparison_verdict_states_the_mean_and_counts_clients():
 
 def test_comparison_names_clients_worse_off_than_alone_the_result_first():
     text = Reader(page_of_comparison()).text
-    own = text.index("With “federated”, a higher mean loss than alone: west (none of them clearly).")
+    own = text.index(
+        "With “federated”, a higher mean loss than alone: west (none of them clearly)."
+    )
     other = text.index("With “federated: fedprox”, a higher mean loss than alone: north (")
     assert own < other
 

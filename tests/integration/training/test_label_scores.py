@@ -235,7 +235,7 @@ def test_the_head_is_counted_in_every_message_that_carries_it_and_in_no_other():
         row(1, "north", NORTH, bytes_down=90),
         row(0, "north", NORTH, bytes_down=0),  # came with the training message
     ]
-    found = summary_of(rows, head_bytes=20)
+    found = summary_of(rows, head_bytes={"bytes_up": 20, "bytes_down": 20})
     assert (found["bytes_up"], found["bytes_down"]) == (100, 180)
     assert (found["head_bytes_up"], found["head_bytes_down"]) == (20, 40)
     assert cost_lines(found)[0] == (

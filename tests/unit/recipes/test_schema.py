@@ -544,6 +544,10 @@ OTHER: dict[str, tuple[str, list[str]]] = {
             "simulate": "true",
         }.items()
     },
+    "wire.up": ("int8", []),
+    "wire.error_feedback": ("false", ["wire.up=int4"]),
+    "wire.block": ("32", ["wire.up=int8"]),
+    "wire.share": ("0.25", ["wire.up=topk"]),
     "sweep.keys": ('["train.lr=1e-4,1e-3"]', []),
     "sweep.runs": ('["train.lr=1e-4", "rounds=2"]', []),
     "sweep.search": ("9", []),

@@ -12,6 +12,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from silotune.core.errors import UpdateError
+from silotune.core.tree import size_bytes
 from silotune.core.types import Broadcast, Failure
 from silotune.runtime import wire
 from silotune.runtime.flower.records import from_record, to_record
@@ -85,9 +86,7 @@ class Contents:
 
 
 def _parcel_bytes(broadcast: Broadcast) -> int:
-    states = (broadcast.adapter, *broadcast.extra.values())
-    # a parcel holds float32, whatever the tensors are
-    return 4 * sum(tensor.numel() for state in states for tensor in state.values())
+    return sum(map(size_bytes, (broadcast.adapter, *broadcast.extra.values())))
 
 
 class Mailbox:

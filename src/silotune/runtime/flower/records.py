@@ -1,9 +1,9 @@
-"""Converts parcels to Flower's records and back: one text, and one row of float32 numbers.
+"""Converts parcels to Flower's records and back: one text, and one row of bytes.
 
 Flower stores, hashes and fetches every record, array and part of an array as a separate object,
 with one request at each of the six places that a round's message passes. So an adapter is one row,
 not hundreds of arrays. A row that fits into one object is stored in the text's ConfigRecord; a
-larger one in an ArrayRecord, which travels in parts. The row holds plain little-endian numbers.
+larger one in an ArrayRecord, which travels in parts. The row holds plain little-endian tensors.
 Flower itself would write a NumPy file, and reading one means decoding whatever its header
 announces.
 """
@@ -17,16 +17,16 @@ from silotune.core.errors import UpdateError
 from silotune.runtime.payload import PART_BYTES, Parcel, read_text
 
 ABOUT, VALUES = "about", "values"
-PLAIN = "silotune.float32"
+PLAIN = "silotune.bytes"
 """Name of our format in Flower's arrays."""
 
 
 def to_record(parcel: Parcel) -> RecordDict:
     """A parcel as the content of a Flower message."""
-    text, row = json.dumps(parcel.about), np.asarray(parcel.values, dtype="<f4")
+    text, row = json.dumps(parcel.about), np.asarray(parcel.values, dtype=np.uint8)
     if row.nbytes <= PART_BYTES:
         return RecordDict({ABOUT: ConfigRecord({ABOUT: text, VALUES: row.tobytes()})})
-    array = Array("float32", row.shape, PLAIN, row.tobytes())
+    array = Array("uint8", row.shape, PLAIN, row.tobytes())
     about = ConfigRecord({ABOUT: text})
     return RecordDict({ABOUT: about, VALUES: ArrayRecord({VALUES: array})})
 
@@ -55,7 +55,10 @@ def from_record(record: RecordDict, *, most_text: int | None = None) -> Parcel:
     if arrays is not None and VALUES in arrays:
         array = arrays[VALUES]
         announced = (array.dtype, array.stype, array.shape)
-        row = array.data if announced == ("float32", PLAIN, (len(array.data) / 4,)) else None
-    if not isinstance(row, bytes) or len(row) % 4:
-        raise UpdateError("a message holds numbers that are not float32; only float32 is accepted.")
-    return Parcel(read_text(text), np.frombuffer(row, dtype="<f4"))
+        row = array.data if announced == ("uint8", PLAIN, (len(array.data),)) else None
+    if not isinstance(row, bytes):
+        raise UpdateError(
+            "a message holds something else than bytes.\n"
+            "  Install the same version of silotune on both sides."
+        )
+    return Parcel(read_text(text), np.frombuffer(row, dtype=np.uint8))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.compression.config import WireConfig
 from silotune.core.atomic_files import make_folder, write_json, write_rows
 from silotune.core.checksums import list_files
 from silotune.core.errors import QuorumError, UpdateError, first_line
@@ -120,7 +121,8 @@ class Arms:
 
     def worker(self, run: RunConfig) -> Worker:
         """A worker without a federation: whatever it learns is the result."""
-        return Worker(self.loaded, self.task, run, fedavg(FedAvgConfig()))
+        nothing_travels = run.model_copy(update={"wire": WireConfig()})
+        return Worker(self.loaded, self.task, nothing_travels, fedavg(FedAvgConfig()))
 
     # --- arms
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from silotune.compression.changes import travels
 from silotune.core.algorithm import Algorithm, expected_layout, keep_local
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
@@ -73,6 +74,7 @@ def traffic(run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: i
     state = first_state(shapes, algorithm, num_clients)
     costs = list(expected_rounds(run, state, algorithm, num_clients))
     sent = expected_layout(algorithm, state)
+    payload = travels(run.wire, sent)
     head = {n: t for n, t in state.adapter.items() if n in shapes.head}
     own = {n: t for n, t in state.adapter.items() if algorithm.local.personal(n)}
     last = costs[-1].last_bytes
@@ -80,12 +82,12 @@ def traffic(run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: i
     up = sum(cost.bytes_up for cost in costs)
     training = sum(cost.num_asked * (cost.down + cost.up) for cost in costs)
     num_down = len(state.adapter) + sum(len(state.extra[key]) for key in algorithm.broadcasts)
-    one_each = costs[0].down + costs[0].up + HEADER_BYTES * (num_down + len(sent))
+    one_each = costs[0].down + costs[0].up + HEADER_BYTES * (num_down + len(payload))
     return Traffic(
         down=costs[0].down,
         up=costs[0].up,
         head_down=size_bytes(head),
-        head_up=layout_bytes({n: spec for n, spec in sent.items() if n in head}),
+        head_up=layout_bytes(travels(run.wire, {n: s for n, s in sent.items() if n in head})),
         kept=size_bytes(own),
         num_values=sum(t.numel() for t in state.adapter.values()),
         num_clients=num_clients,
