@@ -9,64 +9,35 @@ from cryptography.hazmat.primitives import hashes
 
 from silotune.core.errors import ConfigError, Declined
 from silotune.deployment.consortium.certificates import (
-    client_certificate,
     fingerprint,
     new_authority,
     new_key,
     pem,
-    write_key,
 )
-from silotune.deployment.consortium.kit import Kit
 from silotune.federation.client_config import ClientConfig, load_client_config
 from silotune.federation.client_recipe import own_recipe
 from silotune.recipes.parse import parse
 from silotune.runtime.identity import Unknown, add_throwaways, identity_of, own_fingerprint
+from tests.consortium import Kits
 
 NAMES = ("north", "south", "east", "west")
 TEXT = b"keys of round 1"
 
 
-class Consortium:
-    """Four clients' folders, with keys and kits; nobody's roster is missing."""
-
-    def __init__(self, place):
-        self.place, self.signer = place, new_key()
-        self.authority = new_authority("demo", self.signer)
-        self.keys = {name: new_key() for name in NAMES}
-        self.roster = {n: fingerprint(key.public_key()) for n, key in self.keys.items()}
-        for name in NAMES:
-            (place / name).mkdir()
-            write_key(place / name / "key.pem", self.keys[name])
-            self.give(name, self.certificate(name, self.keys[name]))
-
-    def certificate(self, name, key, authority=None, signer=None, days=9):
-        made = client_certificate(
-            *(authority or self.authority, signer or self.signer, key.public_key(), name), days=days
-        )
-        return pem(made)
-
-    def give(self, name, certificate):
-        kit = Kit(
-            consortium="demo",
-            client=name,
-            host="localhost",
-            port=1,
-            authority=pem(self.authority),
-            certificate=certificate,
-        )
-        (self.place / name / "kit.toml").write_text(tomli_w.dumps(kit.model_dump()))
+class Consortium(Kits):
+    """Four clients; nobody's roster is missing."""
 
     def identity(self, name, **sums):
-        own = {"roster": {n: t for n, t in self.roster.items() if n != name}, **sums}
+        own = {"roster": self.others(name), **sums}
         config = ClientConfig.model_validate(
             {"name": name, "data": {"path": "x"}, "secure_sum": own}
         )
-        return identity_of(self.place / name / "client.toml", config)
+        return identity_of(self.places[name] / "client.toml", config)
 
 
 @pytest.fixture
 def four(tmp_path):
-    return Consortium(tmp_path)
+    return Consortium({name: tmp_path / name for name in NAMES})
 
 
 def test_four_clients_of_a_consortium_know_each_other(four):
