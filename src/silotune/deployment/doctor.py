@@ -22,14 +22,16 @@ from silotune.core.errors import SilotuneError
 from silotune.core.wording import counted, human_bytes
 from silotune.data.partition import PartitionConfig
 from silotune.deployment.consortium.caddy import find_caddy
+from silotune.deployment.consortium.certificates import fingerprint, public_key
 from silotune.deployment.consortium.kit import certificate_of
-from silotune.deployment.join import KEY, Joined
+from silotune.deployment.join import KEY, OWN, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
 from silotune.federation.client_recipe import check_base, check_steps, own_recipe, own_rows
 from silotune.federation.recipe_model import give_template, warn_of_template
 from silotune.models.base import folder_of_base, inspect_base, load_tokenizer
 from silotune.models.sources import content_hash
 from silotune.recipes.schema import RunConfig
+from silotune.runtime.identity import identity_of
 from silotune.training.tasks import build_task
 from silotune.workflows.plan.measure import Measurement, is_at_hand, measure
 from silotune.workflows.preview import describe_rows
@@ -81,6 +83,8 @@ def examine(joined: Joined, recipe: RunConfig | None = None) -> Iterator[Finding
     run = yield from _agree(joined, recipe)
     if run is None:
         return
+    if run.secure_sum.is_on:
+        yield from _guarded("sums", lambda: _sums(joined, run))
     yield from _guarded("rows", lambda: _rows(joined, run))
     if not is_at_hand(run):
         text = f"{run.model.name} is not on this machine"
@@ -102,7 +106,8 @@ def _guarded(what: str, check: Callable[[], Finding]) -> Iterator[Finding]:
 def _certificate(joined: Joined) -> Finding:
     ends = certificate_of(joined.kit).not_valid_after_utc
     left = (ends - datetime.datetime.now(datetime.UTC)).days
-    text = f"matches this client's key; valid until {ends:%Y-%m-%d}"
+    mine = fingerprint(public_key(certificate_of(joined.kit)))
+    text = f"matches this client's key, {mine}; valid until {ends:%Y-%m-%d}"
     again = "Ask the server's operators to approve request.toml again; that renews the kit."
     if left < 0:
         return Finding("kit", "FAIL", text, again)
@@ -197,6 +202,18 @@ def _agree(joined: Joined, recipe: RunConfig) -> Generator[Finding, None, RunCon
     about = f"{counted(run.rounds, 'round')} of {algorithm} on {recipe.model.name}"
     yield Finding("limits", "ok", f"this client agrees to {about}")
     return run
+
+
+def _sums(joined: Joined, run: RunConfig) -> Finding:
+    identity_of(joined.folder / OWN, joined.own)
+    own = joined.own.secure_sum
+    others, smallest = len(own.roster.keys() - {joined.own.name}), run.secure_sum.min_cohort
+    text = f"knows {counted(others, 'other client')} by fingerprint; takes part in sums over at "
+    text += f"least {max(own.min_cohort, smallest)} clients"
+    if others + 1 >= max(own.min_cohort, smallest):
+        return Finding("sums", "ok", text)
+    fix = "Add the fingerprints of the others to [secure_sum] roster in client.toml."
+    return Finding("sums", "FAIL", text, fix)
 
 
 def _rows(joined: Joined, run: RunConfig) -> Finding:

@@ -92,6 +92,11 @@ min_count = 5                 # nothing sent is about fewer rows; not a budget: 
 # device = "cpu"              # auto, cpu, cuda or mps
 # threads = 4
 # idle_s = 900                # seconds without a message until the base model is unloaded
+
+# [secure_sum]                # only sums over several clients can be read, see docs/secure-sums.md
+# required = true             # refuse every recipe without them
+# min_cohort = 4              # fewest clients in such a sum
+# roster = {{ south = "12ab ..." }}  # the others' fingerprints, compared by telephone
 """
 
 

@@ -369,7 +369,8 @@ def withheld(update: Update) -> Update:
     """What a real client sends under [privacy]: no loss, score, time or count of its rows' tokens.
 
     None of them has noise, and the seconds of a step say how many rows it drew, which must stay a
-    secret. What remains follows from the recipe and the number of rows.
+    secret. With secure sums, too, real clients send no such number about themselves. What remains
+    follows from the recipe and the number of rows.
     """
     known = {key: value for key, value in update.metrics.items() if key in TOLD + MECHANISM}
     return replace(update, metrics=known, score=None)

@@ -13,6 +13,7 @@ from silotune.core.toml_file import read_table
 from silotune.core.types import Config
 from silotune.data.chat_templates import TEMPLATES
 from silotune.data.config import DataConfig
+from silotune.federation.own_sums import OwnSumsConfig
 from silotune.federation.roster import check_client_name, is_consortium
 from silotune.models.quantization import Quantization
 from silotune.recipes.sections import usable_threads
@@ -106,6 +107,7 @@ class ClientConfig(Config):
     """Folder of this client's own copy of the base model."""
     data: DataConfig
     limits: LimitsConfig = LimitsConfig()
+    secure_sum: OwnSumsConfig = OwnSumsConfig()
     runtime: OwnRuntimeConfig = Field(default_factory=OwnRuntimeConfig)
 
     @field_validator("name")

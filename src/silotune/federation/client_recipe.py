@@ -32,6 +32,7 @@ from silotune.recipes.sections import (
     StopConfig,
     SweepConfig,
 )
+from silotune.recipes.secure_sums import of_secure_sums
 from silotune.training.scoring import EvaluateConfig
 from silotune.training.server_training import DistillConfig, ServerConfig
 
@@ -96,6 +97,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
         adapter = run.adapter
         refused.append(str(error))
     refused += _against_privacy(run, own)
+    refused += _against_sums(run, own)
     refused += against_consent(run, own.data, columns=limits.columns, tasks=limits.tasks)
     sets_it = "validation_fraction" in own.data.model_fields_set
     if sets_it and own.data.validation_fraction == 0 < run.data.validation_fraction:
@@ -177,6 +179,14 @@ def _own_privacy(asked: PrivacyConfig, limits: LimitsConfig) -> PrivacyConfig:
     delta = limits.delta if asked.delta is None else min(asked.delta, limits.delta)
     target = asked.target_epsilon and min(asked.target_epsilon, limits.epsilon)
     return asked.model_copy(update={"delta": delta, "target_epsilon": target})
+
+
+def _against_sums(run: RunConfig, own: ClientConfig) -> Iterator[str]:
+    """What is wrong with a recipe's secure sums for this client."""
+    if own.secure_sum.required and not run.secure_sum.is_on:
+        yield "secure_sum.kind must be 'masks': this client requires it ([secure_sum] required)"
+    if run.secure_sum.is_on:
+        yield from (f"{key}: {why}" for key, why in of_secure_sums(run))
 
 
 def is_public(name: str) -> bool:

@@ -21,6 +21,12 @@ from silotune.core.wording import counted
 from silotune.federation.ledger import lines, write_down
 
 FILE = "outbound.jsonl"
+SUMS = {
+    "keys": "keys for a secure sum",
+    "shares": "shares for the other clients",
+    "opened": "shares that open the sum",
+}
+"""What answers of secure sums are called."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ class Outbound:
         update = about.get("update")
         if update is not None:
             said["update"] = {k: v for k, v in update.items() if k != "tensors"}
+        # who, and not what: the logs of many clients together could open a sum
+        if "shares" in about:
+            said["shares"] = sorted(about["shares"])
+        if "opened" in about:
+            said["opened"] = {kind: sorted(own) for kind, own in about["opened"].items()}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = {
             "time": now,
@@ -121,6 +132,8 @@ def answer_words(line: Mapping[str, Any]) -> str:
         return f"round {failure.get('round', 0)}: failure: {failure.get('code', '')}"
     if "update" in said:
         return f"round {said['update']['round']}: update"
+    if part := next((part for part in SUMS if part in said), None):
+        return f"round {said.get('round', 0)}: {SUMS[part]}"
     if "report" in said:
         return "report on its number of rows"
     return f"answer to {line['asked']}"

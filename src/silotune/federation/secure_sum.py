@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from silotune.core.algorithm import Algorithm, expected_layout
-from silotune.core.errors import UpdateError
+from silotune.core.errors import ConfigError, UpdateError
 from silotune.core.seeds import generator
 from silotune.core.tree import size_bytes
 from silotune.core.types import (
@@ -185,6 +185,20 @@ def summed(algorithm: Algorithm, run: RunConfig, sums: Sums) -> Algorithm:
         return algorithm.combine(state, [whole])
 
     return replace(as_words(algorithm), combine=combine)
+
+
+def check_cohort(run: RunConfig, round_: int, names: Sequence[str]) -> None:
+    """Refuse a round of fewer clients than `secure_sum.min_cohort`.
+
+    Raises:
+        ConfigError: Says how many are asked.
+    """
+    smallest = run.secure_sum.min_cohort
+    if len(names) < smallest:
+        raise ConfigError(
+            f"round {round_} asks {len(names)} clients, and secure_sum.min_cohort is {smallest}.\n"
+            "  Ask more clients per round, or lower it; 3 is the least."
+        )
 
 
 def num_numbers(algorithm: Algorithm, adapter: Mapping[str, torch.Tensor], round_: int) -> int:

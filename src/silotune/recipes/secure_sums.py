@@ -25,11 +25,7 @@ def of_secure_sums(run: RunConfig) -> Iterator[tuple[str, str]]:
             "example 1.0",
         )
     if run.runtime.name != "in-process":
-        yield (
-            WHERE,
-            f"cannot be used with runtime.name = '{run.runtime.name}' yet: only simulations in one "
-            "process carry its messages",
-        )
+        yield from _of_messages(run)
     if run.privacy.clips_at_server:
         yield (
             "privacy.noise_at",
@@ -58,3 +54,24 @@ def of_secure_sums(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
         if why:
             yield where, f"'{chosen_algorithm(arm)}' cannot be used with secure sums: {why}"
+
+
+def _of_messages(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What clients in other processes cannot do, or refuse."""
+    if run.secure_sum.simulate:
+        yield (
+            "secure_sum.simulate",
+            "needs runtime.name = 'in-process': elsewhere clients use masks",
+        )
+    if run.checkpoint.every > 1:
+        yield (
+            "checkpoint.every",
+            "must be 1 with secure sums: a resumed run would repeat rounds, and clients open the "
+            "sum of a round once",
+        )
+    if run.runtime.name == "flower" and run.evaluate.every > 0:
+        yield (
+            "evaluate.every",
+            "must be 0 with secure sums and runtime.name = 'flower': real clients then send no "
+            "number about themselves, and a loss is one. evaluate.server_path scores at the server",
+        )

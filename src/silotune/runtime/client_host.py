@@ -36,14 +36,18 @@ from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
+from silotune.federation.secure_sum import CUT, num_numbers
 from silotune.models.base import folder_of_base
 from silotune.models.devices import peak_memory_bytes
-from silotune.models.loading import num_base_loads
+from silotune.models.loading import num_base_loads, read_adapter
 from silotune.models.sources import content_hash
+from silotune.privacy.secure_sum.member import Refused
 from silotune.recipes.schema import RunConfig
 from silotune.runtime import wire
+from silotune.runtime.client_sums import ClientSums
 from silotune.runtime.flower.strategy import algorithm_of
-from silotune.runtime.payload import Parcel
+from silotune.runtime.payload import Parcel, round_of
+from silotune.runtime.sum_wire import STEPS
 from silotune.training.loop import pick_optimizer
 from silotune.training.tasks import build_task
 
@@ -65,12 +69,14 @@ class Place:
     ledger: Ledger | None = None
     """Where a real client records what it releases, over all runs on its rows."""
     withholds: bool = False
-    """Whether values without noise stay here, for real clients under [privacy]. The number of rows
-    is still reported."""
+    """Whether values that are about single clients stay here: for real clients under [privacy] or
+    with secure sums. The number of rows is still reported."""
     quiet: bool = False
     """See `Worker.quiet`."""
     min_count: int | None = None
     """A client's `limits.min_count`."""
+    sums: Callable[[str], ClientSums] | None = None
+    """With secure sums: a client's half of them, by its name."""
     progress: Progress = SILENT
     """Told what a client is doing, on its own machine."""
 
@@ -100,20 +106,30 @@ class Station:
         data = self._data(client)
         if kind == "query":
             return self._report(data)
+        sums = None if self.place.sums is None else self.place.sums(client)
+        if kind in STEPS:
+            return self._step(kind, sums, parcel)
+        shares = None
+        if kind == "train" and sums is not None:  # before training: nothing else may be sent
+            parcel, shares = sums.taken_from(parcel)
         broadcast, own = wire.decode_broadcast(parcel), self.place.folder(client)
         if kind == "train":
             if self.place.withholds:
                 broadcast = replace(broadcast, score=False)
             update = take_part(self.worker, data, broadcast, own)
+            if sums is not None:
+                update = sums.hide(update, shares)
             if self.place.withholds:
+                if cut := update.metrics.get(CUT):
+                    sys.stderr.write(f"{cut} numbers were beyond secure_sum.range and were cut\n")
                 update = withheld(update)
             if update.score and not is_large_enough(update.score, self.place.min_count):
                 update = replace(update, score=None)
             return self._signed(wire.encode_update(update))
         if self.place.withholds:
             raise Declined(
-                f"client '{client}' does not send scores: they carry no noise under [privacy].\n"
-                "  Set evaluate.every = 0."
+                f"client '{client}' does not send scores: under [privacy] they carry no noise, and "
+                "with secure sums only sums are sent.\n  Set evaluate.every = 0."
             )
         memory = load_memory(own, broadcast.round)
         if data.num_eval == 0:
@@ -125,6 +141,14 @@ class Station:
                 f"fewer of one kind, than limits.min_count = {self.place.min_count}"
             )
         return self._signed(wire.encode_score(result, broadcast.round))
+
+    def _step(self, kind: str, sums: ClientSums | None, parcel: Parcel) -> Parcel:
+        """Answer a message that only secure sums have."""
+        if sums is None:
+            raise UpdateError(f"a message '{kind}', but the recipe has no secure sums.")
+        adapter, round_ = read_adapter(self.worker.loaded), round_of(parcel.about)
+        count = num_numbers(self.worker.algorithm, adapter, round_)
+        return Parcel({**sums.answer(kind, parcel.about, count), "round": round_})
 
     def _data(self, client: str) -> ClientData:
         if client not in self.data:
@@ -188,7 +212,7 @@ def guarded(
         with contextlib.suppress(OSError):  # the disk may be full, and the log is on it
             traceback.print_exc(file=sys.stderr)
         failure = failure_from(error, client=client, round_=round_)
-        if quiet() and not isinstance(error, Declined | BudgetSpent):
+        if quiet() and not isinstance(error, Declined | BudgetSpent | Refused):
             failure = Failure(client, round_, *FAILED)
         parcel = wire.encode_failure(failure)
     return Parcel({**parcel.about, "client": client}, parcel.values)
@@ -200,6 +224,7 @@ def failure_from(error: BaseException, *, client: str, round_: int) -> Failure:
         UpdateError: "training failed",
         Declined: "declined",
         BudgetSpent: BUDGET_SPENT,
+        Refused: "refused by the client",
     }
     if type(error) in told:
         return Failure(client, round_, told[type(error)], str(error)[:1000])

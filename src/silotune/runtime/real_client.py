@@ -25,7 +25,10 @@ from silotune.federation.outbound_log import FILE as OUTBOUND
 from silotune.federation.outbound_log import Outbound
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.client_host import Place, Station, guarded
+from silotune.runtime.client_sums import ClientSums
+from silotune.runtime.identity import identity_of
 from silotune.runtime.payload import Parcel, round_of
+from silotune.runtime.sum_wire import STEPS
 
 
 class Deployed:
@@ -78,6 +81,8 @@ class Deployed:
         self.live.more = {"run": run_id}
         if kind == "query":
             self.live.wait("reporting the number of rows")
+        elif kind in STEPS:
+            self.live.wait(f"secure sum of round {round_}: {STEPS[kind]}")
         else:
             self.live.begin(rounds, round_)
             self.live.begin_round(round_, [self.name])
@@ -105,12 +110,18 @@ class Deployed:
             ledger = Ledger(
                 Path(own.state) / LEDGER, run_id, epsilon=limits.epsilon, delta=limits.delta or 0.0
             )
+            sums = None
+            if here.secure_sum.is_on:
+                identity = identity_of(self.config, own)  # before anything is loaded
+                smallest = max(own.secure_sum.min_cohort, here.secure_sum.min_cohort)
+                sums = ClientSums(own.name, here, run_id, kept, identity, smallest)
             place = Place(
                 *(here, lambda _: rows, lambda _: kept),
                 ledger=ledger,
-                withholds=here.privacy.unit != "none",
+                withholds=here.privacy.unit != "none" or here.secure_sum.is_on,
                 quiet=self._quiet,
                 min_count=limits.min_count,
+                sums=None if sums is None else lambda _: sums,
                 progress=self.live,
             )
             self._station = Station(place)

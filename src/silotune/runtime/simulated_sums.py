@@ -9,21 +9,21 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from silotune.core.errors import ConfigError
 from silotune.core.types import Update
-from silotune.federation.secure_sum import Numbers, as_sent
-from silotune.privacy.secure_sum.masks import Session, library
-from silotune.privacy.secure_sum.member import Advert, Member, Verify
+from silotune.federation.secure_sum import Numbers, as_sent, check_cohort
+from silotune.privacy.secure_sum.masks import Session
+from silotune.privacy.secure_sum.member import Advert, Member
 from silotune.privacy.secure_sum.opening import open_sum, passed_on
 from silotune.privacy.secure_sum.ring import Words
 from silotune.recipes.schema import RunConfig
+from silotune.runtime.identity import new_throwaway, verifier_of
 
 
 class SimulatedSums:
     """Implements `Sums`, and hides updates as their clients would."""
 
     def __init__(self, run: RunConfig, names: Sequence[str]) -> None:
-        """Make the keys by which the clients know each other.
+        """Make throwaway keys by which the clients know each other.
 
         Args:
             run: The recipe.
@@ -35,8 +35,8 @@ class SimulatedSums:
         self.run, self.run_id = run, secrets.token_hex(8)
         self.signers: Mapping[str, Any] = {}
         if not run.secure_sum.simulate:
-            self.signers = {name: _new_signer() for name in names}
-        self.roster = {name: _verifier(key) for name, key in self.signers.items()}
+            self.signers = {name: new_throwaway() for name in names}
+        self.roster = {name: verifier_of(key) for name, key in self.signers.items()}
         self.names: Sequence[str] = []
         self._members: dict[str, Member] = {}
         self._adverts: dict[str, Advert] = {}
@@ -53,12 +53,7 @@ class SimulatedSums:
         Raises:
             ConfigError: There are fewer clients than `secure_sum.min_cohort`.
         """
-        smallest = self.run.secure_sum.min_cohort
-        if len(names) < smallest:
-            raise ConfigError(
-                f"round {round_} asks {len(names)} clients, and secure_sum.min_cohort is "
-                f"{smallest}.\n  Ask more clients per round, or lower it; 3 is the least."
-            )
+        check_cohort(self.run, round_, names)
         self.names = sorted(names)
         if self.run.secure_sum.simulate:
             return
@@ -69,13 +64,14 @@ class SimulatedSums:
                 session,
                 count + 1,  # the weight
                 sign=self.signers[name].sign,
-                roster=self.roster,
-                smallest=smallest,
+                smallest=self.run.secure_sum.min_cohort,
             )
             for name in self.names
         }
         self._adverts = {name: one.advertise() for name, one in self._members.items()}
-        shares = {name: one.share(self._adverts) for name, one in self._members.items()}
+        shares = {
+            name: one.share(self._adverts, self.roster) for name, one in self._members.items()
+        }
         self._hidden = passed_on(shares)
 
     def hide(self, update: Update) -> Update:
@@ -96,21 +92,3 @@ class SimulatedSums:
             session = Session(self.run_id, round_)
             total = open_sum(session, self._adverts, self._hidden, survivors, total, answers)
         return total, len(self.names)
-
-
-def _new_signer() -> Any:
-    return library("hazmat.primitives.asymmetric.ed25519").Ed25519PrivateKey.generate()
-
-
-def _verifier(key: Any) -> Verify:
-    invalid: Any = library("exceptions").InvalidSignature
-    public = key.public_key()
-
-    def is_signed(message: bytes, signature: bytes) -> bool:
-        try:
-            public.verify(signature, message)
-        except invalid:
-            return False
-        return True
-
-    return is_signed

@@ -37,11 +37,13 @@ Shape = Annotated[list[int], Field(max_length=64)]
 Listed = tuple[str, str, list[int]] | tuple[str, str, list[int], str]
 
 
-class _Form(BaseModel):
+class Form(BaseModel):
+    """The form of a message: other keys are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class _Tensors(_Form):
+class _Tensors(Form):
     tensors: list[tuple[Name, Name, Shape] | tuple[Name, Name, Shape, Word]]
     """Group, name and shape of every tensor, in the order of the values, and its type unless that
     is float32."""
@@ -52,7 +54,7 @@ class _Broadcast(_Tensors):
     score: bool
 
 
-class _Score(_Form):
+class _Score(Form):
     loss_sum: float
     num_tokens: Annotated[int, Field(ge=1, le=2**53)]
     num_correct: Count
@@ -61,7 +63,7 @@ class _Score(_Form):
     metric: FiniteFloat | None = None
 
 
-class _Metrics(_Form):
+class _Metrics(Form):
     """What every update says about its training. Other keys could overwrite those of a row.
 
     Under [privacy], real clients leave out what depends on their rows; see `client.withheld`.
@@ -76,6 +78,7 @@ class _Metrics(_Form):
     num_padded_tokens: Count | None = None
     seconds_training: Seconds | None = None
     seconds: Seconds | None = None
+    numbers_cut: Count | None = None
     noise_multiplier: Annotated[FiniteFloat, Field(ge=0, le=1e6)] | None = None
     sampling_rate: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     num_lots: Annotated[int, Field(ge=0, le=10**9)] | None = None
@@ -96,14 +99,14 @@ class _Update(_Tensors):
     score: _Score | None
 
 
-class _Failure(_Form):
+class _Failure(Form):
     round: Count
     code: Word
     place: Name
     fix: Name
 
 
-class _Report(_Form):
+class _Report(Form):
     num_train: Count
     num_eval: Count
     num_cut: Count
@@ -117,7 +120,7 @@ class _Report(_Form):
     """At which the client trains LoRA's factors; 0 without such factors."""
 
 
-class _Process(_Form):
+class _Process(Form):
     id: Name
     base_loads: Count
     peak_memory_bytes: Count
@@ -140,7 +143,7 @@ def decode_broadcast(parcel: Parcel) -> Broadcast:
     Raises:
         UpdateError: The parcel holds no broadcast.
     """
-    form = _read(_Broadcast, parcel.about)
+    form = read_form(_Broadcast, parcel.about)
     groups = _unflatten(form, parcel.values)
     if any(t.dtype != torch.float32 for state in groups.values() for t in state.values()):
         raise UpdateError("a message brings an adapter that is not float32.")
@@ -188,13 +191,13 @@ def decode_answer(parcel: Parcel, client: str, *, bytes_down: int) -> Update | S
         UpdateError: The parcel holds none of the three.
     """
     about = parcel.about
-    _check_keys(about, "update", "score", "failure")
+    check_keys(about, "update", "score", "failure")
     if "failure" in about:
-        return Failure(client, **_read(_Failure, about["failure"]).model_dump())
+        return read_failure(about["failure"], client)
     if "score" in about:
-        facts = _read(_Score, about["score"]).model_dump()
+        facts = read_form(_Score, about["score"]).model_dump()
         return _checked(_score_of(client, facts, size_bytes=bytes_down))
-    form = _read(_Update, about.get("update"))
+    form = read_form(_Update, about.get("update"))
     groups = _unflatten(form, parcel.values)
     facts = form.model_dump(exclude={"tensors", "score"}, exclude_unset=True, exclude_none=True)
     score = None
@@ -217,10 +220,10 @@ def decode_report(parcel: Parcel, client: str) -> dict[str, Any] | Failure:
     Raises:
         UpdateError: The parcel holds neither.
     """
-    _check_keys(parcel.about, "report", "failure")
+    check_keys(parcel.about, "report", "failure")
     if "failure" in parcel.about:
-        return Failure(client, **_read(_Failure, parcel.about["failure"]).model_dump())
-    return _read(_Report, parcel.about.get("report")).model_dump()
+        return read_failure(parcel.about["failure"], client)
+    return read_form(_Report, parcel.about.get("report")).model_dump()
 
 
 def decode_process(parcel: Parcel) -> dict[str, Any]:
@@ -229,15 +232,28 @@ def decode_process(parcel: Parcel) -> dict[str, Any]:
     Raises:
         UpdateError: It says nothing.
     """
-    return _read(_Process, parcel.about.get("process")).model_dump()
+    return read_form(_Process, parcel.about.get("process")).model_dump()
 
 
 BESIDE = ("round", "client", "process")
 """What an answer may have next to its one part."""
 
 
-def _check_keys(about: Mapping[str, Any], *parts: str) -> None:
-    """Refuse an answer with more than one part, or with text that nobody would read or count."""
+def read_failure(facts: object, client: str) -> Failure:
+    """What a client says about its failure.
+
+    Raises:
+        UpdateError: It is not a failure's form.
+    """
+    return Failure(client, **read_form(_Failure, facts).model_dump())
+
+
+def check_keys(about: Mapping[str, Any], *parts: str) -> None:
+    """Refuse an answer with more than one part, or with text that nobody would read or count.
+
+    Raises:
+        UpdateError: Names the keys.
+    """
     unknown = sorted(about.keys() - {*parts, *BESIDE})
     if unknown or sum(part in about for part in parts) > 1:
         what = unknown or [part for part in parts if part in about]
@@ -332,7 +348,12 @@ def _extra(groups: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tenso
     return {k.removeprefix("extra/"): v for k, v in groups.items() if k.startswith("extra/")}
 
 
-def _read(form: type[AnyForm], facts: object) -> AnyForm:
+def read_form(form: type[AnyForm], facts: object) -> AnyForm:
+    """What arrived, if it has this form.
+
+    Raises:
+        UpdateError: It does not; the message names the keys, and no value.
+    """
     try:
         return form.model_validate(facts)
     except ValidationError as error:

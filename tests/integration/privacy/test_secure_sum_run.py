@@ -159,7 +159,18 @@ def test_numbers_beyond_the_range_are_cut_and_counted(recipe, tmp_path):
             "clients send more than their change",
         ),
         ([*MASKS, "checkpoint.keep_updates=true"], "words under masks"),
-        ([*MASKS, "runtime.name=flower-simulation"], "only simulations in one process"),
+        (
+            [*PLAIN, "runtime.name=flower-simulation"],
+            "secure_sum.simulate: needs runtime.name = 'in-process'",
+        ),
+        (
+            [*MASKS, "runtime.name=flower-simulation", "checkpoint.every=2"],
+            "clients open the sum of a round once",
+        ),
+        (
+            [*MASKS, "runtime.name=flower", "evaluate.every=1"],
+            "evaluate.every: must be 0 with secure sums",
+        ),
         (
             [*MASKS, "privacy.unit=client", "privacy.noise_multiplier=1", "privacy.delta=1e-3"],
             "the server cannot clip a change",

@@ -7,7 +7,6 @@ people compare their fingerprints.
 """
 
 import datetime
-import hashlib
 import ipaddress
 import os
 from pathlib import Path
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from silotune.core.errors import ConfigError
+from silotune.runtime.identity import fingerprint as fingerprint  # clients read it, too
 
 Key = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -95,15 +95,6 @@ def ssh_public(key: PublicKey) -> bytes:
 def pem(what: x509.Certificate | x509.CertificateSigningRequest) -> str:
     """A certificate or a request as text."""
     return what.public_bytes(serialization.Encoding.PEM).decode("ascii")
-
-
-def fingerprint(key: PublicKey) -> str:
-    """What two people compare by telephone: 128 bits of the key's SHA-256, eight groups of four."""
-    der = key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    text = hashlib.sha256(der).hexdigest()
-    return " ".join(text[at : at + 4] for at in range(0, 32, 4))
 
 
 def public_key(what: x509.Certificate | x509.CertificateSigningRequest) -> PublicKey:

@@ -32,7 +32,7 @@ class SecureSumConfig(Config):
     """With [privacy]: clients whose noise the reader of the sums knows, for example because it is
     one of them. The guarantee of the sums counts on the noise of the others."""
     simulate: bool = False
-    """In a simulation: the same numbers, bit for bit, without keys and masks, which take time for
+    """In one process: the same numbers, bit for bit, without keys and masks, which take time for
     every pair of clients."""
 
     @property

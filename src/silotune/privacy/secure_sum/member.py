@@ -6,13 +6,14 @@
     answer      shares of others' secrets    -> server, which can then open the sum
 
 A member that doubts what it is told raises `Refused`, and nothing leaves it any more in that round.
+Between two steps it can be put away (`kept`) and taken up again (`again`), in another process.
 """
 
 import hashlib
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import NoReturn
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
 from silotune.core.errors import SilotuneError
 from silotune.privacy.secure_sum import masks, shamir
@@ -69,6 +70,9 @@ class Secrets:
         return cls(*(secrets.token_bytes(masks.KEY_BYTES) for _ in range(3)))
 
 
+SECRETS = tuple(each.name for each in fields(Secrets))
+
+
 def threshold_of(num: int) -> int:
     """How many of a round's clients have to be there to open its sum: more than two thirds."""
     return 2 * num // 3 + 1
@@ -82,7 +86,6 @@ class Member:
         session: The run and the round.
         count: How many numbers are summed.
         sign: With the key that others know this client by.
-        roster: Everyone that this client accepts, by name; what the server says adds nobody.
         smallest: Fewest clients whose sum this client takes part in, at least 3.
         known: The secrets; fresh ones if absent.
     """
@@ -94,19 +97,62 @@ class Member:
         count: int,
         *,
         sign: Sign,
-        roster: Mapping[str, Verify],
         smallest: int = SMALLEST,
         known: Secrets | None = None,
     ) -> None:
         assert smallest >= SMALLEST
-        known = known or Secrets.new()
+        self._known = known = known or Secrets.new()
         self.name, self.session, self.count = name, session, count
-        self._sign, self._roster, self._smallest = sign, roster, smallest
+        self._sign, self._smallest = sign, smallest
         self._channel = masks.read_private(known.channel)
         self._masking, self._own = masks.read_private(known.masking), known.own
+        self._advert: Advert | None = None
         self._adverts: Mapping[str, Advert] = {}
         self._held: dict[str, tuple[bytes, bytes]] = {}
         self._next = "advertise"
+
+    @classmethod
+    def again(
+        cls,
+        name: str,
+        session: Session,
+        kept: Mapping[str, Any],
+        *,
+        sign: Sign,
+        smallest: int = SMALLEST,
+    ) -> "Member":
+        """The member that has given `kept`, at the same step."""
+        known = Secrets(**_read(kept["secrets"])) if "secrets" in kept else None
+        member = cls(name, session, kept["count"], sign=sign, smallest=smallest, known=known)
+        member._next = kept["next"]
+        adverts = {n: Advert(**_read(each)) for n, each in kept.get("adverts", {}).items()}
+        member._advert, member._adverts = adverts.get(name), adverts if len(adverts) > 1 else {}
+        held = kept.get("held", {}).items()
+        member._held = {n: (bytes.fromhex(one), bytes.fromhex(two)) for n, (one, two) in held}
+        return member
+
+    @property
+    def peers(self) -> Collection[str]:
+        """The clients that the round began with, this one included."""
+        return self._adverts.keys()
+
+    def kept(self) -> dict[str, Any]:
+        """All that the next step needs, as JSON values.
+
+        It holds the round's secrets until the numbers are masked, others' shares until the last
+        step has been taken, and neither after something was refused.
+        """
+        about: dict[str, Any] = {"next": self._next, "count": self.count}
+        if self._next == "nothing":
+            return about
+        adverts = self._adverts or ({} if self._advert is None else {self.name: self._advert})
+        if self._next != "answer":  # shares are all that it takes to answer
+            about["secrets"] = {key: getattr(self._known, key).hex() for key in SECRETS}
+        return {
+            **about,
+            "adverts": {n: {k: v.hex() for k, v in vars(a).items()} for n, a in adverts.items()},
+            "held": {n: [one.hex(), two.hex()] for n, (one, two) in self._held.items()},
+        }
 
     def advertise(self) -> Advert:
         """The first step: new keys."""
@@ -117,31 +163,34 @@ class Member:
         self._advert = Advert(channel, masking, seal, signature)
         return self._advert
 
-    def share(self, adverts: Mapping[str, Advert]) -> dict[str, bytes]:
+    def share(
+        self, adverts: Mapping[str, Advert], roster: Mapping[str, Verify]
+    ) -> dict[str, bytes]:
         """The second step: for every client but this one, its hidden shares of my two secrets.
 
         Args:
             adverts: Of everyone in this round, this client included.
+            roster: Everyone that this client accepts, by name; what the server says adds nobody.
 
         Raises:
             Refused: Someone is not on the roster or has not signed, this client's own keys were
                 changed, keys come twice, or there are too few clients.
         """
         self._begin("share", "mask")
-        if adverts.get(self.name) != self._advert:
-            self._refuse("the server has changed or left out this client's own keys")
+        if self._advert is None or adverts.get(self.name) != self._advert:
+            self.refuse("the server has changed or left out this client's own keys")
         if len(adverts) < self._smallest:
-            self._refuse(f"{len(adverts)} clients take part, fewer than {self._smallest}")
+            self.refuse(f"{len(adverts)} clients take part, fewer than {self._smallest}")
         for name, advert in adverts.items():
             about = (advert.channel, advert.masking, advert.seal)
             text = signed(self.session, name, self.count, *about)
-            if name not in self._roster:
-                self._refuse(f"'{name}' is not on this client's roster")
-            if not self._roster[name](text, advert.signature):
-                self._refuse(f"the keys of '{name}' are not signed by it for this round")
+            if name not in roster:
+                self.refuse(f"'{name}' is not on this client's roster")
+            if not roster[name](text, advert.signature):
+                self.refuse(f"the keys of '{name}' are not signed by it for this round")
         keys = [key for each in adverts.values() for key in (each.channel, each.masking)]
         if len(set(keys)) < len(keys):
-            self._refuse("two clients have the same keys")
+            self.refuse("two clients have the same keys")
         self._adverts = dict(sorted(adverts.items()))
         points, threshold = range(1, len(adverts) + 1), threshold_of(len(adverts))
         both = zip(
@@ -172,14 +221,14 @@ class Member:
         self._begin("mask", "answer")
         assert values.shape == (self.count,)
         if strangers := hidden.keys() - self._adverts.keys() or hidden.keys() & {self.name}:
-            self._refuse(f"shares of '{min(strangers)}', which is not a peer in this round")
+            self.refuse(f"shares of '{min(strangers)}', which is not a peer in this round")
         if len(hidden) + 1 < max(threshold_of(len(self._adverts)), self._smallest):
-            self._refuse(f"only {len(hidden) + 1} clients of {len(self._adverts)} are left")
+            self.refuse(f"only {len(hidden) + 1} clients of {len(self._adverts)} are left")
         for other, text in hidden.items():
             about = self.session.about("shares", other, self.name)
             both = masks.reveal(self._channel_key(other, about), text, about)
             if both is None or len(both) != 2 * shamir.SHARE_BYTES:
-                self._refuse(f"the shares of '{other}' were changed on their way")
+                self.refuse(f"the shares of '{other}' were changed on their way")
             self._held[other] = (both[: shamir.SHARE_BYTES], both[shamir.SHARE_BYTES :])
         masked = values + masks.mask(self._own, self.count)
         for other in self._held:
@@ -202,11 +251,11 @@ class Member:
         self._begin("answer", "nothing")
         named = set(survivors)
         if strangers := named - self._held.keys():
-            self._refuse(f"the sum is said to hold '{min(strangers)}', which has no mask with us")
+            self.refuse(f"the sum is said to hold '{min(strangers)}', which has no mask with us")
         if self.name not in named:
-            self._refuse("this client's numbers are said to be missing, which were sent")
+            self.refuse("this client's numbers are said to be missing, which were sent")
         if len(named) < max(threshold_of(len(self._adverts)), self._smallest):
-            self._refuse(f"the sum is over {len(named)} of {len(self._adverts)} clients only")
+            self.refuse(f"the sum is over {len(named)} of {len(self._adverts)} clients only")
         own = {name: shares[1] for name, shares in self._held.items() if name in named}
         masking = {name: shares[0] for name, shares in self._held.items() if name not in named}
         return Answer(own, masking)
@@ -216,15 +265,20 @@ class Member:
 
     def _begin(self, step: str, then: str) -> None:
         if self._next != step:
-            self._refuse(f"asked for step '{step}', and the next one is '{self._next}'")
+            self.refuse(f"asked for step '{step}', and the next one is '{self._next}'")
         self._next = then
 
-    def _refuse(self, why: str) -> NoReturn:
+    def refuse(self, why: str) -> NoReturn:
+        """Take no further part in this round, for a reason that a person reads."""
         self._next = "nothing"
         raise Refused(
             f"client '{self.name}', round {self.session.round}, secure sum: {why}.\n"
             "  Nothing more is sent in this round. Ask who runs the server."
         )
+
+
+def _read(texts: Mapping[str, str]) -> dict[str, bytes]:
+    return {key: bytes.fromhex(text) for key, text in texts.items()}
 
 
 def signed(session: Session, name: str, count: int, *keys: bytes) -> bytes:

@@ -7,7 +7,7 @@ only passes parcels on, and imports neither torch nor a model library.
 
 import json
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,10 @@ from silotune.runtime.flower.records import from_record, to_record
 from silotune.runtime.payload import Parcel, round_of
 
 if TYPE_CHECKING:
+    from silotune.federation.run_folder import RunFolder
+    from silotune.recipes.schema import RunConfig
     from silotune.runtime.client_host import Station
+    from silotune.runtime.client_sums import ClientSums
 
 app = ClientApp()
 
@@ -33,6 +36,24 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
     return _answer("train", message, context)
+
+
+@app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Secure sums: make keys for a round."""
+    return _answer("query.keys", message, context)
+
+
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Secure sums: share their secrets among the clients of the round."""
+    return _answer("query.shares", message, context)
+
+
+@app.query("open")
+def open_(message: Message, context: Context) -> Message:
+    """Secure sums: give the shares that open a sum."""
+    return _answer("query.open", message, context)
 
 
 @app.evaluate()
@@ -53,7 +74,7 @@ def pass_on(kind: str, parcel: Parcel, run: Mapping[str, Any], node: Mapping[str
     """Pass a parcel to what answers it. Only this function distinguishes simulation and deployment.
 
     Args:
-        kind: query, train or evaluate.
+        kind: query, train, evaluate, or one of the messages of secure sums (`sum_wire.STEPS`).
         parcel: What the server sent.
         run: The run's config: recipe, names of the clients, run folder.
         node: This node's config: `client`, the path of a client's own configuration; or
@@ -94,4 +115,15 @@ def _station(recipe: str, folder: str) -> "Station":
         server_fraction=run.server.data_fraction,
     )
     run_folder = RunFolder(Path(folder), run)
-    return Station(Place(run, rows.__getitem__, run_folder.client_folder))
+    sums = partial(_sums, run, run_folder) if run.secure_sum.is_on else None
+    return Station(Place(run, rows.__getitem__, run_folder.client_folder, sums=sums))
+
+
+def _sums(run: "RunConfig", folder: "RunFolder", name: str) -> "ClientSums":
+    """A simulated client's half of secure sums. Its keys are throwaway ones."""
+    from silotune.runtime.client_sums import ClientSums
+    from silotune.runtime.identity import throwaway_of
+
+    identity, smallest = throwaway_of(folder.path, name), run.secure_sum.min_cohort
+    own = folder.client_folder(name)
+    return ClientSums(name, run, folder.run_id(), own, identity, smallest)

@@ -29,6 +29,7 @@ from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.kept_processes import KEEPER, Kept
 from silotune.runtime.flower.process_keeper import MARK
 from silotune.runtime.flower.submit import CONNECTION, Link, engine_environment
+from silotune.runtime.identity import add_throwaways
 from silotune.runtime.job import Job, Measured
 
 START_S = 60.0
@@ -202,7 +203,10 @@ class _Engine(Link):
         base = resolve(run.model.name)
         copy = str(base.absolute()) if isinstance(base, Path) else None
         folder, state = self.private / "clients", self.job.folder.client_folder
-        return write_client_configs(folder, self.job.rows, run, model=copy, state=state)
+        made = write_client_configs(folder, self.job.rows, run, model=copy, state=state)
+        if run.secure_sum.is_on:
+            add_throwaways(made)
+        return made
 
     def _options(self) -> list[str]:
         if self.runtime.name != "flower-simulation":

@@ -44,7 +44,7 @@ class Question:
     """A message on its way."""
 
     kind: str
-    """query, train or evaluate."""
+    """query, train, evaluate, or one of the messages of secure sums (`sum_wire.STEPS`)."""
     node: int
     client: str
     round: int
@@ -60,20 +60,32 @@ Answer = tuple[Question, Parcel | Failure]
 class Contents:
     """The records of a round's messages. A message that all clients share is encoded once."""
 
-    def __init__(self, messages: Mapping[str, Broadcast]) -> None:
-        """Encode what all clients share; a separate message is encoded when it is sent."""
-        self._messages = messages
+    def __init__(
+        self,
+        messages: Mapping[str, Broadcast],
+        beside: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Encode what all clients share; a separate message is encoded when it is sent.
+
+        Args:
+            messages: What each client is sent.
+            beside: Further text for a client, by its name.
+        """
+        self._messages, self._beside = messages, beside or {}
         shared = {id(broadcast): broadcast for broadcast in messages.values()}
         self._bytes = {key: _parcel_bytes(broadcast) for key, broadcast in shared.items()}
-        self._common: RecordDict | None = None
+        self._common: Parcel | None = None
+        self._record: RecordDict | None = None
         if len(shared) == 1:
-            self._common = to_record(wire.encode_broadcast(*shared.values()))
+            self._common = wire.encode_broadcast(*shared.values())
+            self._record = None if self._beside else to_record(self._common)
 
     def record(self, client: str) -> RecordDict:
         """What this client receives."""
-        if self._common is not None:
-            return self._common
-        return to_record(wire.encode_broadcast(self._messages[client]))
+        if self._record is not None:
+            return self._record
+        parcel = self._common or wire.encode_broadcast(self._messages[client])
+        return to_record(Parcel({**parcel.about, **self._beside.get(client, {})}, parcel.values))
 
     def size_bytes(self, client: str) -> int:
         """Bytes of the tensors in this client's message."""

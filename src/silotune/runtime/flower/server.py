@@ -7,13 +7,13 @@ reply is used, refused by name, or reported as late.
 import itertools
 import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from silotune.core.algorithm import keep_local
@@ -25,17 +25,22 @@ from silotune.federation.progress import Progress
 from silotune.federation.roster import Roster
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
+from silotune.federation.secure_sum import summed
 from silotune.federation.server_scores import open_server_side
 from silotune.recipes.schema import RunConfig
 from silotune.runtime import wire
 from silotune.runtime.flower.engine import measured_from
 from silotune.runtime.flower.mailbox import Answer, Contents, Mailbox, Question
 from silotune.runtime.flower.members import Members
+from silotune.runtime.flower.records import to_record
 from silotune.runtime.flower.server_reports import FileProgress, write_outcome
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.flower.submit import read_settings
+from silotune.runtime.identity import write_throwaways
 from silotune.runtime.job import Job, Measured
 from silotune.runtime.payload import Parcel
+from silotune.runtime.sum_relay import Relay
+from silotune.runtime.sum_wire import decode_step
 
 app = ServerApp()
 
@@ -123,10 +128,16 @@ def run_remaining(clients: "FlowerClients", folder: RunFolder, *, local: Collect
     folder = RunFolder(folder.path, run)
     state = folder.load_state()
     assert state is not None, "the first adapter is saved before the engine starts"
-    folder.rewind(state.round)
     plain = keep_local(algorithm_of(run.algorithm), local)
     algorithm = with_privacy(plain, run, folder, clients.members.num_examples())
     algorithm = with_client_ranks(algorithm, run, clients.members.rank_of)
+    if run.secure_sum.is_on:
+        clients.sums = Relay(run, folder.run_id(), folder, clients.ask)
+        algorithm = summed(algorithm, run, clients.sums)
+        state = clients.sums.settle(state, progress)
+        if run.runtime.name == "flower-simulation":
+            write_throwaways(folder.path, list(clients.names()))
+    folder.rewind(state.round)
     server = open_server_side(run, folder, algorithm=algorithm, progress=progress)
     progress.begin(run.rounds, state.round + 1)
     server.begin(state)
@@ -169,6 +180,8 @@ class FlowerClients:
             window: Most messages on their way at once; None for any number.
         """
         self.run, self.progress = run, progress
+        self.sums: Relay | None = None
+        """Carries secure sums, if the recipe asks for them; see `run_remaining`."""
         self.mailbox = Mailbox(grid, window=window)
         self.members = Members(
             self.mailbox, names, run, progress, base_sha256=base_sha256, roster=roster
@@ -194,7 +207,13 @@ class FlowerClients:
 
     def train(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         """Ask clients to train; answers to earlier rounds are passed on with their round."""
-        for answer in self._ask("train", messages):
+        beside: Mapping[str, dict[str, Any]] = {}
+        if self.sums is not None and messages:
+            round_ = next(iter(messages.values())).round
+            failures, beside = self.sums.begin(round_, list(messages))
+            yield from failures
+            messages = {name: messages[name] for name in beside}
+        for answer in self._ask("train", messages, beside):
             assert not isinstance(answer, Score)
             yield answer
             del answer  # as in `Mailbox.take`
@@ -206,11 +225,42 @@ class FlowerClients:
             self.progress.client_scored(answer.client)
             yield answer
 
+    def ask(
+        self, kind: str, told: Mapping[str, dict[str, Any]]
+    ) -> Iterator[tuple[str, Mapping[str, Any] | Failure]]:
+        """Send each client a text of its own; yields what each answers, or why there is nothing."""
+        questions: list[Question] = []
+        late = self.members.refresh(list(told))
+        for name, about in told.items():
+            if (node := self.members.node_of(name)) is None:
+                yield name, self.members.why_absent(name, about["round"])
+            else:
+                questions.append(Question(kind, node, name, about["round"]))
+        records = {id(about): to_record(Parcel(about)) for about in told.values()}
+        exchange = self._exchange(
+            questions, lambda name: records[id(told[name])], self.run.sampling.timeout_s
+        )
+        now = {question.round for question in questions}
+        for question, answer in itertools.chain(late, exchange):
+            if question.kind == "query":
+                self.members.hear(question, answer)
+            elif question.kind != kind or question.round not in now:
+                self._note_late(question)
+            else:
+                yield question.client, _decode_step(question, answer)
+
+    def _note_late(self, question: Question) -> None:
+        what = f"its answer to the {question.kind} message of round {question.round}"
+        self.progress.note(f"{question.client}: {what} came late")
+
     def _ask(
-        self, kind: str, messages: Mapping[str, Broadcast]
+        self,
+        kind: str,
+        messages: Mapping[str, Broadcast],
+        beside: Mapping[str, dict[str, Any]] | None = None,
     ) -> Iterator[Update | Score | Failure]:
         """Send each client that is there its message, and decode what comes."""
-        contents, timeout_s = Contents(messages), self.run.sampling.timeout_s
+        contents, timeout_s = Contents(messages, beside), self.run.sampling.timeout_s
         late = self.members.refresh(list(messages))
         rounds = {broadcast.round for broadcast in messages.values()}
         questions: list[Question] = []
@@ -221,7 +271,7 @@ class FlowerClients:
             else:
                 size, count = contents.size_bytes(name), contents.num_tensors(name)
                 questions.append(Question(kind, node, name, broadcast.round, size, count))
-        exchange = self._exchange(questions, contents, timeout_s)
+        exchange = self._exchange(questions, contents.record, timeout_s)
         for question, answer in itertools.chain(late, exchange):
             if question.kind == "query":
                 self.members.hear(question, answer)
@@ -229,14 +279,16 @@ class FlowerClients:
                 # the rounds name late updates themselves; a score does not say its round
                 kind == "evaluate" and question.round not in rounds
             ):
-                what = f"its answer to the {question.kind} message of round {question.round}"
-                self.progress.note(f"{question.client}: {what} came late")
+                self._note_late(question)
             else:
                 yield _decode(question, answer)
             del answer  # as in `Mailbox.take`
 
     def _exchange(
-        self, questions: Sequence[Question], contents: Contents, timeout_s: float
+        self,
+        questions: Sequence[Question],
+        record_of: Callable[[str], RecordDict],
+        timeout_s: float,
     ) -> Iterator[Answer]:
         """Send, and yield answers with their questions until all have come or time is up.
 
@@ -247,7 +299,7 @@ class FlowerClients:
         unsent = list(questions)
         while waiting or unsent:
             room = self.mailbox.room()
-            sent, lost = self.mailbox.send(unsent[:room], contents.record)
+            sent, lost = self.mailbox.send(unsent[:room], record_of)
             yield from lost
             waiting |= sent
             unsent = unsent[len(unsent) if room is None else room :]
@@ -263,6 +315,19 @@ class FlowerClients:
         late = f"no answer within {timeout_s:g} s (sampling.timeout_s)"
         for question in [*waiting.values(), *unsent]:
             yield question, Failure(question.client, question.round, "timeout", late)
+
+
+def _decode_step(question: Question, answer: Parcel | Failure) -> Mapping[str, Any] | Failure:
+    """A part of a secure sum, or why there is none."""
+    try:
+        said = (
+            answer
+            if isinstance(answer, Failure)
+            else decode_step(question.kind, answer, question.client)
+        )
+    except UpdateError as error:
+        return Failure(question.client, question.round, "unreadable", str(error)[:1000])
+    return replace(said, round=question.round) if isinstance(said, Failure) else said
 
 
 def _decode(question: Question, answer: Parcel | Failure) -> Update | Score | Failure:

@@ -53,9 +53,9 @@ class Round:
         self.names = [f"client-{n}" for n in range(num)]
         self.session, self.count = session, count
         keys = dict(zip(self.names, KEYS, strict=False))
-        roster = {name: verify(key) for name, key in keys.items()}
+        self.roster = {name: verify(key) for name, key in keys.items()}
         self.members = {
-            name: Member(name, session, count, sign=key.sign, roster=roster, **options)
+            name: Member(name, session, count, sign=key.sign, **options)
             for name, key in keys.items()
         }
         chance = np.random.default_rng(num)
@@ -68,7 +68,10 @@ class Round:
         return self.adverts
 
     def share(self, names=None):
-        self.shares = {name: self.members[name].share(self.adverts) for name in names or self.names}
+        self.shares = {
+            name: self.members[name].share(self.adverts, self.roster)
+            for name in names or self.names
+        }
         return passed_on(self.shares)
 
     def mask(self, names=None):
@@ -238,9 +241,9 @@ def test_a_server_cannot_bring_clients_or_keys_of_its_own():
         one = Round(5, smallest=4)
         member = one.members["client-0"]
         with pytest.raises(Refused, match=said):
-            member.share(meddle(one.advertise()))
+            member.share(meddle(one.advertise()), one.roster)
         with pytest.raises(Refused, match="'nothing'"):  # not another try, with better lies
-            member.share(one.adverts)
+            member.share(one.adverts, one.roster)
 
 
 def test_a_share_that_was_changed_swapped_or_replayed_is_refused():
@@ -351,10 +354,7 @@ def test_a_round_of_three_is_what_the_protocol_says_word_for_word():
         for n, name in enumerate(names)
     }
     for n, name in enumerate(names):
-        roster = {other: verify(KEYS[i]) for i, other in enumerate(names)}
-        one.members[name] = Member(
-            name, SESSION, 2, sign=KEYS[n].sign, roster=roster, known=known[name]
-        )
+        one.members[name] = Member(name, SESSION, 2, sign=KEYS[n].sign, known=known[name])
         one.words[name] = np.array([n, 2**32 - 1 - n], dtype=np.uint32)
     one.advertise()
     one.share()

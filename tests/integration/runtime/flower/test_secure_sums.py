@@ -1,0 +1,48 @@
+"""Secure sums over Flower's two engines give the bits of one process. Real processes."""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+import silotune
+from silotune.recipes.sections import usable_threads
+from silotune.runtime.identity import THROWAWAY
+from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.engine]
+
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+SUMS = [
+    *("rounds=2", "data.max_rows=4", "secure_sum.kind=masks", "secure_sum.range=0.25"),
+    *("evaluate.every=0", "secure_sum.min_cohort=3"),
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_model):
+    """Four clients, the fewest of which one may drop out."""
+    place = tmp_path_factory.mktemp("sums")
+    path = write_tiny_recipe(place, tiny_model)
+    write_jsonl(place / "hospitals.jsonl", hospital_rows(4, 6))
+    return path
+
+
+@pytest.fixture(scope="module")
+def here(recipe, tmp_path_factory):
+    """The same numbers without masks and messages."""
+    keys = [*SUMS, "secure_sum.simulate=true"]
+    return silotune.run(recipe, keys, out=tmp_path_factory.mktemp("here") / "run")
+
+
+def test_flowers_simulation_opens_the_sums_of_one_process(recipe, here, tmp_path):
+    keys = [*SUMS, "runtime.name=flower-simulation", f"runtime.client_cpus={usable_threads()}"]
+    there = silotune.run(recipe, keys, out=tmp_path / "run")
+    assert (there.path / ADAPTER).read_bytes() == (here.path / ADAPTER).read_bytes()
+    path = there.path / THROWAWAY
+    assert len(json.loads(path.read_text())) == 4
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    kept = list((there.path / "clients").glob("*/secure-sum.json"))
+    assert len(kept) == 4
+    assert {json.loads(p.read_text())["member"]["next"] for p in kept} == {"nothing"}
