@@ -14,7 +14,12 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from silotune.federation.client_config import ClientConfig, LimitsConfig, OwnRuntimeConfig
+from silotune.federation.client_config import (
+    ClientConfig,
+    LimitsConfig,
+    OwnRuntimeConfig,
+    RunsConfig,
+)
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS
 from silotune.recipes.mistakes import sections
 from silotune.recipes.schema import RunConfig
@@ -71,10 +76,14 @@ def build() -> str:
             shown = name.replace("<", "\\<")  # a page would take <module> for a tag
             parts += [f'### name = "{shown}"\n', _about(choice), _table(fields)]
     parts.append(CLIENT)
-    tables = {"data", "limits", "runtime"}
+    tables = {"data", "limits", "runs", "runtime"}
     top = {name: f for name, f in ClientConfig.model_fields.items() if name not in tables}
     parts += ["### Top level of a client\n", _table(top)]
-    for section, own in (("limits", LimitsConfig), ("runtime", OwnRuntimeConfig)):
+    for section, own in (
+        ("limits", LimitsConfig),
+        ("runs", RunsConfig),
+        ("runtime", OwnRuntimeConfig),
+    ):
         parts += [f"### [{section}] of a client\n", _about(own), _table(own.model_fields)]
     return "\n".join(parts)
 

@@ -19,6 +19,7 @@ from silotune.core.reading_back import parse_object, read_toml
 from silotune.core.safe_text import one_line
 from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.federation import operator_log
+from silotune.federation.approval_files import WAITING, requests
 from silotune.federation.ledger import lines
 from silotune.federation.live_file import RUNNING, is_alive, read_live
 from silotune.federation.outbound_log import FILE as OUTBOUND
@@ -74,7 +75,8 @@ def client_status(folder: Path) -> dict[str, Any]:
         ended, answers, bytes, seconds of training, and what is left of limits.max_bytes and
         limits.max_hours (None without a limit). And epsilon: the limit and the number of releases;
         None without a limit. And refused: time and reason of every bundle of the server that this
-        client did not start.
+        client did not start. And asks: run and time of every run that waits for this client's
+        consent.
 
     Raises:
         ConfigError: See `state_folder`.
@@ -94,6 +96,7 @@ def client_status(folder: Path) -> dict[str, Any]:
         "last": _answer(sent[-1]) if sent else None,
         "runs": _by_run(sent, limits),
         "epsilon": _epsilon(state, limits),
+        "asks": _asks(state),
         "refused": [
             {"time": str(row.get("time")), "why": str(row.get("why"))}
             for row in operator_log.entries(folder, operator_log.BUNDLE_REFUSED)
@@ -142,6 +145,10 @@ def _by_run(sent: list[dict[str, Any]], limits: Mapping[str, Any]) -> list[dict[
     return list(found.values())
 
 
+def _asks(state: Path) -> list[dict[str, str]]:
+    return [{"run": own.run, "time": own.time} for own in requests(state) if own.state == WAITING]
+
+
 def _epsilon(state: Path, limits: Mapping[str, Any]) -> dict[str, Any] | None:
     if limits.get("epsilon") is None:
         return None
@@ -169,9 +176,15 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     if found["epsilon"] is not None:
         own = found["epsilon"]
         said.append(f"privacy: at most epsilon {own['limit']:g}; {own['releases']} releases so far")
+    said += [f"asks: {asks_words(own['run'])}" for own in found["asks"]]
     if found["refused"]:
         said.append(refused_words(found["refused"]))
     return said
+
+
+def asks_words(run: str) -> str:
+    """What an administrator has to do about a run."""
+    return f"run {run[:8]} waits for your consent: silotune client approve {run[:8]}"
 
 
 def refused_words(refused: Sequence[Mapping[str, str]]) -> str:
@@ -213,12 +226,17 @@ class Activity:
         """What was sent or refused before is no news."""
         self._state, self._due, self._said = state, 0.0, ""
         self._folder, self._refused = folder, len(self._refusals(folder))
+        self._asked: set[tuple[str, str]] = set()
         path = state / OUTBOUND
         self._at = path.stat().st_size if path.exists() else 0
 
     def news(self) -> Iterator[str]:
         """Lines since the last call: answers, and from time to time the steps of a training."""
         yield from self._answers()
+        for own in requests(self._state):
+            if own.state == WAITING and (key := (own.run, own.sha256)) not in self._asked:
+                self._asked.add(key)
+                yield asks_words(own.run)
         refused = self._refusals(self._folder)
         if len(refused) > self._refused:
             self._refused = len(refused)

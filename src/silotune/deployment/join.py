@@ -87,8 +87,14 @@ min_count = 5                 # nothing sent is about fewer rows; not a budget: 
 # algorithms = ["fedavg", "fedprox"]
 # models = ["smollm2-135m-instruct"]
 # model_sha256 = ["..."]      # the same, by content hash
+# versions = ["0.4"]          # of silotune on the server
 # epsilon = 3.0               # privacy budget of all runs together; needs delta
 # delta = 1e-5
+
+[runs]
+# approve = "ask"             # a run waits until you agree: silotune client approve
+# approve = "listed"          # only the recipes of the next line
+# recipes = ["hospitals"]     # by name, as a file here, or by SHA-256
 
 [runtime]
 # device = "cpu"              # auto, cpu, cuda or mps

@@ -25,7 +25,7 @@ from silotune.data.files import EXAMPLES, locate
 from silotune.data.reading import DataConfig
 from silotune.federation.client_config import is_client_folder
 from silotune.federation.client_recipe import LOCATIONS, is_public, without_server
-from silotune.federation.roster import MEMBERS, is_consortium
+from silotune.federation.roster import CHOSEN, MEMBERS, is_consortium
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.bundle import project_file
@@ -203,6 +203,7 @@ def own_settings(job: Job) -> dict[str, Any]:
         "folder": str(job.folder.path.absolute()),
         "base_sha256": job.base_sha256,
         "local": sorted(job.local),
+        "only": job.folder.read_json(CHOSEN),
         "members": str((job.consortium / MEMBERS).absolute()) if job.consortium else None,
     }
 
