@@ -25,7 +25,7 @@ def init(
     folder: Folder = HERE,
     listen: Annotated[
         str | None,
-        typer.Option(help="Address to listen on; by default every interface."),
+        typer.Option(help="HOST, :PORT or HOST:PORT to listen on; by default every interface."),
     ] = None,
 ) -> None:
     """Create a consortium: its folder, its certificates.

@@ -91,13 +91,15 @@ class Consortium:
             folder: Must not exist.
             name: Name of the consortium.
             address: Where clients will reach it: host, or host:port.
-            listen: Where the gate listens; by default all interfaces, at the port of `address`.
+            listen: Where the gate listens: host, :port or host:port. By default all interfaces, at
+                the port of `address`.
 
         Raises:
             ConfigError: The folder exists, or the name or the address is invalid.
         """
         host, port = read_address(address)
-        about = About(name=check_name(name), host=host, port=port, listen=listen or f":{port}")
+        place = listen_address(listen or "", port)
+        about = About(name=check_name(name), host=host, port=port, listen=place)
         if folder.exists():
             raise ConfigError(f"{folder} already exists.\n  Choose another --folder.")
 
@@ -253,6 +255,22 @@ def read_address(address: str) -> tuple[str, int]:
             f"'{address}' is not an address.\n  Give a host, or host:port: fl.example.org:8443."
         )
     return found[1].strip("[]"), port
+
+
+def listen_address(given: str, port: int) -> str:
+    """Where a gate listens, as Caddy reads it: with a port, by default the one that the kits say.
+
+    Raises:
+        ConfigError: It is not an address of this machine.
+    """
+    found = re.fullmatch(rf"({HOST})?(?::([0-9]{{1,5}}))?", given)
+    own = int(found[2] or port) if found else 0
+    if not found or not 1 <= own <= 65535:
+        raise ConfigError(
+            f"'{given}' is not an address to listen on.\n"
+            "  Give a host, :port, or host:port; IPv6 in brackets: 0.0.0.0:8443."
+        )
+    return f"{found[1] or ''}:{own}"
 
 
 def _text(path: Path) -> str:
