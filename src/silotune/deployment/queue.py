@@ -18,6 +18,7 @@ from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.supervisor import Note, Supervisor
 from silotune.federation.approval import consent_sha256
 from silotune.federation.client_recipe import LOCATIONS
+from silotune.federation.operator_log import record
 from silotune.federation.roster import CHOSEN
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe, parse, to_toml
@@ -76,6 +77,8 @@ def submit(
     made = RunFolder.create(place, checked.run, name="" if stem == "run" else stem)
     if clients is not None:
         made.write_json(CHOSEN, sorted(set(clients)))
+    sha256 = consent_sha256(travelling(made.run))
+    record(folder, "submit", run=made.path.name, recipe_sha256=sha256, clients=clients or "all")
     _write(made.path, WAITING)
     return made.path
 
@@ -114,6 +117,7 @@ def resubmit(folder: Path, name: str) -> Path:
     path = find_run(folder, name)
     if _read(path)["state"] == DONE:
         raise ConfigError(f"{path} is done: there is nothing left to do.")
+    record(folder, "submit again", run=path.name)
     _write(path, WAITING)
     return path
 
@@ -128,6 +132,7 @@ def stop(folder: Path, name: str) -> Path:
     state = _read(path)["state"]
     if state in (DONE, FAILED, STOPPED):
         raise ConfigError(f"{path.name} is not running: it is {state}.")
+    record(folder, "stop", run=path.name)
     _write(path, STOPPING if state == RUNNING else STOPPED)
     return path
 
