@@ -14,7 +14,12 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from silotune.federation.client_config import ClientConfig, LimitsConfig, OwnRuntimeConfig
+from silotune.federation.client_config import (
+    ClientConfig,
+    LimitsConfig,
+    OwnRuntimeConfig,
+    RunsConfig,
+)
 from silotune.federation.own_sums import OwnSumsConfig
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS
 from silotune.recipes.mistakes import sections
@@ -72,11 +77,12 @@ def build() -> str:
             shown = name.replace("<", "\\<")  # a page would take <module> for a tag
             parts += [f'### name = "{shown}"\n', _about(choice), _table(fields)]
     parts.append(CLIENT)
-    tables = {"data", "limits", "secure_sum", "runtime"}
+    tables = {"data", "limits", "runs", "secure_sum", "runtime"}
     top = {name: f for name, f in ClientConfig.model_fields.items() if name not in tables}
     parts += ["### Top level of a client\n", _table(top)]
     client = (
         ("limits", LimitsConfig),
+        ("runs", RunsConfig),
         ("secure_sum", OwnSumsConfig),
         ("runtime", OwnRuntimeConfig),
     )

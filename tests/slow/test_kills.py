@@ -23,7 +23,7 @@ VICTIMS = {
     "server app": ("flwr-serverapp", "up"),
     "server's gate": ("caddy", "up"),
     "the run's job": ("run --resume", "up"),
-    "SuperNode": ("flower-supernode", CLIENTS[0]),
+    "SuperNode": ("flower.supernode", CLIENTS[0]),
     "client's gate": ("caddy", CLIENTS[0]),
     "client app": ("flwr-clientapp", CLIENTS[0]),
     "resident worker": ("silotune.runtime.flower.resident_worker", CLIENTS[0]),

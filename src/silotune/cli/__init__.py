@@ -9,6 +9,7 @@ from silotune.cli import (
     after,
     algorithms,
     audit,
+    audit_log,
     chat,
     client,
     data,
@@ -75,6 +76,7 @@ def _build() -> typer.Typer:
     for name, text, commands in (
         ("server", "Run the server of a consortium.", server.COMMANDS),
         ("client", "Run one client of a consortium.", client.COMMANDS),
+        ("audit-log", "Check the logs of what operators did.", audit_log.COMMANDS),
     ):
         group = _group(name, text)
         for command in commands:

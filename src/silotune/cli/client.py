@@ -1,4 +1,4 @@
-"""Commands of a client: init, doctor, join, status, outbound."""
+"""Commands of a client: init, doctor, join, approve, status, outbound."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,6 +80,34 @@ def join(
         stay_joined(joined, say)
 
 
+def approve(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="The run's id or its first digits; the one that waits."),
+    ] = None,
+    folder: Folder = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree without being asked.")] = False,
+    no: Annotated[bool, typer.Option("--no", help="Decline, or withdraw an earlier yes.")] = False,
+) -> None:
+    """Show what a run asks for, and agree to it or decline.
+
+    For clients with approve = "ask" under [runs] in client.toml.
+    """
+    with errors_as_exit_codes():
+        from silotune.cli.tables import print_table
+        from silotune.core.errors import ConfigError
+        from silotune.deployment.approve import answer, client_folder, describe, find_request
+
+        if yes and no:
+            raise ConfigError("--yes and --no contradict each other.\n  Give one of them.")
+        place = client_folder(folder)
+        request = find_request(place, run)
+        print_table([("this run", "asks for"), *describe(place, request)])
+        agreed = yes or (not no and typer.confirm("Take part in this run?"))
+        answer(place, request, approved=agreed)
+        print_line(f"run {request.run[:8]}: {'approved' if agreed else 'declined'}")
+
+
 def status(
     folder: Annotated[Path, typer.Argument(help="The client's folder.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -130,5 +158,5 @@ def _joined(kit: Path, folder: Path | None, data: Path | None, model: Path | Non
     return take_kit(kit, place, data=data, model=model)
 
 
-COMMANDS = (init, doctor, join, status, outbound)
+COMMANDS = (init, doctor, join, approve, status, outbound)
 """The commands of `silotune client`."""

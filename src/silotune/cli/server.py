@@ -24,7 +24,8 @@ def init(
     address: Annotated[str, typer.Option(help="How clients reach this server: HOST or HOST:PORT.")],
     folder: Folder = HERE,
     listen: Annotated[
-        str | None, typer.Option(help="Address to listen on; by default every interface.")
+        str | None,
+        typer.Option(help="HOST, :PORT or HOST:PORT to listen on; by default every interface."),
     ] = None,
 ) -> None:
     """Create a consortium: its folder, its certificates.
@@ -114,14 +115,27 @@ def submit(
     again: Annotated[
         bool, typer.Option("--again", help="RECIPE is a run that was stopped or failed: resume it.")
     ] = False,
+    clients: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Only these clients: north,south; others are not told."),
+    ] = None,
 ) -> None:
     """Queue a recipe for the consortium's clients."""
     with errors_as_exit_codes():
-        from silotune.deployment.queue import resubmit, submit
+        from silotune.core.errors import ConfigError
+        from silotune.deployment.queue import recipe_sha256, resubmit, submit
         from silotune.deployment.status import is_up
 
-        made = resubmit(folder, recipe) if again else submit(folder, recipe, overrides or ())
+        if again and clients:
+            raise ConfigError("--again keeps the clients of the run.\n  Leave out --clients.")
+        names = [name.strip() for name in clients.split(",")] if clients else None
+        made = (
+            resubmit(folder, recipe)
+            if again
+            else submit(folder, recipe, overrides or (), clients=names)
+        )
         print_line(f"run folder: {made}")
+        typer.echo(f"clients know the recipe by its SHA-256: {recipe_sha256(made)}", err=True)
         if not is_up(folder):
             typer.echo("the server is not up; the run waits for: silotune server up", err=True)
 

@@ -10,6 +10,7 @@ SilotuneError
 ├── DiskError        a file cannot be written: no space, or no permission      (exit 1)
 ├── UpdateError      what a client sent cannot be combined; it names the client
 ├── Declined         a client's own limits do not allow what a recipe asks for
+│   └── AwaitsConsent  its people have not agreed to the run yet
 ├── BudgetSpent      a client's privacy budget allows no more rounds
 ├── EngineError      a process that a runtime started failed or hung           (exit 1)
 ├── QuorumError      too few usable updates in a round; the run stops         (exit 1)
@@ -73,6 +74,10 @@ class UpdateError(SilotuneError):
 
 class Declined(SilotuneError):
     """A client does not take part. The text names keys and limits, so the server may read it."""
+
+
+class AwaitsConsent(Declined):
+    """A client takes part as soon as the people who run it agree to the run."""
 
 
 class BudgetSpent(SilotuneError):

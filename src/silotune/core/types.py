@@ -220,6 +220,8 @@ class Failure:
 
 BUDGET_SPENT = "privacy budget spent"
 """The failure code of a client whose privacy budget is spent."""
+AWAITS_CONSENT = "waiting for consent"
+"""The failure code of a client whose people have not agreed to the run yet; it may join later."""
 
 Arrival = Update | Failure
 

@@ -17,7 +17,8 @@ from silotune.data.files import locate
 from silotune.federation.client_config import is_client_folder
 from silotune.federation.roster import is_consortium
 from silotune.recipes.parse import load_recipe
-from silotune.runtime.flower.submit import app_of, with_absolute_paths
+from silotune.runtime.flower.bundle import app_of
+from silotune.runtime.flower.submit import with_absolute_paths
 from silotune.workflows.check import check
 
 SERVER = "silotune.deployment.flower_app:app"

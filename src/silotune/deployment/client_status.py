@@ -8,7 +8,7 @@ imports no torch, so that the answer comes at once.
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from typing import Any
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import ConfigError
 from silotune.core.reading_back import parse_object, read_toml
-from silotune.core.wording import human_bytes, human_seconds
+from silotune.core.safe_text import one_line
+from silotune.core.wording import counted, human_bytes, human_seconds
+from silotune.federation import operator_log
+from silotune.federation.approval_files import WAITING, requests
 from silotune.federation.ledger import lines
 from silotune.federation.live_file import RUNNING, is_alive, read_live
 from silotune.federation.outbound_log import FILE as OUTBOUND
@@ -71,7 +74,9 @@ def client_status(folder: Path) -> dict[str, Any]:
         the last answer; None before the first), and runs: for each run its id, when it began and
         ended, answers, bytes, seconds of training, and what is left of limits.max_bytes and
         limits.max_hours (None without a limit). And epsilon: the limit and the number of releases;
-        None without a limit.
+        None without a limit. And refused: time and reason of every bundle of the server that this
+        client did not start. And asks: run and time of every run that waits for this client's
+        consent.
 
     Raises:
         ConfigError: See `state_folder`.
@@ -91,6 +96,11 @@ def client_status(folder: Path) -> dict[str, Any]:
         "last": _answer(sent[-1]) if sent else None,
         "runs": _by_run(sent, limits),
         "epsilon": _epsilon(state, limits),
+        "asks": _asks(state),
+        "refused": [
+            {"time": str(row.get("time")), "why": str(row.get("why"))}
+            for row in operator_log.entries(folder, operator_log.BUNDLE_REFUSED)
+        ],
     }
 
 
@@ -135,6 +145,10 @@ def _by_run(sent: list[dict[str, Any]], limits: Mapping[str, Any]) -> list[dict[
     return list(found.values())
 
 
+def _asks(state: Path) -> list[dict[str, str]]:
+    return [{"run": own.run, "time": own.time} for own in requests(state) if own.state == WAITING]
+
+
 def _epsilon(state: Path, limits: Mapping[str, Any]) -> dict[str, Any] | None:
     if limits.get("epsilon") is None:
         return None
@@ -162,7 +176,25 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     if found["epsilon"] is not None:
         own = found["epsilon"]
         said.append(f"privacy: at most epsilon {own['limit']:g}; {own['releases']} releases so far")
+    said += [f"asks: {asks_words(own['run'])}" for own in found["asks"]]
+    if found["refused"]:
+        said.append(refused_words(found["refused"]))
     return said
+
+
+def asks_words(run: str) -> str:
+    """What an administrator has to do about a run."""
+    return f"run {run[:8]} waits for your consent: silotune client approve {run[:8]}"
+
+
+def refused_words(refused: Sequence[Mapping[str, str]]) -> str:
+    """What an administrator must know: the server wanted something else to run here."""
+    last, times = refused[-1], counted(len(refused), "time")
+    return (
+        f"REFUSED {times}: the server sent something to run that is not this package's bundle; "
+        f"last at {last['time']}: {one_line(last['why'])}. Nothing of it was started. Ask the "
+        "server's operators"
+    )
 
 
 def status_table(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -190,15 +222,25 @@ def _doing(now: Mapping[str, Any]) -> str:
 class Activity:
     """Reports what a client does, for the output of `join`."""
 
-    def __init__(self, state: Path) -> None:
-        """What was sent before is no news."""
+    def __init__(self, folder: Path, state: Path) -> None:
+        """What was sent or refused before is no news."""
         self._state, self._due, self._said = state, 0.0, ""
+        self._folder, self._refused = folder, len(self._refusals(folder))
+        self._asked: set[tuple[str, str]] = set()
         path = state / OUTBOUND
         self._at = path.stat().st_size if path.exists() else 0
 
     def news(self) -> Iterator[str]:
         """Lines since the last call: answers, and from time to time the steps of a training."""
         yield from self._answers()
+        for own in requests(self._state):
+            if own.state == WAITING and (key := (own.run, own.sha256)) not in self._asked:
+                self._asked.add(key)
+                yield asks_words(own.run)
+        refused = self._refusals(self._folder)
+        if len(refused) > self._refused:
+            self._refused = len(refused)
+            yield refused_words(refused)
         if time.monotonic() < self._due or (live := read_live(self._state)) is None:
             return
         now = _now(live)
@@ -208,6 +250,10 @@ class Activity:
             if text != self._said:
                 self._said = text
                 yield text
+
+    @staticmethod
+    def _refusals(folder: Path) -> list[dict[str, Any]]:
+        return operator_log.entries(folder, operator_log.BUNDLE_REFUSED)
 
     def _answers(self) -> Iterator[str]:
         path = self._state / OUTBOUND

@@ -5,6 +5,7 @@ north/
   request.toml   to be sent to the server's operators
   kit.toml       what they sent back
   client.toml    where the rows are, and what this client agrees to; it overrides every recipe
+  operators.*    what was done and refused here, signed
   state/         what this client keeps: its memory, its privacy ledger, logs
 """
 
@@ -47,9 +48,10 @@ from silotune.deployment.consortium.kit import (
 )
 from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.federation.client_config import ClientConfig, load_client_config
+from silotune.federation.operator_log import record
 from silotune.recipes.sections import usable_threads
 from silotune.runtime.flower.engine import free_port, private_folder
-from silotune.runtime.flower.submit import engine_environment
+from silotune.runtime.flower.submit import NODE, engine_environment
 
 KEY, REQUEST, KIT, OWN = "key.pem", "request.toml", "kit.toml", "client.toml"
 REST_S = 15.0
@@ -85,8 +87,14 @@ min_count = 5                 # nothing sent is about fewer rows; not a budget: 
 # algorithms = ["fedavg", "fedprox"]
 # models = ["smollm2-135m-instruct"]
 # model_sha256 = ["..."]      # the same, by content hash
+# versions = ["0.4"]          # of silotune on the server
 # epsilon = 3.0               # privacy budget of all runs together; needs delta
 # delta = 1e-5
+
+[runs]
+# approve = "ask"             # a run waits until you agree: silotune client approve
+# approve = "listed"          # only the recipes of the next line
+# recipes = ["hospitals"]     # by name, as a file here, or by SHA-256
 
 [runtime]
 # device = "cpu"              # auto, cpu, cuda or mps
@@ -128,7 +136,9 @@ def init(name: str, folder: Path) -> tuple[Path, str]:
     write_key(folder / KEY, key)
     request = Request(name=name, request=pem(new_request(name, key)))
     write_file(folder / REQUEST, request)
-    return folder / REQUEST, fingerprint(key.public_key())
+    shown = fingerprint(key.public_key())
+    record(folder, "init", client=name, fingerprint=shown)
+    return folder / REQUEST, shown
 
 
 def take_kit(
@@ -238,7 +248,7 @@ def stay_joined(joined: Joined, note: Note) -> None:
             _start(joined, private, supervisor)
             connected = _connections(supervisor.log_of("supernode"))
             silent_until: float | None = time.monotonic() + TELL_S
-            activity = Activity(state)
+            activity = Activity(joined.folder, state)
             while True:
                 for _ in supervisor.tend():
                     pass
@@ -284,7 +294,7 @@ def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
     write_json(private / "gate.json", config)
     supervisor.keep("gate", gate_command(private / "gate.json"))
     node = [
-        "flower-supernode",
+        *NODE,
         *("--root-certificates", str(trusted)),
         *("--superlink", f"{LOOPBACK}:{port}"),
         *("--auth-supernode-private-key", str(private / "key")),

@@ -10,7 +10,7 @@ from silotune.core.errors import SilotuneError
 from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.queue import FAILED, RUNNING, WAITING, find_run
-from silotune.deployment.status import clients_of, is_up, runs_now
+from silotune.deployment.status import clients_of, is_up, runs_now, waiting_words
 from silotune.results.live_page import Now, Part
 from silotune.results.live_run import WatchedRun
 
@@ -58,7 +58,7 @@ class WatchedConsortium:
         now = self._run.look(time.time())
         running = run["state"] == RUNNING and found.state == "up"
         own = [replace(part, title=f"{part.title}, {run['name']}") for part in now.parts]
-        waiting = ", ".join(run["waiting_for"])
+        waiting = waiting_words(run)
         facts = [("run", run["name"]), *now.facts]
         if waiting and running:
             facts.append(("waiting for", waiting))

@@ -16,7 +16,7 @@ from typing import Any
 from silotune.core.atomic_files import make_folder, write_json
 from silotune.deployment.consortium.gate import NOTICE, host_of
 from silotune.deployment.consortium.kit import Kit
-from silotune.deployment.queue import DONE, runs_of, state_of
+from silotune.deployment.queue import DONE, chosen_clients, runs_of, state_of
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.submit import travelling
@@ -45,7 +45,8 @@ def write_notice(place: Path, folder: Path) -> None:
         place: The folder that the gate serves.
         folder: The consortium's folder.
     """
-    runs = list(runs_of(folder).values())
+    # all clients read the same notice, and a run for some of them is not the others' business
+    runs = [path for path in runs_of(folder).values() if chosen_clients(path) is None]
     open_ = [path for path in runs if state_of(path)["state"] != DONE]
     about: dict[str, Any] = {"version": VERSION, "recipe": None, "base_sha256": None}
     for path in (open_ or runs)[-1:]:

@@ -16,11 +16,15 @@ from silotune.core.errors import ConfigError
 from silotune.core.reading_back import read_object
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.supervisor import Note, Supervisor
+from silotune.federation.approval import consent_sha256
 from silotune.federation.client_recipe import LOCATIONS
+from silotune.federation.operator_log import record
+from silotune.federation.roster import CHOSEN
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe, parse, to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import RuntimeConfig
+from silotune.runtime.flower.submit import travelling
 from silotune.workflows.check import check
 
 ORDERS, LOG = "server.json", "job.log"
@@ -34,7 +38,13 @@ KEPT = ("threads", "join_timeout_s")
 """Keys of a recipe's [runtime] that apply here; those about where and how it runs do not."""
 
 
-def submit(folder: Path, recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path:
+def submit(
+    folder: Path,
+    recipe: str | Path | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    clients: Sequence[str] | None = None,
+) -> Path:
     """Queue a recipe; the server runs it as soon as the runs before it are done.
 
     Args:
@@ -42,25 +52,45 @@ def submit(folder: Path, recipe: str | Path | RunConfig, overrides: Sequence[str
         recipe: A shipped name, a TOML file or a config. Where its rows are, and how it partitions
             them, is ignored: every client has its own rows.
         overrides: Dotted `key=value` texts on top of it.
+        clients: The only members that the run is for; others are neither asked nor told of it.
 
     Returns:
         The new run folder.
 
     Raises:
-        SilotuneError: The recipe has mistakes; all are listed.
+        SilotuneError: The recipe has mistakes; all are listed. Or one of `clients` is not in.
     """
-    Consortium.open(folder)
+    members = Consortium.open(folder).members()
+    if unknown := sorted(set(clients or ()) - set(members)):
+        raise ConfigError(
+            f"{', '.join(map(repr, unknown))}: not in this consortium.\n"
+            f"  Its members: {', '.join(members) or 'nobody'}."
+        )
     elsewhere = [f"runtime.{key}=none" for key in RuntimeConfig.model_fields if key not in KEPT]
     # [runtime] keys for another runtime would contradict this one
     here = [*overrides, *elsewhere, "runtime.name=flower"]
     given = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, here)
-    checked = check(for_real_clients(given, folder))
+    checked = check(for_real_clients(given, folder), clients=clients)
     stem = "run" if isinstance(recipe, RunConfig) else Path(recipe).stem
     name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
     place = free_place(folder / "runs" / name)
     made = RunFolder.create(place, checked.run, name="" if stem == "run" else stem)
+    if clients is not None:
+        made.write_json(CHOSEN, sorted(set(clients)))
+    sha256 = consent_sha256(travelling(made.run))
+    record(folder, "submit", run=made.path.name, recipe_sha256=sha256, clients=clients or "all")
     _write(made.path, WAITING)
     return made.path
+
+
+def chosen_clients(run: Path) -> Sequence[str] | None:
+    """The only clients that a run is for; None: all."""
+    return RunFolder.open(run).read_json(CHOSEN)
+
+
+def recipe_sha256(run: Path) -> str:
+    """The hash under which clients know the recipe of a submitted run."""
+    return consent_sha256(travelling(RunFolder.open(run).run))
 
 
 def for_real_clients(run: RunConfig, folder: Path) -> RunConfig:
@@ -87,6 +117,7 @@ def resubmit(folder: Path, name: str) -> Path:
     path = find_run(folder, name)
     if _read(path)["state"] == DONE:
         raise ConfigError(f"{path} is done: there is nothing left to do.")
+    record(folder, "submit again", run=path.name)
     _write(path, WAITING)
     return path
 
@@ -101,6 +132,7 @@ def stop(folder: Path, name: str) -> Path:
     state = _read(path)["state"]
     if state in (DONE, FAILED, STOPPED):
         raise ConfigError(f"{path.name} is not running: it is {state}.")
+    record(folder, "stop", run=path.name)
     _write(path, STOPPING if state == RUNNING else STOPPED)
     return path
 

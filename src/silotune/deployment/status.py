@@ -3,7 +3,7 @@
 import fcntl
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from silotune.core.wording import human_bytes
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.queue import runs_of, state_of
 from silotune.federation.metrics import Row
-from silotune.federation.roster import MEMBERS, Roster
+from silotune.federation.roster import CHOSEN, MEMBERS, Roster
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.sections import usable_threads
 from silotune.runtime.flower.server_reports import PROGRESS
@@ -23,8 +23,9 @@ def status(folder: Path) -> dict[str, Any]:
 
     Returns:
         name, up, fingerprint, clients (name, online, since: when it connected or left, if that is
-        known), runs (name, id, state, why, round, rounds, bytes, seconds_left, waiting_for). A
-        client knows a run by its id: `silotune client outbound` shows the first eight digits.
+        known), runs (name, id, state, why, round, rounds, bytes, seconds_left, waiting_for,
+        waiting_for_consent). A client knows a run by its id: `silotune client outbound` shows the
+        first eight digits.
     """
     consortium, clients = Consortium.open(folder), clients_of(folder)
     away = [own["name"] for own in clients if not own["online"]]
@@ -76,7 +77,7 @@ def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
                 f"{run['round']}/{run['rounds']}",
                 human_bytes(run["bytes"]),
                 "" if left is None else f"{left / 60:.0f} min",
-                ", ".join(run["waiting_for"]) or run["why"],
+                waiting_words(run) or run["why"],
             )
         )
     tables: list[list[tuple[str, ...]]] = [[("client", "now"), *clients]]
@@ -114,9 +115,10 @@ def _run(path: Path, engine: Path, away: Sequence[str]) -> dict[str, Any]:
     done = [row for row in rows if row["event"] == "round"]
     now = state_of(path)
     left = folder.run.rounds - len(done)
-    waiting = _waiting(engine / "runs" / folder.run_id() / PROGRESS)
+    waiting, consent = _waiting(engine / "runs" / folder.run_id() / PROGRESS)
     if waiting is None:  # before the first round, a run waits for clients to connect
-        waiting = list(away)
+        only = folder.read_json(CHOSEN)
+        waiting = [name for name in away if only is None or name in only]
     return {
         "name": path.name,
         "id": folder.run_id(),
@@ -127,7 +129,16 @@ def _run(path: Path, engine: Path, away: Sequence[str]) -> dict[str, Any]:
         "bytes": sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows),
         "seconds_left": _seconds_left(done, left) if now["state"] == "running" else None,
         "waiting_for": waiting if now["state"] == "running" else [],
+        "waiting_for_consent": consent if now["state"] == "running" else [],
     }
+
+
+def waiting_words(run: Mapping[str, Any]) -> str:
+    """Whom a run of `status` waits for; clients whose people have to agree come last."""
+    consent = run["waiting_for_consent"]
+    others = [name for name in run["waiting_for"] if name not in consent]
+    said = [", ".join(others)] if others else []
+    return "; ".join([*said, f"consent of {', '.join(consent)}"] if consent else said)
 
 
 def _seconds_left(done: list[Row], left: int) -> float | None:
@@ -135,20 +146,25 @@ def _seconds_left(done: list[Row], left: int) -> float | None:
     return left * statistics.median(row["seconds"] for row in done[-5:]) if done else None
 
 
-def _waiting(progress: Path) -> list[str] | None:
-    """Who was asked in this round and has not answered; None before the first round."""
+def _waiting(progress: Path) -> tuple[list[str] | None, list[str]]:
+    """Who was asked and has not answered (None before round 1), and who waits for consent."""
     waiting: set[str] | None = None
+    consent: list[str] = []
     if not progress.is_file():
-        return None
+        return None, consent
     for line in progress.read_text(encoding="utf-8").splitlines():
         try:
             event = json.loads(line)
         except ValueError:  # each process begins with an empty line; the last one may be half
             continue
-        if event["event"] == "begin_round":
+        if event["event"] == "started":
+            consent = []
+        elif event["event"] == "waits_for_consent":
+            consent = event["clients"]
+        elif event["event"] == "begin_round":
             waiting = set(event["cohort"])
         elif waiting is not None and event["event"] in ("client_done", "client_failed"):
             waiting.discard(event["client"])
         elif event["event"] == "end_round":
             waiting = set()
-    return None if waiting is None else sorted(waiting)
+    return None if waiting is None else sorted(waiting), consent

@@ -60,6 +60,9 @@ class LimitsConfig(Config):
     """Functions that a recipe may name as train.loss and evaluate.metric, such as
     "python:my_package.my_module:my_loss". They are code of the server's choice, and a metric can
     return anything that it works out from a row's loss. Absent: none."""
+    versions: tuple[str, ...] | None = None
+    """Versions of silotune that the server may have, such as "0.4.1", or "0.4" for all that begin
+    with it. A server can lie about it: this guards against mistakes only."""
     epsilon: float | None = Field(default=None, gt=0)
     """Maximum epsilon of all runs on this client's rows together. The client then accepts only
     recipes with noise at the client. If a recipe's target is higher, this client adds more noise,
@@ -71,6 +74,25 @@ class LimitsConfig(Config):
     def _check_pair(self) -> "LimitsConfig":
         if (self.epsilon is None) != (self.delta is None):
             raise ValueError("epsilon and delta belong together: give both")
+        return self
+
+
+class RunsConfig(Config):
+    """Which runs of the server this client takes part in, within its limits."""
+
+    approve: Literal["all", "ask", "listed"] = "all"
+    """all: every run. ask: a run waits until `silotune client approve` has shown what it asks for
+    and somebody agreed; a changed recipe asks again. listed: only runs of the recipes in
+    runs.recipes."""
+    recipes: tuple[str, ...] = ()
+    """With approve = "listed": shipped recipes by name, TOML files relative to this one, or the
+    SHA-256 that `silotune server submit` and `silotune client approve` show. A recipe counts as
+    this client knows it: the server cannot give another one the same name."""
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> "RunsConfig":
+        if (self.approve == "listed") != bool(self.recipes):
+            raise ValueError('approve = "listed" and recipes belong together: give both')
         return self
 
 
@@ -108,6 +130,7 @@ class ClientConfig(Config):
     data: DataConfig
     limits: LimitsConfig = LimitsConfig()
     secure_sum: OwnSumsConfig = OwnSumsConfig()
+    runs: RunsConfig = RunsConfig()
     runtime: OwnRuntimeConfig = Field(default_factory=OwnRuntimeConfig)
 
     @field_validator("name")

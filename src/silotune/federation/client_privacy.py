@@ -285,6 +285,11 @@ class Ledger:
         write_down(self.path, now)
 
 
+def spent_so_far(path: Path, *, delta: float) -> float:
+    """Epsilon of everything in a client's ledger together, as `Ledger.begin` counts it."""
+    return spent_in_all(released(_per_row(lines(path))), delta=delta).pld
+
+
 def _per_row(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Convert a ledger with both units to what it reveals about a single row.
 

@@ -254,6 +254,21 @@ def check_base(own: ClientConfig, sha256: str, *, servers: str = "") -> None:
         )
 
 
+def check_version(own: ClientConfig, version: str) -> None:
+    """Refuse a server whose version of silotune this client does not accept.
+
+    Raises:
+        Declined: Names both.
+    """
+    allowed = own.limits.versions
+    if allowed is None or any(version == v or version.startswith(f"{v}.") for v in allowed):
+        return
+    raise Declined(
+        f"client '{own.name}' does not take part:\n"
+        f"  the server's silotune, {version or 'unknown'!r:.40}, is not in limits.versions"
+    )
+
+
 def check_hours(own: ClientConfig, seconds: float) -> None:
     """Refuse a round once the hours that this client allows for a run are used up.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from silotune.core.types import BUDGET_SPENT
+from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT
 from silotune.core.wording import counted
 from silotune.federation.client_privacy import released
 from silotune.federation.ledger import FILE as LEDGER
@@ -37,7 +37,7 @@ def releases(folder: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
-NOT_TRAINED = ("declined", BUDGET_SPENT, "not connected", "not reachable", "late")
+NOT_TRAINED = ("declined", AWAITS_CONSENT, BUDGET_SPENT, "not connected", "not reachable", "late")
 """Statuses that do not count as a release. A late answer was already counted at its deadline."""
 
 

@@ -23,6 +23,9 @@ class Progress:
     def has_clients(self, number: int) -> None:
         """The run has so many clients; a round may ask only some of them."""
 
+    def waits_for_consent(self, clients: Sequence[str]) -> None:
+        """These clients, and no others, wait until their people agree to the run."""
+
     def note(self, text: str) -> None:
         """Something to know, for example a warning."""
 
@@ -78,6 +81,11 @@ class Both(Progress):
         """Pass it on to both."""
         for each in self.both:
             each.has_clients(number)
+
+    def waits_for_consent(self, clients: Sequence[str]) -> None:
+        """Pass it on to both."""
+        for each in self.both:
+            each.waits_for_consent(clients)
 
     def note(self, text: str) -> None:
         """Pass it on to both."""

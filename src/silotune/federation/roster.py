@@ -15,6 +15,8 @@ from silotune.core.safe_text import visible
 
 ABOUT = "consortium.toml"
 MEMBERS = Path("engine") / "members.json"
+CHOSEN = "chosen-clients.json"
+"""File of a run folder: the names of a consortium's clients that the run is for, if not all."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 """Allowed names of clients and consortiums: a name is also used in files and certificates."""
 
@@ -62,14 +64,20 @@ def write_members(path: Path, nodes: Mapping[str, int]) -> None:
 class Roster:
     """Reads the file of `write_members` again on every call."""
 
-    def __init__(self, path: Path) -> None:
-        """Take the path of a consortium's `MEMBERS` file."""
-        self._path = path
+    def __init__(self, path: Path, *, only: Sequence[str] | None = None) -> None:
+        """Take the path of a consortium's `MEMBERS` file, and the clients that a run is for."""
+        self._path, self._only = path, only
 
     def nodes(self) -> Mapping[str, int]:
-        """The node of each client that is currently a member, sorted by name."""
+        """The node of each client that is currently a member and chosen, sorted by name."""
         fix = "Remove it and start the server again, which writes it: silotune server up"
-        return read_object(self._path, fix=fix)
+        found: Mapping[str, int] = read_object(self._path, fix=fix)
+        only = self._only
+        return found if only is None else {n: node for n, node in found.items() if n in only}
+
+    def may_ask(self, node: int) -> bool:
+        """Whether a node may be told of the run: not those of clients that it is not for."""
+        return self._only is None or self.name_of(node) is not None
 
     def name_of(self, node: int) -> str | None:
         """The client whose key a node has; None if that client is no longer a member."""

@@ -19,8 +19,8 @@ import torch
 
 import silotune
 from silotune.core.algorithm import keep_local
-from silotune.core.errors import BudgetSpent, Declined, SilotuneError, UpdateError
-from silotune.core.types import BUDGET_SPENT, Failure
+from silotune.core.errors import AwaitsConsent, BudgetSpent, Declined, SilotuneError, UpdateError
+from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT, Failure
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
     SILENT,
@@ -223,6 +223,7 @@ def failure_from(error: BaseException, *, client: str, round_: int) -> Failure:
     told = {
         UpdateError: "training failed",
         Declined: "declined",
+        AwaitsConsent: AWAITS_CONSENT,
         BudgetSpent: BUDGET_SPENT,
         Refused: "refused by the client",
     }

@@ -3,11 +3,13 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from silotune.core.errors import Declined
 from silotune.data.reading import chooses_rows
+from silotune.federation.approval import check_approved
 from silotune.federation.client_config import ClientConfig, load_client_config
 from silotune.federation.client_memory import check_memory, check_split_rule, folder_name
 from silotune.federation.client_privacy import Ledger
@@ -15,6 +17,7 @@ from silotune.federation.client_recipe import (
     check_base,
     check_hours,
     check_steps,
+    check_version,
     is_quiet,
     own_recipe,
     own_rows,
@@ -28,6 +31,7 @@ from silotune.runtime.client_host import Place, Station, guarded
 from silotune.runtime.client_sums import ClientSums
 from silotune.runtime.identity import identity_of
 from silotune.runtime.payload import Parcel, round_of
+from silotune.runtime.recipe_hash import named_sha256
 from silotune.runtime.sum_wire import STEPS
 
 
@@ -50,6 +54,7 @@ class Deployed:
         def work() -> Parcel:
             own = load_client_config(self.config)
             with _turn(own.runtime.turn):
+                self._check_consent(about, own)
                 station = self._open(about["recipe"], about["run"], own)
                 self._begin(kind, round_, station.worker.run.rounds, about["run"])
                 check_base(own, station.base_sha256, servers=about.get("base_sha256", ""))
@@ -86,6 +91,14 @@ class Deployed:
         else:
             self.live.begin(rounds, round_)
             self.live.begin_round(round_, [self.name])
+
+    def _check_consent(self, about: Mapping[str, Any], own: ClientConfig) -> None:
+        """Before anything of a run starts, and at every message: consent can be withdrawn."""
+        run = RunConfig.model_validate_json(about["recipe"])
+        check_version(own, str(about.get("version", "")))
+        own_recipe(run, own)  # nobody is asked about what the limits refuse
+        folder = self.config.parent
+        check_approved(own, run, about, lambda name: named_sha256(name, folder))
 
     def _outbound(self, run_id: str, own: ClientConfig) -> Outbound:
         return Outbound(Path(own.state) / OUTBOUND, run_id, own.limits.max_bytes)

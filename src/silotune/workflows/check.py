@@ -90,6 +90,7 @@ def check(
     offline: bool = False,
     rows: Any = None,
     model: Any = None,
+    clients: Sequence[str] | None = None,
 ) -> Checked:
     """Find every mistake that shows without loading a model: recipe, model name, data, clients.
 
@@ -102,6 +103,7 @@ def check(
             iterator, or {client: rows}. They are written to a folder that is removed in the end.
         model: A transformers model and its tokenizer in memory, instead of model.name. It is saved
             like the rows and not changed.
+        clients: The only clients of a consortium that take part; by default, all do.
 
     Returns:
         The recipe (`run`), the rows of every client (`rows`), warnings, and what was not checked.
@@ -110,15 +112,16 @@ def check(
         ConfigError, ModelError, DataError: What is wrong, where, and how to fix it.
     """
     with from_memory(rows, model, overrides) as changed:
-        return _checked(resolve_recipe(recipe, changed), offline=offline)
+        return _checked(resolve_recipe(recipe, changed), offline=offline, clients=clients)
 
 
-def _checked(run: RunConfig, *, offline: bool) -> Checked:
+def _checked(run: RunConfig, *, offline: bool, clients: Sequence[str] | None) -> Checked:
     chosen = why_chosen(run)
-    return replace(_looked_at(resolve_auto(run), offline=offline), chosen=chosen)
+    looked_at = _looked_at(resolve_auto(run), offline=offline, clients=clients)
+    return replace(looked_at, chosen=chosen)
 
 
-def _looked_at(run: RunConfig, *, offline: bool) -> Checked:
+def _looked_at(run: RunConfig, *, offline: bool, clients: Sequence[str] | None) -> Checked:
     check_name(run.model.name)
     if run.model.revision is not None and not is_hub_id(run.model.name):
         raise ConfigError(
@@ -147,7 +150,7 @@ def _looked_at(run: RunConfig, *, offline: bool) -> Checked:
     if run.server.work == "distill" and run.distill.teacher is not None:
         check_name(run.distill.teacher, "distill.teacher")
     try:
-        rows, unused = _rows(run)
+        rows, unused = _rows(run, clients)
         own = server_rows(run)
     except HubUnreachable as error:
         if not offline:
@@ -244,7 +247,9 @@ def has_real_clients(run: RunConfig) -> bool:
     return place is not None and (is_client_folder(place) or is_consortium(place))
 
 
-def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
+def _rows(
+    run: RunConfig, clients: Sequence[str] | None
+) -> tuple[Mapping[str, ClientRows], list[str]]:
     """All clients' rows, from the recipe's data or from the clients' own configurations.
 
     Also returns a warning for each group of rows that is not used.
@@ -284,16 +289,21 @@ def _rows(run: RunConfig) -> tuple[Mapping[str, ClientRows], list[str]]:
             'rows.\n  Name all classes: data.labels = ["no", "yes"].'
         )
     if is_consortium(place):
-        return {name: ClientRows(name, (), ()) for name in _members(place)}, []
+        return {name: ClientRows(name, (), ()) for name in _members(place, clients)}, []
     owners = [load_client_config(path) for path in load_client_configs(place).values()]
     found = {own.name: own_rows(run, own) for own in owners}
     return found, [f"client '{name}': {n}" for name, own in found.items() for n in own.notes]
 
 
-def _members(place: Path) -> Sequence[str]:
+def _members(place: Path, chosen: Sequence[str] | None) -> Sequence[str]:
     if not (names := names_in(place)):
         raise ConfigError(
             f"the consortium in {place} has no clients yet.\n"
             "  Approve one: silotune server approve REQUEST"
         )
-    return names
+    if here := [name for name in names if chosen is None or name in chosen]:
+        return here
+    raise ConfigError(
+        f"none of {', '.join(map(repr, chosen or ()))} is in the consortium in {place}.\n"
+        f"  Its clients: {', '.join(names)}."
+    )

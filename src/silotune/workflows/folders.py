@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from silotune.core.atomic_files import free_place
 from silotune.core.errors import ConfigError
+from silotune.federation.roster import CHOSEN
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe
 from silotune.recipes.schema import RunConfig
@@ -41,7 +42,7 @@ def open_folder(
                 "a resumed run keeps its recipe, so overrides do not apply.\n"
                 "  Leave them out, or start a new run."
             )
-        return folder, check(folder.run)
+        return folder, check(folder.run, clients=folder.read_json(CHOSEN))
     if recipe is None:
         raise ConfigError("there is no recipe.\n  Give a recipe, or a run folder to resume.")
     checked = check(recipe, overrides)

@@ -92,7 +92,7 @@ def test_a_folder_of_no_client_is_an_error(tmp_path):
 def test_join_reports_answers_at_once_and_steps_from_time_to_time(client, monkeypatch):
     path = client / "state" / OUTBOUND
     path.write_text(answer("train", UPDATE))
-    activity = Activity(client / "state")
+    activity = Activity(client, client / "state")
     assert list(activity.news()) == []  # it was sent before
     write_live(client)
     assert list(activity.news()) == ["run 01234567: round 2 of 20, step 3/10, 120 tokens/s"]

@@ -7,6 +7,7 @@
       clients/NAME/        request.toml, certificate.pem: who is in
       kits/NAME.toml       what to send to NAME
       revoked/             who was in
+      operators.*          what was done here and by whom, signed by the authority
       runs/                one run folder each
       engine/              what `silotune server up` needs while it runs
 
@@ -45,6 +46,7 @@ from silotune.deployment.consortium.certificates import (
     write_key,
 )
 from silotune.deployment.consortium.kit import Kit, check_name, read_request_file, write_file
+from silotune.federation.operator_log import record
 from silotune.federation.roster import ABOUT, NAME, names_in
 
 DEFAULT_PORT = 8443
@@ -91,13 +93,15 @@ class Consortium:
             folder: Must not exist.
             name: Name of the consortium.
             address: Where clients will reach it: host, or host:port.
-            listen: Where the gate listens; by default all interfaces, at the port of `address`.
+            listen: Where the gate listens: host, :port or host:port. By default all interfaces, at
+                the port of `address`.
 
         Raises:
             ConfigError: The folder exists, or the name or the address is invalid.
         """
         host, port = read_address(address)
-        about = About(name=check_name(name), host=host, port=port, listen=listen or f":{port}")
+        place = listen_address(listen or "", port)
+        about = About(name=check_name(name), host=host, port=port, listen=place)
         if folder.exists():
             raise ConfigError(f"{folder} already exists.\n  Choose another --folder.")
 
@@ -116,6 +120,8 @@ class Consortium:
                 (place / "certificate.pem").write_text(pem(shown), encoding="ascii")
             text = tomli_w.dumps(about.model_dump())
             (part / ABOUT).write_text(text, encoding="utf-8")
+            shown = fingerprint(public_key(authority))
+            record(part, "init", consortium=name, address=address, fingerprint=shown)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         build_folder(folder, build)
@@ -195,6 +201,8 @@ class Consortium:
             if same_key and name != asked.name:
                 raise ConfigError(f"this key is already in, as '{name}'.")
         if asked.name not in members and not again and self._was_revoked(key):
+            shown = fingerprint(key)
+            record(self.folder, "approve refused", client=asked.name, fingerprint=shown)
             raise ConfigError(
                 f"the key of '{asked.name}' was revoked.\n  If it may have been stolen, ask for a "
                 "new request: silotune client init. To let the same key in again: silotune server "
@@ -217,6 +225,7 @@ class Consortium:
         write_file(place / "request.toml", asked)
         # last: its presence says that the client is in
         write_atomically(place / "certificate.pem", pem(made).encode("ascii"))
+        record(self.folder, "approve", client=asked.name, fingerprint=fingerprint(key), again=again)
         return kit, fingerprint(key)
 
     def _was_revoked(self, key: PublicKey) -> bool:
@@ -238,6 +247,7 @@ class Consortium:
         (self.folder / "kits" / f"{name}.toml").unlink(missing_ok=True)
         place = free_place(self.folder / "revoked" / name)
         os.replace(members[name].folder, place)
+        record(self.folder, "revoke", client=name, fingerprint=fingerprint(members[name].key))
 
 
 def read_address(address: str) -> tuple[str, int]:
@@ -253,6 +263,22 @@ def read_address(address: str) -> tuple[str, int]:
             f"'{address}' is not an address.\n  Give a host, or host:port: fl.example.org:8443."
         )
     return found[1].strip("[]"), port
+
+
+def listen_address(given: str, port: int) -> str:
+    """Where a gate listens, as Caddy reads it: with a port, by default the one that the kits say.
+
+    Raises:
+        ConfigError: It is not an address of this machine.
+    """
+    found = re.fullmatch(rf"({HOST})?(?::([0-9]{{1,5}}))?", given)
+    own = int(found[2] or port) if found else 0
+    if not found or not 1 <= own <= 65535:
+        raise ConfigError(
+            f"'{given}' is not an address to listen on.\n"
+            "  Give a host, :port, or host:port; IPv6 in brackets: 0.0.0.0:8443."
+        )
+    return f"{found[1] or ''}:{own}"
 
 
 def _text(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from silotune.core.atomic_files import write_atomically
 from silotune.deployment.consortium.certificates import pem
-from silotune.deployment.consortium.folder import Consortium, Member
+from silotune.deployment.consortium.folder import Consortium, Member, listen_address
 from silotune.deployment.consortium.kit import Kit
 
 LOOPBACK = "127.0.0.1"
@@ -85,7 +85,9 @@ def server_gate(
     ]
     shown = {"certificate": "certificate.pem", "key": "key.pem"}
     shown = {key: _path(place / "server" / name) for key, name in shown.items()}
-    return _config(consortium.about.listen, routes, policy, [shown])
+    # an earlier version kept a host without a port, at which nothing listened
+    listen = listen_address(consortium.about.listen, consortium.about.port)
+    return _config(listen, routes, policy, [shown])
 
 
 def client_gate(

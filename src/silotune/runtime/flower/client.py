@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from silotune.runtime.flower.bundle import TOLD
 from silotune.runtime.flower.records import from_record, to_record
 from silotune.runtime.payload import Parcel, round_of
 
@@ -84,7 +85,7 @@ def pass_on(kind: str, parcel: Parcel, run: Mapping[str, Any], node: Mapping[str
     if "client" in node:
         from silotune.runtime.flower.resident_worker import ask
 
-        asked = {key: run[key] for key in ("recipe", "run", "base_sha256") if key in run}
+        asked = {key: run[key] for key in TOLD if key in run}
         asked |= {"kind": kind, "parcel": parcel.about}
         return ask(Path(str(node["client"])), Parcel(asked, parcel.values), round_=round_)
     from silotune.runtime.client_host import guarded

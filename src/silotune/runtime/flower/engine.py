@@ -28,7 +28,7 @@ from silotune.models.sources import resolve
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.kept_processes import KEEPER, Kept
 from silotune.runtime.flower.process_keeper import MARK
-from silotune.runtime.flower.submit import CONNECTION, Link, engine_environment
+from silotune.runtime.flower.submit import CONNECTION, NODE, Link, engine_environment
 from silotune.runtime.identity import add_throwaways
 from silotune.runtime.job import Job, Measured
 
@@ -188,7 +188,7 @@ class _Engine(Link):
         for name, path in self._client_configs().items():
             self._order(
                 f"client {name}",
-                "flower-supernode",
+                *NODE,
                 "--insecure",
                 *("--superlink", self.address),
                 *("--port", str(free_port())),

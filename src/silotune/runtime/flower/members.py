@@ -5,14 +5,15 @@ that client's node or is refused by name. Does not know rounds, and sends nothin
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from silotune.core.errors import EngineError, UpdateError
-from silotune.core.types import Failure
+from silotune.core.types import AWAITS_CONSENT, Failure
 from silotune.federation.client import cut_note
 from silotune.federation.progress import Progress
 from silotune.federation.roster import Roster
+from silotune.federation.sampling import num_needed
 from silotune.recipes.schema import RunConfig
 from silotune.runtime import wire
 from silotune.runtime.flower.mailbox import ENGINE_CODES, NOT_REACHABLE, Answer, Mailbox, Question
@@ -22,6 +23,9 @@ from silotune.runtime.payload import Parcel
 TELL_S, TOLD = 10.0, 5
 """Seconds until a start names the clients it is waiting for, and how many of them it names."""
 PARTS = ("num_train", "num_eval")
+NOT_AGREED = "its people have not agreed to this run yet; it joins as soon as they do"
+CONSENT_S = 20.0
+"""Seconds until a client whose people have not agreed to the run yet is asked again."""
 POLL_S = 0.5
 """Pause between two looks for nodes and their reports."""
 
@@ -49,6 +53,7 @@ class Members:
         self._met: set[int] = set()  # nodes that have been asked who they are
         self._spare: dict[str, set[int]] = {}  # nodes refused because another has their name
         self._refused: dict[str, Failure] = {}
+        self._consent: dict[str, tuple[int, float]] = {}  # who asks its people: node, when again
 
     def names(self) -> Sequence[str]:
         """All clients of the run, sorted, whether they are reachable now or not."""
@@ -66,6 +71,8 @@ class Members:
         if name in self._refused:
             why = self._refused[name]
             return Failure(name, round_, why.code, why.place)
+        if name in self._consent:
+            return Failure(name, round_, AWAITS_CONSENT, NOT_AGREED)
         place = "its node is gone" if name in self.reports else "it has not reported"
         return Failure(name, round_, "not connected", place)
 
@@ -101,13 +108,20 @@ class Members:
     # --- asking nodes who they are
 
     def join(self) -> None:
-        """Wait until every client has reported or the time is up; the quorum decides then."""
+        """Wait until every client has reported or the time is up; the quorum decides then.
+
+        While too few for a quorum have reported because clients wait for consent, the wait goes on.
+        """
         timeout_s = self._run.runtime.join_timeout_s
-        others = self._gather(self.names(), timeout_s, newcomers_only=False)
-        assert not others, "before the first round nobody is asked to train or score"
+        while True:
+            others = self._gather(self.names(), timeout_s, newcomers_only=False)
+            assert not others, "before the first round nobody is asked to train or score"
+            enough = num_needed(self._run.sampling, len(self.names()))
+            if not self._consent or len(self._nodes) >= enough:
+                break
         missing = self._missing(self.names())
         for name in self.names():
-            if name in missing:
+            if name in missing and name not in self._consent:
                 self._progress.note(
                     f"{name}: has not reported within {timeout_s:g} s (runtime.join_timeout_s)"
                 )
@@ -166,8 +180,9 @@ class Members:
         told = newcomers_only  # a round names the clients it misses anyway
         while True:
             online = self._mailbox.nodes()
+            self._ask_for_consent_again(online)
             self._met &= online  # a node that comes back may have fixed why it was refused
-            new = sorted(online - self._met)[: self._mailbox.room()]
+            new = sorted(self._may_be_asked(online - self._met))[: self._mailbox.room()]
             self._met.update(new)
             asked.update(new)
             queries = [Question("query", node, f"node {node}", 0) for node in new]
@@ -223,6 +238,14 @@ class Members:
             # else a client could come back with any weight
             place = "it reports more rows than earlier in this run; start a new run to use them"
             problem = Failure(name, 0, "more rows", place)
+        if problem is not None and problem.code == AWAITS_CONSENT and name in self.names():
+            if name not in self._consent:
+                self._progress.note(f"{name}: {AWAITS_CONSENT}: {NOT_AGREED}")
+            self._consent[name] = (node, time.monotonic() + CONSENT_S)
+            self._tell_consent()
+            return
+        if self._consent.pop(name, None) is not None:
+            self._tell_consent()
         if problem is None:
             assert not isinstance(report, Failure)
             self._refused.pop(name, None)
@@ -231,6 +254,24 @@ class Members:
         self._progress.note(f"{name}: {problem.code}: {problem.place}")
         if name in self.names() and name not in self._nodes:
             self._refused[name] = problem
+
+    def _may_be_asked(self, nodes: Collection[int]) -> Collection[int]:
+        """Without those of clients that this run is not for: they are not told of it."""
+        roster = self._roster
+        return nodes if roster is None else [node for node in nodes if roster.may_ask(node)]
+
+    def _ask_for_consent_again(self, online: Collection[int]) -> None:
+        """Have nodes asked again whose people may have agreed in the meantime."""
+        for name, (node, due) in list(self._consent.items()):
+            if node not in online:
+                del self._consent[name]
+                self._tell_consent()
+            elif due <= time.monotonic():
+                self._met.discard(node)
+                self._consent[name] = (node, time.monotonic() + CONSENT_S)
+
+    def _tell_consent(self) -> None:
+        self._progress.waits_for_consent(sorted(self._consent))
 
     def _forget(self, name: str) -> None:
         """A client's node is gone; others that have reported as this client are asked again."""

@@ -68,7 +68,9 @@ def main(grid: Grid, context: Context) -> None:
         run,
         progress,
         base_sha256=settings["base_sha256"],
-        roster=Roster(Path(settings["members"])) if settings["members"] else None,
+        roster=Roster(Path(settings["members"]), only=settings.get("only"))
+        if settings["members"]
+        else None,
         window=IN_SIMULATION if run.runtime.name == "flower-simulation" else None,
     )
     error: BaseException | None = None

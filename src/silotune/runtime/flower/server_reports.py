@@ -43,6 +43,10 @@ class FileProgress(Progress):
         """Pass it on."""
         self._say("has_clients", number=number)
 
+    def waits_for_consent(self, clients: Sequence[str]) -> None:
+        """Pass it on."""
+        self._say("waits_for_consent", clients=list(clients))
+
     def note(self, text: str) -> None:
         """Pass it on."""
         self._say("note", text=text)

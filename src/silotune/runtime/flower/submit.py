@@ -1,14 +1,16 @@
 """Hands a run to a SuperLink and follows it: what is sent, what stays here, and how it ends.
 
-The app that Flower gets is just a pyproject whose components point into this package. Clients
-receive the recipe and the run's id. What only the server may know is in a separate file, in the
-folder that the server app finds through its environment.
+The app that Flower gets is just a pyproject whose components point into this package (`bundle.py`).
+Clients receive the recipe and the run's id. What only the server may know is in a separate file, in
+the folder that the server app finds through its environment.
 """
 
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Mapping
@@ -23,9 +25,10 @@ from silotune.data.files import EXAMPLES, locate
 from silotune.data.reading import DataConfig
 from silotune.federation.client_config import is_client_folder
 from silotune.federation.client_recipe import LOCATIONS, is_public, without_server
-from silotune.federation.roster import MEMBERS, is_consortium
+from silotune.federation.roster import CHOSEN, MEMBERS, is_consortium
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
+from silotune.runtime.flower.bundle import project_file
 from silotune.runtime.flower.kept_processes import program
 from silotune.runtime.flower.server_reports import OUTCOME, Follower, read_outcome
 from silotune.runtime.job import Job
@@ -41,23 +44,8 @@ CONNECTION = "engine"
 """The SuperLink's name in Flower's own configuration."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN = "each client's own"
-SERVER = "silotune.runtime.flower.server:app"
-APP = """\
-[project]
-name = "silotune-run"
-version = "0.0.0"
-[tool.flwr.app]
-publisher = "silotune"
-[tool.flwr.app.components]
-serverapp = "{server}"
-clientapp = "silotune.runtime.flower.client:app"
-[tool.flwr.app.config]
-"""
-
-
-def app_of(server: str) -> str:
-    """The pyproject of a Flower app, up to its config: no code, only names of functions."""
-    return APP.format(server=server)
+NODE = (sys.executable, "-m", "silotune.runtime.flower.supernode")
+"""A client's SuperNode, which starts no bundle but ours."""
 
 
 def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -> dict[str, str]:
@@ -126,8 +114,7 @@ class Link:
         told = told_settings(self.job)
         app, values = self.work / "app", self.work / "told.toml"
         app.mkdir(exist_ok=True)
-        empty = "".join(f'{key} = ""\n' for key in told)
-        (app / "pyproject.toml").write_text(app_of(SERVER) + empty, encoding="utf-8")
+        (app / "pyproject.toml").write_text(project_file(told), encoding="utf-8")
         values.write_text(tomli_w.dumps(told), encoding="utf-8")
         words = ["run", str(app), CONNECTION, "--run-config", str(values), "--format", "json"]
         answer = self._flwr(*words, *self._options())
@@ -196,11 +183,12 @@ def flwr(words: "tuple[str, ...]", *, environment: Mapping[str, str], log: Path)
 
 
 def told_settings(job: Job) -> dict[str, str]:
-    """What the server app and every client receive."""
+    """What the server app and every client receive; in deployment, the keys of `bundle.TOLD`."""
     told = {
         "recipe": travelling(job.run).model_dump_json(serialize_as_any=True),
         "run": job.folder.run_id(),
         "base_sha256": job.base_sha256,
+        "version": importlib.metadata.version("silotune"),
     }
     if job.run.runtime.name == "flower-simulation":  # actors run on this machine
         folder = str(job.folder.path.absolute())
@@ -215,6 +203,7 @@ def own_settings(job: Job) -> dict[str, Any]:
         "folder": str(job.folder.path.absolute()),
         "base_sha256": job.base_sha256,
         "local": sorted(job.local),
+        "only": job.folder.read_json(CHOSEN),
         "members": str((job.consortium / MEMBERS).absolute()) if job.consortium else None,
     }
 

@@ -267,6 +267,7 @@ def test_adding_and_removing_a_client_changes_no_other_file(consortium, north, t
 
     def files():
         found = [p for p in consortium.folder.rglob("*") if p.is_file()]
+        found = [p for p in found if p.stem != "operators"]  # the log of what was done
         return {str(p.relative_to(consortium.folder)): p.read_bytes() for p in found}
 
     before = files()
@@ -350,6 +351,38 @@ def test_addresses_are_read(address, read):
 @pytest.mark.parametrize("address", ["", ":1", "a b", "host:0", "host:70000", "host:x", "http://a"])
 def test_what_is_not_an_address_is_refused(address):
     assert "is not an address" in problem(read_address, address)
+
+
+@pytest.mark.parametrize(
+    ("given", "listens"),
+    [
+        ("", ":8443"),
+        ("10.0.0.1", "10.0.0.1:8443"),
+        ("0.0.0.0:443", "0.0.0.0:443"),
+        (":443", ":443"),
+        ("[::]", "[::]:8443"),
+        ("[::1]:9", "[::1]:9"),
+        ("localhost", "localhost:8443"),
+    ],
+)
+def test_a_gate_listens_at_the_kits_port_unless_told_otherwise(tmp_path, given, listens):
+    """Bug: with a host and no port, nothing listened where the kit says."""
+    Consortium.create(tmp_path / "fl", name="a", address="fl.example.org", listen=given or None)
+    made = Consortium.open(tmp_path / "fl")
+    assert made.about.listen == listens
+    earlier = Consortium(made.folder, made.about.model_copy(update={"listen": given or ":8443"}))
+    for one in (made, earlier):
+        config = server_gate(
+            one, engine_port=1, engine_certificate=tmp_path, leaves=tmp_path, public=tmp_path
+        )
+        assert config["apps"]["http"]["servers"]["gate"]["listen"] == [listens]
+
+
+@pytest.mark.parametrize("given", ["a b", "host:0", "host:70000", "::1", "http://a", "host:"])
+def test_what_a_gate_cannot_listen_on_is_refused(tmp_path, given):
+    text = problem(Consortium.create, tmp_path / "fl", name="a", address="h", listen=given)
+    assert f"'{given}' is not an address to listen on" in text
+    assert not (tmp_path / "fl").exists()
 
 
 def test_the_roster_follows_who_comes_and_goes(tmp_path):

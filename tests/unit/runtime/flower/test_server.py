@@ -24,11 +24,12 @@ from silotune.algorithms import ALGORITHMS
 from silotune.core.errors import DataError, EngineError, QuorumError, UpdateError
 from silotune.core.seeds import generator
 from silotune.core.tree import sha256
-from silotune.core.types import Broadcast, Score, ServerState, Update
+from silotune.core.types import AWAITS_CONSENT, Broadcast, Failure, Score, ServerState, Update
 from silotune.federation import acceptance
 from silotune.federation.metrics import held_out_losses
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
+from silotune.federation.roster import Roster, write_members
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.sampling import sample
@@ -191,7 +192,10 @@ class Heard(Progress):
     """Records everything that a person would see."""
 
     def __init__(self):
-        self.notes, self.failures, self.done = [], [], []
+        self.notes, self.failures, self.done, self.consent = [], [], [], []
+
+    def waits_for_consent(self, clients):
+        self.consent.append(list(clients))
 
     def note(self, text):
         self.notes.append(text)
@@ -638,6 +642,97 @@ def test_a_node_that_is_not_reachable_at_first_is_asked_again(tmp_path):
     played = play(tmp_path, grid, recipe(runtime__join_timeout_s=20))
     assert played.status(1) == dict.fromkeys(NAMES, "ok")
     assert played.heard.notes == ["node 13: not reachable: Flower's error code 5"]
+
+
+def waiting(client: str = "north") -> Parcel:
+    return wire.encode_failure(Failure(client, 0, AWAITS_CONSENT, "it has not agreed"))
+
+
+@pytest.mark.parametrize("again_s", [0.0, 60.0])
+def test_a_client_that_waits_for_consent_is_not_there_and_joins_once_it_agrees(
+    tmp_path, monkeypatch, again_s
+):
+    monkeypatch.setattr(members, "CONSENT_S", again_s)
+    north = Client("north", report=waiting())
+    nodes = clients_by(north=north)
+    played = Played(tmp_path, Nodes(nodes), recipe(rounds=3))
+    assert "north: waiting for consent: its people have not agreed" in played.heard.notes[0]
+    assert played.heard.consent[-1] == ["north"]
+    assert not any("has not reported" in note for note in played.heard.notes)
+    nodes[11].train = lambda broadcast: agree_as("east", north, broadcast)
+    played.go()
+    assert played.status(1) == {**dict.fromkeys(NAMES, "ok"), "north": AWAITS_CONSENT}
+    assert played.status(3)["north"] == (AWAITS_CONSENT if again_s else "ok")
+    assert ("train", 1) not in north.heard
+    assert played.heard.consent[-1] == (["north"] if again_s else [])
+
+
+def agree_as(name: str, other: Client, broadcast: Broadcast) -> Parcel:
+    """An honest answer, at which another client's people agree."""
+    other.report = {}
+    return wire.encode_update(update_of(name, broadcast))
+
+
+def test_a_start_waits_on_while_too_few_have_agreed(tmp_path, monkeypatch):
+    """Otherwise a run would fail, and be tried again, while people read what it asks for."""
+    monkeypatch.setattr(members, "CONSENT_S", 0.01)
+    nodes = {11 + i: Client(name, report=waiting(name)) for i, name in enumerate(NAMES)}
+    began = time.monotonic()
+
+    def agree(node: Client) -> Node:
+        def hear(message: Message) -> Answer:
+            if time.monotonic() - began > 0.4:
+                node.report = {}
+            return node(message)
+
+        return hear
+
+    played = Played(tmp_path, Nodes({n: agree(c) for n, c in nodes.items()}))
+    assert time.monotonic() - began > 0.4, "join_timeout_s is 0.05 here"
+    assert played.go().status(1) == dict.fromkeys(NAMES, "ok")
+
+
+def test_a_start_does_not_wait_for_one_that_waited_for_consent_and_is_gone(tmp_path, monkeypatch):
+    nodes = {11 + i: Client(name, report=waiting(name)) for i, name in enumerate(NAMES)}
+    grid = Nodes(nodes)
+    played = Played(tmp_path, grid, join=False)
+    monkeypatch.setattr(
+        Heard, "waits_for_consent", lambda self, clients: grid.nodes.clear() if clients else None
+    )
+    played.clients.join()
+    with pytest.raises(QuorumError, match="not connected"):
+        played.go()
+
+
+def test_a_client_that_declines_after_it_waited_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(members, "CONSENT_S", 0.0)
+    north = Client("north", report=waiting())
+    played = Played(tmp_path, Nodes(clients_by(north=north)))
+    said = wire.encode_failure(Failure("north", 0, "declined", "its people declined this run"))
+    north.report = said
+    assert played.go().status(1)["north"] == "declined"
+    assert played.heard.consent[-1] == []
+
+
+def test_a_run_for_some_clients_asks_and_tells_nobody_else(tmp_path):
+    nodes = clients_by()
+    members_file = tmp_path / "members.json"
+    write_members(members_file, {name: 11 + i for i, name in enumerate(NAMES)})
+    chosen = ("east", "south")
+    played = Played(tmp_path, Nodes(nodes), names=chosen, join=False)
+    roster = Roster(members_file, only=chosen)
+    played.clients = FlowerClients(
+        played.grid, chosen, played.run, played.heard, base_sha256=BASE, roster=roster
+    )
+    played.clients.join()
+    assert list(played.clients.names()) == list(chosen)
+    assert played.go().status(2) == dict.fromkeys(chosen, "ok")
+    heard = {node.name: len(node.heard) for node in nodes.values()}
+    assert [heard[name] for name in NAMES if name not in chosen] == [0, 0]
+    assert min(heard[name] for name in chosen) == 3
+    assert roster.may_ask(12) is False
+    assert roster.may_ask(99) is False, "a node that nobody knows is not told, either"
+    assert Roster(members_file).may_ask(99)
 
 
 def test_truncated_rows_are_reported_once(tmp_path):
