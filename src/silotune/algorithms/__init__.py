@@ -5,6 +5,7 @@ from typing import Any
 
 from silotune.algorithms.base import AlgorithmConfig
 from silotune.algorithms.diloco import DiLoCoConfig, diloco
+from silotune.algorithms.fed_sb import FedSBConfig, fed_sb
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.feddyn import FedDynConfig, feddyn
 from silotune.algorithms.fedex import FedExConfig, fedex
@@ -58,6 +59,7 @@ ALGORITHMS: dict[str, tuple[type[AlgorithmConfig], Callable[[Any], Algorithm]]] 
     "ffa_lora": (FFALoRAConfig, ffa_lora),
     "rolora": (RoLoRAConfig, rolora),
     "fedsvd": (FedSVDConfig, fedsvd),
+    "fed_sb": (FedSBConfig, fed_sb),
     "flexlora": (FlexLoRAConfig, flexlora),
     "hetlora": (HetLoRAConfig, hetlora),
     "flora": (FLoRAConfig, flora),

@@ -37,6 +37,9 @@ class Facts:
     residual: bool = False
     """Whether it keeps frozen factors beside the adapter, which has no room for them. Clients
     receive them and train next to them; the base stays as it is."""
+    core: bool = False
+    """Whether it trains a small matrix between the factors, which is multiplied into one of them
+    in whatever leaves the run."""
     sends_more: bool = False
     """Whether clients send something besides the delta, which no guard covers."""
     remembers: bool = False

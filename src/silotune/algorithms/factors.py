@@ -74,8 +74,9 @@ WITH_RESIDUAL = LocalRule(trains=_is_not_beside)
 
 
 def wide(state: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, Tensor]:
-    """Both factors as float64 matrices: (d_out, r) and (r, d_in)."""
-    return state[pair.left].double().flatten(1), state[pair.right].double().flatten(1)
+    """Both factors as float64 matrices: (d_out, r) and (r, d_in). A core goes to the left one."""
+    left, right = state[pair.left].double().flatten(1), state[pair.right].double().flatten(1)
+    return (left @ state[pair.core].double() if pair.core in state else left), right
 
 
 def narrow(left: Tensor, right: Tensor, pair: Pair, like: AdapterState) -> dict[str, Tensor]:

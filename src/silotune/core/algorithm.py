@@ -82,6 +82,11 @@ def no_extra(
     return {}
 
 
+def as_it_is(adapter: AdapterState) -> AdapterState:
+    """The default of `begin`: the run starts from the adapter that the recipe describes."""
+    return adapter
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """One federated algorithm: `init`, `local`, `combine`, `step`, and facts about them."""
@@ -93,6 +98,9 @@ class Algorithm:
     """(state, change) -> the state after the round; adds one to `round`."""
     init: Callable[[AdapterState, int], Mapping[str, AdapterState]] = no_extra
     """(first adapter, total number of clients) -> the algorithm's memory."""
+    begin: Callable[[AdapterState], AdapterState] = as_it_is
+    """(the recipe's first adapter) -> the adapter of the first round: the same function, to which
+    an algorithm may add tensors of its own."""
     local: LocalRule = field(default_factory=LocalRule)
     layout: Callable[[ServerState, str | None], Layout] | None = None
     """(state, client): the layout of a client's update in the round after `state`.
@@ -112,6 +120,21 @@ class Algorithm:
     """Names of the parts of the memory that clients receive with the adapter."""
     linear: bool = True
     """Whether the change is a weighted sum of deltas, as secure sums and noise on clients need."""
+
+
+def starting_state(algorithm: Algorithm, adapter: AdapterState, num_clients: int) -> ServerState:
+    """The server's state before the first round.
+
+    Args:
+        algorithm: Of the run.
+        adapter: The recipe's first one.
+        num_clients: All that could take part.
+
+    Raises:
+        ConfigError: The algorithm cannot work on such an adapter.
+    """
+    memory = algorithm.init(adapter, num_clients)
+    return ServerState(0, algorithm.begin(adapter), memory)
 
 
 def keep_local(algorithm: Algorithm, names: Collection[str]) -> Algorithm:

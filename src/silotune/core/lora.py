@@ -1,9 +1,10 @@
-"""LoRA's factors by name: which two tensors belong together, their rank, and what is beside them.
+"""LoRA's factors by name: which two tensors belong together, their rank, and what comes with them.
 
 A module's product is `left @ right`, times a scaling that is the same for all clients at every
 rank, see `AdapterConfig.ranks`. Some algorithms keep the products that the factors have no room
-for beside the adapter: frozen factors of the same module, under names of their own. This file
-knows names and shapes of tensors, but no model and no library.
+for beside the adapter: frozen factors of the same module, under names of their own. Fed-SB trains a
+small matrix between the factors, the core: `left @ core @ right`. This file knows names and shapes
+of tensors, but no model and no library.
 """
 
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ BESIDE = {
     "lora_embedding_B": "residual_embedding_B",
 }
 """A trained factor's part of the name, and that of the frozen factor beside it."""
+CORE = {"lora_B": "lora_core"}
+"""The left factor's part of the name, and that of the core between both factors."""
 RIGHT = {"lora_A", "lora_embedding_A", "residual_A", "residual_embedding_A"}
 
 
@@ -50,6 +53,15 @@ class Pair:
         """The frozen factors of the same module."""
         return Pair(_renamed(self.random, BESIDE), _renamed(self.zero, BESIDE))
 
+    @property
+    def core(self) -> str:
+        """The trained matrix between the factors, of shape (r, r), where an algorithm has one.
+
+        Empty for an embedding, and for factors beside the adapter: they have none.
+        """
+        name = _renamed(self.left, CORE)
+        return "" if name == self.left else name
+
 
 def _renamed(name: str, new: dict[str, str]) -> str:
     return ".".join(new.get(part, part) for part in name.split("."))
@@ -73,6 +85,11 @@ def is_beside(name: str) -> bool:
     return not set(BESIDE.values()).isdisjoint(name.split("."))
 
 
+def is_core(name: str) -> bool:
+    """Whether a tensor is a core, between two factors."""
+    return not set(CORE.values()).isdisjoint(name.split("."))
+
+
 def at_rank(state: AdapterState, rank: int) -> dict[str, Tensor]:
     """The state with the first `rank` columns and rows of all trained factors.
 
@@ -87,14 +104,18 @@ def at_rank(state: AdapterState, rank: int) -> dict[str, Tensor]:
 
 
 def joined(state: AdapterState) -> dict[str, Tensor]:
-    """One adapter with the function of a state: its factors and those beside them, stacked.
+    """One plain adapter with the function of a state: two factors per module and nothing else.
 
-    Module by module `[B L] [A; R] = B A + L R`, so the rank is the sum of both ranks. A state
-    without anything beside it comes back as it is.
+    A core is multiplied into the left factor. What is beside the factors is stacked with them,
+    `[B L] [A; R] = B A + L R`, so the rank is the sum of both ranks. A plain state comes back as it
+    is.
     """
-    found = {name: tensor for name, tensor in state.items() if not is_beside(name)}
+    found = {n: tensor for n, tensor in state.items() if not (is_beside(n) or is_core(n))}
     for pair in pairs_of(found):
+        left = found[pair.left]
+        if pair.core in state:
+            found[pair.left] = (left.double() @ state[pair.core].double()).to(left.dtype)
         if pair.beside.left in state:
-            found[pair.left] = torch.cat([state[pair.left], state[pair.beside.left]], dim=1)
+            found[pair.left] = torch.cat([found[pair.left], state[pair.beside.left]], dim=1)
             found[pair.right] = torch.cat([state[pair.right], state[pair.beside.right]])
     return found

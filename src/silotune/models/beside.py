@@ -1,13 +1,14 @@
-"""LoRA's factors in a live model: their rank, and frozen factors that stand beside them.
+"""LoRA's factors in a live model: their rank, cores between them, frozen factors beside them.
 
 Frozen factors are a second adapter of PEFT on the same layers, always active next to the trained
-one and with its scaling, but without dropout. The base's weights, quantised or not, are not
-touched. This file knows PEFT's layers, but neither clients nor rounds.
+one and with its scaling, but without dropout. A core is a small linear layer in front of the left
+factor. The base's weights, quantised or not, are not touched. This file knows PEFT's layers, but
+neither clients nor rounds.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,39 @@ def set_ranks(parameters: Parameters, state: AdapterState) -> None:
             for factor, new in ((left, new_left), (right, new_right)):
                 factor.grad = None  # of the old shape
                 factor.data = factor.data.new_zeros(new.shape)
+
+
+def set_cores(model: Any, parameters: dict[str, nn.Parameter], state: AdapterState) -> None:
+    """Put a core between the factors of each module that has one in `state`; remove all others.
+
+    Args:
+        model: A PEFT model with LoRA.
+        parameters: What is trained: new cores are added, with a core's values still to be written,
+            and those that are removed are taken out.
+        state: Its names decide. A name that belongs to no linear layer is left for the caller to
+            refuse.
+    """
+    for _, pair, layer in list(lora_layers(model, parameters)):
+        found = dict(layer.lora_B).get(TRAINED)
+        has_room = isinstance(found, nn.Linear)
+        if not has_room or (pair.core in state) == (pair.core in parameters):
+            continue
+        left = cast(Any, found)
+        if pair.core in parameters:
+            del parameters[pair.core]
+            left.in_front.remove()
+            del left.in_front, left.core
+            continue
+        rank, like = len(parameters[pair.right]), parameters[pair.left]
+        with torch.random.fork_rng(devices=[]):  # values are drawn, and overwritten
+            core = nn.Linear(rank, rank, bias=False, device=like.device, dtype=like.dtype)
+        # a hook, because PEFT and Opacus know the factor's layer by its class
+        left.core, left.in_front = core, left.register_forward_pre_hook(_through_core)
+        parameters[pair.core] = cast(nn.Parameter, core.weight)
+
+
+def _through_core(left: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (left.core(*inputs),)
 
 
 def _fit(left: Tensor, right: Tensor, own_left: Tensor, own_right: Tensor) -> bool:

@@ -5,7 +5,7 @@ swapped. This file knows nothing about clients, rounds or the network.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from silotune.core.atomic_files import write_json
-from silotune.core.lora import is_beside, joined
+from silotune.core.lora import is_beside, is_core, joined
 from silotune.core.tree import check_same_layout, layout_of
 from silotune.core.types import AdapterState
 from silotune.models.adapters import (
@@ -27,7 +27,13 @@ from silotune.models.adapters import (
 )
 from silotune.models.base import ModelConfig, load_base, quiet_libraries
 from silotune.models.base_files import commit_of, public_reference
-from silotune.models.beside import described_ranks, read_beside, set_ranks, write_beside
+from silotune.models.beside import (
+    described_ranks,
+    read_beside,
+    set_cores,
+    set_ranks,
+    write_beside,
+)
 from silotune.models.causality import check_causal
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, draw_head, find_head, head_as_loaded, set_head
@@ -46,8 +52,9 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
-    parameters: Mapping[str, nn.Parameter]
-    """The trained tensors, by the names under which they are saved and sent."""
+    parameters: dict[str, nn.Parameter]
+    """The trained tensors, by the names under which they are saved and sent. `write_adapter` adds
+    the cores of a state that has any, and removes them."""
     kind: Kind
     """The kind of adapter."""
     quantization: Quantization = "none"
@@ -220,7 +227,8 @@ def write_adapter(loaded: LoadedModel, state: AdapterState) -> None:
     """Overwrite the trained tensors, and replace what stands beside them.
 
     LoRA's factors take the rank that they have in `state`. Their scaling stays as it was loaded,
-    so that equal factors are equal functions at every rank.
+    so that equal factors are equal functions at every rank. A core of `state` becomes a trained
+    tensor between its factors.
 
     Raises:
         UpdateError: Names differ from the model's, or shapes in more than the rank.
@@ -228,6 +236,7 @@ def write_adapter(loaded: LoadedModel, state: AdapterState) -> None:
     given_beside = {name: t for name, t in state.items() if is_beside(name)}
     if loaded.kind == "lora":
         set_ranks(loaded.parameters, state)
+        set_cores(loaded.model, loaded.parameters, state)
         write_beside(loaded.model, loaded.parameters, given_beside)
         state = {name: t for name, t in state.items() if name not in given_beside}
     expected = layout_of(loaded.parameters)
@@ -268,16 +277,16 @@ def save_adapter(loaded: LoadedModel, folder: Path, *, base: ModelConfig) -> Non
     """Save the model's current state: a PEFT folder, or a plain model folder if all weights learn.
 
     The folder says which base it belongs to, as far as others can use that: no path of this
-    machine, the commit of a hub model, and a classifier's labels in the order of its classes. What
-    stands beside the adapter is stacked with it, so that the folder is one plain adapter, of a
-    higher rank.
+    machine, the commit of a hub model, and a classifier's labels in the order of its classes. The
+    folder is one plain adapter: what stands beside the factors is stacked with them, to a higher
+    rank, and a core is multiplied into one of them.
 
     Args:
         loaded: The model, which already holds the adapter to save.
         folder: Created; `PeftModel.from_pretrained(base, folder)` reads it.
         base: The base that `loaded` was made of.
     """
-    if _beside(loaded):
+    if _beside(loaded) or any(map(is_core, loaded.parameters)):
         now = read_adapter(loaded)
         write_adapter(loaded, joined(now))
         try:

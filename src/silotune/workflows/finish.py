@@ -8,6 +8,7 @@ from typing import Any
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.core.errors import UpdateError, first_line
+from silotune.core.lora import joined
 from silotune.core.types import AdapterState, ServerState
 from silotune.core.wording import counted
 from silotune.federation.client import ClientData, Worker
@@ -50,7 +51,7 @@ def finish(job: Job, result: ServerState, loaded: LoadedModel) -> dict[str, Any]
     steps = counted(run.finish.local_steps, "step")
     job.progress.note(f"{counted(len(data), 'client')}: {steps} of their own, from the result")
     for name, own in data.items():
-        start = {**result.adapter, **personal(job.folder, name)}
+        start = {**joined(result.adapter), **personal(job.folder, name)}
         try:
             found[name] = _finish_one(worker, own, job, start)
         except UpdateError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from silotune.core.algorithm import keep_local
+from silotune.core.algorithm import keep_local, starting_state
 from silotune.core.errors import ConfigError, SilotuneError
 from silotune.core.public_call import public
 from silotune.core.types import ServerState
@@ -229,7 +229,7 @@ def _first_state(
     adapter = read_adapter(loaded)
     num_examples = {name: len(own.train) for name, own in rows.items()}
     algorithm = with_privacy(algorithm_of(run.algorithm), run, folder, num_examples)
-    return ServerState(0, adapter, algorithm.init(adapter, len(rows)))
+    return starting_state(algorithm, adapter, len(rows))
 
 
 def drive_rounds(job: Job, drive: Callable[[Job], Measured]) -> Measured:

@@ -3,16 +3,20 @@
 import pytest
 import torch
 
+from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.errors import UpdateError
-from silotune.core.lora import at_rank, is_beside, joined, pairs_of
+from silotune.core.lora import at_rank, is_beside, is_core, joined, pairs_of
 from silotune.core.tree import sha256
 from silotune.models.adapters import AdapterConfig
 from silotune.models.base import ModelConfig
 from silotune.models.loading import base_only, read_adapter, save_adapter, write_adapter
+from silotune.training.loop import TrainConfig, train
+from silotune.training.tasks.instruct import INSTRUCT, collate
 from tests.integration.models.test_adapters import (
     KINDS,
     LORA,
     base_loss,  # noqa: F401 - a fixture
+    examples_of,
     learn,
     load,
     loss_of,
@@ -216,3 +220,70 @@ def test_an_embedding_takes_other_ranks_and_factors_beside_it_too(wide):  # noqa
     assert {n for n, t in read_adapter(loaded).items() if torch.equal(t, low[n])} == {
         n for n in low if is_beside(n)
     }
+
+
+# --- a core between the factors
+
+
+def with_cores(state):
+    """A drawn core, of both signs, in every module."""
+    gen = torch.Generator().manual_seed(6)
+    ranks = {pair.core: len(state[pair.right]) for pair in pairs_of(state)}
+    return {**state, **{name: torch.randn(r, r, generator=gen) for name, r in ranks.items()}}
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_a_core_is_multiplied_into_one_factor_in_the_saved_folder(wide, tmp_path, kind):  # noqa: F811
+    """PEFT and transformers alone read the folder."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = load(wide, kind)
+    plain = moved(loaded)
+    state, before, alone = with_cores(plain), base_of(loaded), loss_of(loaded)
+    write_adapter(loaded, state)
+    assert abs(loss_of(loaded) - alone) > 1e-3
+    assert sha256(read_adapter(loaded)) == sha256(state)
+    assert base_of(loaded) == before
+    save_adapter(loaded, tmp_path / "adapter", base=ModelConfig(name="owner/base"))
+    assert sha256(read_adapter(loaded)) == sha256(state)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(wide).eval(), tmp_path / "adapter"
+    )
+    ids = torch.arange(5)[None]
+    with torch.inference_mode():
+        found, ours = theirs(input_ids=ids).logits, loaded.model(input_ids=ids).logits
+    torch.testing.assert_close(found, ours, rtol=0, atol=1e-4)
+    write_adapter(loaded, plain)
+    assert loss_of(loaded) == pytest.approx(alone, abs=1e-6)
+    assert sha256(read_adapter(loaded)) == sha256(plain)
+
+
+def test_the_identity_as_a_core_changes_no_bit_and_the_core_learns(wide, base_loss):  # noqa: F811
+    loaded = load(wide, dropout=0.3)
+    plain = moved(loaded)
+    alone = loss_of(loaded)
+    cores = {n: torch.eye(len(t)) for n, t in with_cores(plain).items() if is_core(n)}
+    write_adapter(loaded, {**plain, **cores})
+    assert loss_of(loaded) == alone
+    with base_only(loaded):
+        assert loss_of(loaded) == pytest.approx(base_loss, abs=1e-5)
+    only = LocalRule(trains=lambda name, _: is_core(name))
+    steps = [[collate(examples_of(loaded))]] * 3
+    context = LocalContext(read_adapter(loaded), {}, {})
+    train(loaded, steps, INSTRUCT, TrainConfig(), only, context, round_=1, lr=3e-2, seed=5)
+    after = read_adapter(loaded)
+    assert {n for n in after if not torch.equal(after[n], {**plain, **cores}[n])} == cores.keys()
+    assert loss_of(loaded) < alone
+
+
+def test_a_core_that_does_not_fit_is_refused_by_name(wide):  # noqa: F811
+    loaded = load(wide)
+    state = read_adapter(loaded)
+    core = pairs_of(state)[0].core
+    with pytest.raises(UpdateError, match=f"'{core}' has shape"):
+        write_adapter(loaded, {**state, core: torch.zeros(2, 3)})
+    with pytest.raises(UpdateError, match=r"'x\.lora_core' is unknown"):
+        write_adapter(loaded, {**state, "x.lora_core": torch.zeros(2, 2)})
+    write_adapter(loaded, state)
+    assert not any(map(is_core, loaded.parameters))

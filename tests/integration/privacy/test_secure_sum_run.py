@@ -42,6 +42,7 @@ def equal(one, other):
         ["algorithm.name=fedprox", "algorithm.mu=0.1"],
         ["algorithm.name=ffa_lora"],
         ["algorithm.name=rolora"],
+        ["algorithm.name=fed_sb"],
         ["sampling.fraction=0.8"],
         [
             *("privacy.unit=client", "privacy.noise_at=client", "privacy.noise=seeded"),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.algorithms import ALGORITHMS
+from silotune.core.algorithm import starting_state
 from silotune.core.errors import QuorumError, UpdateError
 from silotune.core.tree import l2_norm, scale, sha256
 from silotune.core.types import Score, ServerState, Update
@@ -78,7 +79,7 @@ def go(place, clients, run=None, *, folder=None, algorithm="fedavg", guard=False
     built = build(cfg(**options))
     if guard:
         built = with_privacy(built, run, folder, dict.fromkeys(clients.names(), 4))
-    state = folder.load_state() or ServerState(0, START, built.init(START, len(NAMES)))
+    state = folder.load_state() or starting_state(built, START, len(NAMES))
     heard = Heard()
     parts = {"algorithm": built, "clients": clients, "folder": folder, "progress": heard}
     return run_rounds(run, state, **parts), folder, heard

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from silotune.algorithms import ALGORITHMS
+from silotune.core.algorithm import starting_state
 from silotune.core.errors import QuorumError, RunFolderError
 from silotune.core.tree import sha256
-from silotune.core.types import Broadcast, Failure, Score, ServerState, Update
+from silotune.core.types import AdapterState, Broadcast, Failure, Score, Update
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
@@ -27,9 +28,10 @@ def recipe(**changes):
     return parse(changed(table, changes))
 
 
-def delta_of(client: str, round_: int) -> dict:
+def delta_of(client: str, round_: int, received: AdapterState = START) -> dict:
     gen = torch.Generator().manual_seed(NAMES.index(client) * 100 + round_)
-    return {n: torch.randn(t.shape, generator=gen) for n, t in START.items()}
+    names = [*START, *sorted(received.keys() - START.keys())]
+    return {n: torch.randn(received[n].shape, generator=gen) for n in names}
 
 
 class StandInClients:
@@ -54,7 +56,7 @@ class StandInClients:
             update = Update(
                 client=name,
                 round=broadcast.round,
-                delta=delta_of(name, broadcast.round),
+                delta=delta_of(name, broadcast.round, broadcast.adapter),
                 num_examples=NAMES.index(name) + 1,
                 metrics={"train_loss": 1.0, "num_tokens": 5, "seconds_training": 0.1, "seconds": 1},
                 score=Score(name, 2.0, 2, 1, 1) if broadcast.score else None,
@@ -102,7 +104,7 @@ def answers(algorithm):
 def go(tmp_path, run, clients, *, algorithm="fedavg", progress=None, folder=None):
     built = built_for_four(algorithm)
     folder = folder or RunFolder.create(tmp_path / "run", run)
-    state = folder.load_state() or ServerState(0, START, built.init(START, len(NAMES)))
+    state = folder.load_state() or starting_state(built, START, len(NAMES))
     return run_rounds(
         run,
         state,

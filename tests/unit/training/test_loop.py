@@ -218,7 +218,7 @@ def test_accumulation_equals_one_large_batch(loaded, start, examples):
 
 WITH_A_RULE = {
     *("fedprox", "ffa_lora", "rolora", "fedsvd", "fedrot", "scaffold", "feddyn"),
-    *("fedsa_lora", "flora", "fedex"),
+    *("fed_sb", "fedsa_lora", "flora", "fedex"),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from silotune.core.algorithm import expected_layout, keep_local
+from silotune.core.algorithm import expected_layout, keep_local, starting_state
 from silotune.core.atomic_files import free_place, make_folder, write_json
 from silotune.core.checksums import check_listed, list_files
 from silotune.core.errors import ConfigError, RunFolderError
@@ -245,7 +245,7 @@ def _with_clients(
     progress.begin(run.rounds, 1)
     last = run_rounds(
         run,
-        ServerState(0, first, algorithm.init(first, len(num_rows))),
+        starting_state(algorithm, first, len(num_rows)),
         algorithm=algorithm,
         clients=clients,
         folder=folder,

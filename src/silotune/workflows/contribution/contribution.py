@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from silotune.core.algorithm import Algorithm
+from silotune.core.algorithm import Algorithm, starting_state
 from silotune.core.atomic_files import free_place, make_folder, write_json, write_rows
 from silotune.core.checksums import check_listed, list_files
 from silotune.core.errors import ConfigError, RunFolderError, UpdateError
@@ -109,7 +109,7 @@ def contribution(run: Run | Path | str, *, progress: Progress | None = None) -> 
     progress.note(f"loading {config.model.name}")
     loaded = load_for(config)
     adapter = read_adapter(loaded)
-    first = ServerState(0, adapter, algorithm.init(adapter, len(checked.rows)))
+    first = starting_state(algorithm, adapter, len(checked.rows))
     work = _Work(config, algorithm, loaded, first, rounds, _examples(config, loaded, checked.rows))
     try:
         progress.note("replay with all clients")
@@ -149,6 +149,11 @@ def check_possible(path: Path, run: RunConfig, algorithm: Algorithm) -> None:
         why = f"algorithm.name = '{algorithm.name}': its clients train tensors of different shapes"
     elif run.adapter.ranks:
         why = "adapter.ranks: its clients train tensors of different shapes"
+    elif run.algorithm.facts.core:
+        why = (
+            f"algorithm.name = '{algorithm.name}': what a core means depends on the factors around "
+            "it, which the first two rounds of all clients have made"
+        )
     elif run.algorithm.facts.residual:
         why = (
             f"algorithm.name = '{algorithm.name}': what it keeps beside the adapter has another "

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from silotune.core.algorithm import keep_local
+from silotune.core.algorithm import broadcast_extra, keep_local, starting_state
 from silotune.core.errors import DataError, SilotuneError, first_line
 from silotune.core.seeds import generator
 from silotune.core.types import Broadcast
@@ -176,14 +176,14 @@ class _Probe:
     """Trains on one batch and scores another, as the first client does in its first round."""
 
     def __init__(self, worker: Worker, clients: Mapping[str, ClientData]) -> None:
-        algorithm, adapter = worker.algorithm, read_adapter(worker.loaded)
-        extra = algorithm.init(adapter, len(clients))
+        algorithm = worker.algorithm
+        state = starting_state(algorithm, read_adapter(worker.loaded), len(clients))
         self.worker, self.run = worker, worker.run
         self.name, self._data = next(iter(clients.items()))
         self._broadcast = Broadcast(
             1,
-            adapter,
-            {key: extra[key] for key in algorithm.broadcasts},
+            state.adapter,
+            broadcast_extra(state, algorithm),
             score=self.run.evaluate.every > 0,
         )
 

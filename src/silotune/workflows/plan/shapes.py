@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from silotune.core.algorithm import Algorithm
+from silotune.core.algorithm import Algorithm, starting_state
 from silotune.core.errors import ModelError
 from silotune.core.types import ServerState
 from silotune.models.adapters import put_adapter, trained_parameters
@@ -77,7 +77,7 @@ def first_state(shapes: Shapes, algorithm: Algorithm, num_clients: int) -> Serve
     """The server's state before the first round, on the meta device."""
     with torch.device("meta"):
         adapter = {n: torch.empty(p.shape) for n, p in shapes.parameters.items()}
-        return ServerState(0, adapter, algorithm.init(adapter, num_clients))
+        return starting_state(algorithm, adapter, num_clients)
 
 
 def _base(run: RunConfig) -> tuple[Any, tuple[str, ...]]:
