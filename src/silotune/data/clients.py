@@ -25,6 +25,7 @@ from silotune.data.partition_rows import (
     unnamed_rows,
 )
 from silotune.data.placed_rows import Mistake, Part, moved, refuse
+from silotune.data.preferences import is_pair
 from silotune.data.reading import (
     DataConfig,
     TaskRow,
@@ -267,7 +268,7 @@ def _check_no_client_lost(
 def _labels(
     converted: Sequence[TaskRow], train: Part, cfg: DataConfig, partition: PartitionConfig | None
 ) -> list[str]:
-    if converted and isinstance(converted[0], dict):
+    if converted and isinstance(converted[0], dict) and not is_pair(converted[0]):
         return [row["label"] for row in converted if isinstance(row, dict)]
     if cfg.label is not None:
         return names_in_column(*column_values(train, cfg.label, "data.label"))

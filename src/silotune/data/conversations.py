@@ -81,11 +81,16 @@ def conversation(
             "data.prompt and data.completion belong together, but one of them is missing.\n"
             "  Set both."
         )
-    if system is not None and all(one["role"] != "system" for one in found):
-        first = dict(found[0])
-        offered = {"tools": first.pop("tools")} if "tools" in first else {}
-        found = [{**turn("system", system), **offered}, first, *found[1:]]
-    return tuple(found)
+    return tuple(with_system(found, system))
+
+
+def with_system(found: list[Message], system: str | None) -> list[Message]:
+    """The same turns behind a system turn, if there is a text for one and they have none."""
+    if system is None or any(one["role"] == "system" for one in found):
+        return found
+    first = dict(found[0])
+    offered = {"tools": first.pop("tools")} if "tools" in first else {}
+    return [{**turn("system", system), **offered}, first, *found[1:]]
 
 
 def plain_text(row: Row, *, where: str, column: str) -> Message:
@@ -164,7 +169,7 @@ def _by_format(row: Row, where: str) -> list[Message]:
             return _with_tools(found, row, where) if is_talk else found
         case ("instruction", "input", "output"):
             asked, answer = _texts(row, "instruction", "output", where=where)
-            return [_with_input(asked, row.get("input"), where), turn("assistant", answer)]
+            return [user_turn(asked, row.get("input"), where), turn("assistant", answer)]
         case ("question", "answer"):
             asked, answer = _texts(row, "question", "answer", where=where)
             return [turn("user", asked), turn("assistant", answer)]
@@ -193,7 +198,8 @@ def _no_format(row: Row, where: str) -> DataError:
     )
 
 
-def _with_input(asked: str, extra: object, where: str) -> Message:
+def user_turn(asked: str, extra: object, where: str) -> Message:
+    """An instruction with its input, which may be missing, as a turn of the user."""
     if is_missing(extra):
         return turn("user", asked)
     extra = text_of(extra, where=where, what="column 'input'", may_be_empty=True)

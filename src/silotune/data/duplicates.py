@@ -12,6 +12,7 @@ from typing import cast
 from silotune.data.client_rows import ClientRows
 from silotune.data.conversations import Message
 from silotune.data.labelled_texts import LabelledText
+from silotune.data.preferences import ANSWERS, is_pair
 from silotune.data.reading import TaskRow
 
 SERVER = ""
@@ -98,12 +99,19 @@ def _count_other_answers(keys: Sequence[_Key], taught: _Taught) -> int:
 
 
 def _key(row: TaskRow) -> _Key:
+    if is_pair(row):
+        prompt, *said = ([_turn(one) for one in row[part]] for part in ("prompt", *ANSWERS))
+        return _Key(_digest(prompt), _digest([prompt, *said]))
     if isinstance(row, dict):
         texts = cast(LabelledText, row)
         question = [texts["text"], texts.get("text_pair")]
         return _Key(_digest(question), _digest([*question, texts["label"]]))
-    turns = [(turn["role"], turn["content"], *_more(turn)) for turn in row]
+    turns = [_turn(one) for one in row]
     return _Key(_digest([turn for turn in turns if turn[0] != "assistant"]), _digest(turns))
+
+
+def _turn(turn: Message) -> tuple[object, ...]:
+    return (turn["role"], turn["content"], *_more(turn))
 
 
 def _more(turn: Message) -> list[object]:

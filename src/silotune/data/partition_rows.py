@@ -26,6 +26,7 @@ from silotune.data.partition import (
     names_in_column,
 )
 from silotune.data.placed_rows import Mistake, Part, PlacedRow
+from silotune.data.preferences import is_pair
 from silotune.data.reading import DataConfig, TaskRow
 from silotune.data.row_draws import row_digests
 from silotune.data.topics import by_topic
@@ -176,6 +177,8 @@ def _by_partitioner(
 
 def _num_characters(row: TaskRow) -> int:
     """Length of all that the model reads and answers: every turn, or the text and its pair."""
+    if is_pair(row):
+        return sum(len(turn["content"]) for part in row.values() for turn in part)
     if isinstance(row, dict):
         return len(row["text"]) + len(row.get("text_pair", ""))
     return sum(len(turn["content"]) for turn in row)
@@ -183,6 +186,8 @@ def _num_characters(row: TaskRow) -> int:
 
 def _prompt(row: TaskRow) -> str:
     """What a row is about: the user's turns, or its text."""
+    if is_pair(row):
+        row = row["prompt"]
     if isinstance(row, dict):
         return row["text"]
     return "\n".join(turn["content"] for turn in row if turn["role"] in ("user", TEXT))

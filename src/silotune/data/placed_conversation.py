@@ -28,4 +28,4 @@ class PlacedConversation(tuple[Message, ...]):
 
 def place_of(row: object) -> str:
     """Where a row was read, or "" if that is not known."""
-    return row.where if isinstance(row, PlacedConversation) else ""
+    return str(getattr(row, "where", ""))

@@ -24,10 +24,11 @@ from silotune.data.files import locate, read_hub, read_place, search_place
 from silotune.data.labelled_texts import FORMATS, LabelledText, check_all_pairs, labelled_text
 from silotune.data.placed_conversation import PlacedConversation
 from silotune.data.placed_rows import Mistake, Part, PlacedRow, moved, refuse
+from silotune.data.preferences import ANSWERS, PROMPTS, PlacedPreference, preference
 
 TaskRow = Any
 """A row in the form that its task needs, and only the task looks inside: a Conversation to answer,
-a LabelledText to classify, or a text as the only turn of a Conversation."""
+a LabelledText to classify, a text as the only turn of a Conversation, or a Preference."""
 
 
 def seed_of_split(cfg: DataConfig, seed: int) -> int:
@@ -262,6 +263,8 @@ def convert_quietly(
 
 def usual_columns(columns: Collection[str]) -> list[str]:
     """Those of a file's columns that a known format uses; none if no format fits."""
+    if {*ANSWERS} <= {*columns}:
+        return [column for column in (*PROMPTS, *ANSWERS, "tools") if column in columns]
     answered = [names for names in CONVERSATIONS if {*names} - {*OPTIONAL} <= {*columns}]
     labelled = [names for names in FORMATS if {*names, "label"} <= {*columns}]
     names = answered[0] if answered else (*max(labelled, key=len), "label") if labelled else (TEXT,)
@@ -295,9 +298,15 @@ def _as_text(row: PlacedRow, cfg: DataConfig) -> Conversation:
     return PlacedConversation(turns, row.where)
 
 
+def _as_preference(row: PlacedRow, cfg: DataConfig) -> PlacedPreference:
+    pair = preference(row.columns, where=row.where, system=cfg.system)
+    return PlacedPreference.of(pair, row.where)
+
+
 READERS: dict[str, Callable[[PlacedRow, DataConfig], TaskRow]] = {
     "instruct": _as_conversation,
     "classify": _as_labelled,
     "text": _as_text,
+    "prefer": _as_preference,
 }
 """Task -> the function that converts a row for it."""
