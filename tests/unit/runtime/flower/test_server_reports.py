@@ -44,6 +44,7 @@ CALLS = [
     ("doing", ("loading", 1, 2)),
     ("note", ("base model:\n 'ü' \u2028 {}",)),
     ("begin_round", (2, ["north", "Orléans / 2"])),
+    ("waits_for_consent", (["north"],)),
     ("client_begins", ("north",)),
     ("client_scores", ("north", 0, 9)),
     ("client_steps", ("north", 1, 50, 640)),
