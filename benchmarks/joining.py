@@ -201,28 +201,27 @@ def _cell(name: str, place: Path, overrides: Sequence[str], of_cell: tuple[int, 
     elif own.exists():
         result = silotune.compare(resume=own).result
     else:
-        files = _write_rows(of, place, n)
-        rounds, steps = of.length[n]
-        recipe = parse(
-            _merged(
-                COMMON,
-                of.recipe,
-                {
-                    "rounds": rounds,
-                    "data": files["data"],
-                    "partition": dict(of.cuts[cut]),
-                    "train": {"local_steps": steps},
-                    "finish": {"local_steps": steps},
-                },
-            )
-        )
+        recipe = parse(recipe_of(of, n, cut, place))
         result = silotune.compare(recipe, overrides, out=own).result
     print(f"{cut}, {n} rows per client: done", flush=True)
     return {"cut": cut, "rows": n, "result": result}
 
 
-def _write_rows(of: Rows, place: Path, n: int) -> dict[str, Any]:
-    """At most n rows of every owner; fewer rows are always among more rows."""
+def recipe_of(of: Rows, n: int, cut: str, place: Path) -> dict[str, Any]:
+    """The recipe of one cell, whose rows are written into a folder."""
+    rounds, steps = of.length[n]
+    own = {
+        "rounds": rounds,
+        "data": _write_rows(of, place, n),
+        "partition": dict(of.cuts[cut]),
+        "train": {"local_steps": steps},
+        "finish": {"local_steps": steps},
+    }
+    return _merged(COMMON, of.recipe, own)
+
+
+def _write_rows(of: Rows, place: Path, n: int) -> dict[str, str]:
+    """Paths of at most n rows of every owner; fewer rows are always among more rows."""
     place.mkdir(parents=True, exist_ok=True)
     kept: list[Row] = []
     rows = sorted(_read(of.train), key=_place)
@@ -235,7 +234,7 @@ def _write_rows(of: Rows, place: Path, n: int) -> dict[str, Any]:
     if of.held_out:
         paths["eval_path"] = place / "held-out.jsonl"
         _write(paths["eval_path"], [r for r in _read(of.held_out) if r[of.owner] in of.owners])
-    return {"train": kept, "data": {key: str(path) for key, path in paths.items()}}
+    return {key: str(path) for key, path in paths.items()}
 
 
 def _read(name: str) -> "list[Row]":
