@@ -90,7 +90,10 @@ class Outbound:
         if "shares" in about:
             said["shares"] = sorted(about["shares"])
         if "opened" in about:
-            said["opened"] = {kind: sorted(own) for kind, own in about["opened"].items()}
+            said["opened"] = {
+                kind: own if kind == "keys" else sorted(own)
+                for kind, own in about["opened"].items()
+            }
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = {
             "time": now,

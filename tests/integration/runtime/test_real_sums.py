@@ -200,10 +200,12 @@ def test_real_clients_open_the_sums_of_one_process_and_send_no_number_about_them
     assert all(set(row) == TOLD for row in rows), rows[0]
     for name in NAMES:
         sent = hospitals.sent(name)
-        assert [line["asked"] for line in sent] == ["query", *ROUND, *ROUND]
+        assert [line["asked"] for line in sent] == ["query", *ROUND, "train", "query.open"]
         assert not any("norm" in line for line in sent)
         assert sent[2]["said"]["shares"] == [other for other in NAMES if other != name]
-        assert sent[4]["said"]["opened"] == {"own": NAMES, "masking": []}
+        others = sent[2]["said"]["shares"]
+        assert sent[4]["said"]["opened"] == {"own": NAMES, "masking": [], "shares": others}
+        assert sent[6]["said"]["opened"] == {"own": NAMES, "masking": []}
         assert set(sent[3]["said"]["update"]["metrics"]) == {"lr", "num_steps"}
         assert sent[3]["said"]["update"]["score"] is None
         assert hospitals.state(name)["opened"] == 2
