@@ -15,6 +15,7 @@ import silotune
 from silotune.core.errors import QuorumError
 from silotune.core.types import ServerState
 from silotune.data.clients import load_clients
+from silotune.federation.outbound_log import answer_words
 from silotune.federation.privacy_guarantee import promise_of
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
@@ -278,6 +279,11 @@ def test_a_client_without_a_roster_takes_no_part_and_says_what_is_missing(hospit
     (note,) = (text for text in hospitals.told.notes if text.startswith(NAMES[3]))
     assert "roster in its client.toml is empty" in note
     assert hospitals.kits.roster[NAMES[3]] in note
+    said = answer_words(hospitals.sent(NAMES[3])[-1])  # what `join` and `status` print
+    assert said.startswith(
+        "round 0: failure: declined: client 'hospital-3' does not take part: [se"
+    )
+    assert hospitals.kits.roster[NAMES[3]] in said
 
 
 PRIVATE = [
