@@ -121,9 +121,9 @@ class Federation:
         parcel = unpack(pack(wire.encode_update(masked)))
         return wire.decode_answer(parcel, name, bytes_down=0)
 
-    def begin_round(self, round_=1):
+    def begin_round(self, round_=1, names=None):
         """Everything up to the masked words; spools them."""
-        failures, beside = self.relay.begin(round_, self.names)
+        failures, beside = self.relay.begin(round_, names or self.names)
         spool = self.folder.spool(round_)
         for name in beside:
             if (update := self.train(name, round_, beside[name])) is not None:
@@ -294,6 +294,20 @@ def test_a_lost_client_is_back_in_the_next_round_with_keys_of_its_own(tmp_path):
     _, spool = one.begin_round(3)
     assert np.array_equal(one.open(3, spool)[0], one.plain(SEVEN, 7, 3))
     assert {kind for kind, _ in one.asked} == {"query.open"}
+
+
+@pytest.mark.parametrize("asked", [SEVEN, SEVEN[1:6]], ids=["one more", "one less"])
+def test_a_round_of_other_clients_than_those_that_have_shared_begins_with_keys(tmp_path, asked):
+    """Members of a consortium come and go between rounds."""
+    one = Federation(tmp_path, SEVEN)
+    _, spool = one.begin_round(1, SEVEN[:6])
+    one.open(1, spool)
+    one.asked = []
+    _, spool = one.begin_round(2, asked)
+    assert one.asked[0][0] == "query.keys"
+    opened, num = one.open(2, spool)
+    assert np.array_equal(opened, one.plain(asked, len(asked), 2))
+    assert num == len(asked)
 
 
 def test_wrong_keys_for_the_next_round_spoil_neither_this_one_nor_the_next(tmp_path, capsys):
