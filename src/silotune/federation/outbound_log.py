@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from silotune.core.errors import Declined
+from silotune.core.safe_text import one_line
 from silotune.core.wording import counted
 from silotune.federation.ledger import lines, write_down
 
@@ -27,6 +28,8 @@ SUMS = {
     "opened": "shares that open the sum",
 }
 """What answers of secure sums are called."""
+OWN_REASONS = ("declined", "refused by the client")
+"""Failures whose reason is a decision of this client, and is shown in full."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,10 @@ class Outbound:
         if "shares" in about:
             said["shares"] = sorted(about["shares"])
         if "opened" in about:
-            said["opened"] = {kind: sorted(own) for kind, own in about["opened"].items()}
+            said["opened"] = {
+                kind: own if kind == "keys" else sorted(own)
+                for kind, own in about["opened"].items()
+            }
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = {
             "time": now,
@@ -129,7 +135,10 @@ def answer_words(line: Mapping[str, Any]) -> str:
     said = line["said"]
     if "failure" in said:
         failure = said["failure"]
-        return f"round {failure.get('round', 0)}: failure: {failure.get('code', '')}"
+        code, why = str(failure.get("code", "")), ""
+        if code in OWN_REASONS:  # what the people of this client can change
+            why = f": {one_line(' '.join(str(failure.get('place', '')).split()))}"
+        return f"round {failure.get('round', 0)}: failure: {code}{why}"
     if "update" in said:
         return f"round {said['update']['round']}: update"
     if part := next((part for part in SUMS if part in said), None):

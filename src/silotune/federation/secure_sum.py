@@ -187,18 +187,19 @@ def summed(algorithm: Algorithm, run: RunConfig, sums: Sums) -> Algorithm:
     return replace(as_words(algorithm), combine=combine)
 
 
-def check_cohort(run: RunConfig, round_: int, names: Sequence[str]) -> None:
-    """Refuse a round of fewer clients than `secure_sum.min_cohort`.
+def check_cohort(run: RunConfig, num_clients: int) -> None:
+    """Refuse rounds of too few clients for `secure_sum.min_cohort`, or of too many for the ring.
 
     Raises:
         ConfigError: Says how many are asked.
     """
     smallest = run.secure_sum.min_cohort
-    if len(names) < smallest:
+    if num_clients < smallest:
         raise ConfigError(
-            f"round {round_} asks {len(names)} clients, and secure_sum.min_cohort is {smallest}.\n"
+            f"a round asks {num_clients} clients, and secure_sum.min_cohort is {smallest}.\n"
             "  Ask more clients per round, or lower it; 3 is the least."
         )
+    _ = Numbers(run, num_clients).ring
 
 
 def num_numbers(algorithm: Algorithm, adapter: Mapping[str, torch.Tensor], round_: int) -> int:

@@ -146,9 +146,11 @@ class Station:
         """Answer a message that only secure sums have."""
         if sums is None:
             raise UpdateError(f"a message '{kind}', but the recipe has no secure sums.")
-        adapter, round_ = read_adapter(self.worker.loaded), round_of(parcel.about)
-        count = num_numbers(self.worker.algorithm, adapter, round_)
-        return Parcel({**sums.answer(kind, parcel.about, count), "round": round_})
+        adapter, algorithm = read_adapter(self.worker.loaded), self.worker.algorithm
+        said = sums.answer(
+            kind, parcel.about, lambda round_: num_numbers(algorithm, adapter, round_)
+        )
+        return Parcel({**said, "round": round_of(parcel.about)})
 
     def _data(self, client: str) -> ClientData:
         if client not in self.data:

@@ -8,12 +8,14 @@ numbers are masked, others' shares when it has given its part of them.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from silotune.core.atomic_files import make_folder, write_json
+from silotune.core.errors import UpdateError
 from silotune.core.reading_back import read_object
 from silotune.core.types import Update
 from silotune.federation.secure_sum import Numbers, as_sent
@@ -26,7 +28,9 @@ from silotune.runtime.identity import Identity, Unknown
 from silotune.runtime.payload import Parcel, round_of
 
 FILE = "secure-sum.json"
-"""In the client's own folder of a run: its present round, and the last one that it has opened."""
+"""In the client's own folder of a run: rounds under way, and the last one that it has opened."""
+MOST_ROUNDS = 3
+"""Rounds under way: the present one, the next, and the one after."""
 T = TypeVar("T")
 
 
@@ -43,27 +47,39 @@ class ClientSums:
     smallest: int
     """Fewest clients whose sum it takes part in."""
 
-    def answer(self, kind: str, about: dict[str, Any], count: int) -> dict[str, Any]:
+    def answer(
+        self, kind: str, about: dict[str, Any], count_in: Callable[[int], int]
+    ) -> dict[str, Any]:
         """Answer one of the messages that only secure sums have.
 
         Args:
             kind: One of `sum_wire.STEPS`.
             about: What the server says.
-            count: Numbers of a change in this round, by the model that is loaded here.
+            count_in: Numbers of a change in a round, by the model that is loaded here.
 
         Raises:
             Refused: It cannot be right; nothing leaves, in this round.
             UpdateError: It has another form.
         """
         round_ = round_of(about)
+        ahead = about.get("ahead") is True
         if kind == "query.keys":
-            return {"keys": self._keys(round_, count)}
+            rounds = (round_, round_ + 1) if ahead else (round_,)
+            return {"keys": {str(r): self._keys(r, count_in(r)) for r in rounds}}
         if kind == "query.shares":
-            everyone = sum_wire.decode_everyone(about.get("keys"))
-            return {"shares": self._step(round_, lambda member: self._shares(member, everyone))}
+            return {"shares": self._shares(round_, about.get("keys"))}
         survivors = sum_wire.decode_survivors(about.get("survivors"))
         answer = self._step(round_, lambda member: member.answer(survivors), opens=True)
-        return {"opened": sum_wire.encode_answer(answer)}
+        opened: dict[str, Any] = sum_wire.encode_answer(answer)
+        if "keys" in about:
+            # for the next round: if they are wrong, this one is not, and the next will say so again
+            try:
+                opened["shares"] = self._shares(round_ + 1, about["keys"])
+            except (Refused, UpdateError) as error:
+                sys.stderr.write(f"{error}\n")
+        if ahead:
+            opened["keys"] = self._keys(round_ + 2, count_in(round_ + 2))
+        return {"opened": opened}
 
     def taken_from(self, parcel: Parcel) -> tuple[Parcel, object]:
         """What a client trains on, and the shares beside it.
@@ -73,8 +89,8 @@ class ClientSums:
         """
         about = dict(parcel.about)
         shares = about.pop("shares", None)
-        kept, round_ = self._kept(), round_of(about)
-        if kept.get("round") != round_ or kept["member"]["next"] != "mask":
+        round_ = round_of(about)
+        if self._under_way(round_)["next"] != "mask":
             raise self._not_begun(round_)
         return Parcel(about, parcel.values), shares
 
@@ -108,39 +124,51 @@ class ClientSums:
         With the changes of one round in two sums over almost the same clients, their difference
         would be one client's change.
         """
-        opened = self._kept().get("opened", 0)
+        self._check_new(round_)
+        member = self._member(round_, {"next": "advertise", "count": count + 1})  # the weight
+        advert = member.advertise()
+        self._keep(round_, member)
+        return sum_wire.encode_keys(advert, self.identity.credential)
+
+    def _shares(self, round_: int, keys: object) -> dict[str, str]:
+        everyone = sum_wire.decode_everyone(keys)
+
+        def share(member: Member) -> dict[str, bytes]:
+            try:
+                roster = self.identity.verifiers({n: text for n, (_, text) in everyone.items()})
+            except Unknown as error:
+                member.refuse(str(error))
+            return member.share({name: advert for name, (advert, _) in everyone.items()}, roster)
+
+        return sum_wire.encode_shares(self._step(round_, share))
+
+    def _step(self, round_: int, step: Callable[[Member], T], *, opens: bool = False) -> T:
+        """Take one step of a round, and record it before its result can leave."""
+        member = self._member(round_, self._under_way(round_))
+        try:
+            done = step(member)
+        except Refused:
+            self._keep(round_, member)
+            raise
+        self._keep(round_, member, opens=opens)
+        return done
+
+    def _under_way(self, round_: int) -> dict[str, Any]:
+        """What is kept of a round."""
+        self._check_new(round_)
+        found = self._kept()["rounds"].get(str(round_))
+        if found is None:
+            raise self._not_begun(round_)
+        return found
+
+    def _check_new(self, round_: int) -> None:
+        opened = self._kept()["opened"]
         if round_ <= opened:
             raise Refused(
                 f"client '{self.name}', round {round_}, secure sum: this client has already given "
                 f"its shares for round {opened} of this run, and a round's change is in one opened "
                 "sum at most.\n  Nothing is sent. Ask who runs the server."
             )
-        member = self._member(round_, {"next": "advertise", "count": count + 1})  # the weight
-        advert = member.advertise()
-        self._keep(round_, member, opened)
-        return sum_wire.encode_keys(advert, self.identity.credential)
-
-    def _shares(self, member: Member, everyone: dict[str, sum_wire.Known]) -> dict[str, str]:
-        try:
-            roster = self.identity.verifiers({n: text for n, (_, text) in everyone.items()})
-        except Unknown as error:
-            member.refuse(str(error))
-        shares = member.share({name: advert for name, (advert, _) in everyone.items()}, roster)
-        return sum_wire.encode_shares(shares)
-
-    def _step(self, round_: int, step: Callable[[Member], T], *, opens: bool = False) -> T:
-        """Take one step of the present round, and record it before its result can leave."""
-        kept = self._kept()
-        if kept.get("round") != round_:
-            raise self._not_begun(round_)
-        member, opened = self._member(round_, kept["member"]), kept.get("opened", 0)
-        try:
-            done = step(member)
-        except Refused:
-            self._keep(round_, member, opened)
-            raise
-        self._keep(round_, member, round_ if opens else opened)
-        return done
 
     def _not_begun(self, round_: int) -> Refused:
         return Refused(
@@ -160,13 +188,18 @@ class ClientSums:
     def _kept(self) -> dict[str, Any]:
         path = self.folder / FILE
         if not path.exists():
-            return {}
+            return {"opened": 0, "rounds": {}}
         return read_object(path, fix="Without it this client cannot know what it has opened.")
 
-    def _keep(self, round_: int, member: Member, opened: int) -> None:
+    def _keep(self, round_: int, member: Member, *, opens: bool = False) -> None:
         make_folder(self.folder)
-        facts = {"round": round_, "opened": opened, "member": member.kept()}
-        write_json(self.folder / FILE, facts)
+        kept = self._kept()
+        opened = round_ if opens else kept["opened"]
+        others = {r: own for r, own in kept["rounds"].items() if r != str(round_)}
+        rounds = {**others, str(round_): member.kept()}
+        new = {r: own for r, own in rounds.items() if int(r) > opened}
+        last = dict(list(new.items())[-MOST_ROUNDS:])
+        write_json(self.folder / FILE, {"opened": opened, "rounds": last})
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(folder)  # else a power failure could bring the file of the step before back

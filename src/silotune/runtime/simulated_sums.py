@@ -53,7 +53,7 @@ class SimulatedSums:
         Raises:
             ConfigError: There are fewer clients than `secure_sum.min_cohort`.
         """
-        check_cohort(self.run, round_, names)
+        check_cohort(self.run, len(names))
         self.names = sorted(names)
         if self.run.secure_sum.simulate:
             return

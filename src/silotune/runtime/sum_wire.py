@@ -1,15 +1,20 @@
 """What the messages of a secure sum say, as JSON values and back.
 
-    query.keys     ->  keys      a client's public keys of the round, and how others know it
+    query.keys     ->  keys      a client's public keys of a round, and how others know it
     query.shares   ->  shares    everyone's keys; back come a client's hidden shares
     train          ->  update    the hidden shares for this client; back come masked words
     query.open     ->  opened    who is in the sum; back come the shares that open it
+
+If the same clients are asked in the rounds that follow, what the first two carry rides on others:
+keys for the second round on the first message, and on query.open everyone's keys of the next round
+and on its answer the shares for it, and keys for the round after. A round then has two messages.
 
 Keys and shares are hexadecimal texts of known lengths. Forms are checked here; what a client makes
 of them is in `privacy/secure_sum/member.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -61,9 +66,17 @@ class _Survivors(Form):
     survivors: Annotated[list[Name], Field(max_length=MOST)]
 
 
+class _Rounds(Form):
+    keys: Annotated[
+        dict[Annotated[str, Field(pattern="^[0-9]{1,15}$")], _Keys], Field(max_length=2)
+    ]
+
+
 class _Opened(Form):
     own: Annotated[dict[Name, Share], Field(max_length=MOST)]
     masking: Annotated[dict[Name, Share], Field(max_length=MOST)]
+    shares: Annotated[dict[Name, Hidden], Field(max_length=MOST)] | None = None
+    keys: _Keys | None = None
 
 
 Known = tuple[Advert, str]
@@ -75,13 +88,14 @@ def encode_keys(advert: Advert, credential: str) -> dict[str, str]:
     return {**{k: v.hex() for k, v in vars(advert).items()}, "credential": credential}
 
 
-def decode_keys(facts: object) -> Known:
-    """Undo `encode_keys`.
+def decode_keys(facts: object) -> dict[int, Known]:
+    """A client's keys of one or two rounds, by round.
 
     Raises:
         UpdateError: It has another form. The same holds for all functions below.
     """
-    return _known(read_form(_Keys, facts))
+    form = read_form(_Rounds, {"keys": facts})
+    return {int(round_): _known(each) for round_, each in form.keys.items()}
 
 
 def _known(form: _Keys) -> Known:
@@ -134,9 +148,21 @@ def encode_answer(answer: Answer) -> dict[str, dict[str, str]]:
     return {"own": encode_shares(answer.own), "masking": encode_shares(answer.masking)}
 
 
-def decode_answer(facts: object) -> Answer:
-    """Undo `encode_answer`."""
+@dataclass(frozen=True)
+class Opened:
+    """What a client answers when a sum is opened."""
+
+    answer: Answer
+    shares: Mapping[str, bytes] | None
+    """For the next round, if it was told everyone's keys."""
+    keys: Known | None
+    """For the round after, if it was asked for them."""
+
+
+def decode_opened(facts: object) -> Opened:
+    """What came back from query.open."""
     form = read_form(_Opened, facts)
     kinds = (form.own, form.masking)
     own, masking = ({n: bytes.fromhex(text) for n, text in kind.items()} for kind in kinds)
-    return Answer(own, masking)
+    shares = None if form.shares is None else decode_shares(form.shares)
+    return Opened(Answer(own, masking), shares, form.keys and _known(form.keys))

@@ -26,6 +26,7 @@ from silotune.federation.mixed_ranks import check_client_ranks
 from silotune.federation.privacy_guarantee import Promise, promise_of, too_few_for
 from silotune.federation.roster import is_consortium, names_in
 from silotune.federation.sampling import cohort_size
+from silotune.federation.secure_sum import check_cohort
 from silotune.federation.server_scores import check_server_test
 from silotune.federation.server_work import server_rows
 from silotune.federation.trackers import check_tracker
@@ -169,7 +170,10 @@ def _looked_at(run: RunConfig, *, offline: bool, clients: Sequence[str] | None) 
         if here and (run.runtime.name != "flower" or run.privacy.unit == "none"):
             warnings += label_warnings(rows, run.data.labels or ())
     check_server_test(run, {} if has_real_clients(run) else rows, own)
-    check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, len(rows)))
+    num_asked = cohort_size(run.sampling, len(rows))
+    check_algorithm(run.algorithm, num_clients=num_asked)
+    if run.secure_sum.is_on:
+        check_cohort(run, num_asked)
     check_client_ranks(run, rows, real=has_real_clients(run))
     promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
     if promise is not None and (few := too_few_for(promise)) is not None:
@@ -190,7 +194,10 @@ def _without_rows(run: RunConfig, warnings: Sequence[str], error: HubUnreachable
     """What can be said without the rows."""
     unchecked = [f"the rows: {first_line(str(error))}"]
     if (known := known_clients(run)) is not None:
-        check_algorithm(run.algorithm, num_clients=cohort_size(run.sampling, known))
+        num_asked = cohort_size(run.sampling, known)
+        check_algorithm(run.algorithm, num_clients=num_asked)
+        if run.secure_sum.is_on:
+            check_cohort(run, num_asked)
     else:
         unchecked.append("the number of clients, which follows from the rows")
     if run.task == "classify" and run.data.labels is None:

@@ -189,7 +189,9 @@ def test_what_cannot_be_summed_is_refused_with_the_reason(recipe, tmp_path, keys
 
 def test_too_small_a_cohort_is_an_error_that_says_what_to_do(recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"asks 3 clients, and secure_sum.min_cohort is 4"):
-        silotune.run(recipe, [*MASKS, "sampling.fraction=0.6"], out=tmp_path / "run")
+        silotune.check(recipe, [*MASKS, "sampling.fraction=0.6"])
+    with pytest.raises(ConfigError, match="do not fit into the ring"):
+        silotune.check(recipe, [*MASKS, "secure_sum.range=1e308", "secure_sum.max_examples=10000"])
 
 
 def test_more_rows_than_the_recipe_allows_are_refused_at_the_client(recipe, tmp_path):

@@ -15,6 +15,8 @@ import silotune
 from silotune.core.errors import QuorumError
 from silotune.core.types import ServerState
 from silotune.data.clients import load_clients
+from silotune.federation.outbound_log import answer_words
+from silotune.federation.privacy_guarantee import promise_of
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
@@ -92,8 +94,9 @@ class Notes(Progress):
 class Hospitals:
     """Four clients with kits, and a server. `meddle` changes what a client is told."""
 
-    def __init__(self, place, recipe, model, monkeypatch):
-        self.run = silotune.load_recipe(recipe, [*SUMS, "runtime.name=flower"])
+    def __init__(self, place, recipe, model, monkeypatch, keys):
+        self.run = silotune.load_recipe(recipe, [*SUMS, "runtime.name=flower", *keys])
+        self.keys = keys
         rows = load_clients(self.run.data, self.run.partition, seed=3, task=self.run.task)
         self.configs = write_client_configs(
             *(place / "clients", rows, self.run),
@@ -166,14 +169,15 @@ def here(recipe, tmp_path_factory):
 
 
 @pytest.fixture
-def hospitals(tmp_path, recipe, tiny_model, monkeypatch):
+def hospitals(request, tmp_path, recipe, tiny_model, monkeypatch):
     from flwr.supercore.task_identity import TaskIdentity
 
     for key in ("_run_id", "_node_id", "_task_id"):  # Flower makes no `Message` without them
         monkeypatch.setattr(TaskIdentity, key, 1)
     monkeypatch.setattr(flower_server, "POLL_S", (0.001, 0.01))
     monkeypatch.setattr(members, "POLL_S", 0.01)
-    return Hospitals(tmp_path, recipe, tiny_model, monkeypatch)
+    keys = getattr(request, "param", ())
+    return Hospitals(tmp_path, recipe, tiny_model, monkeypatch, keys)
 
 
 def equal(one, other):
@@ -197,10 +201,12 @@ def test_real_clients_open_the_sums_of_one_process_and_send_no_number_about_them
     assert all(set(row) == TOLD for row in rows), rows[0]
     for name in NAMES:
         sent = hospitals.sent(name)
-        assert [line["asked"] for line in sent] == ["query", *ROUND, *ROUND]
+        assert [line["asked"] for line in sent] == ["query", *ROUND, "train", "query.open"]
         assert not any("norm" in line for line in sent)
         assert sent[2]["said"]["shares"] == [other for other in NAMES if other != name]
-        assert sent[4]["said"]["opened"] == {"own": NAMES, "masking": []}
+        others = sent[2]["said"]["shares"]
+        assert sent[4]["said"]["opened"] == {"own": NAMES, "masking": [], "shares": others}
+        assert sent[6]["said"]["opened"] == {"own": NAMES, "masking": []}
         assert set(sent[3]["said"]["update"]["metrics"]) == {"lr", "num_steps"}
         assert sent[3]["said"]["update"]["score"] is None
         assert hospitals.state(name)["opened"] == 2
@@ -273,3 +279,37 @@ def test_a_client_without_a_roster_takes_no_part_and_says_what_is_missing(hospit
     (note,) = (text for text in hospitals.told.notes if text.startswith(NAMES[3]))
     assert "roster in its client.toml is empty" in note
     assert hospitals.kits.roster[NAMES[3]] in note
+    said = answer_words(hospitals.sent(NAMES[3])[-1])  # what `join` and `status` print
+    assert said.startswith(
+        "round 0: failure: declined: client 'hospital-3' does not take part: [se"
+    )
+    assert hospitals.kits.roster[NAMES[3]] in said
+
+
+PRIVATE = [
+    *("rounds=1", "algorithm.weights=uniform", "privacy.delta=0.01", "privacy.clip_norm=0.1"),
+    *("privacy.noise_multiplier=1", "secure_sum.range=4", "data.max_rows=none"),
+]
+RECORD = [*PRIVATE, "privacy.unit=record", "train.local_steps=1", "train.optimizer=sgd"]
+CLIENT = [*PRIVATE, "privacy.unit=client", "privacy.noise_at=client"]
+
+
+@pytest.mark.parametrize("hospitals", [RECORD, CLIENT], ids=["record", "client"], indirect=True)
+def test_clients_with_noise_of_their_own_are_summed_and_the_promise_is_that_of_one_process(
+    hospitals, recipe
+):
+    hospitals.go()
+    rows = [row for row in hospitals.folder.metrics() if row["event"] == "train"]
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert all(
+        row.keys() - TOLD <= {"noise_multiplier", "sampling_rate", "num_lots"} for row in rows
+    )
+    here = silotune.load_recipe(recipe, [*SUMS, *hospitals.keys])
+    nums = dict.fromkeys(NAMES, 4)
+    promise = promise_of(hospitals.run, nums)
+    assert promise == promise_of(here, nums)
+    assert promise["sums"]["num_noisy"] == 2, "of min_cohort, one colludes"
+    assert promise["sums"]["epsilon"]["pld"] < promise["epsilon"]["pld"]
+    for name in NAMES:
+        ledger = hospitals.place / "states" / name / "privacy.jsonl"
+        assert [json.loads(line)["round"] for line in ledger.read_text().splitlines()] == [1]

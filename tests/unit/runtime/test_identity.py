@@ -1,6 +1,7 @@
 """Who a real client takes for whom: a certificate of the authority, and a pinned fingerprint."""
 
 import datetime
+import json
 
 import pytest
 import tomli_w
@@ -16,7 +17,10 @@ from silotune.deployment.consortium.certificates import (
 )
 from silotune.federation.client_config import ClientConfig, load_client_config
 from silotune.federation.client_recipe import own_recipe
+from silotune.privacy.secure_sum.member import Advert
+from silotune.privacy.secure_sum.shamir import SHARE_BYTES
 from silotune.recipes.parse import parse
+from silotune.runtime import sum_wire
 from silotune.runtime.identity import Unknown, add_throwaways, identity_of, own_fingerprint
 from tests.consortium import Kits
 
@@ -151,6 +155,16 @@ def test_a_client_that_requires_secure_sums_declines_a_recipe_without_them(four)
     )
     with pytest.raises(Declined, match=r"secure_sum\.simulate"):
         own_recipe(without_masks, own)
+
+
+def test_keys_and_shares_take_about_two_kilobytes_for_a_client_and_another_one(four):
+    """The number in docs/secure-sums.md: keys, shares up and down, and a share that opens."""
+    advert = Advert(bytes(32), bytes(32), bytes(32), four.identity("north").sign(TEXT))
+    keys = sum_wire.encode_keys(advert, four.identity("north").credential)
+    hidden = sum_wire.encode_shares({"north": bytes(sum_wire.HIDDEN_BYTES)})
+    opened = sum_wire.encode_shares({"north": bytes(SHARE_BYTES)})
+    size = sum(len(json.dumps(text)) for text in (keys, hidden, hidden, opened))
+    assert size == pytest.approx(2000, rel=0.2)
 
 
 def test_throwaway_keys_of_clients_on_one_machine_fit_together(tmp_path):

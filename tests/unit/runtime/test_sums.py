@@ -6,10 +6,14 @@ Every client is rebuilt from its folder for each message, as after a restart of 
 import contextlib
 import json
 import stat
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from silotune.core.errors import ConfigError, SilotuneError, UpdateError
 from silotune.core.types import Failure, ServerState, Update
@@ -82,7 +86,7 @@ class Federation:
         """A client's answer, as bytes between two processes; or its failure."""
         asked = unpack(pack(Parcel(about)))
         try:
-            answer = self.client(name).answer(kind, asked.about, COUNT)
+            answer = self.client(name).answer(kind, asked.about, lambda _: COUNT)
         except SilotuneError as error:
             self.refused[name] = str(error)
             return Failure(name, about["round"], "refused by the client", str(error))
@@ -117,9 +121,9 @@ class Federation:
         parcel = unpack(pack(wire.encode_update(masked)))
         return wire.decode_answer(parcel, name, bytes_down=0)
 
-    def begin_round(self, round_=1):
+    def begin_round(self, round_=1, names=None):
         """Everything up to the masked words; spools them."""
-        failures, beside = self.relay.begin(round_, self.names)
+        failures, beside = self.relay.begin(round_, names or self.names)
         spool = self.folder.spool(round_)
         for name in beside:
             if (update := self.train(name, round_, beside[name])) is not None:
@@ -143,11 +147,9 @@ def test_three_rounds_open_the_sums_of_the_plain_words_bit_for_bit(tmp_path):
         opened, num = one.open(round_, spool)
         assert (failures, num) == ([], 4)
         assert np.array_equal(opened, one.plain(NAMES, 4, round_))
-    assert [kind for kind, _ in one.asked[:12]] == [
-        *["query.keys"] * 4,
-        *["query.shares"] * 4,
-        *["query.open"] * 4,
-    ]
+    first = ["query.keys", "query.shares", "query.open"]
+    kinds = [kind for kind, _ in one.asked]
+    assert kinds == [kind for kind in [*first, "query.open", "query.open"] for _ in NAMES]
     assert not one.refused
 
 
@@ -239,8 +241,8 @@ def test_a_client_keeps_secrets_only_as_long_as_it_needs_them_and_for_itself(tmp
     path = one.folder.client_folder("east") / client_sums.FILE
 
     def look(kind, name, about):
-        if name == "east" and path.exists():
-            seen[kind] = json.loads(path.read_text())["member"]
+        if name == "east" and path.exists() and about["round"] == 1:
+            seen[kind] = json.loads(path.read_text())["rounds"]["1"]
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
         return about
 
@@ -251,11 +253,88 @@ def test_a_client_keeps_secrets_only_as_long_as_it_needs_them_and_for_itself(tmp
     assert "secrets" in seen["train"]
     assert "secrets" not in seen["query.open"]
     assert len(seen["query.open"]["held"]) == 4
-    assert json.loads(path.read_text()) == {
-        "round": 1,
-        "opened": 1,
-        "member": {"next": "nothing", "count": COUNT + 1},
-    }
+    left = json.loads(path.read_text())
+    assert left["opened"] == 1
+    assert {r: own["next"] for r, own in left["rounds"].items()} == {"3": "share", "2": "mask"}
+    for round_ in (2, 3):
+        _, spool = one.begin_round(round_)
+        one.open(round_, spool)
+    assert json.loads(path.read_text()) == {"opened": 3, "rounds": {}}
+
+
+# --- messages that ride on others -----------------------------------------------------------------
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=12)
+def test_whoever_is_lost_in_whichever_message_every_sum_is_that_of_the_others(data):
+    """Two of seven in each of three rounds, that is with and without keys from earlier rounds."""
+    kinds = ["query.keys", "query.shares", "train", "query.open"]
+    with tempfile.TemporaryDirectory() as place:
+        one = Federation(Path(place), SEVEN)
+        for round_ in (1, 2, 3):
+            lost = data.draw(st.lists(st.sampled_from(SEVEN), max_size=2, unique=True))
+            one.gone = {(data.draw(st.sampled_from(kinds)), name) for name in lost}
+            _, spool = one.begin_round(round_)
+            opened, num = one.open(round_, spool)
+            assert np.array_equal(opened, one.plain(spool.names(), num, round_))
+            assert len(spool) >= 5
+
+
+def test_a_lost_client_is_back_in_the_next_round_with_keys_of_its_own(tmp_path):
+    one = Federation(tmp_path, SEVEN)
+    one.gone = {("train", SEVEN[2])}
+    _, spool = one.begin_round(1)
+    one.open(1, spool)
+    one.gone, one.asked = set(), []
+    _, spool = one.begin_round(2)
+    assert np.array_equal(one.open(2, spool)[0], one.plain(SEVEN, 7, 2))
+    assert one.asked[0][0] == "query.keys", "not all of the next round's clients had shared"
+    one.asked = []
+    _, spool = one.begin_round(3)
+    assert np.array_equal(one.open(3, spool)[0], one.plain(SEVEN, 7, 3))
+    assert {kind for kind, _ in one.asked} == {"query.open"}
+
+
+@pytest.mark.parametrize("asked", [SEVEN, SEVEN[1:6]], ids=["one more", "one less"])
+def test_a_round_of_other_clients_than_those_that_have_shared_begins_with_keys(tmp_path, asked):
+    """Members of a consortium come and go between rounds."""
+    one = Federation(tmp_path, SEVEN)
+    _, spool = one.begin_round(1, SEVEN[:6])
+    one.open(1, spool)
+    one.asked = []
+    _, spool = one.begin_round(2, asked)
+    assert one.asked[0][0] == "query.keys"
+    opened, num = one.open(2, spool)
+    assert np.array_equal(opened, one.plain(asked, len(asked), 2))
+    assert num == len(asked)
+
+
+def test_wrong_keys_for_the_next_round_spoil_neither_this_one_nor_the_next(tmp_path, capsys):
+    one = Federation(tmp_path)
+
+    def lie(kind, name, about):
+        if (kind, name, about["round"]) == ("query.open", "north", 1):
+            keys = about["keys"]
+            return {**about, "keys": {**keys, "east": keys["west"]}}
+        return about
+
+    one.lie = lie
+    _, spool = one.begin_round(1)
+    assert np.array_equal(one.open(1, spool)[0], one.plain(NAMES, 4))
+    assert "the keys of 'east' are not signed by it for this round" in capsys.readouterr().err
+    one.asked = []
+    _, spool = one.begin_round(2)
+    assert np.array_equal(one.open(2, spool)[0], one.plain(NAMES, 4, 2))
+    assert one.asked[0][0] == "query.keys"
+
+
+def test_where_only_some_clients_are_asked_nothing_rides_ahead(tmp_path):
+    one = Federation(tmp_path, sampling={"num_clients": 4})
+    for round_ in (1, 2):
+        _, spool = one.begin_round(round_)
+        assert np.array_equal(one.open(round_, spool)[0], one.plain(NAMES, 4, round_))
+    assert [kind for kind, _ in one.asked[::4]] == ["query.keys", "query.shares", "query.open"] * 2
 
 
 # --- what a client refuses ------------------------------------------------------------------------
@@ -289,8 +368,8 @@ KEYS, OPEN, TRAIN = "query.shares", "query.open", "train"
         (changed(KEYS, "keys", lambda k: {**k, "east": k["west"]}), "are not signed by it for th"),
         (changed(KEYS, "keys", lambda k: {n: k[n] for n in k if n != "north"}), "own keys"),
         (changed(KEYS, "keys", lambda k: {n: k[n] for n in ("east", "north")}), "fewer than 3"),
-        (changed(KEYS, "round", lambda r: r + 1), "has not exchanged keys"),
-        (changed(TRAIN, "round", lambda r: r + 1), "has not exchanged keys"),
+        (changed(KEYS, "round", lambda r: r + 5), "has not exchanged keys"),
+        (changed(TRAIN, "round", lambda r: r + 5), "has not exchanged keys"),
         (changed(TRAIN, "shares", lambda s: dict(list(s.items())[:1])), "only 2 clients of 4"),
         (
             changed(TRAIN, "shares", lambda s: {**s, "east": s["west"]}),
@@ -299,7 +378,7 @@ KEYS, OPEN, TRAIN = "query.shares", "query.open", "train"
         (changed(OPEN, "survivors", lambda s: [n for n in s if n != "north"]), "were sent"),
         (changed(OPEN, "survivors", lambda s: [*s, "mallory"]), "'mallory', which has no mask"),
         (changed(OPEN, "survivors", lambda s: ["north", "east"]), "over 2 of 4 clients only"),
-        (changed(OPEN, "round", lambda r: r + 1), "has not exchanged keys"),
+        (changed(OPEN, "round", lambda r: r + 5), "has not exchanged keys"),
     ],
 )
 def test_a_client_refuses_a_lie_with_a_clear_error_and_sends_nothing_more(tmp_path, lie, said):
@@ -323,7 +402,7 @@ def test_a_second_question_is_refused_whether_it_names_others_or_the_same(tmp_pa
     for survivors in (NAMES, NAMES[:3]):
         answer = one.tell("query.open", "north", {"round": 1, "survivors": survivors})
         assert isinstance(answer, Failure)
-        assert "the next one is 'nothing'" in answer.place
+        assert "has already given its shares for round 1" in answer.place
 
 
 def test_a_round_that_a_client_has_opened_is_not_begun_again_nor_an_earlier_one(tmp_path):
@@ -357,10 +436,12 @@ def test_keys_of_another_round_or_run_do_not_pass_as_those_of_this_one(tmp_path)
     one.lie = remember
     _, spool = one.begin_round(1)
     one.open(1, spool)
+    one.relay = one.new_relay()  # which asks for keys again
     why, _ = refused_in(one, changed(KEYS, "keys", lambda k: {**k, "east": old["east"]}), 2)
     assert "the keys of 'east' are not signed by it for this round" in why
-    other = one.client("east", run_id="other").answer("query.keys", {"round": 3}, COUNT)["keys"]
-    one.refused = {}
+    other = one.client("east", run_id="other").answer("query.keys", {"round": 3}, lambda _: COUNT)
+    other = other["keys"]["3"]
+    one.refused, one.relay = {}, one.new_relay()
     why, _ = refused_in(one, changed(KEYS, "keys", lambda k: {**k, "east": other}), 3)
     assert "the keys of 'east' are not signed by it for this round" in why
 
@@ -393,7 +474,7 @@ def test_a_message_of_another_form_is_an_error_without_its_values(tmp_path, kind
     one = Federation(tmp_path)
     one.begin_round()
     with pytest.raises(UpdateError, match="a message cannot be read"):
-        one.client("north").answer(kind, {"round": 1, **about}, COUNT)
+        one.client("north").answer(kind, {"round": 1, **about}, lambda _: COUNT)
 
 
 # --- what a server refuses ------------------------------------------------------------------------
