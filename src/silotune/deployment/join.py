@@ -48,6 +48,7 @@ from silotune.deployment.consortium.kit import (
     read_kit,
     write_file,
 )
+from silotune.deployment.outbound_proxy import proxy_for
 from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.federation.client_config import ClientConfig, load_client_config
 from silotune.federation.operator_log import record, record_new_key
@@ -329,6 +330,7 @@ def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
         key=folder / KEY,
         certificate=private / "certificate.pem",
         authority=private / "authority.pem",
+        proxy=proxy_for(kit.host, kit.port),
     )
     write_json(private / "gate.json", config)
     supervisor.keep("gate", gate_command(private / "gate.json"))
