@@ -1,4 +1,4 @@
-"""Commands of a client: init, doctor, join, approve, status, outbound."""
+"""Commands of a client: init, doctor, join, approve, status, outbound, renew."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -108,6 +108,19 @@ def approve(
         print_line(f"run {request.run[:8]}: {'approved' if agreed else 'declined'}")
 
 
+def renew(folder: Annotated[Path, typer.Argument(help="The client's folder.")]) -> None:
+    """Make a new key, and the request to replace the present one.
+
+    The present key works until the new kit is here and `join` starts with it.
+    """
+    with errors_as_exit_codes():
+        from silotune.deployment.join import renew
+
+        request, fingerprint = renew(folder)
+        print_line(f"fingerprint, to compare by telephone: {fingerprint}")
+        print_line(f"send to the server's operators: {request}")
+
+
 def status(
     folder: Annotated[Path, typer.Argument(help="The client's folder.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -158,5 +171,5 @@ def _joined(kit: Path, folder: Path | None, data: Path | None, model: Path | Non
     return take_kit(kit, place, data=data, model=model)
 
 
-COMMANDS = (init, doctor, join, approve, status, outbound)
+COMMANDS = (init, doctor, join, approve, status, outbound, renew)
 """The commands of `silotune client`."""

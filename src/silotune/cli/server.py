@@ -92,6 +92,25 @@ def revoke(
         print_line(f"{client} is revoked")
 
 
+def renew(folder: Folder = HERE) -> None:
+    """Replace the key that the server shows to its clients.
+
+    They notice nothing: the consortium's authority signs the new one.
+    """
+    with errors_as_exit_codes():
+        from silotune.core.errors import ConfigError
+        from silotune.deployment.consortium.folder import Consortium
+        from silotune.deployment.status import is_up
+
+        consortium = Consortium.open(folder)
+        if is_up(folder):
+            raise ConfigError(
+                "the server is up and uses its present key.\n"
+                "  Stop `silotune server up`, renew, and start it again; runs resume."
+            )
+        print_line(f"the server's new key: {consortium.renew_server_key()}")
+
+
 def status(
     folder: Folder = HERE,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -222,5 +241,5 @@ def export_app(
         print_line(f"run it: {command}")
 
 
-COMMANDS = (init, up, approve, revoke, status, submit, log, stop)
+COMMANDS = (init, up, approve, revoke, status, submit, log, stop, renew)
 """The commands of `silotune server`."""

@@ -146,6 +146,9 @@ def _server(joined: Joined) -> tuple[Notice, float] | Finding:
         return fail(
             f"answered with HTTP {error.code}", "Is this the consortium's server, and is it up?"
         )
+    except SilotuneError as error:  # a proxy that cannot be used
+        first, _, fix = str(error).partition("\n")
+        return fail(first, fix.strip())
     except (ValueError, KeyError) as error:
         return fail(f"its answer cannot be read: {error}", "Compare the versions of silotune.")
     except OSError as error:

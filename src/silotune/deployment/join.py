@@ -1,7 +1,7 @@
 """The client's side: its key, its request, its configuration, and `silotune client join`.
 
 north/
-  key.pem        made here, and never sent
+  key.pem        made here, and never sent; new-key.pem while it is being replaced
   request.toml   to be sent to the server's operators
   kit.toml       what they sent back
   client.toml    where the rows are, and what this client agrees to; it overrides every recipe
@@ -10,6 +10,7 @@ north/
 """
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from silotune.deployment.consortium.certificates import (
     new_key,
     new_request,
     pem,
+    prove,
     public_key,
     read_key,
     write_key,
@@ -46,14 +48,17 @@ from silotune.deployment.consortium.kit import (
     read_kit,
     write_file,
 )
+from silotune.deployment.outbound_proxy import proxy_for
 from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.federation.client_config import ClientConfig, load_client_config
-from silotune.federation.operator_log import record
+from silotune.federation.operator_log import record, record_new_key
 from silotune.recipes.sections import usable_threads
 from silotune.runtime.flower.engine import free_port, private_folder
 from silotune.runtime.flower.submit import NODE, engine_environment
 
 KEY, REQUEST, KIT, OWN = "key.pem", "request.toml", "kit.toml", "client.toml"
+NEW_KEY = "new-key.pem"
+"""Made by `renew`, until the kit for it is there."""
 REST_S = 15.0
 """Shortest pause before a SuperNode is restarted. The engine counts one that was killed as present
 for up to a minute: two of Flower's heartbeats, 30 s each."""
@@ -141,6 +146,45 @@ def init(name: str, folder: Path) -> tuple[Path, str]:
     return folder / REQUEST, shown
 
 
+def renew(folder: Path) -> tuple[Path, str]:
+    """Make a new key for a client, and the request to replace the present one.
+
+    The present key stays in use until `take_kit` gets the kit for the new one.
+
+    Returns:
+        The request to send to the server's operators, and the fingerprint of the new key.
+
+    Raises:
+        ConfigError: The folder is not of a client that has joined.
+    """
+    if not (folder / KEY).is_file() or not (folder / KIT).is_file():
+        raise ConfigError(
+            f"{folder} is not the folder of a client that has joined, so it has no key to renew.\n"
+            "  Give the folder that `silotune client init` created: --folder DIR"
+        )
+    old, name = read_key(folder / KEY), read_kit(folder / KIT).client
+    (folder / NEW_KEY).unlink(missing_ok=True)  # of a renewal that nobody approved
+    key = new_key()
+    write_key(folder / NEW_KEY, key)
+    text = pem(new_request(name, key))
+    write_file(folder / REQUEST, Request(name=name, request=text, proof=prove(old, text)))
+    shown = fingerprint(key.public_key())
+    record(folder, "new key asked for", client=name, fingerprint=shown)
+    return folder / REQUEST, shown
+
+
+def _use_new_key(folder: Path, kit: Kit) -> None:
+    """Replace the key, if the kit is for the new one."""
+    if not (folder / NEW_KEY).is_file():
+        return
+    new = read_key(folder / NEW_KEY)
+    if fingerprint(new.public_key()) != fingerprint(public_key(certificate_of(kit))):
+        return
+    shown = fingerprint(new.public_key())
+    record_new_key(folder, new.public_key(), client=kit.client, fingerprint=shown)
+    os.replace(folder / NEW_KEY, folder / KEY)
+
+
 def take_kit(
     kit: Path, folder: Path, *, data: Path | None = None, model: Path | None = None
 ) -> Joined:
@@ -161,6 +205,7 @@ def take_kit(
             f"{folder} holds no key, and the kit is useless without it.\n"
             "  Give the folder that `silotune client init` created: --folder DIR"
         )
+    _use_new_key(folder, found)
     key = read_key(folder / KEY)
     own, theirs = fingerprint(key.public_key()), fingerprint(public_key(certificate_of(found)))
     if own != theirs:
@@ -290,6 +335,7 @@ def _start(joined: Joined, private: Path, supervisor: Supervisor) -> None:
         key=folder / KEY,
         certificate=private / "certificate.pem",
         authority=private / "authority.pem",
+        proxy=proxy_for(kit.host, kit.port),
     )
     write_json(private / "gate.json", config)
     supervisor.keep("gate", gate_command(private / "gate.json"))

@@ -10,7 +10,7 @@ from silotune.core.errors import SilotuneError
 from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.queue import FAILED, RUNNING, WAITING, find_run
-from silotune.deployment.status import clients_of, is_up, runs_now, waiting_words
+from silotune.deployment.status import clients_of, is_up, runs_now, version_words, waiting_words
 from silotune.results.live_page import Now, Part
 from silotune.results.live_run import WatchedRun
 
@@ -86,14 +86,21 @@ class WatchedConsortium:
 
 
 def _clients(clients: list[dict[str, Any]] | None) -> Part:
-    part = Part("Clients of the consortium", "table", header=["client", "connection", "since"])
+    part = Part(
+        "Clients of the consortium", "table", header=["client", "connection", "since", "silotune"]
+    )
     for own in clients or []:
         part.rows.append(
-            [own["name"], "online" if own["online"] else "away", own["since"] or "unknown"]
+            [
+                own["name"],
+                "online" if own["online"] else "away",
+                own["since"] or "unknown",
+                version_words(own),
+            ]
         )
         part.marks.append("good" if own["online"] else "")
     if clients is None:
-        part.rows.append(["", "asking", ""])
+        part.rows.append(["", "asking", "", ""])
         part.marks.append("")
     return part
 

@@ -16,6 +16,7 @@ from typing import Any
 from silotune.core.atomic_files import make_folder, write_json
 from silotune.deployment.consortium.gate import NOTICE, host_of
 from silotune.deployment.consortium.kit import Kit
+from silotune.deployment.outbound_proxy import proxy_for
 from silotune.deployment.queue import DONE, chosen_clients, runs_of, state_of
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.schema import RunConfig
@@ -71,11 +72,12 @@ def read_notice(kit: Kit, context: ssl.SSLContext) -> Notice:
     Raises:
         OSError: The server cannot be reached, is another one, or refuses this client.
         ValueError: Its answer is not a notice.
+        ConfigError: See `proxy_for`.
     """
-    # like the gate of `join`: through HTTPS_PROXY if it is set, and never to this machine itself
-    proxies = {} if host_of(kit) in ("localhost", "127.0.0.1", "[::1]") else None
+    proxy = proxy_for(kit.host, kit.port)
     opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
+        urllib.request.ProxyHandler({"https": proxy} if proxy else {}),
+        urllib.request.HTTPSHandler(context=context),
     )
     with opener.open(f"https://{host_of(kit)}:{kit.port}{NOTICE}", timeout=TIMEOUT_S) as page:
         about = json.loads(page.read(MOST_BYTES))

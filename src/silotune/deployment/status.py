@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from silotune.core.installed import code_sha256, version
 from silotune.core.wording import human_bytes
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.queue import runs_of, state_of
 from silotune.federation.metrics import Row
-from silotune.federation.roster import CHOSEN, MEMBERS, Roster
+from silotune.federation.roster import CHOSEN, MEMBERS, Roster, versions_seen
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.sections import usable_threads
 from silotune.runtime.flower.server_reports import PROGRESS
@@ -23,9 +24,10 @@ def status(folder: Path) -> dict[str, Any]:
 
     Returns:
         name, up, fingerprint, clients (name, online, since: when it connected or left, if that is
-        known), runs (name, id, state, why, round, rounds, bytes, seconds_left, waiting_for,
-        waiting_for_consent). A client knows a run by its id: `silotune client outbound` shows the
-        first eight digits.
+        known, version and same_code: what it said of its silotune at its last run, and whether that
+        is the server's), runs (name, id, state, why, round, rounds, bytes, seconds_left,
+        waiting_for, waiting_for_consent). A client knows a run by its id: `silotune client
+        outbound` shows the first eight digits.
     """
     consortium, clients = Consortium.open(folder), clients_of(folder)
     away = [own["name"] for own in clients if not own["online"]]
@@ -49,11 +51,15 @@ def clients_of(folder: Path) -> list[dict[str, Any]]:
     seen = _online(engine) if _is_up(engine) else {}
     nodes = Roster(members).nodes() if members.is_file() else {}
     found: list[dict[str, Any]] = []
+    versions = versions_seen(members)
     for name in Consortium.open(folder).members():
         node = seen.get(str(nodes.get(name)), {})
         online = node.get("status") == "online"
         since = node.get("online-at" if online else "offline-at")
-        found.append({"name": name, "online": online, "since": since or None})
+        said = versions.get(name, {"version": "", "code_sha256": ""})
+        own = {"name": name, "online": online, "since": since or None, "version": said["version"]}
+        same = (said["version"], said["code_sha256"]) == (version(), code_sha256())
+        found.append({**own, "same_code": same if said["version"] else None})
     return found
 
 
@@ -65,7 +71,9 @@ def runs_now(folder: Path, away: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     """`status` as tables for people."""
-    clients = [(c["name"], "online" if c["online"] else "away") for c in now["clients"]]
+    clients = [
+        (c["name"], "online" if c["online"] else "away", version_words(c)) for c in now["clients"]
+    ]
     runs: list[tuple[str, ...]] = []
     for run in now["runs"]:
         left = run["seconds_left"]
@@ -80,12 +88,18 @@ def status_tables(now: dict[str, Any]) -> list[list[tuple[str, ...]]]:
                 waiting_words(run) or run["why"],
             )
         )
-    tables: list[list[tuple[str, ...]]] = [[("client", "now"), *clients]]
+    tables: list[list[tuple[str, ...]]] = [[("client", "now", "silotune"), *clients]]
     if runs:
         tables.append(
             [("run", "id", "state", "rounds", "sent, both ways", "left", "waiting for"), *runs]
         )
     return tables
+
+
+def version_words(client: Mapping[str, Any]) -> str:
+    """A client's version of silotune as it said at its last run, and whether it differs."""
+    said = client["version"]
+    return f"{said}, differs from the server's" if client["same_code"] is False else said
 
 
 def _is_up(engine: Path) -> bool:

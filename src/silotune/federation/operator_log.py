@@ -75,12 +75,14 @@ def record(folder: Path, what: str, **facts: Any) -> None:
         _append(folder, _private(key), what, facts)
 
 
-def record_new_key(folder: Path, old: "EllipticCurvePrivateKey", **facts: Any) -> None:
-    """Append a line, signed with the key that the folder had before, that names the present one."""
-    key = _key_file(folder)
-    assert key is not None, "the new key is in place"
-    new = _pem(_private(key).public_key())
-    _append(folder, old, "new key", {**facts, "key": new})
+def record_new_key(folder: Path, new: "EllipticCurvePublicKey", **facts: Any) -> None:
+    """Append a line that names the key of all later ones; the present key signs it.
+
+    Call it before the key is replaced; a second call after a crash changes nothing.
+    """
+    last, pem = entries(folder)[-1:], _pem(new)
+    if not last or last[0].get("key") != pem:
+        record(folder, "new key", **facts, key=pem)
 
 
 def _append(

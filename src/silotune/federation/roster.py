@@ -15,6 +15,8 @@ from silotune.core.safe_text import visible
 
 ABOUT = "consortium.toml"
 MEMBERS = Path("engine") / "members.json"
+VERSIONS = "versions.json"
+"""Beside MEMBERS: what each client said of its installed silotune."""
 CHOSEN = "chosen-clients.json"
 """File of a run folder: the names of a consortium's clients that the run is for, if not all."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
@@ -61,6 +63,13 @@ def write_members(path: Path, nodes: Mapping[str, int]) -> None:
     write_json(path, dict(sorted(nodes.items())))
 
 
+def versions_seen(members: Path) -> Mapping[str, Mapping[str, str]]:
+    """What each client last said of its silotune: version and code_sha256, by name."""
+    path = members.with_name(VERSIONS)
+    fix = "Remove it: clients say it again at the next run."
+    return read_object(path, fix=fix) if path.is_file() else {}
+
+
 class Roster:
     """Reads the file of `write_members` again on every call."""
 
@@ -78,6 +87,12 @@ class Roster:
     def may_ask(self, node: int) -> bool:
         """Whether a node may be told of the run: not those of clients that it is not for."""
         return self._only is None or self.name_of(node) is not None
+
+    def saw_version(self, name: str, *, version: str, code_sha256: str) -> None:
+        """Record what a client says of its silotune, for `silotune server status`."""
+        seen = dict(versions_seen(self._path))
+        if seen.get(name) != (now := {"version": version, "code_sha256": code_sha256}):
+            write_json(self._path.with_name(VERSIONS), {**seen, name: now})
 
     def name_of(self, node: int) -> str | None:
         """The client whose key a node has; None if that client is no longer a member."""

@@ -20,6 +20,7 @@ import torch
 import silotune
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import AwaitsConsent, BudgetSpent, Declined, SilotuneError, UpdateError
+from silotune.core.installed import code_sha256, version
 from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT, Failure
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
@@ -173,6 +174,8 @@ class Station:
             "optimizer": pick_optimizer(run.train.optimizer, self.worker.loaded.device)[0],
             "threads": torch.get_num_threads(),
             "rank": run.adapter.rank_of(data.name) if run.adapter.kind == "lora" else 0,
+            "version": version(),
+            "code_sha256": code_sha256(),
         }
         return self._signed(Parcel({"report": about}))
 

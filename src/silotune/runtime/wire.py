@@ -118,6 +118,9 @@ class _Report(Form):
     threads: Count
     rank: Count = 0
     """At which the client trains LoRA's factors; 0 without such factors."""
+    version: Word = ""
+    code_sha256: Word = ""
+    """Of the client's installed silotune, as it says itself; empty from earlier versions."""
 
 
 class _Process(Form):

@@ -24,6 +24,7 @@ from silotune.core.errors import (
     SilotuneError,
     UpdateError,
 )
+from silotune.core.installed import code_sha256, version
 from silotune.core.seeds import generator
 from silotune.core.tree import l2_norm, sha256
 from silotune.core.types import Broadcast, Failure, Score, Update
@@ -302,6 +303,8 @@ def test_a_query_is_answered_with_only_counts_and_fingerprints(
         "optimizer": run.train.optimizer,
         "threads": 1,
         "rank": run.adapter.rank,
+        "version": version(),
+        "code_sha256": code_sha256(),
     }
     process = wire.decode_process(parcel)
     assert process["base_loads"] == num_base_loads()

@@ -9,7 +9,10 @@ from typer.testing import CliRunner
 from silotune.cli import app
 from silotune.deployment.audit_log import check_log
 from silotune.deployment.consortium.folder import Consortium
+from silotune.deployment.join import take_kit
 from silotune.deployment.queue import submit
+from silotune.deployment.status import status
+from silotune.deployment.supervisor import only_one
 from silotune.federation.operator_log import FILE, LogError, entries
 
 
@@ -100,3 +103,44 @@ def test_the_log_holds_no_secret(place):
         assert "PRIVATE" not in text
         assert str(place) not in text
         assert all(json.loads(line)["user"] for line in text.splitlines())
+
+
+def test_a_restored_consortium_has_its_members_and_runs_and_shows_what_is_missing(place):
+    """As docs/how-to/maintain.md restores it: from a copy, at the same path."""
+    folder = place / "consortium"
+    run = submit(folder, "hospitals")
+    shutil.copytree(folder, place / "backup")
+    before = check_log(folder)
+    typed("server", "revoke", "north")
+    after = check_log(folder)
+    shutil.rmtree(folder)
+    shutil.copytree(place / "backup", folder)
+    assert list(Consortium.open(folder).members()) == ["north", "south"], "the backup is older"
+    assert [own["name"] for own in status(folder)["runs"]] == [run.name]
+    assert check_log(folder) == before
+    with pytest.raises(LogError, match="does not hold the line"):
+        check_log(folder, seen=after.head)
+    typed("server", "revoke", "north")
+    typed("client", "init", "west")
+    typed("server", "approve", "west/request.toml")
+    assert check_log(folder, seen=before.head).lines == before.lines + 2
+
+
+def test_a_server_that_is_up_keeps_its_key(place):
+    engine = place / "consortium" / "engine"
+    with only_one(engine / "up.lock", what="x"):
+        done = typed("server", "renew", fails=True)
+    assert "the server is up and uses its present key" in done.stderr
+    assert typed("server", "renew").stdout.startswith("the server's new key: ")
+
+
+def test_a_clients_key_is_renewed_by_the_documented_commands(place):
+    (place / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    kit = place / "consortium" / "kits" / "north.toml"
+    take_kit(kit, place / "north", data=place / "rows.jsonl")
+    shown = typed("client", "renew", "north").stdout.splitlines()[0]
+    assert typed("server", "approve", "north/request.toml").stdout.splitlines()[0] == shown
+    take_kit(kit, place / "north")
+    said = typed("audit-log", "verify", "north").stdout
+    assert said.count("signed by") == 2
+    assert shown.rpartition(": ")[2] in said

@@ -218,6 +218,20 @@ def new_request(name: str, key: Key) -> x509.CertificateSigningRequest:
     return builder.sign(key, hashes.SHA384())
 
 
+def prove(old: Key, request: str) -> str:
+    """Sign a request for a new key with the client's present one: it is the same client."""
+    return old.sign(request.encode("utf-8"), ec.ECDSA(hashes.SHA384())).hex()
+
+
+def is_proven(key: PublicKey, request: str, proof: str) -> bool:
+    """Whether a request was signed with this key by `prove`."""
+    try:
+        key.verify(bytes.fromhex(proof), request.encode("utf-8"), ec.ECDSA(hashes.SHA384()))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
 def read_request(text: str, *, where: str) -> x509.CertificateSigningRequest:
     """Read a request and check that its sender had the key.
 

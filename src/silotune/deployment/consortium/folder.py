@@ -35,6 +35,7 @@ from silotune.deployment.consortium.certificates import (
     PublicKey,
     client_certificate,
     fingerprint,
+    is_proven,
     new_authority,
     new_key,
     pem,
@@ -177,7 +178,8 @@ class Consortium:
         """Let a client in.
 
         Args:
-            request: The file that the client's operators sent.
+            request: The file that the client's operators sent. One of `client renew` replaces the
+                client's key: the key that it had is then revoked.
             again: Whether a key that was revoked may come back.
             days: How long its certificate is valid; approving it again renews it.
 
@@ -191,16 +193,20 @@ class Consortium:
         asked = read_request_file(request)
         key = public_key(read_request(asked.request, where=f"{request}: request"))
         members = self.members()
+        before = members.get(asked.name)
+        renews = before is not None and is_proven(before.key, asked.request, asked.proof)
         for name, member in members.items():
             same_key = fingerprint(member.key) == fingerprint(key)
-            if name.lower() == asked.name.lower() and (name != asked.name or not same_key):
+            other = name != asked.name or not (same_key or renews)
+            if name.lower() == asked.name.lower() and other:
                 raise ConfigError(
-                    f"'{name}' is already in, with another key.\n  If the client made a new key: "
-                    f"silotune server revoke {name}, then approve the new request."
+                    f"'{name}' is already in, with another key.\n  If the client lost its key: "
+                    f"silotune server revoke {name}, then approve the new request. If it still has "
+                    "it: silotune client renew makes a request that replaces it."
                 )
             if same_key and name != asked.name:
                 raise ConfigError(f"this key is already in, as '{name}'.")
-        if asked.name not in members and not again and self._was_revoked(key):
+        if (before is None or renews) and not again and self._was_revoked(key):
             shown = fingerprint(key)
             record(self.folder, "approve refused", client=asked.name, fingerprint=shown)
             raise ConfigError(
@@ -221,12 +227,31 @@ class Consortium:
         )
         write_file(kit, content)
         place = self.folder / "clients" / asked.name
+        if before is not None and renews:
+            os.replace(before.folder, free_place(self.folder / "revoked" / asked.name))
+            shown = fingerprint(before.key)
+            record(self.folder, "key replaced", client=asked.name, fingerprint=shown)
         place.mkdir(mode=0o700, exist_ok=True)
         write_file(place / "request.toml", asked)
         # last: its presence says that the client is in
         write_atomically(place / "certificate.pem", pem(made).encode("ascii"))
         record(self.folder, "approve", client=asked.name, fingerprint=fingerprint(key), again=again)
         return kit, fingerprint(key)
+
+    def renew_server_key(self) -> str:
+        """Make a new key for the gate; clients trust it, because the authority signs it.
+
+        Returns:
+            Its fingerprint.
+        """
+        key, folder = new_key(), self.folder / "server"
+        part = folder / "new.pem"
+        part.unlink(missing_ok=True)  # of a renewal that was interrupted
+        write_key(part, key)
+        os.replace(part, folder / "key.pem")
+        self.issue_server_certificate()
+        record(self.folder, "server key replaced", fingerprint=fingerprint(key.public_key()))
+        return fingerprint(key.public_key())
 
     def _was_revoked(self, key: PublicKey) -> bool:
         """Whether a client with this key was in and is not any more, under whatever name."""

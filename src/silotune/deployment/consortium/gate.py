@@ -91,7 +91,14 @@ def server_gate(
 
 
 def client_gate(
-    kit: Kit, *, port: int, own: Path, key: Path, certificate: Path, authority: Path
+    kit: Kit,
+    *,
+    port: int,
+    own: Path,
+    key: Path,
+    certificate: Path,
+    authority: Path,
+    proxy: str | None = None,
 ) -> dict[str, Any]:
     """The configuration of a client's gate.
 
@@ -102,7 +109,9 @@ def client_gate(
         key: The client's private key.
         certificate: The kit's certificate for that key.
         authority: The kit's authority.
+        proxy: URL of the proxy to the server; None: connect directly, whatever HTTPS_PROXY says.
     """
+    way = {"from": "url", "url": proxy} if proxy else {"from": "none"}
     tls = {
         "ca": _pinned(authority),
         "client_certificate_file": _path(certificate),
@@ -115,7 +124,13 @@ def client_gate(
         # otherwise the server's gate would see the loopback address as the name
         "headers": {"request": {"set": {"Host": [kit.host]}}},
         # not HTTP/2: on its one connection, a heartbeat would wait behind megabytes of data
-        "transport": {"protocol": "http", "tls": tls, "dial_timeout": "15s", "versions": ["1.1"]},
+        "transport": {
+            "protocol": "http",
+            "tls": tls,
+            "dial_timeout": "15s",
+            "versions": ["1.1"],
+            "network_proxy": way,
+        },
     }
     routes = [{"match": [{"path": [FLEET]}], "handle": [to_server]}]
     shown = {"certificate": _path(own / "certificate.pem"), "key": _path(own / "key.pem")}

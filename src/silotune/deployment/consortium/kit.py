@@ -39,6 +39,8 @@ class Request(Config):
     """The client's name in rounds and reports."""
     request: str
     """PKCS #10, signed with the client's own key."""
+    proof: str = Field(default="", pattern="^[0-9a-f]*$", max_length=1000)
+    """For a new key: the request's signature by the key that the client had before, in hex."""
 
 
 class Kit(Config):

@@ -5,10 +5,12 @@ that client's node or is refused by name. Does not know rounds, and sends nothin
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from silotune.core.errors import EngineError, UpdateError
+from silotune.core.installed import code_sha256, version
+from silotune.core.safe_text import one_line
 from silotune.core.types import AWAITS_CONSENT, Failure
 from silotune.federation.client import cut_note
 from silotune.federation.progress import Progress
@@ -250,10 +252,21 @@ class Members:
             assert not isinstance(report, Failure)
             self._refused.pop(name, None)
             self._nodes[name], self.reports[name] = node, report
+            self._tell_version(name, report)
             return
         self._progress.note(f"{name}: {problem.code}: {problem.place}")
         if name in self.names() and name not in self._nodes:
             self._refused[name] = problem
+
+    def _tell_version(self, name: str, report: Mapping[str, Any]) -> None:
+        """Say it if a client runs another silotune than the server."""
+        theirs, code = one_line(report["version"], longest=40), one_line(report["code_sha256"])
+        if self._roster is not None:
+            self._roster.saw_version(name, version=theirs, code_sha256=code)
+        if theirs and theirs != version():
+            self._progress.note(f"{name}: runs silotune {theirs}, the server {version()}")
+        elif code and code != code_sha256():
+            self._progress.note(f"{name}: runs silotune {theirs} with other files than the server")
 
     def _may_be_asked(self, nodes: Collection[int]) -> Collection[int]:
         """Without those of clients that this run is not for: they are not told of it."""

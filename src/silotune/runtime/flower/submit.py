@@ -5,7 +5,6 @@ Clients receive the recipe and the run's id. What only the server may know is in
 the folder that the server app finds through its environment.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import tomli_w
 
 from silotune.core.atomic_files import owner_only, write_json
 from silotune.core.errors import EngineError
+from silotune.core.installed import version
 from silotune.data.files import EXAMPLES, locate
 from silotune.data.reading import DataConfig
 from silotune.federation.client_config import is_client_folder
@@ -188,7 +188,7 @@ def told_settings(job: Job) -> dict[str, str]:
         "recipe": travelling(job.run).model_dump_json(serialize_as_any=True),
         "run": job.folder.run_id(),
         "base_sha256": job.base_sha256,
-        "version": importlib.metadata.version("silotune"),
+        "version": version(),
     }
     if job.run.runtime.name == "flower-simulation":  # actors run on this machine
         folder = str(job.folder.path.absolute())

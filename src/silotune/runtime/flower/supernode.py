@@ -38,7 +38,7 @@ from silotune.runtime.flower.bundle import (
     check_bundle,
 )
 
-READ = ("1.41.",)
+READ = ("1.41.", "1.42.")
 """Versions of Flower whose SuperNode was read, by how they begin."""
 PULL, INSERT, STORE = "_pull_and_store_message", "_insert_message", "store_fab"
 ARGUMENTS = {

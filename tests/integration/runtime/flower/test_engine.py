@@ -398,6 +398,7 @@ def test_the_app_is_a_folder_that_points_into_this_package(job, tmp_path, monkey
         "base_sha256": "ab" * 32,
         "local": [],
         "members": None,
+        "only": None,
     }
     for component, maker in (("serverapp", "ServerApp"), ("clientapp", "ClientApp")):
         module, name = flower["components"][component].split(":")

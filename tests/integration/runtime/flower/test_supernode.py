@@ -248,7 +248,7 @@ def no_function(module) -> None:
 @pytest.mark.parametrize(
     ("change", "version", "says"),
     [
-        (lambda module: None, "1.42.0", "it is version 1.42.0"),
+        (lambda module: None, "1.43.0", "it is version 1.43.0"),
         (lambda module: None, "1.410.0", "it is version 1.410.0"),
         (renamed, "1.41.0", "it has no function _pull_and_store_message"),
         (other_arguments, "1.41.0", "its function _pull_and_store_message takes other arguments"),

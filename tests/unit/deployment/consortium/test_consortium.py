@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from silotune.core.errors import ConfigError
+from silotune.deployment.audit_log import check_log
 from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.certificates import (
     client_certificate,
@@ -21,6 +22,7 @@ from silotune.deployment.consortium.certificates import (
     new_key,
     new_request,
     pem,
+    prove,
     public_key,
     read_certificate,
     read_key,
@@ -30,7 +32,8 @@ from silotune.deployment.consortium.certificates import (
 from silotune.deployment.consortium.folder import Consortium, read_address
 from silotune.deployment.consortium.gate import client_gate, server_gate, write_leaves
 from silotune.deployment.consortium.kit import Request, read_kit, read_request_file, write_file
-from silotune.deployment.join import init, server_fingerprint, take_kit
+from silotune.deployment.join import init, renew, server_fingerprint, take_kit
+from silotune.federation.operator_log import entries
 from silotune.federation.roster import MEMBERS, Roster, is_consortium, names_in, write_members
 from tests.conftest import hospital_rows, write_jsonl
 
@@ -305,6 +308,82 @@ def test_a_revoked_key_comes_back_only_if_the_operators_say_so(consortium, north
     consortium.approve(north / "request.toml", again=True)
     assert list(consortium.members()) == ["north"]
     consortium.approve(north / "request.toml")  # a member's certificate is renewed as before
+
+
+@pytest.fixture
+def joined(consortium, north, tmp_path):
+    """The client north, which has joined with its first key."""
+    kit, _ = consortium.approve(north / "request.toml")
+    data = write_jsonl(tmp_path / "rows.jsonl", hospital_rows())
+    take_kit(kit, north, data=data)
+    return north
+
+
+def test_a_new_key_replaces_the_old_one_which_cannot_come_back(consortium, joined, tmp_path):
+    first = read_key(joined / "key.pem")
+    shutil.copy(joined / "request.toml", tmp_path / "request.toml")
+    request, shown = renew(joined)
+    assert read_key(joined / "key.pem").private_numbers() == first.private_numbers()
+    kit, approved = consortium.approve(request)
+    assert approved == shown
+    assert fingerprint(consortium.members()["north"].key) == shown
+    take_kit(kit, joined)
+    assert fingerprint(read_key(joined / "key.pem").public_key()) == shown
+    assert not (joined / "new-key.pem").exists()
+    take_kit(kit, joined)  # again, as every `join` does
+    text = problem(consortium.approve, tmp_path / "request.toml")
+    assert "'north' is already in, with another key" in text
+    consortium.revoke("north")
+    assert "was revoked" in problem(consortium.approve, tmp_path / "request.toml")
+    assert check_log(joined).fingerprints[-1] == shown
+    assert [row["what"] for row in entries(joined)] == ["init", "new key asked for", "new key"]
+    done = [row["what"] for row in entries(consortium.folder)]
+    assert done[1:4] == ["approve", "key replaced", "approve"]
+
+
+def test_only_the_holder_of_the_old_key_can_replace_it(consortium, joined, tmp_path):
+    """Somebody else may ask in the client's name: the names of clients are no secret."""
+    init("north", tmp_path / "thief")
+    made = read_request_file(tmp_path / "thief" / "request.toml")
+    for proof in ("", "00", prove(read_key(tmp_path / "thief" / "key.pem"), made.request)):
+        write_file(tmp_path / "asked.toml", made.model_copy(update={"proof": proof}))
+        text = problem(consortium.approve, tmp_path / "asked.toml")
+        assert "'north' is already in, with another key" in text
+    assert fingerprint(consortium.members()["north"].key) == fingerprint(
+        read_key(joined / "key.pem").public_key()
+    )
+    request, _ = renew(joined)
+    good = read_request_file(request)
+    write_file(request, made.model_copy(update={"proof": good.proof}))
+    assert "another key" in problem(consortium.approve, request), "a proof is of one request"
+
+
+def test_an_old_kit_works_until_the_new_one_is_here_and_a_key_can_be_renewed_again(
+    consortium, joined
+):
+    before = joined / "kit.toml"
+    renew(joined)
+    take_kit(before, joined)
+    request, shown = renew(joined)
+    kit, _ = consortium.approve(request)
+    take_kit(kit, joined)
+    assert fingerprint(read_key(joined / "key.pem").public_key()) == shown
+    assert "is not the folder of a client that has joined" in problem(renew, joined.parent)
+
+
+def test_the_servers_key_is_replaced_and_the_authority_signs_the_new_one(consortium):
+    path = consortium.folder / "server" / "key.pem"
+    before = read_key(path)
+    (path.parent / "new.pem").touch(mode=0o600)  # left by a renewal that was interrupted
+    shown = consortium.renew_server_key()
+    after = read_key(path)
+    assert fingerprint(after.public_key()) == shown != fingerprint(before.public_key())
+    made = read_certificate((path.parent / "certificate.pem").read_text(), where="server")
+    assert is_signed_by(made, consortium.authority())
+    assert fingerprint(public_key(made)) == shown
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(p.name for p in path.parent.iterdir()) == ["certificate.pem", "key.pem"]
+    assert check_log(consortium.folder).lines == 2
 
 
 def test_one_key_is_one_client(consortium, north, tmp_path):

@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 
 from silotune.algorithms import ALGORITHMS
 from silotune.core.errors import DataError, EngineError, QuorumError, UpdateError
+from silotune.core.installed import code_sha256, version
 from silotune.core.seeds import generator
 from silotune.core.tree import sha256
 from silotune.core.types import AWAITS_CONSENT, Broadcast, Failure, Score, ServerState, Update
@@ -29,7 +30,7 @@ from silotune.federation import acceptance
 from silotune.federation.metrics import held_out_losses
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
-from silotune.federation.roster import Roster, write_members
+from silotune.federation.roster import Roster, versions_seen, write_members
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.sampling import sample
@@ -733,6 +734,36 @@ def test_a_run_for_some_clients_asks_and_tells_nobody_else(tmp_path):
     assert roster.may_ask(12) is False
     assert roster.may_ask(99) is False, "a node that nobody knows is not told, either"
     assert Roster(members_file).may_ask(99)
+
+
+@pytest.mark.parametrize(
+    ("report", "says"),
+    [
+        ({}, None),
+        ({"version": version(), "code_sha256": code_sha256()}, None),
+        ({"version": "0.0.1"}, f"north: runs silotune 0.0.1, the server {version()}"),
+        (
+            {"version": version(), "code_sha256": "ab"},
+            f"north: runs silotune {version()} with other files than the server",
+        ),
+        ({"version": "1\n2026 south: ok"}, "north: runs silotune 1 2026 south: ok, the server"),
+    ],
+)
+def test_a_client_with_another_silotune_takes_part_and_is_named(tmp_path, report, says):
+    path = tmp_path / "members.json"
+    write_members(path, {name: 11 + i for i, name in enumerate(NAMES)})
+    nodes = clients_by(north=Client("north", report=report))
+    played = Played(tmp_path, Nodes(nodes), join=False)
+    played.clients = FlowerClients(
+        played.grid, NAMES, played.run, played.heard, base_sha256=BASE, roster=Roster(path)
+    )
+    played.clients.join()
+    notes = [note for note in played.heard.notes if "silotune" in note]
+    assert [note.startswith(says or "") for note in notes] == ([True] if says else [])
+    assert all("\n" not in note for note in notes)
+    seen = versions_seen(path)["north"]
+    assert seen["version"] == report.get("version", "").replace("\n", " ")
+    assert played.go().status(1) == dict.fromkeys(NAMES, "ok")
 
 
 def test_truncated_rows_are_reported_once(tmp_path):

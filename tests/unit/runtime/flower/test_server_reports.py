@@ -42,6 +42,7 @@ CALLS = [
     ("begin", (3, 2)),
     ("has_clients", (5,)),
     ("doing", ("loading", 1, 2)),
+    ("waits_for_consent", (["north"],)),
     ("note", ("base model:\n 'ü' \u2028 {}",)),
     ("begin_round", (2, ["north", "Orléans / 2"])),
     ("waits_for_consent", (["north"],)),
