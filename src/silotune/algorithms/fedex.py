@@ -4,9 +4,11 @@ Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient 
 Foundation Models", section 4. arXiv:2410.09432
 The mean factors miss `R = sum_i p_i B_i A_i - mean(B) mean(A)`, the covariance of the factors over
 the clients: `R = sum_i p_i (B_i - mean(B)) (A_i - mean(A))`. With K clients its rank is at most
-(K - 1) r. Differs from the paper: R is not added to the base's weights. All rounds' residuals stand
-beside the adapter as frozen factors of 32 bits, with as many columns as their sum needs, at most
-the smaller side of the module; so the base, which may be quantised, stays as it is.
+(K - 1) r: each client adds its distance from the mean of those before it, and one pass over the
+updates is enough (Welford 1962, "Note on a Method for Calculating Corrected Sums of Squares and
+Products"). Differs from the paper: R is not added to the base's weights. All rounds' residuals
+stand beside the adapter as frozen factors of 32 bits, with at most as many columns as the smaller
+side of the module; so the base, which may be quantised, stays as it is.
 
 On clients that differ, the residual goes on growing in directions that the adapter cannot correct
 (toy O2 in tests/unit/algorithms/test_toy_o2.py): each round reports its size as `residual_ratio`, a
@@ -22,21 +24,22 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from silotune.algorithms.base import AlgorithmConfig, Facts, mean_delta, weight_of
+from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
 from silotune.algorithms.factors import (
     RESIDUAL,
     WITH_RESIDUAL,
+    SumOfProducts,
     added_beside,
     needs_pairs,
     replace_beside,
     report_residual,
     step_with_residual,
-    sum_of_products,
+    trained,
     wide,
 )
 from silotune.core.algorithm import Algorithm
 from silotune.core.lora import Pair, pairs_of
-from silotune.core.tree import add
+from silotune.core.tree import add, weighted_mean
 from silotune.core.types import AdapterState, Change, ServerState, Updates
 
 EXPORT = "export"
@@ -57,7 +60,7 @@ class FedExConfig(AlgorithmConfig):
     round's residual is kept. Below 1 the new function is not exactly the clients' mean."""
     residual_rank: int | None = Field(default=None, ge=1)
     """Maximum rank of the residual of a module: the nearest product of that rank is kept, and
-    clients receive no more. Absent: as high as it needs, at most the smaller side of the module."""
+    clients receive no more. Absent: at most the smaller side of the module."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "FedExConfig":
@@ -91,24 +94,29 @@ def fedex(cfg: FedExConfig) -> Algorithm:
     """
 
     def combine(state: ServerState, updates: Updates) -> Change:
-        delta = mean_delta(updates, cfg)
-        received = {name: state.adapter[name] for name in delta}
-        mean = add(received, delta)
-        total = sum(weight_of(u, cfg) for u in updates)
+        sums, total = SumOfProducts(), 0.0
+        means: dict[Pair, tuple[Tensor, Tensor]] = {}
 
-        def deviations() -> Iterator[dict[Pair, tuple[Tensor, Tensor]]]:
+        def read() -> Iterator[tuple[float, AdapterState]]:
+            nonlocal total
             for update in updates:
-                share, own = weight_of(update, cfg) / total, add(received, update.delta)
-                found: dict[Pair, tuple[Tensor, Tensor]] = {}
+                weight, own = weight_of(update, cfg), trained(state.adapter, update)
+                share = weight / (total + weight) if weight else 0.0
+                total += weight
                 for pair in pairs_of(own):
-                    (left, right), (left_mean, right_mean) = wide(own, pair), wide(mean, pair)
-                    found[pair] = share * (left - left_mean), right - right_mean
-                yield found
+                    left, right = wide(own, pair)
+                    old = means.get(pair, (left, right))
+                    left, right = left - old[0], right - old[1]
+                    sums.add(pair, (1 - share) * weight * left, right)
+                    means[pair] = old[0] + share * left, old[1] + share * right
+                yield weight, update.delta
 
+        delta = weighted_mean(read())
+        mean = add({name: state.adapter[name] for name in delta}, delta)
         where = EXPORT if cfg.residual == EXPORT else RESIDUAL
         kept = added_beside(
             {**state.adapter, **mean},
-            sum_of_products(deviations()),
+            sums.scaled(1 / total),
             decay=cfg.residual_decay,
             rank=cfg.residual_rank,
         )
