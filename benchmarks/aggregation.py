@@ -1,11 +1,12 @@
-"""What aggregating a round costs: seconds against reading its updates once, and peak memory.
+"""What aggregating a round costs: time against reading its updates once, and peak memory.
 
 The updates are those of a spool on disk, written and read as in a run. `read` reads each of them
 once and is what the others are compared with; `flower` reads the same tensors into Flower's records
 and calls Flower's own aggregation, which holds all of them. Every line is measured in a process of
 its own. Memory is the peak of the process above what it had before it aggregated, in adapters of
-float32: the server's adapter itself is not counted. Nothing else should run on the machine. The
-files have just been written, so they are read from the system's cache as far as it holds them.
+float32: the server's adapter itself is not counted. Seconds are the processor's, so other work on
+the machine counts little. The files have just been written, so they are read from the system's
+cache as far as it holds them.
 
     python benchmarks/aggregation.py [--numbers 10000000] [--clients 10 100] [--cases fedavg flora]
 
@@ -135,9 +136,9 @@ def measure(name: str, size: Size, folder: Path) -> Measured:
         import flwr.serverapp.strategy.strategy_utils  # noqa: F401 - not a part of aggregating
     first = next(iter(spool))  # the libraries' first call
     del first
-    before, began = peak_memory_bytes(), time.perf_counter()
+    before, began = peak_memory_bytes(), time.process_time()
     run(size, spool)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     return Measured(seconds, peak_memory_bytes() - before)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import silotune
 from silotune.algorithms import ALGORITHMS
 from silotune.core.errors import ConfigError, Declined
+from silotune.core.tree import layout_of, sha256
 from silotune.federation.client_config import ClientConfig
 from silotune.federation.client_recipe import own_recipe
 from silotune.federation.run_folder import RunFolder
@@ -75,6 +76,41 @@ def test_scaffold_keeps_its_variates_at_the_clients_and_their_mean_at_the_server
         torch.testing.assert_close(server[name].double(), mean, rtol=1e-4, atol=1e-6)
     sent = [r for r in done.metrics if r["event"] == "train"]
     assert {r["bytes_up"] for r in sent} == {2 * 4 * sum(t.numel() for t in server.values())}
+
+
+def losses_of(done, round_):
+    rows = [r for r in done.metrics if r["event"] == "evaluate" and r["round"] == round_]
+    return [r["loss"] for r in rows if "loss" in r]
+
+
+def test_an_exported_residual_is_only_in_the_result_and_its_score(recipe, plain, tmp_path):
+    keys = ["algorithm.name=fedex", "algorithm.residual=export"]
+    done, mean = silotune.run(recipe, keys, out=tmp_path / "run"), plain["adamw"]
+    states = [RunFolder.open(run.path).load_state() for run in (done, mean)]
+    assert sha256(states[0].adapter) == sha256(states[1].adapter)
+    sizes = [
+        [(r["bytes_up"], r["bytes_down"]) for r in run.metrics if r["event"] == "train"]
+        for run in (done, mean)
+    ]
+    assert sizes[0] == sizes[1]
+    assert losses_of(done, 2) == losses_of(mean, 2)
+    assert losses_of(done, 3) != losses_of(mean, 3)
+    ranks = [{len(t) for n, t in run.adapter().items() if "lora_A" in n} for run in (done, mean)]
+    assert min(ranks[0]) > max(ranks[1])
+    assert done.ask("What is a1?", max_new_tokens=2) is not None
+
+
+def test_fed_sb_sends_rank_squared_numbers_and_leaves_a_plain_adapter(recipe, plain, tmp_path):
+    keys = ["algorithm.name=fed_sb", "finish.local_steps=1"]
+    done = silotune.run(recipe, keys, out=tmp_path / "run")
+    saved = done.adapter()
+    assert layout_of(saved) == layout_of(plain["adamw"].adapter())
+    squares = 4 * sum(len(t) ** 2 for n, t in saved.items() if "lora_A" in n)
+    sent = {r["round"]: r["bytes_up"] for r in done.metrics if r["event"] == "train"}
+    assert sent[3] == squares < min(sent[1], sent[2])
+    own = done.load(client="hospital-0")
+    assert own.parameters.keys() == saved.keys()
+    assert any(not torch.equal(own.parameters[n].detach(), t) for n, t in saved.items())
 
 
 def test_scaffold_wants_plain_steps_or_says_what_it_is(recipe, tmp_path):

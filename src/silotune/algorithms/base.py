@@ -71,6 +71,11 @@ class AlgorithmConfig(Config):
         return 1
 
     @property
+    def result_differs(self) -> bool:
+        """Whether what leaves the run is another function than what clients received and scored."""
+        return False
+
+    @property
     def needs_plain_sgd(self) -> bool:
         """Whether clients must take plain gradient steps: no Adam, no clipping, no decay."""
         return False

@@ -7,23 +7,28 @@ itself is never formed: all sums run over factors, in float64. LoRA's scaling al
 out, because it is the same for all clients of one module.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from silotune.algorithms.base import AlgorithmConfig, weight_of
 from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import LocalRule
 from silotune.core.errors import ConfigError
 from silotune.core.lora import FROZEN, Pair, at_rank, is_beside, pairs_of
+from silotune.core.seeds import generator
 from silotune.core.tree import add, weighted_mean
-from silotune.core.types import AdapterState, Change, ServerState, Update
+from silotune.core.types import AdapterState, Change, ServerState, Update, Updates
 
 linalg: Any = torch.linalg
 """The library's functions, whose types are not declared."""
 
+SPARE, TRIES, NEARLY = 8, 12, 1e-10
+"""Of `leading`: vectors beyond the rank, most iterations, and how far, relative to the largest
+singular value, the product may turn a right vector away from its left one."""
 RESIDUAL = "residual"
 """In `Change.extra`: the factors that are to stand beside the adapter after the round."""
 
@@ -102,10 +107,48 @@ def svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q_left, r_left = linalg.qr(left)
     q_right, r_right = linalg.qr(right.T)
     u, s, vh = linalg.svd(r_left @ r_right.T, full_matrices=False)
-    u, vh = q_left @ u, vh @ q_right.T
+    return _signed(q_left @ u, s, vh @ q_right.T)
+
+
+def _signed(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = vh.gather(1, vh.abs().argmax(1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)
     return u * sign.T, s, vh * sign
+
+
+def leading(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest singular values of `left @ right` and their vectors, as `svd` gives them.
+
+    A stack much wider than the rank is multiplied by a block of vectors until these span the
+    leading singular vectors: subspace iteration with a Rayleigh-Ritz step, Halko et al. 2011,
+    "Finding Structure with Randomness", algorithm 4.4. A product whose singular values decay too
+    slowly for this is decomposed as a whole.
+
+    Args:
+        left: (d_out, k), float64.
+        right: (k, d_in), float64.
+        rank: At least 1.
+
+    Returns:
+        As `svd`, with at most `rank` values.
+    """
+    width = rank + SPARE
+    if left.shape[1] > 4 * width and min(len(left), right.shape[1]) > width:
+        rng = generator(0, "leading", *left.shape, *right.shape)
+        v = torch.randn(right.shape[1], width, generator=rng, dtype=left.dtype)
+        u = s = None
+        for _ in range(TRIES):
+            image = left @ (right @ v)
+            if u is not None and s is not None:
+                missed = linalg.norm(image[:, :rank] - (u * s)[:, :rank])
+                if missed <= NEARLY * s[0]:
+                    return _signed(u[:, :rank], s[:rank], v.T[:rank])
+            q, _ = linalg.qr(image)
+            basis, small = linalg.qr(right.T @ (left.T @ q))
+            turn, s, turned = linalg.svd(small.T)
+            u, v = q @ turn, basis @ turned.T
+    u, s, vh = svd(left, right)
+    return u[:, :rank], s[:rank], vh[:rank]
 
 
 def padded(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -121,10 +164,10 @@ def orthonormal(left: Tensor, right: Tensor, pair: Pair, like: AdapterState) -> 
     The random factor is orthonormal; the singular values go to the one that starts at 0. Empty if
     the product is 0, which has no directions.
     """
-    u, s, vh = svd(left, right)
+    rank = len(like[pair.right])
+    u, s, vh = leading(left, right, rank)
     if not bool(s.any()):
         return {}
-    rank = wide(like, pair)[0].shape[1]
     if pair.random == pair.right:
         return narrow(*padded(u * s, vh, rank), pair, like)
     return narrow(*padded(u, s[:, None] * vh, rank), pair, like)
@@ -181,41 +224,31 @@ def trained(state: AdapterState, update: Update) -> dict[str, Tensor]:
     return add({name: received[name] for name in update.delta}, update.delta)
 
 
-def widened(delta: AdapterState, like: AdapterState) -> dict[str, Tensor]:
-    """The same delta with factors of the rank that they have in `like`: zeros are appended."""
-    found = dict(delta)
-    for pair in pairs_of(delta):
-        missing = len(like[pair.right]) - len(delta[pair.right])
-        if missing:
-            left, right = delta[pair.left], delta[pair.right]
-            found[pair.left] = torch.cat([left, left.new_zeros(_sized(left, 1, missing))], dim=1)
-            found[pair.right] = torch.cat([right, right.new_zeros(_sized(right, 0, missing))])
-    return found
-
-
-def _sized(tensor: Tensor, dim: int, size: int) -> list[int]:
-    return [size if i == dim else n for i, n in enumerate(tensor.shape)]
-
-
 Products = dict[Pair, tuple[Tensor, Tensor]]
 """One product per module, as float64 factors (d_out, k) and (k, d_in)."""
 
 
-def sum_of_products(terms: Iterable[Mapping[Pair, tuple[Tensor, Tensor]]]) -> Products:
+class SumOfProducts:
     """The sum of products, module by module, as stacked factors: no product is formed.
 
-    One term is in memory at a time, plus the stack. A stack with more than twice as many columns
-    as its product has rows or columns is rewritten with as many as it needs.
+    A stack with more than twice as many columns as its product has rows or columns is rewritten
+    with as many as it needs.
     """
-    parts: dict[Pair, list[tuple[Tensor, Tensor]]] = {}
-    for term in terms:
-        for pair, factors in term.items():
-            own = parts.setdefault(pair, [])
-            own.append(factors)
-            most = 2 * min(len(factors[0]), factors[1].shape[1])
-            if sum(left.shape[1] for left, _ in own) > most:
-                parts[pair] = [compressed(*_stack(own))]
-    return {pair: _stack(own) for pair, own in parts.items()}
+
+    def __init__(self) -> None:
+        self._parts: dict[Pair, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, pair: Pair, left: Tensor, right: Tensor) -> None:
+        """Add a product; its factors are kept as they are."""
+        own = self._parts.setdefault(pair, [])
+        own.append((left, right))
+        if sum(part.shape[1] for part, _ in own) > 2 * min(len(left), right.shape[1]):
+            self._parts[pair] = [compressed(*_stack(own))]
+
+    def scaled(self, factor: float) -> Products:
+        """The sum times a factor."""
+        stacks = {pair: _stack(own) for pair, own in self._parts.items()}
+        return {pair: (left.mul_(factor), right) for pair, (left, right) in stacks.items()}
 
 
 def _stack(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -244,23 +277,27 @@ def compressed(
     return (u * s)[:, :num], vh[:num]
 
 
-def weighted_products(
-    state: AdapterState, update: Update, share: float
-) -> dict[Pair, tuple[Tensor, Tensor]]:
-    """A client's products after training times its share, for `sum_of_products`."""
-    own = trained(state, update)
-    found: dict[Pair, tuple[Tensor, Tensor]] = {}
-    for pair in pairs_of(own):
-        left, right = wide(own, pair)
-        found[pair] = share * left, right
-    return found
+def mean_of_products(
+    state: AdapterState, updates: Updates, cfg: AlgorithmConfig
+) -> tuple[Products, dict[str, Tensor]]:
+    """The weighted mean of the clients' products, and of the changes of all other tensors.
 
+    The updates are read once.
+    """
+    sums, total = SumOfProducts(), 0.0
 
-def other_tensors(
-    weighted: Iterable[tuple[float, AdapterState]],
-) -> dict[str, Tensor]:
-    """The weighted mean of the tensors that are no factors, such as a classification head."""
-    return weighted_mean((weight, without_factors(delta)) for weight, delta in weighted)
+    def read() -> Iterator[tuple[float, AdapterState]]:
+        nonlocal total
+        for update in updates:
+            weight, own = weight_of(update, cfg), trained(state, update)
+            total += weight
+            for pair in pairs_of(own):
+                left, right = wide(own, pair)
+                sums.add(pair, weight * left, right)
+            yield weight, without_factors(update.delta)
+
+    others = weighted_mean(read())
+    return sums.scaled(1 / total), others
 
 
 def without_factors(state: AdapterState) -> dict[str, Tensor]:
@@ -285,8 +322,9 @@ def added_beside(
 ) -> dict[str, Tensor]:
     """`decay` times what stands beside the adapter plus new products, as tensors.
 
-    Each module gets as many columns as its sum needs, at most `rank`: directions that the adapter's
-    own dtype would round away next to its factors are left out. A product of 0 has no tensors.
+    Columns that the adapter's own dtype would round away next to its factors are left out. A module
+    with more columns than its smaller side, or with `rank`, gets as many as its sum needs, at most
+    `rank`. A product of 0 has no tensors.
     """
     found: dict[str, Tensor] = {}
     for pair, (left, right) in new.items():
@@ -294,8 +332,14 @@ def added_beside(
         own_left, own_right = wide(adapter, pair)
         size = float(linalg.norm(own_left) * linalg.norm(own_right))
         floor = torch.finfo(adapter[pair.left].dtype).eps * size
-        factors = torch.cat([decay * old_left, left], dim=1), torch.cat([old_right, right])
-        kept = compressed(*factors, rank=rank, floor=floor)
+        factors = left, right
+        if old_left.shape[1]:
+            factors = torch.cat([decay * old_left, left], dim=1), torch.cat([old_right, right])
+        if rank is None and factors[0].shape[1] <= min(len(left), right.shape[1]):
+            seen = linalg.norm(factors[0], dim=0) * linalg.norm(factors[1], dim=1) > floor
+            kept = factors if bool(seen.all()) else (factors[0][:, seen], factors[1][seen])
+        else:
+            kept = compressed(*factors, rank=rank, floor=floor)
         if kept[0].shape[1]:
             named = narrow(*kept, pair, adapter)
             found[pair.beside.left] = named[pair.left]

@@ -12,17 +12,11 @@ product of its rank. Tensors that are no factors are averaged. A product of 0 ke
 
 from typing import ClassVar
 
-from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
-from silotune.algorithms.factors import (
-    needs_pairs,
-    orthonormal,
-    sum_of_products,
-    weighted_products,
-    widened,
-)
+from silotune.algorithms.base import AlgorithmConfig, Facts
+from silotune.algorithms.factors import mean_of_products, needs_pairs, orthonormal
 from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import Algorithm
-from silotune.core.tree import subtract, weighted_mean
+from silotune.core.tree import subtract
 from silotune.core.types import Change, ServerState, Updates
 
 
@@ -49,15 +43,10 @@ def flexlora(cfg: FlexLoRAConfig) -> Algorithm:
     """
 
     def combine(state: ServerState, updates: Updates) -> Change:
-        delta = weighted_mean((weight_of(u, cfg), widened(u.delta, state.adapter)) for u in updates)
-        total = sum(weight_of(u, cfg) for u in updates)
-        received = {name: state.adapter[name] for name in delta}
-        products = sum_of_products(
-            weighted_products(state.adapter, u, weight_of(u, cfg) / total) for u in updates
-        )
-        for pair, (left, right) in products.items():
-            new = orthonormal(left, right, pair, like=received)
-            delta |= subtract(new, {name: received[name] for name in new})
+        mean, delta = mean_of_products(state.adapter, updates, cfg)
+        for pair, (left, right) in mean.items():
+            new = orthonormal(left, right, pair, like=state.adapter)
+            delta |= subtract(new, {name: state.adapter[name] for name in new})
         return Change(delta)
 
     def step(state: ServerState, change: Change) -> ServerState:

@@ -5,8 +5,8 @@ Adaptations", section 3, eq. 8. arXiv:2409.05976
 `[p_1 B_1, p_2 B_2, ...] [A_1; A_2; ...] = sum_i p_i B_i A_i`, with weights on one side only.
 Clients of any rank take part. Every round starts from new factors whose product is 0, next to what
 all rounds have added up so far. Differs from the paper: the sum is not merged into the base's
-weights. It stands beside the adapter as frozen factors of 32 bits, with as many columns as it
-needs, at most the smaller side of the module; so the base, which may be quantised, stays as it is.
+weights. It stands beside the adapter as frozen factors of 32 bits, with at most as many columns as
+the smaller side of the module; so the base, which may be quantised, stays as it is.
 New factors are the last ones with columns permuted and signs flipped, which keeps their
 distribution.
 """
@@ -16,17 +16,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
+from silotune.algorithms.base import AlgorithmConfig, Facts
 from silotune.algorithms.factors import (
     RESIDUAL,
     WITH_RESIDUAL,
     added_beside,
+    mean_of_products,
     needs_pairs,
-    other_tensors,
     report_residual,
     step_with_residual,
-    sum_of_products,
-    weighted_products,
 )
 from silotune.core.algorithm import Algorithm
 from silotune.core.lora import Pair, pairs_of
@@ -60,14 +58,10 @@ def flora(cfg: FLoRAConfig) -> Algorithm:
     """
 
     def combine(state: ServerState, updates: Updates) -> Change:
-        total = sum(weight_of(u, cfg) for u in updates)
-        sums = sum_of_products(
-            weighted_products(state.adapter, u, weight_of(u, cfg) / total) for u in updates
-        )
-        delta = other_tensors((weight_of(u, cfg), u.delta) for u in updates)
+        mean, delta = mean_of_products(state.adapter, updates, cfg)
         new = fresh_factors(state.adapter, state.round)
         delta |= subtract(new, {name: state.adapter[name] for name in new})
-        return Change(delta, {RESIDUAL: added_beside(state.adapter, sums)})
+        return Change(delta, {RESIDUAL: added_beside(state.adapter, mean)})
 
     return Algorithm(
         name="flora",

@@ -13,8 +13,11 @@ FedAvg.
 
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
-from silotune.algorithms.factors import needs_pairs, squared_norm, trained, wide, widened
+from silotune.algorithms.factors import needs_pairs, squared_norm, trained, wide
 from silotune.algorithms.fedavg import move
 from silotune.core.algorithm import Algorithm
 from silotune.core.lora import pairs_of
@@ -68,3 +71,19 @@ def hetlora(cfg: HetLoRAConfig) -> Algorithm:
 def product_norm(adapter: AdapterState) -> float:
     """The Frobenius norm of all modules' products together, from small Gram matrices."""
     return sum(squared_norm(*wide(adapter, pair)) for pair in pairs_of(adapter)) ** 0.5
+
+
+def widened(delta: AdapterState, like: AdapterState) -> dict[str, Tensor]:
+    """The same delta with factors of the rank that they have in `like`: zeros are appended."""
+    found = dict(delta)
+    for pair in pairs_of(delta):
+        missing = len(like[pair.right]) - len(delta[pair.right])
+        if missing:
+            left, right = delta[pair.left], delta[pair.right]
+            found[pair.left] = torch.cat([left, left.new_zeros(_sized(left, 1, missing))], dim=1)
+            found[pair.right] = torch.cat([right, right.new_zeros(_sized(right, 0, missing))])
+    return found
+
+
+def _sized(tensor: Tensor, dim: int, size: int) -> list[int]:
+    return [size if i == dim else n for i, n in enumerate(tensor.shape)]

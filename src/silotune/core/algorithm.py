@@ -87,6 +87,11 @@ def as_it_is(adapter: AdapterState) -> AdapterState:
     return adapter
 
 
+def as_received(state: ServerState) -> AdapterState:
+    """The default of `result`: what leaves the run is what clients receive."""
+    return state.adapter
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """One federated algorithm: `init`, `local`, `combine`, `step`, and facts about them."""
@@ -114,6 +119,8 @@ class Algorithm:
     tailor: Callable[[Broadcast, str], Broadcast] | None = None
     """(the common broadcast, client): what this client receives instead, never larger: for example
     an adapter truncated to a lower rank. By default all clients receive the same."""
+    result: Callable[[ServerState], AdapterState] = as_received
+    """(state after the last round) -> the adapter that leaves the run. It is scored once more."""
     report: Callable[[ServerState, Change], Mapping[str, float]] | None = None
     """(state, change) -> numbers about this round for metrics.jsonl; they change nothing."""
     broadcasts: tuple[str, ...] = ()

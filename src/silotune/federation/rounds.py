@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from silotune.core.algorithm import Algorithm, messages_for
 from silotune.core.seeds import generator
@@ -102,7 +103,8 @@ def run_rounds(
     if ended_by is not None:
         progress.note(end_note(ended_by, str(state.round), run.stop))
     if run.evaluate.due(state.round, state.round):
-        final = messages_for(clients.names(), algorithm, state, score=True)
+        whole = replace(state, adapter=algorithm.result(state))
+        final = messages_for(clients.names(), algorithm, whole, score=True)
         progress.begin_scoring(clients.names())
         folder.rewind(state.round)  # a resumed run may have scored it before
         found = check_scores(clients.evaluate(final), known)

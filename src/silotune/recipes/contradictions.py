@@ -375,6 +375,12 @@ def _without(run: RunConfig, purpose: str) -> str:
 
 def _of_what_clients_keep(run: RunConfig) -> Iterator[tuple[str, str]]:
     """What cannot be done where each client keeps a part of the adapter."""
+    if run.checkpoint.keep == "best" and run.algorithm.result_differs:
+        yield (
+            "checkpoint.keep",
+            f"'best' cannot be used with algorithm.name = '{chosen_algorithm(run.algorithm)}' and "
+            "residual = 'export': no round's score is that of the result",
+        )
     if not (kept := kept_by(run)):
         return
     if run.checkpoint.keep == "best":

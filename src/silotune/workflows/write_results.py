@@ -1,12 +1,13 @@
 """What a finished run leaves in its folder: adapter, samples, model card, summary and page."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from silotune.algorithms.fedex import drift_warning
 from silotune.compression.changes import travels
 from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import RunFolderError
@@ -36,6 +37,7 @@ from silotune.results.card import model_card
 from silotune.results.run import Run
 from silotune.results.saved_adapter import read_result
 from silotune.results.summary import summarise
+from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
 from silotune.training.generate import Answer, answers
 from silotune.training.tasks import build_task
@@ -94,6 +96,8 @@ def write_results(
     finished = finish(job, result, loaded)  # before the result is put on the base to be saved
     adapter = _save_result(loaded, run, result, folder)
     rows = folder.metrics()
+    if text := drift_warning([row["residual_ratio"] for row in rows if "residual_ratio" in row]):
+        job.progress.note(f"warning: {text}")
     head = {n: t for n, t in result.adapter.items() if n in loaded.head - job.local}
     summary = summarise(
         run,
@@ -252,4 +256,4 @@ def _result(run: RunConfig, folder: RunFolder) -> ServerState:
     best = folder.best_round() if run.checkpoint.keep == "best" else None
     result = folder.load_state(best)
     assert result is not None, "the last round is always a checkpoint"
-    return result
+    return replace(result, adapter=algorithm_of(run.algorithm).result(result))

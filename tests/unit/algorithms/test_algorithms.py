@@ -444,7 +444,7 @@ def another(config, field):
     if isinstance(default, bool):
         return not default
     if isinstance(default, str):
-        return {"examples": "uniform", "gradient": "displacement"}[default]
+        return {"examples": "uniform", "gradient": "displacement", "train": "export"}[default]
     if isinstance(default, int):  # a number of clients, or of iterations
         return default - 1 if default == 1 else 1
     return 1 if default is None else default / 2 or 0.5

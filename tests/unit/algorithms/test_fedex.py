@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.algorithms.fedex import FedExConfig, fedex
+from silotune.algorithms.fedex import FedExConfig, drift_warning, fedex
+from silotune.core.algorithm import messages_for
+from silotune.core.errors import ConfigError
 from silotune.core.lora import joined
 from silotune.core.tree import add, sha256
+from silotune.recipes.parse import parse
 from tests.unit.algorithms.test_lora_averages import HEAD, A, B, a_round, ideal, near, turned
 
 LEFT, RIGHT = "q.residual_B.weight", "q.residual_A.weight"
@@ -154,3 +157,56 @@ def test_the_order_of_arrival_and_a_copied_state_change_no_bit(seed, random):
     copied = replace(other, adapter={n: t.clone() for n, t in other.adapter.items()})
     again = [play(FEDEX, s, answers_to(s, updates)) for s in (one, copied)]
     assert sha256(again[0].adapter) == sha256(again[1].adapter)
+
+
+# --- the residual in the result only
+
+
+@given(seeds, st.sampled_from([(5, 3, 2), (1, 1), (4,)]))
+def test_exported_residuals_leave_every_round_to_fedavg_and_the_result_exact(seed, sizes):
+    algorithm = fedex(FedExConfig(residual="export"))
+    state, updates = a_round(seed, sizes=sizes)
+    plain = state
+    for _ in range(3):
+        target = ideal(state, updates)
+        state, plain = (
+            play(a, s, answers_to(s, updates))
+            for a, s in ((algorithm, state), (fedavg(FedAvgConfig()), plain))
+        )
+        assert sha256(state.adapter) == sha256(plain.adapter)
+        near(function(algorithm.result(state)), target, atol=1e-8)
+        (message,) = messages_for(["c0"], algorithm, state, score=True).values()
+        assert message.adapter is state.adapter
+        assert not message.extra
+
+
+def test_an_exported_residual_is_the_last_rounds_and_is_reported():
+    algorithm = fedex(FedExConfig(residual="export", residual_rank=1))
+    state, updates = a_round(14)
+    state = play(algorithm, state, updates)
+    change = algorithm.combine(state, later := answers_to(state, updates[:2]))
+    after = algorithm.step(state, change)
+    plain = play(fedex(FedExConfig(residual_rank=1)), state, later).adapter
+    assert sha256(algorithm.result(after)) == sha256(plain)
+    report = algorithm.report(state, change)
+    assert report["residual_rank"] == 1
+    assert report["residual_norm"] == pytest.approx(float(residual(plain).norm()))
+
+
+def test_what_an_exported_residual_cannot_be_used_with_is_refused():
+    recipe = {"rounds": 1, "data": {"path": "rows.jsonl"}}
+    exported = {"name": "fedex", "residual": "export"}
+    with pytest.raises(ConfigError, match="residual_decay only has an effect with residual = 'tr"):
+        parse({**recipe, "algorithm": {**exported, "residual_decay": 0.5}})
+    best = {"checkpoint": {"keep": "best"}}
+    with pytest.raises(ConfigError, match="no round's score is that of the result"):
+        parse({**recipe, **best, "algorithm": exported})
+    parse({**recipe, **best, "algorithm": {"name": "fedex"}})
+
+
+def test_the_warning_of_drift_needs_size_and_growth():
+    assert "to 0.30 of the adapter's size from 0.20 at half" in drift_warning([0.1, 0.2, 0.25, 0.3])
+    assert not drift_warning([0.02, 0.05, 0.1, 0.2])
+    assert not drift_warning([0.3, 0.5, 0.52, 0.55])
+    assert not drift_warning([0.9])
+    assert not drift_warning([])

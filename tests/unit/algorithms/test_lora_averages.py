@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from silotune.algorithms import factors
 from silotune.algorithms.factors import (
     Pair,
     pairs_of,
@@ -105,6 +106,46 @@ def test_the_thin_svd_is_numpys_of_the_dense_product(seed, rank):
     near(u.T @ u, torch.eye(m, dtype=torch.float64))
     near(vh @ vh.T, torch.eye(m, dtype=torch.float64))
     assert all(row[row.abs().argmax()] > 0 for row in vh)
+
+
+@pytest.mark.parametrize(("tail", "whole"), [(1e-4, False), (0.3, False), (0.999, True)])
+@pytest.mark.parametrize("columns", [41, 90])
+def test_the_leading_vectors_of_a_wide_stack_are_numpys(monkeypatch, tail, whole, columns):
+    """Whether the values decay fast, slowly, or so slowly that the whole is decomposed."""
+    gen = torch.Generator().manual_seed(columns)
+    q, _ = torch.linalg.qr(normal(gen, 60, 50))
+    values = torch.cat([torch.tensor([5.0, 3.0]), tail ** torch.arange(1.0, 49.0)]).double()
+    dense = (q * values) @ torch.linalg.qr(normal(gen, 50, 50))[0].T
+    mixed, _ = torch.linalg.qr(normal(gen, columns, columns))
+    mixed = mixed[:50] if columns > 50 else mixed  # (rows, columns) with orthonormal rows
+    left, right = (dense @ mixed, mixed.T) if columns > 50 else (dense[:, :41] @ mixed, mixed.T)
+    called = []
+    monkeypatch.setattr(factors, "svd", lambda *both: called.append(1) or svd(*both))
+    u, s, vh = factors.leading(left, right, 2)
+    full_u, full_s, full_vh = np.linalg.svd((left @ right).numpy())
+    assert bool(called) == whole
+    np.testing.assert_allclose(s.numpy(), full_s[:2], rtol=1e-9)
+    best = (full_u[:, :2] * full_s[:2]) @ full_vh[:2]
+    near((u * s) @ vh, torch.from_numpy(best), atol=1e-8)
+    assert all(row[row.abs().argmax()] > 0 for row in vh)
+    again = factors.leading(left, right, 2)
+    assert all(torch.equal(one, other) for one, other in zip((u, s, vh), again, strict=True))
+
+
+def test_the_leading_vectors_of_a_wide_stack_of_zeros_have_no_size():
+    zeros = torch.zeros(60, 90, dtype=torch.float64)
+    _, s, _ = factors.leading(zeros, zeros.T, 2)
+    assert s.tolist() == [0.0, 0.0]
+
+
+def test_flexlora_with_many_clients_is_the_nearest_product_too():
+    state, updates = a_round(21, sizes=tuple(range(1, 31)), d_out=40, d_in=35)
+    near_ones = [replace(u, delta={n: 0.01 * d for n, d in u.delta.items()}) for u in updates]
+    after = play(flexlora(FlexLoRAConfig()), state, near_ones)
+    values = np.linalg.svd(ideal(state, near_ones).numpy(), compute_uv=False)
+    missed = error(after, state, near_ones)
+    assert missed == pytest.approx(float(np.linalg.norm(values[2:])), abs=1e-9)
+    assert missed > 1e-4
 
 
 @given(seeds)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.algorithms.factors import compressed, sum_of_products
+from silotune.algorithms.factors import SumOfProducts, compressed
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.flexlora import FlexLoRAConfig, flexlora
 from silotune.algorithms.flora import FLoRAConfig, flora, fresh_factors
@@ -139,9 +139,12 @@ def test_an_update_never_contains_what_stands_beside_the_adapter():
 def test_a_stack_that_is_rewritten_is_still_the_sum(seed, ranks):
     gen = torch.Generator().manual_seed(seed)
     terms = [(normal(gen, D_OUT, r), normal(gen, r, D_IN)) for r in ranks]
-    left, right = sum_of_products({PAIR: term} for term in terms)[PAIR]
-    assert left.shape[1] <= 2 * D_IN + 9
-    near((left @ right).numpy(), sum((b @ a).numpy() for b, a in terms), atol=1e-8)
+    sums = SumOfProducts()
+    for term in terms:
+        sums.add(PAIR, *term)
+    left, right = sums.scaled(-0.5)[PAIR]
+    assert left.shape[1] <= 2 * D_IN
+    near((left @ right).numpy(), -0.5 * sum((b @ a).numpy() for b, a in terms), atol=1e-8)
 
 
 @given(seeds, st.integers(1, 9), st.integers(1, 9))

@@ -1,4 +1,4 @@
-"""Toy O2: on clients that differ, FedEx-LoRA's residual drifts away; decay and FLoRA do not.
+"""Toy O2: FedEx-LoRA's residual drifts away on clients that differ, and what stops it.
 
 Six clients fit matrices W_i of 8 x 6: a common one of rank 2 and norm 1, plus `het` times one of
 their own of norm 1. Client i's loss is |P - W_i|^2 / 2 in the product P of an adapter of rank 2 and
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
-from silotune.algorithms.fedex import FedExConfig, fedex
+from silotune.algorithms.fedex import FedExConfig, drift_warning, fedex
 from silotune.algorithms.flexlora import FlexLoRAConfig, flexlora
 from silotune.algorithms.flora import FLoRAConfig, flora
 from silotune.core.algorithm import Algorithm
@@ -55,7 +55,7 @@ def train(state: ServerState, wanted: Tensor) -> list[Update]:
 
 
 def distances(algorithm: Algorithm, *, het: float, at: tuple[int, ...], seed: int = 0):
-    """After these rounds: the squared distance to the best matrix, and residual_ratio."""
+    """At the end of these rounds: the result's squared distance to the best matrix; the ratios."""
     wanted, first = targets(seed, het), normal(seed, "A", RANK, D_IN)
     state = ServerState(0, {A: first / first.norm(), B: normal(seed, "B", D_OUT, RANK) * 0})
     found: list[float] = []
@@ -65,20 +65,30 @@ def distances(algorithm: Algorithm, *, het: float, at: tuple[int, ...], seed: in
         report = algorithm.report(state, change) if algorithm.report else {}
         state = algorithm.step(state, change)
         if r in at:
-            found.append(float((product(state.adapter) - wanted.mean(0)).square().sum()))
+            whole = algorithm.result(state)
+            found.append(float((product(whole) - wanted.mean(0)).square().sum()))
             ratios.append(report.get("residual_ratio", 0.0))
     return found, ratios
 
 
 FEDIT, FEDEX = fedavg(FedAvgConfig()), fedex(FedExConfig())
 FADES = fedex(FedExConfig(residual_decay=0.9))
+EXPORTED = fedex(FedExConfig(residual="export"))
 FLORA, FLEX = flora(FLoRAConfig()), flexlora(FlexLoRAConfig())
 
 
-@pytest.mark.parametrize("algorithm", [FEDIT, FEDEX, FLORA, FLEX], ids=lambda a: a.name)
-def test_clients_that_agree_are_fitted_by_all(algorithm):
-    (last,), _ = distances(algorithm, het=0.0, at=(30,))
+@pytest.mark.parametrize("algorithm", [FEDIT, FEDEX, EXPORTED, FLORA, FLEX], ids=lambda a: a.name)
+def test_clients_that_agree_are_fitted_by_all_and_nothing_drifts(algorithm):
+    (last,), ratios = distances(algorithm, het=0.0, at=(30,))
     assert last < 1e-3
+    assert not drift_warning(ratios)
+
+
+@pytest.mark.parametrize(("algorithm", "warns"), [(FEDEX, True), (FADES, False), (EXPORTED, False)])
+@pytest.mark.parametrize("het", [0.3, 1.0])
+def test_a_run_warns_of_the_drift_and_not_of_its_remedies(algorithm, warns, het):
+    _, ratios = distances(algorithm, het=het, at=tuple(range(1, 61)))
+    assert bool(drift_warning(ratios)) == warns
 
 
 def test_on_clients_that_differ_the_residual_drifts_and_what_stops_it():
@@ -87,8 +97,10 @@ def test_on_clients_that_differ_the_residual_drifts_and_what_stops_it():
     (plain,), (faded,), (merged,) = (
         distances(algorithm, het=1.0, at=(60,))[0] for algorithm in (FEDIT, FADES, FLORA)
     )
+    (exported,), _ = distances(EXPORTED, het=1.0, at=(60,))
     assert ratios == sorted(ratios)
     assert drift[0] < drift[1] < drift[2]
     assert drift[2] > 2 * plain
     assert faded < 1.5 * plain
     assert merged < 0.5 * plain
+    assert exported < 1.05 * plain

@@ -569,6 +569,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "algorithm.iterations": ("3", []),
     "algorithm.smoothing": ("0.25", []),
     "algorithm.by_norm": ("false", []),
+    "algorithm.residual": ("export", []),
     "algorithm.residual_decay": ("0.5", []),
     "algorithm.residual_rank": ("3", []),
 }

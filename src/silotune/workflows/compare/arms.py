@@ -93,7 +93,7 @@ class Arms:
         self.has_validation = run.data.validation_fraction > 0
         self.recipes = federated_arms(run)
         # what is personal is kept for the last round only, and losses of rows have no noise
-        keeps_last = any(kept_by(recipe) for recipe in self.recipes.values())
+        keeps_last = any(kept_by(r) or r.algorithm.result_differs for r in self.recipes.values())
         self.picks_round = self.has_validation and run.privacy.unit == "none" and not keeps_last
         self.task = build_task(run.task, run.data.labels)
         progress.note(f"comparison folder: {folder.path}")
