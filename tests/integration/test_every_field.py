@@ -153,6 +153,10 @@ ELSEWHERE = {
     },
     "secure_sum.colluding": "test_privacy_of_sums",
     "train.loss": "test_own_functions",
+    **{
+        f"prefer.{key}": "test_prefer_run"
+        for key in ("loss", "beta", "label_smoothing", "nll_weight", "length_normalized")
+    },
     "evaluate.metric": "test_own_functions",
     "evaluate.server_path": "test_server_scores",
     "evaluate.choose_by": "test_server_scores",

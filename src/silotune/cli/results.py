@@ -177,9 +177,11 @@ def print_scores(done: "silotune.Evaluation", task: str) -> None:
             print_line(text)
     elif task == "classify":
         print_table(tables.label_table(scores))
+    elif task == "prefer":
+        print_table(tables.pair_table(scores))
     else:
         print_table(tables.quality_table(scores))
-    print_line(f"all {'numbers' if task == 'text' else 'answers'}: {done.path}")
+    print_line(f"all {'numbers' if task in ('text', 'prefer') else 'answers'}: {done.path}")
 
 
 def print_audit(found: "Audit") -> None:

@@ -133,9 +133,9 @@ def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
 
 def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     """Tokenize rows. To a quiet worker, a row for which this fails is one that is left out."""
-    limit = worker.run.train.max_length
+    limit, size = worker.run.train.max_length, worker.run.evaluate.batch_size
     try:
-        return prepare_rows(rows, worker.task, worker.loaded, limit)
+        return prepare_rows(rows, worker.task, worker.loaded, limit, batch_size=size)
     except TemplateLimitError:
         raise  # row by row it would take as many times as long
     except Exception:  # a template is a program and can fail in any way
@@ -145,7 +145,7 @@ def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     num_cut, error = 0, None
     for row in rows:
         try:
-            one = prepare_rows([row], worker.task, worker.loaded, limit)
+            one = prepare_rows([row], worker.task, worker.loaded, limit, batch_size=size)
         except TemplateLimitError:
             raise
         except Exception as problem:
@@ -297,7 +297,7 @@ def _draw_steps(
         ModelError: The gradients of single rows are not available in this model.
     """
     run, round_ = worker.run, protection.round
-    lengths = [example.ids.numel() for example in data.examples]
+    lengths = [example.num_positions for example in data.examples]
     if (lots := protection.lots()) is not None:
         trains = worker.algorithm.local.trains
         learning = {n: p for n, p in worker.loaded.parameters.items() if trains(n, round_)}

@@ -58,6 +58,8 @@ class LoadedModel:
     """The modules of that head in the model."""
     notes: tuple[str, ...] = ()
     """What is allowed about the base but may be surprising."""
+    start: AdapterState | None = None
+    """The adapter that training starts from, if it is not a fresh one."""
 
     @property
     def has_adapter(self) -> bool:
@@ -255,13 +257,33 @@ def base_only(loaded: LoadedModel) -> Iterator[None]:
 
 @contextmanager
 def untrained(loaded: LoadedModel) -> Iterator[None]:
-    """The untrained base, for the scores before the first round.
+    """The untrained model, which holds its first adapter: for the scores before the first round.
 
-    Not every fresh adapter leaves the base's output unchanged: trained vectors in front of the text
-    start at random values. A classifier keeps its adapter on, because the adapter holds its head.
+    A fresh adapter is switched off. Not every one leaves the base's output unchanged: trained
+    vectors in front of the text start at random values. A classifier keeps its adapter on, because
+    the adapter holds its head; so does a model that starts from another adapter.
     """
-    with base_only(loaded) if loaded.has_adapter and not loaded.head_modules else nullcontext():
+    is_fresh = loaded.has_adapter and not loaded.head_modules and loaded.start is None
+    with base_only(loaded) if is_fresh else nullcontext():
         yield
+
+
+@contextmanager
+def as_started(loaded: LoadedModel) -> Iterator[None]:
+    """The model as its training starts, whatever it holds now: the base, or the first adapter.
+
+    Not for models whose weights are all trained, nor for those with a head.
+    """
+    if loaded.start is None:
+        with base_only(loaded):
+            yield
+        return
+    now = read_adapter(loaded)
+    write_adapter(loaded, loaded.start)
+    try:
+        yield
+    finally:
+        write_adapter(loaded, now)
 
 
 def save_adapter(loaded: LoadedModel, folder: Path, *, base: ModelConfig) -> None:

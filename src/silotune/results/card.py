@@ -143,7 +143,8 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
 
 def _label_scores(summary: Mapping[str, Any]) -> list[str]:
     labels = label_table(summary)
-    title = f"## {str(summary.get('scored', 'held-out')).capitalize()} labels"
+    what = "pairs" if summary.get("task") == "prefer" else "labels"
+    title = f"## {str(summary.get('scored', 'held-out')).capitalize()} {what}"
     return ["", title, "", *markdown_table(labels)] if labels else []
 
 

@@ -107,6 +107,7 @@ def run_page(
         scored=is_scored(summary),
         unit=unit_of(summary),
         label_table=label_table(summary),
+        scored_what="pairs" if run.task == "prefer" else "labels",
         own_table=[(name, *map(typeset, cells)) for name, *cells in own_table(summary)],
         loss_charts=drawn(_loss_charts(rows, unit_of(summary), loss_name(summary))),
         cost_lines=[*cost_lines(summary), *own_lines(summary)],

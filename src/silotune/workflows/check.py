@@ -36,6 +36,7 @@ from silotune.models.sources import check_name, is_hub_id
 from silotune.recipes.arms import repeated_arms
 from silotune.recipes.auto import resolve_auto, why_chosen
 from silotune.recipes.parse import resolve_recipe
+from silotune.recipes.preferences import ASKED
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tracks import TRACKS
 from silotune.runtime.flower.engine import check_installed
@@ -76,7 +77,7 @@ def on_a_day(run: RunConfig) -> RunConfig:
 
     The resolved recipe is what a folder keeps and clients receive, so a run has one day only.
     """
-    if run.data.date is not None or run.task != "instruct":
+    if run.data.date is not None or run.task not in ASKED:
         return run
     today = {"date": date.today().isoformat()}
     return run.model_copy(update={"data": run.data.model_copy(update=today)})
@@ -136,7 +137,7 @@ def _looked_at(run: RunConfig, *, offline: bool) -> Checked:
     if run.runtime.name != "in-process":
         check_installed(run)
     check_tracker(run.report.tracker)
-    own_loss(run.train.loss, build_task(run.task, run.data.labels))
+    own_loss(run.train.loss, build_task(run.task, run.data.labels, run.prefer))
     own_metric(run.evaluate.metric)
     repeated = repeated_arms(run)  # raises for other mistakes in [compare]
     strategy, (_, notice) = (

@@ -112,7 +112,7 @@ class Bench:
         run = checked.run
         about = (fingerprint(checked.rows), run.train.max_length, run.evaluate.batch_size)
         if self._tokens is None or self._tokens[0] != repr(about):
-            task = build_task(run.task, run.data.labels)
+            task = build_task(run.task, run.data.labels, run.prefer)
             worker = Worker(loaded, task, run, fedavg(FedAvgConfig()))
             self._tokens = (repr(about), prepare_clients(checked.rows, worker))
             for text in warn_of_template(loaded.tokenizer, run, checked.rows):
