@@ -107,6 +107,7 @@ ELSEWHERE = {
     "report.max_new_tokens": "below",
     "task": "test_classify",
     "adapter.head": "test_classify",
+    "adapter.start": "test_start",
     "data.labels": "test_classify, test_labelled_texts",
     "data.text": "test_labelled_texts",
     "data.text_pair": "test_labelled_texts",

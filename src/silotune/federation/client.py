@@ -24,6 +24,7 @@ from silotune.data.reading import TaskRow
 from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
+from silotune.federation.first_adapter import check_first_adapter
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.mixed_ranks import check_rank
 from silotune.federation.progress import Progress
@@ -165,6 +166,7 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
     """
     loaded, total = worker.loaded, len(data.eval_batches)
     check_rank(worker.run, data.name, broadcast)
+    check_first_adapter(worker.run, data.name, broadcast)
     write_adapter(loaded, {**broadcast.adapter, **memory.tensors.get("personal", {})})
     worker.progress.client_scores(data.name, 0, total)
     with untrained(loaded) if broadcast.round == 1 else contextlib.nullcontext():
@@ -235,6 +237,7 @@ def train_round(
     began = time.perf_counter()
     run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
     check_rank(worker.run, data.name, broadcast)
+    check_first_adapter(worker.run, data.name, broadcast)
     count = num_rows(run.train, data.num_train) if count is None else count
     # 1. Score what was received, before it is trained.
     received_score = score(worker, data, broadcast, memory) if broadcast.score else None

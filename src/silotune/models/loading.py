@@ -32,6 +32,7 @@ from silotune.models.causality import check_causal
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, draw_head, find_head, head_as_loaded, set_head
 from silotune.models.quantization import Quantization, check_quantization, prepare_for_training
+from silotune.models.start import fitted, is_told
 
 LABELS = "labels.json"
 """The file next to a classifier's adapter with the names of its classes, in order."""
@@ -59,7 +60,9 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     """What is allowed about the base but may be surprising."""
     start: AdapterState | None = None
-    """The adapter that training starts from, if it is not a fresh one."""
+    """The adapter that training starts from, if it is not a fresh one and is known here."""
+    is_started: bool = False
+    """Whether training starts from such an adapter, even if only the server knows it."""
 
     @property
     def has_adapter(self) -> bool:
@@ -90,7 +93,7 @@ def load_model(
         model_cfg: Which base.
         adapter_cfg: Which adapter.
         seed: The adapter's first factors are drawn from (seed, "adapter"), the same at every
-            client.
+            client; unless `adapter_cfg.start` names an adapter to start from.
         device: "auto", "cpu", "cuda" or "mps".
         labels: Classes to distinguish; with any, the model gets a classification head. Tensors of
             the head that the base does not have are drawn from (seed, "head").
@@ -149,7 +152,7 @@ def _with_adapter(
         set_head(model, head, trained=cfg.head != "freeze")
     parameters = trained_parameters(model, cfg.kind)
     model.eval()
-    return LoadedModel(
+    made = LoadedModel(
         model,
         tokenizer,
         device,
@@ -159,7 +162,13 @@ def _with_adapter(
         quantization=quantization,
         head=frozenset(name for name in parameters if head is not None and head.holds(name)),
         head_modules=head,
+        is_started=cfg.start is not None,
     )
+    if cfg.start is None or is_told(cfg.start):
+        return made
+    start = fitted(cfg.start, parameters)
+    write_adapter(made, start)
+    return replace(made, start=start)
 
 
 def is_renewable(loaded: LoadedModel, cfg: AdapterConfig) -> bool:
@@ -263,7 +272,7 @@ def untrained(loaded: LoadedModel) -> Iterator[None]:
     vectors in front of the text start at random values. A classifier keeps its adapter on, because
     the adapter holds its head; so does a model that starts from another adapter.
     """
-    is_fresh = loaded.has_adapter and not loaded.head_modules and loaded.start is None
+    is_fresh = loaded.has_adapter and not loaded.head_modules and not loaded.is_started
     with base_only(loaded) if is_fresh else nullcontext():
         yield
 
@@ -274,10 +283,11 @@ def as_started(loaded: LoadedModel) -> Iterator[None]:
 
     Not for models whose weights are all trained, nor for those with a head.
     """
-    if loaded.start is None:
+    if not loaded.is_started:
         with base_only(loaded):
             yield
         return
+    assert loaded.start is not None, "the recipe's check refuses it where only the server knows it"
     now = read_adapter(loaded)
     write_adapter(loaded, loaded.start)
     try:

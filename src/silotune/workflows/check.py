@@ -33,6 +33,7 @@ from silotune.models.adapters import check_adapter
 from silotune.models.devices import pick_device
 from silotune.models.quantization import check_quantization
 from silotune.models.sources import check_name, is_hub_id
+from silotune.models.start import check_start
 from silotune.recipes.arms import repeated_arms
 from silotune.recipes.auto import resolve_auto, why_chosen
 from silotune.recipes.parse import resolve_recipe
@@ -134,6 +135,8 @@ def _looked_at(run: RunConfig, *, offline: bool) -> Checked:
     device = pick_device(run.runtime.device)
     check_quantization(run.model.quantization, device, "model.quantization")
     check_adapter(run.adapter, run.model.quantization, device)
+    if run.adapter.start is not None:
+        check_start(run.adapter.start, run.adapter.model_dump())
     if run.runtime.name != "in-process":
         check_installed(run)
     check_tracker(run.report.tracker)

@@ -111,6 +111,8 @@ class Bench:
     def _data_for(self, checked: Checked, loaded: LoadedModel) -> Mapping[str, ClientData]:
         run = checked.run
         about = (fingerprint(checked.rows), run.train.max_length, run.evaluate.batch_size)
+        if run.task == "prefer":  # what the reference says is kept with the tokens
+            about = (*about, run.adapter.start)
         if self._tokens is None or self._tokens[0] != repr(about):
             task = build_task(run.task, run.data.labels, run.prefer)
             worker = Worker(loaded, task, run, fedavg(FedAvgConfig()))

@@ -391,6 +391,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "adapter.virtual_tokens": ("3", ["adapter.kind=prompt"]),
     "adapter.peft": ("{ rank_pattern = { q_proj = 4 } }", []),
     "adapter.head": ("local", ["task=classify"]),
+    "adapter.start": ("runs/before", []),
     "data.path": ("other.csv", []),
     "data.eval_path": ("held.csv", []),
     "data.eval_split": ("test", []),
