@@ -187,6 +187,24 @@ def test_unpaired_rows_are_refused_before_a_model_is_loaded(recipe, tmp_path):
         silotune.check(recipe, [f"data.path={path}"])
 
 
+def test_opposed_preferences_are_named_wherever_people_look(recipe, tmp_path):
+    rows = pairs(num_clients=4)
+    for row in rows:
+        if row["source"] in ("hospital-1", "hospital-3"):
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    path = write_jsonl(tmp_path / "opposed.jsonl", rows)
+    keys = [f"data.path={path}", "report.page=true", "train.batch_size=8"]
+    done = silotune.run(recipe, keys, out=tmp_path / "run")
+    sides = done.summary["conflict"]["sides"]
+    assert sorted(sides) == [["hospital-0", "hospital-2"], ["hospital-1", "hospital-3"]]
+    for name in ("report.html", "README.md"):
+        assert "Opposed preferences" in (done.path / name).read_text()
+
+
+def test_agreeing_clients_are_not_called_opposed(done):
+    assert "conflict" not in done.summary
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["flower-simulation", "flower"])

@@ -22,6 +22,7 @@ from silotune.results import charts
 from silotune.results.budget_texts import budget_lines, budget_warnings
 from silotune.results.card import python_use, revision_in, without_folders
 from silotune.results.charts import Interval, Split
+from silotune.results.conflict import conflict_lines
 from silotune.results.published import published
 from silotune.results.run_tables import prediction_notes, prediction_table
 from silotune.results.summary import (
@@ -81,7 +82,7 @@ def run_page(
     header, *table = loss_table(summary)  # with hyphens, because terminals show it too
     lost = worse_off(summary)
     warnings = [f"Not better than the base for: {', '.join(lost)}."] if lost else []
-    warnings += budget_warnings(summary)
+    warnings += [*conflict_lines(summary), *budget_warnings(summary)]
     return render(
         "report.html",
         kind="run",

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.wording import counted, human_bytes, human_seconds
+from silotune.federation.conflict import conflict_of
 from silotune.federation.metrics import (
     LABEL_SCORES,
     PAIR_SCORES,
@@ -48,6 +49,8 @@ def summarise(
     found: dict[str, Any] = {}
     if run.task == "prefer":
         found["scores"] = _label_scores(rows, clients, result_round)
+        if conflict := conflict_of(rows):
+            found["conflict"] = conflict
     if run.task == "classify":
         found["labels"] = list(run.data.labels or ())
         found["scores"] = _label_scores(rows, clients, result_round)
