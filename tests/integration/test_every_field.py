@@ -107,6 +107,7 @@ ELSEWHERE = {
     "report.max_new_tokens": "below",
     "task": "test_classify",
     "adapter.head": "test_classify",
+    "adapter.start": "test_start",
     "data.labels": "test_classify, test_labelled_texts",
     "data.text": "test_labelled_texts",
     "data.text_pair": "test_labelled_texts",
@@ -154,6 +155,10 @@ ELSEWHERE = {
     "secure_sum.colluding": "test_privacy_of_sums",
     **{f"wire.{key}": "test_codecs" for key in ("up", "error_feedback", "block", "share")},
     "train.loss": "test_own_functions",
+    **{
+        f"prefer.{key}": "test_prefer_run"
+        for key in ("loss", "beta", "label_smoothing", "nll_weight", "length_normalized")
+    },
     "evaluate.metric": "test_own_functions",
     "evaluate.server_path": "test_server_scores",
     "evaluate.choose_by": "test_server_scores",

@@ -44,6 +44,7 @@ def print_run(done: "silotune.Run") -> None:
     """Print a run's held-out scores, what it cost, and where its files are."""
     from silotune.results import budget_texts, run_tables
     from silotune.results import summary as tables
+    from silotune.results.conflict import conflict_lines
 
     summary = done.summary
     if tables.is_scored(summary):
@@ -53,7 +54,8 @@ def print_run(done: "silotune.Run") -> None:
         print_line("\nrows (held-out loss was not measured)\n")
     print_table(tables.loss_table(summary))
     if labels := tables.label_table(summary):
-        print_line(f"\n{summary.get('scored', 'held-out')} labels (higher is better)\n")
+        what = "pairs" if summary["task"] == "prefer" else "labels"
+        print_line(f"\n{summary.get('scored', 'held-out')} {what} (higher is better)\n")
         print_table(labels)
     for text in tables.server_lines(summary):
         print_line(f"\n{text}")
@@ -62,7 +64,7 @@ def print_run(done: "silotune.Run") -> None:
         print_table(own)
     if lost := tables.worse_off(summary):
         print_line(f"\nnot better than the base for: {', '.join(lost)}")
-    for text in budget_texts.budget_warnings(summary):
+    for text in (*conflict_lines(summary), *budget_texts.budget_warnings(summary)):
         print_line(f"\n{text}")
     print_line()
     for text in [
@@ -177,9 +179,11 @@ def print_scores(done: "silotune.Evaluation", task: str) -> None:
             print_line(text)
     elif task == "classify":
         print_table(tables.label_table(scores))
+    elif task == "prefer":
+        print_table(tables.pair_table(scores))
     else:
         print_table(tables.quality_table(scores))
-    print_line(f"all {'numbers' if task == 'text' else 'answers'}: {done.path}")
+    print_line(f"all {'numbers' if task in ('text', 'prefer') else 'answers'}: {done.path}")
 
 
 def print_audit(found: "Audit") -> None:

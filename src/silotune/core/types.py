@@ -159,7 +159,8 @@ class Score:
     loss_sum: float
     """Negative log-likelihood in nats, summed over the predictions."""
     num_tokens: int
-    """Number of predictions: the answers' tokens, or with the task classify one label per row."""
+    """Number of predictions: the answers' tokens, with the task classify one label per row, with
+    the task prefer one per pair."""
     num_correct: int
     """How many of these the model ranked as most likely."""
     num_examples: int
@@ -169,6 +170,10 @@ class Score:
     """With the task classify: one entry per label; otherwise empty."""
     metric: float | None = None
     """What evaluate.metric makes of the client's rows; None without one."""
+    margin_sum: float | None = None
+    """With the task prefer: the sum of the pairs' reward margins."""
+    num_preferred: int | None = None
+    """With the task prefer: the pairs whose reward margin is above 0."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ class DataConfig(Config):
     """Which rows to train on, and how they become conversations."""
 
     path: str = Field(min_length=1)
-    """A named example (medquad_mini), a file, a folder, or a data set on the Hugging Face hub."""
+    """A named example (medquad_mini, medquad_pairs), a file, a folder, or a data set on the Hugging
+    Face hub."""
     eval_path: str | None = Field(default=None, min_length=1)
     """A file or folder with the held-out rows, in the same layout as `path`; replaces
     `eval_fraction`."""

@@ -19,11 +19,8 @@ from silotune.data.folders import layout_of
 from silotune.data.partition import Shares
 from silotune.data.placed_rows import FileRows, Part, PlacedRow, joined, moved, refuse
 
-EXAMPLES: dict[str, Path] = {
-    "medquad_mini": Path(str(importlib.resources.files("silotune.data")))
-    / "examples"
-    / "medquad_mini",
-}
+_EXAMPLES = Path(str(importlib.resources.files("silotune.data"))) / "examples"
+EXAMPLES: dict[str, Path] = {name: _EXAMPLES / name for name in ("medquad_mini", "medquad_pairs")}
 """Data sets inside the package, by the name that `data.path` uses."""
 
 

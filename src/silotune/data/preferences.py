@@ -89,6 +89,11 @@ def whole(pair: Mapping[str, Sequence[Message]], which: str) -> Conversation:
     return (*pair["prompt"], *pair[which])
 
 
+def talks_of(row: Any) -> list[Conversation]:
+    """A converted row as the conversations that a model reads: two of a pair, else the row."""
+    return [whole(row, which) for which in ANSWERS] if is_pair(row) else [row]
+
+
 def is_pair(row: object) -> bool:
     """Whether a converted row is a `Preference`."""
     return isinstance(row, dict) and "rejected" in row

@@ -224,7 +224,7 @@ def _rows(joined: Joined, run: RunConfig) -> Finding:
     check_steps(run, joined.own, len(rows.train) + rows.num_unused)
     tokenizer = load_tokenizer(run.model)
     give_template(tokenizer, run)
-    task, name = build_task(run.task, run.data.labels), joined.own.name
+    task, name = build_task(run.task, run.data.labels, run.prefer), joined.own.name
     told = describe_rows({name: rows}, tokenizer, task, run.train.max_length)[name]
     median, most = told.train.tokens["p50"], told.train.tokens["max"]
     text = f"{told.num_train} to train on, {told.num_eval} held out; median {median:.0f} tokens, "

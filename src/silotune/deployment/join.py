@@ -83,7 +83,7 @@ path = {data}
 [limits]                      # a recipe that asks for more is refused, with the key as the reason
 {columns}
 min_count = 5                 # nothing sent is about fewer rows; not a budget: see epsilon
-# tasks = ["instruct"]        # or "text", or "classify", whose scores count the rows of every label
+# tasks = ["instruct"]        # or "text", "prefer", or "classify", whose scores count labels
 # max_rounds = 20             # in one run
 # max_steps = 200             # forward passes for training in one round
 # max_epochs = 3              # passes over the rows in one round

@@ -99,7 +99,8 @@ def for_real_clients(run: RunConfig, folder: Path) -> RunConfig:
     data = {k: v for k, v in table.get("data", {}).items() if k not in LOCATIONS}
     table["data"] = {**data, "path": str(folder.absolute())}
     table.pop("partition", None)
-    for section, key in (("server", "data_path"), ("evaluate", "server_path")):
+    paths = (("server", "data_path"), ("evaluate", "server_path"), ("adapter", "start"))
+    for section, key in paths:
         given = table.get(section, {}).get(key)
         if given is not None and (place := Path(given).expanduser()).exists():
             table[section][key] = str(place.absolute())  # the engine runs in another folder

@@ -108,8 +108,13 @@ def _check_score(score: Score, known: Known) -> Score:
             f"{who}: its score {says} metric of the recipe's evaluate.metric.\n"
             "  Use the same recipe at this client."
         )
+    if (score.margin_sum is None) != (known.run.task != "prefer"):
+        says = "contains no" if score.margin_sum is None else "contains a"
+        raise UpdateError(
+            f"{who}: its score {says} margin of pairs.\n  Use the same recipe at this client."
+        )
     rows = known.reported(score.client, "num_eval")
-    per_row = 1 if labels else known.run.train.max_length
+    per_row = 1 if labels or known.run.task == "prefer" else known.run.train.max_length
     if score.num_examples > rows or score.num_tokens > rows * per_row:
         raise UpdateError(
             f"{who}: its score is over {counted(score.num_examples, 'row')} and "

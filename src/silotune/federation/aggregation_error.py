@@ -13,6 +13,7 @@ One pass over the updates, one of them in memory at a time.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from silotune.core.algorithm import Algorithm
 from silotune.core.lora import Pair, pairs_of
 from silotune.core.seeds import generator
 from silotune.core.types import AdapterState, Change, ServerState, Updates
+from silotune.federation.conflict import opposed_pairs
 from silotune.recipes.schema import RunConfig
 
 DIRECTIONS = 16
@@ -34,7 +36,7 @@ ROUNDING = 1e-12
 
 def measure(
     run: RunConfig, algorithm: Algorithm, state: ServerState, updates: Updates, change: Change
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What a round says about its aggregation, for metrics.jsonl.
 
     Nothing under client-level privacy at the server, where single updates have no noise yet; no
@@ -48,11 +50,14 @@ def measure(
         change: What the algorithm made of it.
 
     Returns:
-        aggregation_error if the adapter has LoRA's factors, and the algorithm's own numbers.
+        aggregation_error if the adapter has LoRA's factors, the algorithm's own numbers, and the
+        pairs of clients whose preferences are opposed.
     """
     if run.privacy.clips_at_server:
         return {}
-    found = dict(algorithm.report(state, change)) if algorithm.report else {}
+    found: dict[str, Any] = dict(algorithm.report(state, change)) if algorithm.report else {}
+    if pairs := opposed_pairs(run, updates):
+        found["opposed"] = pairs
     if algorithm.layout is not None and not run.algorithm.facts.mixed_ranks:
         return found
     error = aggregation_error(run.algorithm, state, updates, change, seed=run.seed)

@@ -25,6 +25,7 @@ from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
 from silotune.federation.compressed import as_sent
+from silotune.federation.first_adapter import check_first_adapter
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.mixed_ranks import check_rank
 from silotune.federation.progress import Progress
@@ -134,9 +135,9 @@ def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
 
 def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     """Tokenize rows. To a quiet worker, a row for which this fails is one that is left out."""
-    limit = worker.run.train.max_length
+    limit, size = worker.run.train.max_length, worker.run.evaluate.batch_size
     try:
-        return prepare_rows(rows, worker.task, worker.loaded, limit)
+        return prepare_rows(rows, worker.task, worker.loaded, limit, batch_size=size)
     except TemplateLimitError:
         raise  # row by row it would take as many times as long
     except Exception:  # a template is a program and can fail in any way
@@ -146,7 +147,7 @@ def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
     num_cut, error = 0, None
     for row in rows:
         try:
-            one = prepare_rows([row], worker.task, worker.loaded, limit)
+            one = prepare_rows([row], worker.task, worker.loaded, limit, batch_size=size)
         except TemplateLimitError:
             raise
         except Exception as problem:
@@ -166,6 +167,7 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
     """
     loaded, total = worker.loaded, len(data.eval_batches)
     check_rank(worker.run, data.name, broadcast)
+    check_first_adapter(worker.run, data.name, broadcast)
     write_adapter(loaded, {**broadcast.adapter, **memory.tensors.get("personal", {})})
     worker.progress.client_scores(data.name, 0, total)
     with untrained(loaded) if broadcast.round == 1 else contextlib.nullcontext():
@@ -237,6 +239,7 @@ def train_round(
     began = time.perf_counter()
     run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
     check_rank(worker.run, data.name, broadcast)
+    check_first_adapter(worker.run, data.name, broadcast)
     count = num_rows(run.train, data.num_train) if count is None else count
     # 1. Score what was received, before it is trained.
     received_score = score(worker, data, broadcast, memory) if broadcast.score else None
@@ -299,7 +302,7 @@ def _draw_steps(
         ModelError: The gradients of single rows are not available in this model.
     """
     run, round_ = worker.run, protection.round
-    lengths = [example.ids.numel() for example in data.examples]
+    lengths = [example.num_positions for example in data.examples]
     if (lots := protection.lots()) is not None:
         trains = worker.algorithm.local.trains
         learning = {n: p for n, p in worker.loaded.parameters.items() if trains(n, round_)}

@@ -26,7 +26,7 @@ class LimitsConfig(Config):
     """Columns of the rows that a recipe may use. Nothing else is read from the rows, and a recipe
     that names another column is refused. Columns that this client's own [data] names need not be
     listed. Absent: all."""
-    tasks: tuple[Literal["instruct", "classify", "text"], ...] | None = None
+    tasks: tuple[Literal["instruct", "classify", "text", "prefer"], ...] | None = None
     """Tasks that this client accepts."""
     min_count: int | None = Field(default=None, ge=1)
     """Smallest number of rows that anything sent may be about. A client with fewer training rows

@@ -19,8 +19,10 @@ from silotune.data.clients import load_client, load_client_quietly
 from silotune.data.config import DataConfig
 from silotune.federation.client_config import ClientConfig, LimitsConfig
 from silotune.federation.consent import against_consent, allowed_columns, split_key
+from silotune.federation.first_adapter import own_start
 from silotune.federation.mixed_ranks import own_adapter
 from silotune.models.sources import SOURCES, is_hub_id
+from silotune.models.start import TOLD
 from silotune.privacy.base import PrivacyConfig
 from silotune.recipes.contradictions import MAX_ROWS_UNDER_PRIVACY, contradictions
 from silotune.recipes.schema import RunConfig
@@ -39,6 +41,7 @@ from silotune.training.server_training import DistillConfig, ServerConfig
 LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
 """Keys of [data] that say where the rows are. A client never takes them from a recipe."""
 REVISION = r"(\w[\w./-]*)?"
+START = rf"({TOLD}[0-9a-f]{{64}})?"
 CLIP_NORMS = (1e-9, 1e9)
 """Smallest and largest accepted value. float32 rounds much smaller values to zero, and sums of much
 larger values are infinite: the norm would then bound nothing."""
@@ -92,7 +95,7 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
         each = f", each of train.accumulation = {passes} forward passes," * (passes > 1)
         refused.append(f"train.local_steps = {steps}{each} is above limits.max_steps")
     try:
-        adapter = own_adapter(run, limits.rank)
+        adapter = own_start(run.adapter, own_adapter(run, limits.rank))
     except ValueError as error:
         adapter = run.adapter
         refused.append(str(error))
@@ -105,6 +108,8 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
             "data.validation_fraction = 0 of this client: it would score its held-out rows, and "
             "the recipe makes choices by these scores; remove it"
         )
+    if not re.fullmatch(START, run.adapter.start or ""):
+        refused.append("adapter.start names a path; a client is told the hash of the first adapter")
     if own.model is None and not is_public(run.model.name):
         refused.append("model.name is a path on the server; set model to this client's own copy")
     revision = run.model.revision or ""

@@ -88,15 +88,45 @@ def train_loss(rows: Iterable[Row]) -> float:
     return total / max(1, sum(weights))
 
 
-def overall_scores(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
-    """Overall accuracy, macro F1 and Matthews correlation, by the round that produced the adapter.
+PAIR_SCORES = {
+    "preference_accuracy": "preference accuracy",
+    "reward_margin": "reward margin",
+    "win_rate": "win rate",
+}
+"""Scores of the task prefer beside the loss, and what people call them."""
+LABEL_SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "Matthews"}
+"""The same of the task classify."""
 
-    Empty for tasks other than classify.
+
+def overall_scores(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
+    """Scores beside the loss over all rows, by the round that produced the adapter.
+
+    With classify accuracy, macro F1 and Matthews correlation; with prefer `PAIR_SCORES`, of which
+    the reference itself has no accuracy. Empty for other tasks.
     """
     found: dict[int, list[list[list[int]]]] = {}
+    if any("win_rate" in row for row in rows):
+        return _pair_scores(rows)
     for row in rows:
         if row["event"] == "evaluate" and "label_counts" in row:
             found.setdefault(row["round"], []).append(row["label_counts"])
     return {
         round_: label_scores(add_label_counts(counts)) for round_, counts in sorted(found.items())
     }
+
+
+def _pair_scores(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
+    """Shares and means over all pairs of all clients."""
+    by_round: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["event"] == "evaluate" and "win_rate" in row:
+            by_round.setdefault(row["round"], []).append(row)
+    found: dict[int, dict[str, float]] = {}
+    for round_, own in sorted(by_round.items()):
+        total = sum(row["num_tokens"] for row in own)
+        # a client whose margins are all 0 prefers nothing
+        sums = {key: sum(r.get(key, 0.0) * r["num_tokens"] for r in own) for key in PAIR_SCORES}
+        if not any("preference_accuracy" in row for row in own):
+            sums.pop("preference_accuracy")
+        found[round_] = {key: value / total for key, value in sums.items()}
+    return found

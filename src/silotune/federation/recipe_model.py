@@ -14,12 +14,14 @@ from silotune.data.chat_templates import (
     set_template,
 )
 from silotune.data.client_rows import ClientRows
+from silotune.data.preferences import talks_of
 from silotune.data.reading import TaskRow
 from silotune.data.template_traits import traits_of
 from silotune.federation.progress import Progress
 from silotune.models.heads import check_length
 from silotune.models.loading import LoadedModel, load_model
 from silotune.models.vocabulary import check_vocabulary
+from silotune.recipes.preferences import ASKED
 from silotune.recipes.schema import RunConfig
 from silotune.training.generate import teach_end
 from silotune.training.tasks.instruct import check_packing
@@ -49,11 +51,11 @@ def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
     if run.train.packing:
         check_packing(loaded, run.train.max_length)
     has_none = give_template(loaded.tokenizer, run)
-    if has_none and run.task == "instruct" and progress is not None:
+    if has_none and run.task in ASKED and progress is not None:
         progress.note(f"{run.model.name} has no chat template: the plain one is used")
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     check_vocabulary(loaded.tokenizer, rows, f"model.name = '{run.model.name}'")
-    if run.task == "instruct":
+    if run.task in ASKED:
         teach_end(loaded)
     return loaded
 
@@ -82,7 +84,7 @@ def warn_of_template(
     """
     if run.task == "classify":
         return
-    rows = [row for own in clients.values() for row in own.every]
+    rows = [talk for own in clients.values() for row in own.every for talk in talks_of(row)]
     if run.runtime.name == "flower" and run.privacy.unit != "none":
         rows = []
     if run.task == "text":
@@ -104,7 +106,8 @@ def warn_of_template(
             "the tokenizer begins every text with its bos token, and data.template does not write "
             "it; begin the template with {{ bos_token }}"
         )
-    yield from template_warnings(tokenizer, [*rows, *server])
+    own_rows = [talk for row in server for talk in talks_of(row)]
+    yield from template_warnings(tokenizer, [*rows, *own_rows])
 
 
 def local_tensors(run: RunConfig, loaded: LoadedModel) -> frozenset[str]:

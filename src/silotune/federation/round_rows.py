@@ -1,6 +1,7 @@
 """What is recorded about a round: rows of metrics.jsonl."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from silotune.core.types import Failure, Score
 from silotune.federation.metrics import Row
@@ -14,7 +15,7 @@ def round_rows(
     spool: Spool,
     failures: Sequence[Failure],
     scores: Sequence[Score | Failure],
-    about: Mapping[str, float],
+    about: Mapping[str, Any],
     seconds: float,
     *,
     part: str = "held-out",

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from silotune.core.types import Failure, Update
 from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.federation.metrics import (
+    LABEL_SCORES,
+    PAIR_SCORES,
     Row,
     held_out_losses,
     overall_scores,
@@ -231,8 +233,13 @@ class RunView(Progress):
         trained_to = f": train loss {train_loss(rows):.3f}" if trained(rows) else ""
         parts = [f"round {round_}/{self.rounds} done{trained_to}"]
         labels, metrics = overall_scores(rows), own_metrics(rows)
+        names = {**LABEL_SCORES, **PAIR_SCORES}
         for scored, held_out in held_out_losses(rows).items():
-            accuracy = f", accuracy {labels[scored]['accuracy']:.3f}" if scored in labels else ""
+            accuracy = "".join(
+                f", {names[key]} {value:.3f}"
+                for key, value in labels.get(scored, {}).items()
+                if key in ("accuracy", "preference_accuracy")
+            )
             when = "before it" if scored == round_ - 1 else f"after round {scored}"
             metric = f", own metric {metrics[scored]:.3f}" if scored in metrics else ""
             parts.append(f"{part_of(rows)} loss {when}: {held_out:.3f}{accuracy}{metric}")

@@ -121,9 +121,10 @@ def open_server_test(run: RunConfig, loaded: LoadedModel | None = None) -> Serve
     """
     if not (rows := server_test_rows(run)):
         return None
-    loaded, task = loaded or load_for(run), build_task(run.task, run.data.labels)
+    loaded, task = loaded or load_for(run), build_task(run.task, run.data.labels, run.prefer)
     whose = "the server's test set, "
-    examples = prepare_rows(rows, task, loaded, run.train.max_length, whose=whose).examples
+    limit, size = run.train.max_length, run.evaluate.batch_size
+    examples = prepare_rows(rows, task, loaded, limit, whose=whose, batch_size=size).examples
     if not examples:
         raise DataError(
             "evaluate.server_path: no row has an answer within "

@@ -56,7 +56,7 @@ def build_lesson(run: RunConfig, rows: Sequence[TaskRow], loaded: LoadedModel) -
         DataError: No row has an answer within `train.max_length` tokens, or a row has a token
             without an embedding.
     """
-    task = build_task(run.task, run.data.labels)
+    task = build_task(run.task, run.data.labels, run.prefer)
     examples = prepare_rows(
         rows, task, loaded, run.train.max_length, whose="the server's "
     ).examples
@@ -112,7 +112,7 @@ def check_same_tokenizer(
     if mine.get_vocab() != its.get_vocab():
         why = f"their vocabularies differ ({len(mine)} and {len(its)} tokens)"
     else:
-        task, limit = build_task(run.task, run.data.labels), run.train.max_length
+        task, limit = build_task(run.task, run.data.labels, run.prefer), run.train.max_length
         one, other = (task.prepare(rows[:most], t, limit).examples for t in (mine, its))
         if [e.ids.tolist() for e in one] != [e.ids.tolist() for e in other]:
             why = "they split the server's rows into different tokens"

@@ -80,6 +80,10 @@ class AdapterConfig(Config):
     targets: tuple[str, ...] | None = None
     """Names of the modules to adapt; if absent, PEFT's default for the model family.
     ["all-linear"]: every linear layer except the output."""
+    start: str | None = Field(default=None, min_length=1)
+    """A finished run or a PEFT folder whose adapter training starts from, instead of a fresh one,
+    for example instruction tuning before task = "prefer". Its rank, alpha and targets must be the
+    recipe's. Clients receive it as the first adapter; in deployment they check its hash."""
     head: Literal["train", "freeze", "local"] = "train"
     """classify: what happens to the classification head, which starts at random values. train:
     trained and sent with the adapter. freeze: not trained. local: trained, but kept at each
@@ -114,6 +118,8 @@ class AdapterConfig(Config):
         patterns = sorted(self.peft.keys() & {"rank_pattern", "alpha_pattern"})
         if self.ranks and patterns:
             mistakes.append(f"ranks cannot be used with peft.{patterns[0]}")
+        if self.kind == "full" and self.start is not None:
+            mistakes.append("start is an adapter, so it cannot be used with kind = 'full'")
         if self.kind == "full" and self.peft:
             mistakes.append("peft has no effect with kind = 'full'")
         for option, key in OWN_KEYS[self.kind].items():

@@ -38,6 +38,7 @@ from silotune.models.causality import check_causal
 from silotune.models.devices import pick_device, pick_dtype
 from silotune.models.heads import Head, draw_head, find_head, head_as_loaded, set_head
 from silotune.models.quantization import Quantization, check_quantization, prepare_for_training
+from silotune.models.start import fitted, is_told
 
 LABELS = "labels.json"
 """The file next to a classifier's adapter with the names of its classes, in order."""
@@ -65,6 +66,10 @@ class LoadedModel:
     """The modules of that head in the model."""
     notes: tuple[str, ...] = ()
     """What is allowed about the base but may be surprising."""
+    start: AdapterState | None = None
+    """The adapter that training starts from, if it is not a fresh one and is known here."""
+    is_started: bool = False
+    """Whether training starts from such an adapter, even if only the server knows it."""
 
     @property
     def has_adapter(self) -> bool:
@@ -95,7 +100,7 @@ def load_model(
         model_cfg: Which base.
         adapter_cfg: Which adapter.
         seed: The adapter's first factors are drawn from (seed, "adapter"), the same at every
-            client.
+            client; unless `adapter_cfg.start` names an adapter to start from.
         device: "auto", "cpu", "cuda" or "mps".
         labels: Classes to distinguish; with any, the model gets a classification head. Tensors of
             the head that the base does not have are drawn from (seed, "head").
@@ -154,7 +159,7 @@ def _with_adapter(
         set_head(model, head, trained=cfg.head != "freeze")
     parameters = trained_parameters(model, cfg.kind)
     model.eval()
-    return LoadedModel(
+    made = LoadedModel(
         model,
         tokenizer,
         device,
@@ -164,7 +169,13 @@ def _with_adapter(
         quantization=quantization,
         head=frozenset(name for name in parameters if head is not None and head.holds(name)),
         head_modules=head,
+        is_started=cfg.start is not None,
     )
+    if cfg.start is None or is_told(cfg.start):
+        return made
+    start = fitted(cfg.start, parameters)
+    write_adapter(made, start)
+    return replace(made, start=start)
 
 
 def is_renewable(loaded: LoadedModel, cfg: AdapterConfig) -> bool:
@@ -264,13 +275,34 @@ def base_only(loaded: LoadedModel) -> Iterator[None]:
 
 @contextmanager
 def untrained(loaded: LoadedModel) -> Iterator[None]:
-    """The untrained base, for the scores before the first round.
+    """The untrained model, which holds its first adapter: for the scores before the first round.
 
-    Not every fresh adapter leaves the base's output unchanged: trained vectors in front of the text
-    start at random values. A classifier keeps its adapter on, because the adapter holds its head.
+    A fresh adapter is switched off. Not every one leaves the base's output unchanged: trained
+    vectors in front of the text start at random values. A classifier keeps its adapter on, because
+    the adapter holds its head; so does a model that starts from another adapter.
     """
-    with base_only(loaded) if loaded.has_adapter and not loaded.head_modules else nullcontext():
+    is_fresh = loaded.has_adapter and not loaded.head_modules and not loaded.is_started
+    with base_only(loaded) if is_fresh else nullcontext():
         yield
+
+
+@contextmanager
+def as_started(loaded: LoadedModel) -> Iterator[None]:
+    """The model as its training starts, whatever it holds now: the base, or the first adapter.
+
+    Not for models whose weights are all trained, nor for those with a head.
+    """
+    if not loaded.is_started:
+        with base_only(loaded):
+            yield
+        return
+    assert loaded.start is not None, "the recipe's check refuses it where only the server knows it"
+    now = read_adapter(loaded)
+    write_adapter(loaded, loaded.start)
+    try:
+        yield
+    finally:
+        write_adapter(loaded, now)
 
 
 def save_adapter(loaded: LoadedModel, folder: Path, *, base: ModelConfig) -> None:

@@ -1,11 +1,12 @@
 """Record-level privacy: each client clips every row's gradient and adds noise to their sum.
 
-Unit: one row of one client. Adversary: anyone who sees what the client sends, including the server,
-but not anyone with access to the client itself. Neighbours: the client's rows with one row added or
-removed, while everything that follows from the number of rows (sampling rate, noise, steps, lot
-size) stays the same and is public. Assumes that nobody learns which rows a step used: each row is
-drawn independently (Poisson), at the client. A step's sum is divided by the expected number of
-rows, never by the drawn number.
+Unit: one row of one client; with the task prefer, a prompt with both of its answers. Adversary:
+anyone who sees what the client sends, including the server, but not anyone with access to the
+client itself. Neighbours: the client's rows with one row added or removed, while everything that
+follows from the number of rows (sampling rate, noise, steps, lot size) stays the same and is
+public. Assumes that nobody learns which rows a step used: each row is drawn independently
+(Poisson), at the client. A step's sum is divided by the expected number of rows, never by the drawn
+number.
 
 Dropout: every row of a step has a mask of its own, drawn from a fresh secret seed (row_dropout.py).
 The masks of different rows and steps are independent and do not depend on which other rows there
@@ -120,15 +121,19 @@ class RowGuard:
         """Inside, a forward pass of this many rows draws each row's dropout masks by itself."""
         return RowDropout(num_rows, self.seeds)
 
-    def add(self, row_losses: Tensor, learning: Mapping[str, nn.Parameter]) -> None:
+    def add(
+        self, row_losses: Tensor, learning: Mapping[str, nn.Parameter], *, sequences: int = 1
+    ) -> None:
         """Add the clipped gradients of a forward pass to the step's sum.
 
         Args:
             row_losses: One loss for each row, (batch,), with a graph.
             learning: The trained tensors; their `grad` is left empty.
+            sequences: How many sequences of the forward pass, one behind the other, are one row: 2
+                for a pair, whose gradient is the sum of what both of its answers contribute.
         """
         torch.autograd.backward(row_losses.sum())
-        rows = {name: _row_gradients(name, p) for name, p in learning.items()}
+        rows = {name: _row_gradients(name, p, sequences) for name, p in learning.items()}
         found = {name: own for name, own in rows.items() if own is not None}
         norms = row_norms(found.values())
         # a row that overflows contributes nothing, so the sum of the others is unaffected
@@ -151,7 +156,7 @@ class RowGuard:
         self._sums = {}
 
 
-def _row_gradients(name: str, p: nn.Parameter) -> Tensor | None:
+def _row_gradients(name: str, p: nn.Parameter, sequences: int) -> Tensor | None:
     """The gradient of every row, (batch, *shape), taken off the tensor; None if it has none."""
     own: Tensor | None = getattr(p, "grad_sample", None)
     whole, p.grad = p.grad, None
@@ -161,7 +166,9 @@ def _row_gradients(name: str, p: nn.Parameter) -> Tensor | None:
             "  Turn off model.gradient_checkpointing, or use another kind of adapter."
         )
     cast(Any, p).grad_sample = None
-    return own
+    if own is None or sequences == 1:
+        return own
+    return own.reshape(-1, sequences, *own.shape[1:]).sum(1)
 
 
 def _like_rows(values: Tensor, own: Tensor) -> Tensor:

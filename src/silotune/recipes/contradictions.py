@@ -12,6 +12,7 @@ from silotune.recipes.algorithm import (
 )
 from silotune.recipes.each_algorithm import each_algorithm, foreign
 from silotune.recipes.personal import kept_by, what_is_kept
+from silotune.recipes.preferences import of_preferences
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.secure_sums import of_secure_sums
 from silotune.recipes.wire import of_the_wire
@@ -38,6 +39,7 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
             "step on, and clients run on other machines",
         )
     yield from _of_the_task(run)
+    yield from of_preferences(run)
     yield from _of_the_server(run)
     yield from _of_own_steps(run)
     yield from _of_what_clients_keep(run)
@@ -276,8 +278,8 @@ def _of_the_task(run: RunConfig) -> Iterator[tuple[str, str]]:
         ("data", "text_pair"): ("classify",),
         ("data", "prompt"): ("instruct",),
         ("data", "completion"): ("instruct",),
-        ("data", "system"): ("instruct",),
-        ("data", "template"): ("instruct", "text"),
+        ("data", "system"): ("instruct", "prefer"),
+        ("data", "template"): ("instruct", "text", "prefer"),
         ("train", "packing"): ("instruct", "text"),
         ("compare", "max_new_tokens"): ("instruct",),
     }

@@ -42,6 +42,7 @@ from silotune.recipes.sections import (
 from silotune.training.loop import TrainConfig
 from silotune.training.scoring import EvaluateConfig
 from silotune.training.server_training import DistillConfig, ServerConfig
+from silotune.training.tasks.prefer import PreferConfig
 
 LISTS = {
     "": '["one", "two"]',
@@ -163,6 +164,7 @@ def sections(algorithm: str = "fedavg") -> dict[str, type[BaseModel]]:
         "partition": PartitionConfig,
         "sampling": SamplingConfig,
         "train": TrainConfig,
+        "prefer": PreferConfig,
         "server": ServerConfig,
         "distill": DistillConfig,
         "algorithm": ALGORITHM_CONFIGS.get(algorithm, AlgorithmConfig),

@@ -33,6 +33,7 @@ from silotune.recipes.tracks import TrackName
 from silotune.training.loop import TrainConfig
 from silotune.training.scoring import EvaluateConfig
 from silotune.training.server_training import DistillConfig, ServerConfig
+from silotune.training.tasks.prefer import PreferConfig
 
 
 class RunConfig(Config):
@@ -42,10 +43,11 @@ class RunConfig(Config):
     """Every random draw of a run is derived from it, by name."""
     rounds: int = Field(ge=1)
     """Rounds of training and aggregation."""
-    task: Literal["instruct", "classify", "text"] = "instruct"
+    task: Literal["instruct", "classify", "text", "prefer"] = "instruct"
     """instruct: answer like the rows do. classify: assign one of several labels to a text. text:
     continue texts like those of the rows, of which every token is learned (continued
-    pre-training)."""
+    pre-training). prefer: of two answers to a prompt, make the chosen one likelier than the
+    rejected one (direct preference optimisation)."""
     track: TrackName | None = None
     """Follow the rules of this track of the FlowerTune LLM leaderboard: its data set, its number of
     clients, its limit for communication."""
@@ -55,6 +57,7 @@ class RunConfig(Config):
     partition: PartitionConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
     train: TrainConfig = TrainConfig()
+    prefer: PreferConfig = PreferConfig()
     algorithm: AnyAlgorithmConfig = Field(default_factory=lambda: ALGORITHM_CONFIGS["fedavg"]())
     privacy: PrivacyConfig = PrivacyConfig()
     secure_sum: SecureSumConfig = SecureSumConfig()

@@ -19,6 +19,7 @@ from silotune.models.loading import LABELS
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
 from silotune.results.budget_texts import budget_lines, budget_warnings
+from silotune.results.conflict import conflict_lines
 from silotune.results.published import published
 from silotune.results.run_tables import prediction_notes, prediction_table, round_table, split_table
 from silotune.results.summary import (
@@ -143,7 +144,8 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
 
 def _label_scores(summary: Mapping[str, Any]) -> list[str]:
     labels = label_table(summary)
-    title = f"## {str(summary.get('scored', 'held-out')).capitalize()} labels"
+    what = "pairs" if summary.get("task") == "prefer" else "labels"
+    title = f"## {str(summary.get('scored', 'held-out')).capitalize()} {what}"
     return ["", title, "", *markdown_table(labels)] if labels else []
 
 
@@ -151,7 +153,7 @@ def _warnings(summary: Mapping[str, Any]) -> list[str]:
     lost, lines = worse_off(summary), list[str]()
     if lost:
         lines += ["", f"**Not better than the base for: {markdown(', '.join(lost))}.**"]
-    for text in budget_warnings(summary):
+    for text in (*conflict_lines(summary), *budget_warnings(summary)):
         lines += ["", f"**{text}**"]
     return lines
 

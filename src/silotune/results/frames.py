@@ -41,14 +41,17 @@ def round_numbers(rows: Sequence[Row]) -> Rows:
 
     Returns:
         round, train_loss, held_out_loss (both over all clients; of validation rows where a run
-        scores those), with the task classify accuracy, macro_f1 and mcc, with
+        scores those), with the task classify accuracy, macro_f1 and mcc, with prefer
+        preference_accuracy, reward_margin and win_rate, with
         evaluate.metric metric, with a test set at the
         server server_loss, bytes (both ways), seconds, and with LoRA's factors aggregation_error.
         None: not measured.
     """
     held_out, labels, server = held_out_losses(rows), overall_scores(rows), server_losses(rows)
     own = own_metrics(rows)
-    names = [*next(iter(labels.values()), {}), *(["metric"] if own else [])]
+    # the base has no preference accuracy
+    names = list(dict.fromkeys(name for found in labels.values() for name in found))
+    names += ["metric"] if own else []
     ends = [row for row in rows if row["event"] == "round"]
     found: Rows = []
     if 0 in held_out or 0 in server:

@@ -22,6 +22,7 @@ from silotune.results import charts
 from silotune.results.budget_texts import budget_lines, budget_warnings
 from silotune.results.card import python_use, revision_in, without_folders
 from silotune.results.charts import Interval, Split
+from silotune.results.conflict import conflict_lines
 from silotune.results.published import published
 from silotune.results.run_tables import prediction_notes, prediction_table
 from silotune.results.summary import (
@@ -81,7 +82,7 @@ def run_page(
     header, *table = loss_table(summary)  # with hyphens, because terminals show it too
     lost = worse_off(summary)
     warnings = [f"Not better than the base for: {', '.join(lost)}."] if lost else []
-    warnings += budget_warnings(summary)
+    warnings += [*conflict_lines(summary), *budget_warnings(summary)]
     return render(
         "report.html",
         kind="run",
@@ -107,6 +108,7 @@ def run_page(
         scored=is_scored(summary),
         unit=unit_of(summary),
         label_table=label_table(summary),
+        scored_what="pairs" if run.task == "prefer" else "labels",
         own_table=[(name, *map(typeset, cells)) for name, *cells in own_table(summary)],
         loss_charts=drawn(_loss_charts(rows, unit_of(summary), loss_name(summary))),
         cost_lines=[*cost_lines(summary), *own_lines(summary)],

@@ -211,6 +211,8 @@ class Run:
         return as_a_client_has_it(folder, client, adapter, self.summary["clients"])
 
     def _load(self, run: RunConfig, adapter: AdapterState) -> LoadedModel:
+        if run.task != "prefer":  # the result replaces it; only a preference's reference needs it
+            run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start": None})})
         loaded = load_for(run)
         head, known = loaded.head_modules, layout_of(loaded.parameters)
         if head is not None and run.adapter.head == "freeze":

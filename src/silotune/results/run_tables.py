@@ -5,6 +5,8 @@ from typing import Any
 
 from silotune.core.wording import human_bytes, human_seconds
 from silotune.federation.metrics import (
+    LABEL_SCORES,
+    PAIR_SCORES,
     Row,
     part_of,
     server_set,
@@ -47,9 +49,8 @@ def round_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     names = {
         "train_loss": "train loss",
         "held_out_loss": f"{part_of(rows)} loss after the round",
-        "accuracy": "accuracy",
-        "macro_f1": "macro F1",
-        "mcc": "Matthews",
+        **LABEL_SCORES,
+        **PAIR_SCORES,
         "metric": "own metric",
         "server_loss": f"loss on the {server_set(rows)}",
         "bytes": "sent",

@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.wording import counted, human_bytes, human_seconds
+from silotune.federation.conflict import conflict_of
 from silotune.federation.metrics import (
+    LABEL_SCORES,
+    PAIR_SCORES,
     SERVER_TEST,
     Row,
     held_out_losses,
@@ -16,6 +19,8 @@ from silotune.federation.metrics import (
 from silotune.recipes.schema import RunConfig
 
 ARMS = ("base", "federated")
+OF_TASK = {"classify": "row", "prefer": "pair"}
+"""What a loss is a mean over, by task; with all others over tokens."""
 
 
 def summarise(
@@ -42,6 +47,10 @@ def summarise(
         key: [n for row in rows if (n := row.get(key, 0))] for key in ("bytes_up", "bytes_down")
     }
     found: dict[str, Any] = {}
+    if run.task == "prefer":
+        found["scores"] = _label_scores(rows, clients, result_round)
+        if conflict := conflict_of(rows):
+            found["conflict"] = conflict
     if run.task == "classify":
         found["labels"] = list(run.data.labels or ())
         found["scores"] = _label_scores(rows, clients, result_round)
@@ -173,7 +182,7 @@ def _own_metric(
 def _label_scores(
     rows: Sequence[Row], clients: Mapping[str, Any], result_round: int
 ) -> dict[str, Any]:
-    """Accuracy, macro F1 and Matthews correlation of base and result, by client and overall.
+    """The scores beside the loss (see `overall_scores`) of base and result, by client and overall.
 
     The overall scores are over all rows together. They are not means over the clients.
     """
@@ -251,23 +260,22 @@ def unused_rows(
 
 def unit_of(summary: Mapping[str, Any]) -> str:
     """The unit of a loss: what it is averaged over."""
-    return "nats per row" if summary.get("task") == "classify" else "nats per token"
+    return f"nats per {OF_TASK.get(str(summary.get('task')), 'token')}"
 
 
 def label_table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Header and rows: accuracy, macro F1 and Matthews correlation, base and federated.
-
-    Empty for tasks other than classify.
-    """
+    """Header and rows: the scores of labels or of pairs, base and federated; else empty."""
     if "scores" not in summary:
         return []
-    names = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "Matthews"}
+    names = PAIR_SCORES if summary.get("task") == "prefer" else LABEL_SCORES
     header = ["client", *(f"{name}: {arm}" for name in names.values() for arm in ARMS)]
     lines = [tuple(header)]
     scores = summary["scores"]
     for client, own in [*scores["clients"].items(), ("all", scores["overall"])]:
         cells = (
-            "-" if own[arm] is None else f"{own[arm][key]:.3f}" for key in names for arm in ARMS
+            "-" if own[arm] is None or key not in own[arm] else f"{own[arm][key]:.3f}"
+            for key in names
+            for arm in ARMS
         )
         lines.append((client, *cells))
     return lines

@@ -95,7 +95,7 @@ class Station:
         self.place = place
         loaded = load_for(run)
         algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
-        task = build_task(run.task, run.data.labels)
+        task = build_task(run.task, run.data.labels, run.prefer)
         self.worker = Worker(
             loaded, task, run, algorithm, place.ledger, place.quiet, place.progress
         )

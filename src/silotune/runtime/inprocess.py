@@ -46,7 +46,7 @@ def drive(job: Job) -> Measured:
     torch.set_num_threads(job.run.runtime.threads)  # the base may be another recipe's, shared
     run = job.run
     plain = keep_local(algorithm_of(run.algorithm), job.local)
-    unguarded = Worker(job.loaded, build_task(run.task, run.data.labels), run, plain)
+    unguarded = Worker(job.loaded, build_task(run.task, run.data.labels, run.prefer), run, plain)
     data = job.data or prepare_clients(job.rows, unguarded)
     num_rows = {name: own.num_train for name, own in data.items()}
     algorithm = with_client_ranks(with_privacy(plain, run, job.folder, num_rows), run)

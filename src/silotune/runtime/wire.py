@@ -61,6 +61,8 @@ class _Score(Form):
     num_examples: Count
     label_counts: Annotated[list[tuple[Count, Count, Count]], Field(max_length=MAX_LABELS)] = []
     metric: FiniteFloat | None = None
+    margin_sum: FiniteFloat | None = None
+    num_preferred: Count | None = None
 
 
 class _Metrics(Form):
@@ -276,6 +278,11 @@ def _checked(score: Score) -> Score:
         raise UpdateError(f"client '{score.client}': its held-out loss is impossible.")
     if score.num_correct > score.num_tokens:
         raise UpdateError(f"client '{score.client}': its score has more hits than predictions.")
+    preferred, margin = score.num_preferred, score.margin_sum
+    if (preferred is None) != (margin is None) or (preferred or 0) > score.num_tokens:
+        raise UpdateError(f"client '{score.client}': its score of pairs contradicts itself.")
+    if abs(margin or 0.0) > MAX_LOSS * score.num_tokens:
+        raise UpdateError(f"client '{score.client}': its reward margin is impossible.")
     if score.label_counts:
         right, given, true = (sum(part) for part in zip(*score.label_counts, strict=True))
         above = any(hit > min(a, b) for hit, a, b in score.label_counts)
@@ -287,7 +294,7 @@ def _checked(score: Score) -> Score:
 def _score_facts(score: Score) -> dict[str, Any]:
     left_out = ("client", "size_bytes", *(() if score.label_counts else ("label_counts",)))
     facts = {k: v for k, v in asdict(score).items() if k not in left_out}
-    return facts if score.metric is not None else {k: facts[k] for k in facts if k != "metric"}
+    return {k: v for k, v in facts.items() if v is not None}
 
 
 # --- tensors ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class LocalResult:
     """What one client's training did."""
 
     train_loss: float
-    """Mean over all targets of the round (tokens, or labels), in nats, without penalties."""
+    """Mean over all targets of the round (tokens, labels or pairs), in nats, without penalties."""
     penalty: float
     """The rule's penalty at the last step; 0 without one."""
     num_steps: int
@@ -94,15 +94,15 @@ def backward(
     totals: Totals,
 ) -> None:
     """Run a step's forward and backward passes; its gradient is left at the trained tensors."""
-    step_targets = sum(batch.num_trained for batch in batches)
+    step_targets = sum(batch.num_terms for batch in batches)
     for batch in batches:
-        num_rows = batch.ids.shape[0]
-        with contextlib.nullcontext() if guard is None else guard.dropout(num_rows):
+        num_sequences = batch.ids.shape[0]
+        with contextlib.nullcontext() if guard is None else guard.dropout(num_sequences):
             loss = task.loss(loaded, batch)
         if guard is None:
             (loss.loss_sum / step_targets).backward()
         else:
-            guard.add(row_losses(loss, batch), learning)
+            guard.add(row_losses(loss, batch), learning, sequences=batch.sequences)
         totals.loss_sum += loss.loss_sum.detach()
         totals.num_tokens += batch.num_real_tokens
         totals.num_padded_tokens += batch.ids.numel()

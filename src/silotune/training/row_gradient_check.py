@@ -47,7 +47,8 @@ def check_row_gradients(
     for name, p in loaded.parameters.items():
         p.requires_grad_(name in learning)
     for lengths, dropout in ((PADDED, False), (DROPPED, True)):
-        two = [_made_up(loaded, length, pairs=pairs) for length in lengths]
+        make = _made_up_pair if task.reference is not None else _made_up
+        two = [make(loaded, length, pairs=pairs) for length in lengths]
         with _training(loaded.model, dropout=dropout):
             found = _guarded(loaded, task, two, learning)
             expected = _plain(loaded, task, two, learning)
@@ -74,15 +75,27 @@ def _made_up(loaded: LoadedModel, length: int, *, pairs: bool) -> Example:
     return Example(tokens, torch.arange(length) > 0, label=0, segments=segments)
 
 
+def _made_up_pair(loaded: LoadedModel, length: int, *, pairs: bool) -> Example:  # noqa: ARG001
+    """Two sequences of different lengths, and a reference that says nothing about them."""
+    one, other = (_made_up(loaded, n, pairs=False) for n in (length, length - 2))
+    return Example(
+        torch.cat([one.ids, other.ids]),
+        torch.cat([one.trained, other.trained]),
+        segments=torch.arange(2).repeat_interleave(torch.tensor([length, length - 2])),
+        reference=torch.zeros(2),
+    )
+
+
 def _guarded(
     loaded: LoadedModel, task: Task, rows: Sequence[Example], learning: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    batch, seeds = task.collate(rows), _seeds_of(range(len(rows)))
+    batch = task.collate(rows)
+    seeds = _seeds_of(range(batch.ids.shape[0]))
     guard = RowGuard(clip_norm=TINY, noise_multiplier=0.0, lot_size=TINY, noise=_none, seeds=seeds)
     with guard.watching(loaded.model):
-        with guard.dropout(len(rows)), _no_other_draw(loaded.device):
+        with guard.dropout(batch.ids.shape[0]), _no_other_draw(loaded.device):
             loss = task.loss(loaded, batch)
-        guard.add(row_losses(loss, batch), learning)
+        guard.add(row_losses(loss, batch), learning, sequences=batch.sequences)
         guard.release(learning)
     return _taken(learning)
 
@@ -93,7 +106,8 @@ def _plain(
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in learning.items()}
     for n, row in enumerate(rows):
         batch = task.collate([row])
-        with RowDropout(1, _seeds_of([n])):
+        own_sequences = range(n * batch.sequences, (n + 1) * batch.sequences)
+        with RowDropout(batch.sequences, _seeds_of(own_sequences)):
             row_losses(task.loss(loaded, batch), batch).sum().backward()
         own = _taken(learning)
         norm = sum(float(t.square().sum()) for t in own.values()) ** 0.5
@@ -101,13 +115,13 @@ def _plain(
     return total
 
 
-def _seeds_of(rows: Sequence[int]) -> Seeds:
-    """Seeds that a row has in every batch: they follow from the row and the number of the call."""
+def _seeds_of(sequences: Sequence[int]) -> Seeds:
+    """Seeds that a sequence has in every batch: from its number and that of the call."""
     calls = itertools.count()
 
     def draw(count: int) -> list[int]:
         call = next(calls)
-        return [derive(0, "check", row, call) for row in rows[:count]]
+        return [derive(0, "check", one, call) for one in sequences[:count]]
 
     return draw
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from silotune.core.own_code import PYTHON_NAME
 from silotune.core.stats import label_scores
 from silotune.core.types import Config, Score
 from silotune.models.loading import LoadedModel
-from silotune.training.tasks.base import Batch, Example, Loss, Task
+from silotune.training.tasks.base import Batch, Example, Loss, PairScores, Task
 
 
 class EvaluateConfig(Config):
@@ -43,13 +43,12 @@ class EvaluateConfig(Config):
 
 def build_eval_batches(examples: Sequence[Example], task: Task, batch_size: int) -> list[Batch]:
     """All examples in batches of similar length, in an order that depends on nothing else."""
-    return [
-        task.collate([examples[i] for i in group]) for group in _by_length(examples, batch_size)
-    ]
+    return [task.collate([examples[i] for i in group]) for group in by_length(examples, batch_size)]
 
 
-def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    order = sorted(range(len(examples)), key=lambda i: (examples[i].ids.numel(), i))
+def by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """The places of all examples, in batches of similar length."""
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].num_positions, i))
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
@@ -78,6 +77,7 @@ def evaluate(
         Sums over the batches' targets: losses of several clients add up exactly.
     """
     loss_sum, num_tokens, num_correct = 0.0, 0, 0
+    pairs: list[PairScores] = []
     counts = torch.zeros(len(task.labels), 3, dtype=torch.int64)
     rows: list[RowScore] = []
     loaded.model.eval()
@@ -85,10 +85,14 @@ def evaluate(
         for number, batch in enumerate(batches, start=1):
             out = task.loss(loaded, batch)
             loss_sum += float(out.loss_sum)
-            num_tokens += batch.num_trained
-            given, true = out.logits.argmax(-1).cpu(), batch.targets
-            num_correct += int((given == true).sum())
+            num_tokens += batch.num_terms
+            if out.pairs is not None:
+                pairs.append(out.pairs)
+                num_correct += int((out.pairs.gaps > 0).sum())
+            else:
+                num_correct += int((out.logits.argmax(-1).cpu() == batch.targets).sum())
             if task.labels:
+                given, true = out.logits.argmax(-1).cpu(), batch.targets
                 parts = (true[given == true], given, true)
                 counts += torch.stack([torch.bincount(p, minlength=len(counts)) for p in parts], 1)
             if metric is not None:
@@ -97,9 +101,13 @@ def evaluate(
                 tell(number)
     found = tuple((right, given, true) for right, given, true in counts.tolist())
     own = None if metric is None else metric(rows)
-    return Score(
+    score = Score(
         client, loss_sum, num_tokens, num_correct, num_examples, label_counts=found, metric=own
     )
+    if not pairs:
+        return score
+    margins = torch.cat([one.margins.double().cpu() for one in pairs])
+    return replace(score, margin_sum=float(margins.sum()), num_preferred=int((margins > 0).sum()))
 
 
 @dataclass(frozen=True)
@@ -109,11 +117,17 @@ class RowScore:
     loss_sum: float
     """Negative log-likelihood in nats over the row's targets."""
     num_tokens: int
-    """Number of targets."""
+    """Number of targets; a pair is one."""
     given: int = -1
     """classify: index of the class that the row was given."""
     true: int = -1
     """classify: index of its true class."""
+    margin: float | None = None
+    """prefer: the reward margin of the pair."""
+    preferred: int | None = None
+    """prefer: 1 if that margin is above 0, else 0."""
+    likelier: int | None = None
+    """prefer: 1 if the chosen answer is likelier than the rejected one, else 0."""
 
 
 Metric = Callable[[Sequence[RowScore]], float]
@@ -122,6 +136,12 @@ Metric = Callable[[Sequence[RowScore]], float]
 
 def _row_scores(out: Loss, batch: Batch, task: Task) -> list[RowScore]:
     """The score of each row of a batch, in the batch's order."""
+    if out.pairs is not None:
+        each = (out.pairs.losses.double(), out.pairs.margins.double(), out.pairs.gaps)
+        return [
+            RowScore(loss, 1, margin=margin, preferred=int(margin > 0), likelier=int(gap > 0))
+            for loss, margin, gap in zip(*(values.tolist() for values in each), strict=True)
+        ]
     num_rows, length = batch.ids.shape
     targets = batch.targets.to(out.logits.device)
     nll = F.cross_entropy(out.logits, targets, reduction="none")  # (num_trained,)
@@ -151,7 +171,7 @@ def score_each(
     found: dict[int, RowScore] = {}
     loaded.model.eval()
     with torch.inference_mode():
-        for group in _by_length(examples, batch_size):
+        for group in by_length(examples, batch_size):
             batch = task.collate([examples[i] for i in group])
             scored = _row_scores(task.loss(loaded, batch), batch, task)
             found |= dict(zip(group, scored, strict=True))
@@ -163,8 +183,10 @@ def metrics(scores: Iterable[Score]) -> dict[str, Any]:
 
     For tokens: perplexity and token_accuracy. With a metric of one's own, `metric`: its mean over
     clients, weighted by rows. For labels: accuracy, macro_f1 and mcc, and the
-    counts that they are computed from. Clients have different numbers of targets; a mean of their
-    means would give a small client as much weight as a large one.
+    counts that they are computed from. For pairs: win_rate, the share whose chosen answer is the
+    likelier one; reward_margin; and preference_accuracy, the share whose reward margin is above 0,
+    which the reference itself does not have. Clients have different numbers of targets; a mean of
+    their means would give a small client as much weight as a large one.
     """
     all_scores = list(scores)
     num_tokens = sum(s.num_tokens for s in all_scores)
@@ -181,6 +203,13 @@ def metrics(scores: Iterable[Score]) -> dict[str, Any]:
     if all_scores[0].label_counts:
         counts = add_label_counts(s.label_counts for s in all_scores)
         return {**found, **label_scores(counts), "label_counts": counts}
+    margins = [s.margin_sum for s in all_scores if s.margin_sum is not None]
+    if margins:
+        preferred = sum(s.num_preferred or 0 for s in all_scores)
+        found["win_rate"] = sum(s.num_correct for s in all_scores) / num_tokens
+        found["reward_margin"] = sum(margins) / num_tokens
+        accuracy = {"preference_accuracy": preferred / num_tokens}
+        return {**found, **(accuracy if any(margins) else {})}
     return {
         **found,
         "perplexity": math.exp(min(loss, 700.0)),  # above that a float overflows

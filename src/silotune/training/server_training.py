@@ -131,7 +131,7 @@ def fine_tune(
 
     def losses(batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         draw("student")
-        found = lesson.task.loss(loaded, batch).loss_sum / batch.num_trained
+        found = lesson.task.loss(loaded, batch).loss_sum / batch.num_terms
         return found, {"loss": float(found.detach())}
 
     return _train([(loaded, lr)], lesson, losses, epochs=epochs, seed_name=seed_name)
@@ -160,7 +160,7 @@ def distill(
         mine = lesson.task.loss(student, batch, attentions=wants_maps)
         draw("teacher")
         its = lesson.task.loss(teacher, batch, attentions=wants_maps)
-        ce_mine, ce_its = mine.loss_sum / batch.num_trained, its.loss_sum / batch.num_trained
+        ce_mine, ce_its = mine.loss_sum / batch.num_terms, its.loss_sum / batch.num_terms
         if cfg.compat == "raw-logits":
             total = published_loss(
                 ce_mine, ce_its, mine.logits, its.logits, mine.attentions, its.attentions, pairs
@@ -256,15 +256,15 @@ def _train(
         for m in models:
             m.model.train()
         for n, batches in enumerate(build_batches(steps, lesson.examples, lesson.task)):
-            step_targets = sum(batch.num_trained for batch in batches)
+            step_targets = sum(batch.num_terms for batch in batches)
             for batch in batches:
                 loss, parts = losses(batch, draw)
-                (loss * (batch.num_trained / step_targets)).backward()
+                (loss * (batch.num_terms / step_targets)).backward()
                 count += 1
-                num_targets += batch.num_trained
+                num_targets += batch.num_terms
                 num_tokens += batch.num_real_tokens * len(models)
                 for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + value * batch.num_trained
+                    sums[name] = sums.get(name, 0.0) + value * batch.num_terms
             for own, optimizer, (_, lr) in zip(weights, optimizers, learners, strict=True):
                 if cfg.clip_norm > 0:
                     nn.utils.clip_grad_norm_(own, cfg.clip_norm)

@@ -34,9 +34,11 @@ from silotune.models.adapters import check_adapter
 from silotune.models.devices import pick_device
 from silotune.models.quantization import check_quantization
 from silotune.models.sources import check_name, is_hub_id
+from silotune.models.start import check_start
 from silotune.recipes.arms import repeated_arms
 from silotune.recipes.auto import resolve_auto, why_chosen
 from silotune.recipes.parse import resolve_recipe
+from silotune.recipes.preferences import ASKED
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.tracks import TRACKS
 from silotune.runtime.flower.engine import check_installed
@@ -77,7 +79,7 @@ def on_a_day(run: RunConfig) -> RunConfig:
 
     The resolved recipe is what a folder keeps and clients receive, so a run has one day only.
     """
-    if run.data.date is not None or run.task != "instruct":
+    if run.data.date is not None or run.task not in ASKED:
         return run
     today = {"date": date.today().isoformat()}
     return run.model_copy(update={"data": run.data.model_copy(update=today)})
@@ -137,10 +139,12 @@ def _looked_at(run: RunConfig, *, offline: bool, clients: Sequence[str] | None) 
     device = pick_device(run.runtime.device)
     check_quantization(run.model.quantization, device, "model.quantization")
     check_adapter(run.adapter, run.model.quantization, device)
+    if run.adapter.start is not None:
+        check_start(run.adapter.start, run.adapter.model_dump())
     if run.runtime.name != "in-process":
         check_installed(run)
     check_tracker(run.report.tracker)
-    own_loss(run.train.loss, build_task(run.task, run.data.labels))
+    own_loss(run.train.loss, build_task(run.task, run.data.labels, run.prefer))
     own_metric(run.evaluate.metric)
     repeated = repeated_arms(run)  # raises for other mistakes in [compare]
     strategy, (_, notice) = (

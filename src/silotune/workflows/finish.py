@@ -45,7 +45,7 @@ def finish(job: Job, result: ServerState, loaded: LoadedModel) -> dict[str, Any]
     run, found = job.run, dict[str, Any]()
     if not run.finish.local_steps:
         return found
-    task = build_task(run.task, run.data.labels)
+    task = build_task(run.task, run.data.labels, run.prefer)
     worker = Worker(loaded, task, run, fedavg(FedAvgConfig()))
     data = job.data or prepare_clients(job.rows, worker)
     steps = counted(run.finish.local_steps, "step")

@@ -23,6 +23,7 @@ from silotune.data.conversations import TEXT, conversation, list_columns
 from silotune.data.files import EXAMPLES, PlacedRow, no_such_file
 from silotune.data.labelled_texts import labelled_text
 from silotune.data.placed_rows import refuse
+from silotune.data.preferences import ANSWERS, is_pair, whole
 from silotune.data.reading import DataConfig, TaskRow, convert, read_parts
 from silotune.federation.recipe_model import give_template
 from silotune.models.base import load_tokenizer
@@ -43,11 +44,13 @@ MODELS = {
     "instruct": "smollm2-135m-instruct",
     "classify": "minilm-l6",
     "text": "smollm2-135m-instruct",
+    "prefer": "smollm2-135m-instruct",
 }
 """The small named sources: fetched from a package index, and fit for a laptop."""
 TASKS = {
     "classify": "a text and its label",
     "text": "texts without questions, of which every word is learned",
+    "prefer": "of two answers to a prompt, the chosen one is made likelier",
 }
 """What a recipe says about a task that is not the default."""
 NUM_SAMPLES = 3
@@ -150,6 +153,8 @@ def _guess(rows: Sequence[PlacedRow], source: Path) -> Guess:
 
 def _known_task(rows: Sequence[PlacedRow]) -> str | None:
     """The task whose usual columns the first rows have; None if they have others."""
+    if rows[0].columns.keys() >= {*ANSWERS}:
+        return "prefer"
     for task, read in (("instruct", conversation), ("classify", labelled_text)):
         for row in rows[:20]:
             try:
@@ -271,7 +276,7 @@ def _samples(checked: Checked) -> tuple[Sample, ...]:
         tokenizer = load_tokenizer(run.model)
         if run.task != "classify":
             give_template(tokenizer, run)
-    task, limit = build_task(run.task, run.data.labels), run.train.max_length
+    task, limit = build_task(run.task, run.data.labels, run.prefer), run.train.max_length
 
     def shown(row: TaskRow, name: str, number: int) -> Sample:
         if tokenizer is None:
@@ -286,6 +291,8 @@ def _samples(checked: Checked) -> tuple[Sample, ...]:
 
 def _plain(row: TaskRow, client: str, number: int) -> Sample:
     """A row in the plain template, without a tokenizer."""
+    if is_pair(row):
+        row = whole(row, "chosen")
     if isinstance(row, Mapping):
         texts = "".join(f"text: {row[key]}\n" for key in ("text", "text_pair") if key in row)
         return Sample(client, number, 0, (("read", f"{texts}label: "), ("learned", row["label"])))

@@ -23,6 +23,7 @@ from silotune.data.conversations import list_columns
 from silotune.data.duplicates import Duplicates, find_duplicates
 from silotune.data.files import locate
 from silotune.data.partition import PartitionConfig
+from silotune.data.preferences import ANSWERS, is_pair, talks_of
 from silotune.data.reading import TaskRow
 from silotune.federation.client import cut_note
 from silotune.federation.client_config import is_client_folder
@@ -30,9 +31,11 @@ from silotune.federation.recipe_model import give_template, warn_of_template
 from silotune.federation.server_scores import server_test_rows
 from silotune.federation.server_work import server_rows
 from silotune.models.base import ModelConfig, inspect_base, quiet_libraries
+from silotune.recipes.preferences import ASKED
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Task
+from silotune.training.tasks.instruct import written
 from silotune.workflows.check import Checked, check
 from silotune.workflows.data_overview import quantiles
 from silotune.workflows.in_memory import from_memory
@@ -46,7 +49,8 @@ class Lengths:
     """The lengths of some rows in tokens."""
 
     tokens: Mapping[str, float]
-    """Quantiles of the untruncated lengths, named as in `data_overview.QUANTILES`."""
+    """Quantiles of the untruncated lengths, named as in `data_overview.QUANTILES`; of a pair, the
+    longer answer with its prompt counts."""
     num_cut: int
     """Rows longer than `train.max_length`: their end is missing."""
     num_dropped: int
@@ -86,7 +90,8 @@ class Sample:
     num_tokens: int
     """Before truncation."""
     pieces: tuple[tuple[Kind, str], ...]
-    """The full text in order; with the task classify, text, pair and label with their names."""
+    """The full text in order; with the task classify, text, pair and label with their names; with
+    prefer, both answers behind their prompt."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +164,13 @@ def _preview(checked: Checked, num_samples: int, client: str | None) -> Preview:
     chosen = _chosen(client, rows)
     tokenizer, notes = _inspect(run)
     warnings = [*checked.warnings, *notes]
-    if run.task != "classify" and give_template(tokenizer, run) and run.task == "instruct":
+    if run.task != "classify" and give_template(tokenizer, run) and run.task in ASKED:
         warnings.append(f"{run.model.name} has no chat template: the plain one is used")
-    task, limit, own = build_task(run.task, run.data.labels), run.train.max_length, server_rows(run)
+    task, limit, own = (
+        build_task(run.task, run.data.labels, run.prefer),
+        run.train.max_length,
+        server_rows(run),
+    )
     with quiet_libraries():  # the numbers already show rows that exceed the model's own limit
         clients = describe_rows(rows, tokenizer, task, limit, server=own)
         samples = [
@@ -239,6 +248,11 @@ def measure(rows: Sequence[TaskRow], tokenizer: Any, task: Task, max_length: int
         lengths = task.num_tokens(rows, tokenizer)
         num_cut = sum(length > max_length for length in lengths)
         return Lengths(quantiles(lengths), num_cut, 0, None)
+    if task.reference is not None:
+        lengths, kept = task.num_tokens(rows, tokenizer), task.prepare(rows, tokenizer, max_length)
+        num_read = sum(e.trained.numel() for e in kept.examples)
+        share = sum(int(e.trained.sum()) for e in kept.examples) / max(1, num_read)
+        return Lengths(quantiles(lengths), kept.num_cut, kept.num_dropped, share)
     full = task.prepare(rows, tokenizer, NO_LIMIT)
     lengths = [e.ids.numel() for e in full.examples]
     if full.num_dropped:  # rows without any token to learn; a template can cause this
@@ -278,10 +292,15 @@ def sample(
         texts = [f"{name}: {row[part]}\n" for part, name in names.items() if part in row]
         read = "".join(texts) + "label: "
         return Sample(client, number, num_tokens, (("read", read), ("learned", row["label"])))
-    assert task.written is not None, "only rows with labels are not written"
-    (one,) = task.written([row], tokenizer)
-    end = one.starts[max_length] if len(one.ids) > max_length else len(one.text)
-    return Sample(client, number, len(one.ids), _pieces(one.text, one.spans, end))
+    how = task.written or written  # a pair is two conversations
+    sequences = how(talks_of(row), tokenizer)
+    pieces: list[tuple[Kind, str]] = []
+    for one, name in zip(sequences, ANSWERS, strict=False):
+        if is_pair(row):
+            pieces.append(("read", f"{name}:\n"))
+        end = one.starts[max_length] if len(one.ids) > max_length else len(one.text)
+        pieces += _pieces(one.text, one.spans, end)
+    return Sample(client, number, max(len(one.ids) for one in sequences), tuple(pieces))
 
 
 def _pieces(text: str, spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[Kind, str], ...]:

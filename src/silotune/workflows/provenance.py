@@ -20,6 +20,7 @@ from silotune.models.base import folder_of_base
 from silotune.models.base_files import commit_of, public_name
 from silotune.models.loading import LoadedModel
 from silotune.models.sources import SOURCES, content_hash
+from silotune.models.start import hash_of_start
 from silotune.recipes.schema import RunConfig
 from silotune.workflows.check import Checked
 
@@ -48,6 +49,7 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
             "sha256": _fingerprint(checked),
             "held_out": HELD_OUT_RULE,
         },
+        **({"start": _of_the_start(run.adapter.start)} if run.adapter.start else {}),
         **_of_the_servers_test(run),
         **({"algorithm": checked.chosen} if checked.chosen else {}),
         "device": str(loaded.device),
@@ -69,12 +71,22 @@ def provenance_of(folder: RunFolder, checked: Checked, loaded: LoadedModel) -> d
             "would not be comparable.\n"
             f"  Restore it ({run.evaluate.server_path}), or start a new run."
         )
+    if before.get("start", {}).get("sha256") != now.get("start", {}).get("sha256"):
+        raise RunFolderError(
+            f"{folder.path}: the adapter that the run started from has changed since.\n"
+            f"  Restore it ({run.adapter.start}), or start a new run."
+        )
     if before["base"]["sha256"] != now["base"]["sha256"]:
         raise RunFolderError(
             f"{folder.path}: the base has changed since the run began.\n"
             f"  Restore it ({run.model.name}), or start a new run."
         )
     return before
+
+
+def _of_the_start(start: str) -> dict[str, str]:
+    """Where the first adapter is from, and its content."""
+    return {"path": str(Path(start).expanduser().absolute()), "sha256": hash_of_start(start)}
 
 
 def _of_the_servers_test(run: RunConfig) -> dict[str, Any]:

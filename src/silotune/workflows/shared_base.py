@@ -111,8 +111,10 @@ class Bench:
     def _data_for(self, checked: Checked, loaded: LoadedModel) -> Mapping[str, ClientData]:
         run = checked.run
         about = (fingerprint(checked.rows), run.train.max_length, run.evaluate.batch_size)
+        if run.task == "prefer":  # what the reference says is kept with the tokens
+            about = (*about, run.adapter.start)
         if self._tokens is None or self._tokens[0] != repr(about):
-            task = build_task(run.task, run.data.labels)
+            task = build_task(run.task, run.data.labels, run.prefer)
             worker = Worker(loaded, task, run, fedavg(FedAvgConfig()))
             self._tokens = (repr(about), prepare_clients(checked.rows, worker))
             for text in warn_of_template(loaded.tokenizer, run, checked.rows):

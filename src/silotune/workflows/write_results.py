@@ -163,7 +163,9 @@ def _write_rows(
     """split.json and samples.json. Real clients' rows are not the server's to read."""
     if run.runtime.name == "flower":
         return {}
-    split = describe_split(rows, loaded.tokenizer, build_task(run.task))
+    split = describe_split(
+        rows, loaded.tokenizer, build_task(run.task, run.data.labels, run.prefer)
+    )
     folder.write_json("split.json", split)
     samples = _sample(run, folder, rows, loaded, progress) if run.task == "instruct" else []
     folder.write_json("samples.json", samples)

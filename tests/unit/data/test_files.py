@@ -163,7 +163,7 @@ def test_every_example_carries_its_attribution():
 def test_a_misspelt_example_is_refused_without_asking_the_hub():
     text = error_of(find, "medquad-mini")
     assert "Did you mean 'medquad_mini'?" in text
-    assert "Named examples: medquad_mini." in text
+    assert "Named examples: medquad_mini, medquad_pairs." in text
 
 
 @pytest.mark.parametrize("path", ["./x", "~/x-not-here", "/x/y", "a/b/c", "x.csv"])

@@ -369,6 +369,7 @@ def test_a_resolved_recipe_reads_back_equal_whatever_is_set(name, overrides):
 
 # A value that differs from the default and is allowed, and what must be set with it.
 NOISE = ["privacy.noise_multiplier=1", "privacy.delta=0.1"]
+PREFER = ["task=prefer"]
 OTHER: dict[str, tuple[str, list[str]]] = {
     "seed": ("4", []),
     "rounds": ("7", []),
@@ -390,6 +391,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "adapter.virtual_tokens": ("3", ["adapter.kind=prompt"]),
     "adapter.peft": ("{ rank_pattern = { q_proj = 4 } }", []),
     "adapter.head": ("local", ["task=classify"]),
+    "adapter.start": ("runs/before", []),
     "data.path": ("other.csv", []),
     "data.eval_path": ("held.csv", []),
     "data.eval_split": ("test", []),
@@ -447,6 +449,11 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "train.loss": ("python:my_rules:my_loss", []),
     "train.max_length": ("99", []),
     "train.packing": ("true", []),
+    "prefer.loss": ("ipo", PREFER),
+    "prefer.beta": ("0.5", PREFER),
+    "prefer.label_smoothing": ("0.25", PREFER),
+    "prefer.nll_weight": ("0.5", PREFER),
+    "prefer.length_normalized": ("true", PREFER),
     "train.compat": ('["late-schedule"]', ["train.schedule=cosine"]),
     "server.data_fraction": ("0.25", []),
     "server.data_path": ("own.jsonl", []),

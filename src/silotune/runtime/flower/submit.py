@@ -27,6 +27,7 @@ from silotune.federation.client_config import is_client_folder
 from silotune.federation.client_recipe import LOCATIONS, is_public, without_server
 from silotune.federation.roster import CHOSEN, MEMBERS, is_consortium
 from silotune.models.sources import SOURCES
+from silotune.models.start import TOLD, hash_of_start
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.bundle import project_file
 from silotune.runtime.flower.kept_processes import program
@@ -250,7 +251,7 @@ def travelling_name(name: str) -> str:
 
 def with_absolute_paths(run: RunConfig) -> RunConfig:
     """The recipe with paths that mean the same in any directory."""
-    places = {"data": ("path", "eval_path"), "model": ("name",)}
+    places = {"data": ("path", "eval_path"), "model": ("name",), "adapter": ("start",)}
     places |= {"server": ("data_path",), "evaluate": ("server_path",), "distill": ("teacher",)}
     parts = {
         part: (own := getattr(run, part)).model_copy(
@@ -272,6 +273,8 @@ def without_places(run: RunConfig) -> RunConfig:
     """A recipe for real clients: it says what rows look like, but not where they are."""
     data = run.data.model_copy(update={key: _default(key) for key in LOCATIONS} | {"path": OWN})
     adapter = run.adapter.model_copy(update={"ranks": {}})  # each client knows its own
+    if adapter.start is not None:
+        adapter = adapter.model_copy(update={"start": TOLD + hash_of_start(adapter.start)})
     told = {"data": data, "adapter": adapter, "partition": None}
     return run.model_copy(update={**told, **without_server(run)})
 

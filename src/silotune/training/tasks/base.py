@@ -22,7 +22,19 @@ class Example:
     label: int = -1
     """With the task classify: the class of the row, as the index of a label."""
     segments: Tensor | None = None
-    """Which text of a pair a token belongs to, (length,), for families that use it."""
+    """Which text of a pair a token belongs to, (length,), for families that use it. With the task
+    prefer, `ids` are two sequences one after the other: 0 marks the chosen one, 1 the rejected."""
+    reference: Tensor | None = None
+    """With the task prefer: the log-probabilities of both answers under the reference, (2,),
+    float32. Absent until they are computed, see references.py."""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the row in a batch of itself, with the padding of its shorter sequence."""
+        if self.label >= 0 or self.segments is None:
+            return self.ids.numel()
+        second = int(self.segments.sum())
+        return 2 * max(second, self.ids.numel() - second)
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Batch:
     """Examples of similar length, padded on the right."""
 
     ids: Tensor
-    """(batch, length), int64."""
+    """(batch, length), int64. Of pairs, the sequences 2 n and 2 n + 1 belong to row n."""
     positions: Tensor
     """Indices into the flattened (batch * length) positions that predict a target, (num_trained,).
     """
@@ -44,11 +56,34 @@ class Batch:
     """As in the examples, (batch, length)."""
     owners: Tensor | None = None
     """If packed: the example that each position belongs to, (length,); the batch is 1."""
+    sequences: int = 1
+    """Sequences of one row: 2 for pairs."""
+    reference: Tensor | None = None
+    """Of pairs, as in the examples, (rows, 2)."""
 
     @property
     def num_trained(self) -> int:
         """Number of predictions in the loss."""
         return self.targets.numel()
+
+    @property
+    def num_terms(self) -> int:
+        """What the loss is a sum over: predictions, or pairs."""
+        return self.num_trained if self.sequences == 1 else self.ids.shape[0] // self.sequences
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """How a model ranks the two answers of each row, (rows,) each."""
+
+    losses: Tensor
+    """With a graph while training."""
+    margins: Tensor
+    """Difference of the implicit rewards of the chosen and the rejected answer, without a graph:
+    above 0, the model prefers the chosen one more than the reference does."""
+    gaps: Tensor
+    """Difference of their log-probabilities, without a graph: above 0, the chosen one is likelier.
+    """
 
 
 @dataclass(frozen=True)
@@ -61,13 +96,18 @@ class Loss:
     """(num_trained, vocabulary or labels), with a graph while training."""
     attentions: tuple[Tensor, ...] = ()
     """If requested: one per layer, (batch, heads, length, length)."""
+    pairs: PairScores | None = None
+    """If rows are pairs. `loss_sum` is then the sum of their losses."""
 
 
 def row_losses(loss: Loss, batch: Batch) -> Tensor:
     """The mean loss of every row over its own targets, (batch,), with a graph.
 
-    A mean over the targets of all rows would let one row's length change another row's weight.
+    A mean over the targets of all rows would let one row's length change another row's weight. A
+    pair has one loss already.
     """
+    if loss.pairs is not None:
+        return loss.pairs.losses
     targets = batch.targets.to(loss.logits.device)
     each = F.cross_entropy(loss.logits, targets, reduction="none")  # (num_trained,)
     rows = (batch.positions // batch.ids.shape[1]).to(each.device)
@@ -123,8 +163,11 @@ class Task:
     pack: Callable[[Sequence[Example]], Batch] | None = None
     """Examples -> one batch without padding, if the task supports it."""
     written: Callable[[Sequence[Any], Any], list[Written]] | None = None
-    """(rows, tokenizer) -> the rows as text; None if they are classified."""
+    """(rows, tokenizer) -> the rows as text; None if a row is not one text."""
     is_asked: bool = False
     """Whether a row has a question that a model can be asked."""
     labels: tuple[str, ...] = ()
     """The classes, if rows are classified; otherwise empty."""
+    reference: Callable[[LoadedModel, Batch], Tensor] | None = None
+    """(model, batch) -> what `Example.reference` holds for each row, (rows, 2), if rows are pairs.
+    """

@@ -162,17 +162,28 @@ _UNPACKED = (
 
 
 def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
-    """Negative log-likelihood of the trained tokens; the vocabulary is scored only at these."""
+    """Negative log-likelihood of the trained tokens."""
+    logits, seen = predicted(loaded, batch, attentions=attentions)
+    nll = F.cross_entropy(logits, batch.targets.to(loaded.device), reduction="sum")
+    return Loss(nll, logits, seen)
+
+
+def predicted(
+    loaded: LoadedModel, batch: Batch, *, attentions: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The logits of the trained tokens, and attentions; the vocabulary is scored only at these.
+
+    Returns:
+        (num_trained, vocabulary), float32; and if asked for, what `Loss.attentions` holds.
+    """
     device = loaded.device
     more: dict[str, Any] = {"output_attentions": True} if attentions else {}
     if batch.owners is not None:
         more |= _separate(loaded, batch.owners.to(device))
     with only_positions(_head(loaded), batch.positions.to(device), batch.ids.shape[1]):
         out = loaded.model(input_ids=batch.ids.to(device), use_cache=False, **more)
-    # (num_trained, vocabulary); fp32: bf16 log-sums lose the small classes
-    logits = out.logits.float()
-    nll = F.cross_entropy(logits, batch.targets.to(device), reduction="sum")
-    return Loss(nll, logits, tuple(out.attentions) if attentions else ())
+    # fp32: bf16 log-sums lose the small classes
+    return out.logits.float(), tuple(out.attentions) if attentions else ()
 
 
 @contextmanager

@@ -173,6 +173,11 @@ def _check_auditable(run: RunConfig) -> None:
             f"runtime.name = '{run.runtime.name}': an audit adds canaries to the clients, which "
             "only works in process.\n  Add runtime.name=in-process."
         )
+    if run.task == "prefer":
+        raise ConfigError(
+            "task = 'prefer': there are no canaries for pairs yet.\n"
+            "  Audit a finished run instead: silotune audit RUN."
+        )
     if (kept := kept_by(run)) and run.privacy.unit != "client":
         key = kept.partition(" ")[0]
         raise ConfigError(
@@ -226,7 +231,7 @@ def _with_clients(
     loaded = load_for(run, progress)
     provenance_of(folder, checked, loaded)
     plain = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
-    worker = Worker(loaded, build_task(run.task, run.data.labels), run, plain)
+    worker = Worker(loaded, build_task(run.task, run.data.labels, run.prefer), run, plain)
     inner = InProcessClients(worker, prepare_clients(checked.rows, worker), folder, progress)
     first = read_adapter(loaded)
     clients = CanaryClients(
@@ -328,7 +333,7 @@ def _with_rows(
 
 
 def _check_length(loaded: LoadedModel, rows: Sequence[TaskRow], run: RunConfig) -> None:
-    task = build_task(run.task, run.data.labels)
+    task = build_task(run.task, run.data.labels, run.prefer)
     longest = max(task.num_tokens(rows, loaded.tokenizer))
     if longest > run.train.max_length:
         raise ConfigError(

@@ -36,7 +36,7 @@ RATES = (0.01, 0.1)
 
 def losses(loaded: LoadedModel, rows: Sequence[TaskRow], run: RunConfig) -> list[float]:
     """Mean loss of each row's targets, in nats, without rows that have no target in the limit."""
-    task = build_task(run.task, run.data.labels)
+    task = build_task(run.task, run.data.labels, run.prefer)
     examples = prepare_rows(rows, task, loaded, run.train.max_length).examples
     each = score_each(loaded, examples, task, batch_size=run.evaluate.batch_size)
     return [score.loss_sum / score.num_tokens for score in each]

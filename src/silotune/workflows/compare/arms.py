@@ -95,7 +95,7 @@ class Arms:
         # what is personal is kept for the last round only, and losses of rows have no noise
         keeps_last = any(kept_by(r) or r.algorithm.result_differs for r in self.recipes.values())
         self.picks_round = self.has_validation and run.privacy.unit == "none" and not keeps_last
-        self.task = build_task(run.task, run.data.labels)
+        self.task = build_task(run.task, run.data.labels, run.prefer)
         progress.note(f"comparison folder: {folder.path}")
         progress.note(f"loading {run.model.name}")
         self.base_model = SharedBase(run, progress)

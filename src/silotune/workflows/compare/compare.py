@@ -183,7 +183,7 @@ def _check(checked: Checked) -> dict[str, tuple[str, ...]]:
     """
     run = checked.run
     for arm in federated_arms(run).values():  # one that repeats another is a mistake here only
-        own_loss(arm.train.loss, build_task(run.task, run.data.labels))
+        own_loss(arm.train.loss, build_task(run.task, run.data.labels, run.prefer))
     if with_validation(run) != run:
         raise RunFolderError(
             "this comparison was begun by an older version of silotune, without validation rows.\n"

@@ -46,7 +46,8 @@ def prepare_held_out(
             an embedding.
     """
     limit = run.train.max_length
-    prepared = prepare_rows(rows.evaluation, task, loaded, limit)
+    size = run.evaluate.batch_size
+    prepared = prepare_rows(rows.evaluation, task, loaded, limit, batch_size=size)
     if not prepared.examples:
         raise DataError(
             f"client '{rows.name}': no held-out row has an answer within {limit} tokens.\n"
@@ -75,11 +76,13 @@ def score_held_out(
         One row per held-out row, in order.
     """
     each = score_each(loaded, held.examples, task, batch_size=run.evaluate.batch_size)
-    rows: list[Row] = [asdict(score) for score in each]
+    rows: list[Row] = [
+        {key: value for key, value in asdict(score).items() if value is not None} for score in each
+    ]
     for row, group in zip(rows, held.groups, strict=False):  # none, or one for each row
         row["group"] = group
     if not task.is_asked:
-        return rows  # neither a classifier nor a text gives answers
+        return rows  # neither labels nor texts nor pairs are answered
     limit = run.compare.max_new_tokens
     shown = range(len(rows)) if limit else range(int(is_shown))
     asked = [question_of(held.talks[i]) for i in shown]

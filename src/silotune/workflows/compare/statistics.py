@@ -73,6 +73,14 @@ LABELS = (
 )
 """Metrics of the task classify."""
 
+PAIRS = (
+    replace(LOSS, unit="nats per pair"),
+    Metric("preference_accuracy", "preference accuracy", "share of pairs", False, "preferred"),
+    Metric("reward_margin", "reward margin", "nats", False, "margin"),
+    Metric("win_rate", "win rate", "share of pairs", False, "likelier"),
+)
+"""Metrics of the task prefer."""
+
 
 def compare_arms(scores: Scores, *, num_train: Mapping[str, int]) -> dict[str, Any]:
     """Compute the numbers of comparison.json that follow from scored rows.
@@ -90,6 +98,8 @@ def compare_arms(scores: Scores, *, num_train: Mapping[str, int]) -> dict[str, A
     metrics = [LOSS, *(m for m in ANSWERS if m.value in any_row)]
     if any_row.get("true", -1) >= 0:
         metrics = list(LABELS)
+    if "margin" in any_row:
+        metrics = list(PAIRS)
     clients: dict[str, Any] = {}
     for name in names:
         rows = next(iter(scores[LOCAL].values()))[name]

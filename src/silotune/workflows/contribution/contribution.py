@@ -182,7 +182,7 @@ def _rounds_of(
 def _examples(
     run: RunConfig, loaded: LoadedModel, rows: Mapping[str, ClientRows]
 ) -> dict[str, Sequence[Example]]:
-    task = build_task(run.task, run.data.labels)
+    task = build_task(run.task, run.data.labels, run.prefer)
     return {
         name: prepare_rows(own.evaluation, task, loaded, run.train.max_length).examples
         for name, own in sorted(rows.items())
@@ -216,7 +216,7 @@ class _Work:
 
     @property
     def task(self) -> Task:
-        return build_task(self.run.task, self.run.data.labels)
+        return build_task(self.run.task, self.run.data.labels, self.run.prefer)
 
     def took_part(self, client: str) -> int:
         """Number of rounds."""

@@ -34,6 +34,7 @@ from silotune.training.known_tokens import prepare_rows
 from silotune.training.scoring import score_each
 from silotune.training.tasks import build_task
 from silotune.workflows.check import check
+from silotune.workflows.evaluate.pairs import score_pairs
 from silotune.workflows.evaluate.suites import CODE_SUITES, SUITES
 from silotune.workflows.evaluate.suites.base import Item, load_items
 from silotune.workflows.evaluate.suites.code import check_allowed, load_problems, run_code
@@ -230,16 +231,18 @@ def _held_out(
 ) -> tuple[list[Row], dict[str, Any]]:
     if config.task == "classify":
         return _held_out_labels(loaded, config, rows, cfg)
-    task = build_task(config.task)
-    kept: list[Row] = []
-    scores: dict[str, Any] = {}
-    drawn = {
+    asked_of = {
         client: _drawn(own.evaluation, cfg.limit, config.seed, client)
         for client, own in sorted(rows.items())
     }
-    before, total = 0, sum(map(len, drawn.values()))
+    if config.task == "prefer":
+        return score_pairs(loaded, config, asked_of)
+    task = build_task(config.task)
+    kept: list[Row] = []
+    scores: dict[str, Any] = {}
+    before, total = 0, sum(map(len, asked_of.values()))
     tell(0, total)
-    for client, talks in drawn.items():
+    for client, talks in asked_of.items():
         prepared = prepare_rows(talks, task, loaded, config.train.max_length)
         each = score_each(loaded, prepared.examples, task, batch_size=config.evaluate.batch_size)
         scores[client] = {
@@ -276,7 +279,10 @@ def _held_out_labels(
     loaded: LoadedModel, config: RunConfig, rows: Mapping[str, ClientRows], cfg: Questions
 ) -> tuple[list[Row], dict[str, Any]]:
     """Every held-out row's true and predicted label; scores for each client and overall."""
-    task, labels = build_task(config.task, config.data.labels), config.data.labels or ()
+    task, labels = (
+        build_task(config.task, config.data.labels, config.prefer),
+        config.data.labels or (),
+    )
     kept: list[Row] = []
     for client, own in sorted(rows.items()):
         texts = _drawn(own.evaluation, cfg.limit, config.seed, client)

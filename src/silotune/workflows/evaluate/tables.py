@@ -23,6 +23,27 @@ def label_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def pair_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Header and rows: one line per client and model, over the run's own held-out pairs."""
+    lines: list[tuple[str, ...]] = [
+        ("client", "model", "pairs", "loss", "win rate", "preference accuracy", "reward margin")
+    ]
+    clients = list(next(iter(scores["models"].values()))[HELD_OUT]["clients"])
+    for client in (*clients, None):
+        for model, found in scores["models"].items():
+            held = found[HELD_OUT]
+            own = held["overall"] if client is None else held["clients"][client]
+            shares = (
+                _percent(own[key]) if key in own else "-"
+                for key in ("win_rate", "preference_accuracy")
+            )
+            loss, margin = (
+                f"{own[key]:.3f}" if key in own else "-" for key in ("loss", "reward_margin")
+            )
+            lines.append((client or "all", model, str(own["num_items"]), loss, *shares, margin))
+    return lines
+
+
 def quality_table(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Header and rows: one line per client and model, over the run's own held-out questions."""
     keys = {"loss": 3, "rouge1": 3, "rouge2": 3, "rougeL": 3, "exact": 3, "length": 1, "ended": 2}

@@ -146,7 +146,7 @@ def main() -> None:
 
 def _measure(run: RunConfig, began: float) -> Measurement:
     loaded = load_for(run)
-    task = build_task(run.task, run.data.labels)
+    task = build_task(run.task, run.data.labels, run.prefer)
     algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
     worker = Worker(loaded, task, run, algorithm)
     clients, surprises = _clients(run, worker)
@@ -279,9 +279,18 @@ def _clients(
         torch.arange(shape.length) > 0,
         label=0 if run.task == "classify" else -1,
     )
-    batches = build_eval_batches([example] * run.evaluate.batch_size, worker.task, shape.num_rows)
+    if run.task == "prefer":
+        example = Example(
+            example.ids.repeat(2),
+            example.trained.repeat(2),
+            segments=torch.arange(2).repeat_interleave(shape.length),
+            reference=torch.zeros(2),
+        )
+    batches = build_eval_batches(
+        [example] * run.evaluate.batch_size, worker.task, run.train.batch_size
+    )
     names = [f"client-{n}" for n in range(run.partition.num_clients)]
-    rows = (example,) * shape.num_rows
+    rows = (example,) * run.train.batch_size
     return {
         name: ClientData(name, rows, tuple(batches), len(batches), num_cut=0, num_dropped=0)
         for name in names
@@ -308,12 +317,12 @@ def _batches(
         flow = stream(len(own), run.seed, name, start=start)
         rows = list(itertools.islice(flow, num_rows(run.train, len(own))))
         order = generator(run.seed, "order", name)
-        for step in plan_steps(rows, [e.ids.numel() for e in own], run.train, order):
+        for step in plan_steps(rows, [e.num_positions for e in own], run.train, order):
             yield from ([own[row] for row in batch] for batch in step)
 
 
 def _num_tokens(examples: Sequence[Example], run: RunConfig) -> int:
-    lengths = [e.ids.numel() for e in examples]
+    lengths = [e.num_positions for e in examples]
     return sum(lengths) if run.train.packing else max(lengths) * len(lengths)
 
 

@@ -4,7 +4,7 @@ Each part says what it counts. Temporary memory inside libraries is not counted.
 know messages or seconds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ def widest_batch(run: RunConfig) -> BatchShape:
     Rows are usually shorter, and prompts are not learned, so a run usually stays below it.
     """
     rows, length = run.train.batch_size, run.train.max_length
+    if run.task == "prefer":
+        rows *= 2  # both answers of a pair are in one forward pass
     return BatchShape(rows, length, rows if run.task == "classify" else rows * (length - 1))
 
 
@@ -241,7 +243,10 @@ def _loss(run: RunConfig, shapes: Shapes, batch: BatchShape) -> Tensor:
         shapes.model, None, meta, torch.float32, shapes.parameters, kind=run.adapter.kind
     )
     real = Batch(ids, places, places, ids.numel(), mask=torch.empty(ids.shape, device=meta))
-    return build_task(run.task).loss(loaded, real).loss_sum
+    if run.task == "prefer":
+        known = torch.empty(batch.num_rows // 2, 2, device=meta)
+        real = replace(real, sequences=2, reference=known)
+    return build_task(run.task, cfg=run.prefer).loss(loaded, real).loss_sum
 
 
 class _Fused(torch.autograd.Function):

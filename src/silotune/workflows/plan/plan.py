@@ -247,6 +247,8 @@ def _predict(made: Plan, run: RunConfig) -> Prediction:
     if made.client is not None and peak is not None and run != made.run:
         share = run.train.batch_size / made.run.train.batch_size
         rows = max(1, round(made.batch.num_rows * share))
+        if run.task == "prefer":
+            rows = 2 * max(1, round(rows / 2))  # both answers of a pair
         trained = max(1, round(made.batch.num_trained * rows / made.batch.num_rows))
         batch = BatchShape(rows, made.batch.length, trained)
         server = server_memory(run, shapes, algorithm, made.traffic.num_clients)

@@ -1,0 +1,125 @@
+"""What opposed preferences cost, and what helps: half of the clients have their pairs swapped.
+
+    python benchmarks/preferences.py [PAIRS] [--model NAME] [--clients 4] [--rounds 6] [--seeds 3]
+
+PAIRS is a JSONL file with pairs as lists of messages; without it, made-up pairs are used, in which
+every chosen answer begins alike and every rejected one, too. The rows are dealt out in turn; then
+every second client's pairs are swapped, in its train and held-out rows alike: what the others
+prefer, it rejects. Compared are the base, each client alone, FedAvg, a robust rule (the median),
+factors B kept by each client (FedSA-LoRA), and all rows in one place. Without --model, a random
+model of 2 layers is trained on bytes: its numbers show the mechanism, not the quality of any model.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import silotune
+
+RECIPE = """
+seed = 11
+rounds = {rounds}
+task = "prefer"
+[model]
+name = "{model}"
+dtype = "float32"
+[adapter]
+rank = 8
+targets = ["q_proj", "v_proj"]
+[data]
+path = "{data}"
+[train]
+batch_size = 8
+local_steps = {steps}
+lr = {lr}
+max_length = {length}
+[runtime]
+device = "cpu"
+threads = 1
+[report]
+page = false
+[compare]
+seeds = {seeds}
+tune = false
+algorithms = [{{ name = "median" }}, {{ name = "fedsa_lora" }}]
+"""
+
+
+def deal(pairs: list[dict], folder: Path, clients: int) -> None:
+    """One file per client; every second client prefers what the others reject."""
+    for n in range(clients):
+        own = pairs[n::clients]
+        if n % 2:
+            own = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in own]
+        name = f"{'swapped' if n % 2 else 'plain'}-{n}"
+        lines = "".join(json.dumps(row) + "\n" for row in own)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def made_up(count: int) -> list[dict]:
+    """Pairs with a preference that every row shows, so that any model can learn it."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"What is {n}?"}],
+            "chosen": [{"role": "assistant", "content": f"It is {n}."}],
+            "rejected": [{"role": "assistant", "content": f"No {n}!"}],
+        }
+        for n in range(count)
+    ]
+
+
+def num_characters(row: dict) -> int:
+    """Bytes of the prompt and the longer answer: tokens of the random model."""
+    prompt, chosen, rejected = (
+        sum(len(turn["content"].encode()) for turn in row[part])
+        for part in ("prompt", "chosen", "rejected")
+    )
+    return prompt + max(chosen, rejected)
+
+
+def main() -> None:
+    """Write the clients' files and a recipe, run it once, and compare."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("pairs", type=Path, nargs="?")
+    parser.add_argument("--model", help="a base; by default a random one of 2 layers")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--length", type=int, default=384)
+    parser.add_argument("--characters", type=int, default=330, help="longest pair that is used")
+    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    every = made_up(args.rows)
+    if args.pairs is not None:
+        every = [json.loads(line) for line in args.pairs.read_text("utf-8").splitlines()]
+    pairs = [row for row in every if num_characters(row) <= args.characters][: args.rows]
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        (place / "rows").mkdir()
+        deal(pairs, place / "rows", args.clients)
+        if args.model is None:
+            sys.path.insert(0, str(Path(__file__).parents[1]))
+            from tests.conftest import build_tiny_model
+
+            args.model = build_tiny_model(place / "model", width=64)
+        (place / "recipe.toml").write_text(
+            RECIPE.format(data=place / "rows", **vars(args)), encoding="utf-8"
+        )
+        done = silotune.run(place / "recipe.toml", out=place / "run")
+        sys.stdout.write(json.dumps({"conflict": done.summary.get("conflict")}) + "\n")
+        found = silotune.compare(place / "recipe.toml", out=place / "compared").result
+    for metric in ("loss", "preference_accuracy", "reward_margin"):
+        means = {
+            arm: {k: score[k] for k in ("mean", "low", "high")}
+            for arm, score in found["overall"]["scores"][metric].items()
+        }
+        sys.stdout.write(json.dumps({metric: means}) + "\n")
+    sys.stdout.write(json.dumps({"worse_off": found["worse_off"]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
