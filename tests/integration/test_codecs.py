@@ -51,6 +51,33 @@ def test_a_run_sends_what_was_planned_and_a_resumed_one_ends_alike(recipe, plain
     assert again.summary["adapter_sha256"] == done.summary["adapter_sha256"]
 
 
+@pytest.mark.parametrize("name", ["float32", *CODECS])
+def test_what_comes_down_is_planned_too_and_a_resumed_run_ends_alike(recipe, plain, tmp_path, name):
+    keys = [f"wire.down={name}", "wire.up=int8"]
+    planned = silotune.plan(recipe, keys, measured=False).traffic
+    done = silotune.run(recipe, keys, out=tmp_path / "run")
+    assert done.summary["bytes_down"] == planned.bytes_down
+    assert planned.news <= planned.down
+    rows = [row for row in done.metrics if row["event"] == "train"]
+    assert {row["bytes_down"] for row in rows if row["round"] > 1} == {planned.news}
+    with pytest.raises(KeyboardInterrupt):
+        silotune.run(recipe, keys, out=tmp_path / "stopped", progress=Stops())
+    again = silotune.run(resume=tmp_path / "stopped")
+    assert again.summary["adapter_sha256"] == done.summary["adapter_sha256"]
+    # nobody knows what clients hold after an interruption, so they receive the whole adapter
+    assert again.summary["bytes_down"] > done.summary["bytes_down"] or name == "float32"
+
+
+@pytest.mark.parametrize("algorithm", ["ffa_lora", "rolora", "fed_sb", "fedsvd"])
+def test_tensors_that_did_not_change_are_not_sent_again(recipe, tmp_path, algorithm):
+    keys = [f"algorithm.name={algorithm}", "rounds=4"]
+    planned = silotune.plan(recipe, keys, measured=False).traffic
+    done = silotune.run(recipe, keys, out=tmp_path / "run")
+    assert done.summary["bytes_down"] == planned.bytes_down
+    last = [r["bytes_down"] for r in done.metrics if r["event"] == "train" and r["round"] == 4]
+    assert (max(last) < 0.8 * planned.down) == (algorithm != "fedsvd")
+
+
 def difference(run, other):
     a, b = run.adapter(), other.adapter()
     return sum(float((a[n] - b[n]).norm() ** 2) for n in a) ** 0.5
@@ -122,14 +149,18 @@ def test_alone_nothing_travels_so_nothing_is_left_out(recipe, tmp_path):
     ("keys", "why"),
     [
         (["wire.error_feedback=false"], "float32 leaves nothing out"),
-        (["wire.block=32"], "float32 has no blocks"),
-        (["wire.up=bf16", "wire.block=32"], "bf16 has no blocks"),
-        (["wire.up=int8", "wire.share=0.5"], "only has an effect with wire.up = 'topk'"),
+        (["wire.block=32"], "float32: no blocks"),
+        (["wire.up=bf16", "wire.block=32"], "bf16 and float32: no blocks"),
+        (["wire.up=int8", "wire.share=0.5"], "neither wire.up nor wire.down is topk"),
         (
             ["wire.up=int8", "secure_sum.kind=masks", "secure_sum.range=1.0"],
             "cannot be used with secure sums",
         ),
         (["wire.up=int3"], "int3"),
+        (
+            ["wire.down=int8", "algorithm.name=flora", 'adapter.ranks={ "hospital-0" = 1 }'],
+            "clients of several ranks",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(recipe, keys, why):
@@ -139,11 +170,14 @@ def test_what_cannot_be_is_refused(recipe, keys, why):
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-def test_flowers_simulation_sends_the_same_bytes_and_ends_alike(recipe, tmp_path):
-    keys = ["rounds=2", "data.max_rows=4", "wire.up=int4"]
-    one_actor = [f"runtime.client_cpus={usable_threads()}", "runtime.name=flower-simulation"]
+@pytest.mark.parametrize("engine", ["flower-simulation", "flower"])
+def test_flower_sends_the_same_bytes_and_ends_alike(recipe, tmp_path, engine):
+    keys = ["rounds=2", "data.max_rows=4", "wire.up=int4", "wire.down=int8"]
+    runtime = [f"runtime.name={engine}"]
+    if engine == "flower-simulation":
+        runtime.append(f"runtime.client_cpus={usable_threads()}")  # one actor
     here = silotune.run(recipe, keys, out=tmp_path / "here")
-    there = silotune.run(recipe, [*keys, *one_actor], out=tmp_path / "there")
+    there = silotune.run(recipe, [*keys, *runtime], out=tmp_path / "there")
     assert there.summary["adapter_sha256"] == here.summary["adapter_sha256"]
     for key in ("bytes_up", "bytes_down"):
         assert there.summary[key] == here.summary[key]

@@ -153,7 +153,7 @@ ELSEWHERE = {
         for key in ("kind", "range", "min_cohort", "max_examples", "simulate")
     },
     "secure_sum.colluding": "test_privacy_of_sums",
-    **{f"wire.{key}": "test_codecs" for key in ("up", "error_feedback", "block", "share")},
+    **{f"wire.{key}": "test_codecs" for key in ("down", "up", "error_feedback", "block", "share")},
     "train.loss": "test_own_functions",
     **{
         f"prefer.{key}": "test_prefer_run"

@@ -90,6 +90,7 @@ def fed_sb(cfg: FedSBConfig) -> Algorithm:
         step=step,
         init=needs_pairs("fed_sb"),
         begin=with_cores,
+        rewrites=lambda name, round_: round_ <= FACTOR_ROUNDS and _is_rewritten(name),
         local=LocalRule(trains=_is_trained),
     )
 
@@ -111,6 +112,10 @@ def with_cores(adapter: AdapterState) -> dict[str, Tensor]:
             )
         cores[pair.core] = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
     return {**adapter, **cores}
+
+
+def _is_rewritten(name: str) -> bool:
+    return starts_at_zero(name) or starts_at_random(name) or is_core(name)
 
 
 def _is_trained(name: str, round_: int) -> bool:

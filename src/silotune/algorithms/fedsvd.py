@@ -12,7 +12,14 @@ from dataclasses import replace
 from typing import ClassVar
 
 from silotune.algorithms.base import Facts
-from silotune.algorithms.factors import ONE_FACTOR, needs_pairs, orthonormal, pairs_of, wide
+from silotune.algorithms.factors import (
+    ONE_FACTOR,
+    needs_pairs,
+    orthonormal,
+    pairs_of,
+    starts_at_random,
+    wide,
+)
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg, move
 from silotune.core.algorithm import Algorithm
 from silotune.core.types import Change, ServerState
@@ -46,5 +53,10 @@ def fedsvd(cfg: FedSVDConfig) -> Algorithm:
         return replace(moved, adapter=adapter)
 
     return replace(
-        fedavg(cfg), name="fedsvd", step=step, init=needs_pairs("fedsvd"), local=ONE_FACTOR
+        fedavg(cfg),
+        name="fedsvd",
+        step=step,
+        rewrites=lambda name, _: starts_at_random(name),
+        init=needs_pairs("fedsvd"),
+        local=ONE_FACTOR,
     )

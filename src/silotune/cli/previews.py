@@ -212,16 +212,17 @@ def _print_bytes(found: "silotune.Plan") -> None:
     sent = found.traffic
     asked = f"{sent.num_asked} of {counted(sent.num_clients, 'client')}"
     lines: list[tuple[str, int]] = [
-        ("to one client, per round", sent.down),
+        ("to one client, the whole adapter", sent.down),
+        ("to one client that holds the one before", sent.news),
         ("from one client, per round", sent.up),
-        (f"per round, {asked}", sent.per_round),
+        (f"first round, {asked}", sent.per_round),
         (f"{counted(sent.rounds, 'round')} of training", sent.training),
         ("messages that only score", sent.scoring),
         ("total", sent.total),
     ]
     if sent.head_down:
-        lines.insert(2, ("of which the head, to one client", sent.head_down))
-        lines.insert(3, ("of which the head, from one client", sent.head_up))
+        lines.insert(3, ("of which the head, to one client", sent.head_down))
+        lines.insert(4, ("of which the head, from one client", sent.head_up))
     if sent.kept:
         lines.insert(2, ("learned and never sent", sent.kept))
     print_line(f"messages, with {sent.num_values:,} trained numbers\n")

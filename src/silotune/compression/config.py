@@ -12,6 +12,9 @@ CodecName = Literal["float32", "bf16", "int8", "int4", "sign", "topk"]
 class WireConfig(Config):
     """How changes are written for the way between clients and server, and back."""
 
+    down: CodecName = "float32"
+    """How the adapter's change of a round is written on its way to clients that hold the adapter
+    before it. Others receive the whole adapter as float32."""
     up: CodecName = "float32"
     """How a client's change is written. float32: exactly, 4 bytes a number. bf16: 2 bytes. int8 and
     int4: about 1 and 0.5 bytes, as multiples of a step per block. sign: 1 bit, and a mean size per
@@ -22,4 +25,4 @@ class WireConfig(Config):
     block: Literal[32, 64, 128, 256] | None = None
     """Numbers that share a step. Absent: 64 with int4, otherwise 256."""
     share: float = Field(default=0.1, gt=0, le=1)
-    """With topk: the share of the numbers that is sent, at least one per block."""
+    """With topk: share of the numbers that is sent, at least one per block."""

@@ -123,6 +123,9 @@ class Algorithm:
     """(state after the last round) -> the adapter that leaves the run. It is scored once more."""
     report: Callable[[ServerState, Change], Mapping[str, float]] | None = None
     """(state, change) -> numbers about this round for metrics.jsonl; they change nothing."""
+    rewrites: Callable[[str, int], bool] = lambda name, round_: False
+    """(name, round): whether the server's step changes a tensor that no client has trained in this
+    round. Decides how many bytes a round is expected to send down, and nothing else."""
     broadcasts: tuple[str, ...] = ()
     """Names of the parts of the memory that clients receive with the adapter."""
     linear: bool = True
@@ -212,7 +215,7 @@ def messages_for(
     once.
     """
     extra = broadcast_extra(state, algorithm)
-    common = Broadcast(state.round + 1, state.adapter, extra, score=score)
+    common = Broadcast(state.round + 1, state.adapter, extra, score=score, news=state.news)
     if algorithm.tailor is None:
         return dict.fromkeys(clients, common)
     return {name: algorithm.tailor(common, name) for name in clients}

@@ -120,6 +120,18 @@ Layout = Mapping[str, TensorSpec]
 
 
 @dataclass(frozen=True)
+class News:
+    """What is new in an adapter since an earlier round, as it travels."""
+
+    base: int
+    """Completed rounds of the adapter that it is added to."""
+    names: tuple[str, ...]
+    """The tensors that it is about; others are as they were."""
+    payload: AdapterState
+    """These tensors, or what a codec makes of their changes."""
+
+
+@dataclass(frozen=True)
 class ServerState:
     """Everything the server must remember between rounds.
 
@@ -131,6 +143,9 @@ class ServerState:
     adapter: AdapterState
     extra: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
     """An algorithm's memory by purpose: optimizer moments, control variates, base patches."""
+    news: News | None = None
+    """Of the last round, if there is a way to tell it. Not saved: after an interruption, clients
+    receive the whole adapter."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,8 @@ class Broadcast:
     extra: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
     score: bool = True
     """Whether clients score the received adapter on their held-out rows before they train."""
+    news: News | None = None
+    """What has to be added to the adapter of an earlier round to get this one."""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from typing import Any
 from silotune.compression.changes import travels
 from silotune.core.algorithm import Algorithm, broadcast_extra, expected_extra, expected_layout
 from silotune.core.errors import ConfigError
+from silotune.core.seeds import generator
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
 from silotune.core.wording import counted
+from silotune.federation.downlink import news_bytes
 from silotune.federation.metrics import Row, choosing_losses, trained
 from silotune.federation.privacy_statement import num_released
 from silotune.federation.run_folder import RunFolder
-from silotune.federation.sampling import cohort_size
+from silotune.federation.sampling import sample
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import StopConfig
 
@@ -24,7 +26,9 @@ class RoundCost:
     """Bytes of one round's messages if every client answers, known before the round."""
 
     down: int
-    """Bytes to one client: the adapter, and what the algorithm sends with it."""
+    """Bytes to one client: the whole adapter, and what the algorithm sends with it."""
+    news: int
+    """Bytes to one client that holds the adapter of the round before."""
     up: int
     """Bytes from one client."""
     num_asked: int
@@ -33,11 +37,24 @@ class RoundCost:
     """Other clients, which only score the adapter."""
     num_last: int
     """Clients that score the adapter after this round, if it is the last."""
+    num_told: int
+    """Of the clients that train or score, those that hold the adapter of the round before."""
+    num_asked_told: int
+    """Of the clients that train."""
+    news_last: int
+    """Bytes to one client that has received the adapter of this round, for the last scoring."""
 
     @property
     def bytes_down(self) -> int:
         """To all clients, without the scoring after the last round."""
-        return (self.num_asked + self.num_scoring) * self.down
+        num = self.num_asked + self.num_scoring
+        return (num - self.num_told) * self.down + self.num_told * self.news
+
+    @property
+    def training(self) -> int:
+        """Of the messages to and from clients that train."""
+        whole = self.num_asked - self.num_asked_told
+        return whole * self.down + self.num_asked_told * self.news + self.bytes_up
 
     @property
     def bytes_up(self) -> int:
@@ -47,7 +64,8 @@ class RoundCost:
     @property
     def last_bytes(self) -> int:
         """Of the scoring after the final round."""
-        return self.num_last * self.down
+        told = min(self.num_last, self.num_asked + self.num_scoring)
+        return (self.num_last - told) * self.down + told * self.news_last
 
     @property
     def size_bytes(self) -> int:
@@ -281,15 +299,29 @@ def round_cost(
     run: RunConfig, state: ServerState, algorithm: Algorithm, num_clients: int
 ) -> RoundCost:
     """What the round after `state` sends. Only the sizes of tensors are read."""
-    asked, scored = (
-        cohort_size(run.sampling, num_clients),
-        run.evaluate.due(state.round, run.rounds),
-    )
+    names = [f"{n:09d}" for n in range(num_clients)]  # only their order matters to sampling
+    cohort, received = _asked(run, names, state.round), _receive(run, names, state.round)
+    before = _receive(run, names, state.round - 1) if state.round > 0 else set[str]()
+    beside = sum(map(size_bytes, broadcast_extra(state, algorithm).values()))
     extra = expected_extra(algorithm, state).values()
     return RoundCost(
-        down=sum(map(size_bytes, (state.adapter, *broadcast_extra(state, algorithm).values()))),
+        down=size_bytes(state.adapter) + beside,
+        news=news_bytes(run, algorithm, state, state.round) + beside,
         up=sum(map(layout_bytes, (travels(run.wire, expected_layout(algorithm, state)), *extra))),
-        num_asked=asked,
-        num_scoring=(num_clients - asked) * scored,
+        num_asked=len(cohort),
+        num_scoring=len(received) - len(cohort),
         num_last=num_clients * (run.evaluate.every > 0),
+        num_told=len(received & before),
+        num_asked_told=len(cohort & before),
+        news_last=news_bytes(run, algorithm, state, state.round + 1) + beside,
     )
+
+
+def _asked(run: RunConfig, names: Sequence[str], done: int) -> set[str]:
+    return set(sample(names, run.sampling, generator(run.seed, "sampling", done + 1)))
+
+
+def _receive(run: RunConfig, names: Sequence[str], done: int) -> set[str]:
+    """Who receives the adapter of `done` rounds before the next one: whoever trains or scores."""
+    is_scored = run.evaluate.due(done, run.rounds)
+    return set(names) if is_scored else _asked(run, names, done)

@@ -17,6 +17,7 @@ from silotune.federation.acceptance import (
 )
 from silotune.federation.aggregation_error import measure
 from silotune.federation.budget import Clock, end_note, next_ceiling
+from silotune.federation.downlink import settle
 from silotune.federation.metrics import Row
 from silotune.federation.outliers import check_state, refuse_outliers
 from silotune.federation.progress import Progress
@@ -91,9 +92,10 @@ def run_rounds(
         # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
         change = algorithm.combine(state, spool)
         about = measure(run, algorithm, state, spool, change)
-        state = check_state(algorithm.step(state, change), spool)
+        before, state = state, check_state(algorithm.step(state, change), spool)
         # 6. What the server does with rows of its own, where it has some: learns, and scores.
         state, own = improve(state) if improve else (state, [])
+        state = settle(run, algorithm, before, state)  # as far as clients will be told
         # 7. Write it down; a crash after this line loses nothing.
         rows = round_rows(r, cohort, spool, failures, scores, about, clock() - began, part=part)
         folder.append_metrics([*own, *rows])

@@ -21,7 +21,7 @@ import silotune
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import AwaitsConsent, BudgetSpent, Declined, SilotuneError, UpdateError
 from silotune.core.installed import code_sha256, version
-from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT, Failure
+from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT, Broadcast, Failure
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
     SILENT,
@@ -35,6 +35,7 @@ from silotune.federation.client import (
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
+from silotune.federation.downlink import held, hold, with_news
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.federation.secure_sum import CUT, num_numbers
@@ -78,6 +79,8 @@ class Place:
     """A client's `limits.min_count`."""
     sums: Callable[[str], ClientSums] | None = None
     """With secure sums: a client's half of them, by its name."""
+    holds_adapters: bool = False
+    """Whether adapters that arrive are kept, so that the next ones may come as news."""
     progress: Progress = SILENT
     """Told what a client is doing, on its own machine."""
 
@@ -113,7 +116,8 @@ class Station:
         shares = None
         if kind == "train" and sums is not None:  # before training: nothing else may be sent
             parcel, shares = sums.taken_from(parcel)
-        broadcast, own = wire.decode_broadcast(parcel), self.place.folder(client)
+        own = self.place.folder(client)
+        broadcast = self._whole(wire.decode_broadcast(parcel), own)
         if kind == "train":
             if self.place.withholds:
                 broadcast = replace(broadcast, score=False)
@@ -142,6 +146,17 @@ class Station:
                 f"fewer of one kind, than limits.min_count = {self.place.min_count}"
             )
         return self._signed(wire.encode_score(result, broadcast.round))
+
+    def _whole(self, broadcast: Broadcast, own: Path) -> Broadcast:
+        """The broadcast with the adapter that news are about; kept, if more news may come."""
+        if broadcast.news is not None:
+            adapter = with_news(
+                self.worker.run.wire, held(own, broadcast.news.base), broadcast.news
+            )
+            broadcast = replace(broadcast, adapter=adapter, news=None)
+        if self.place.holds_adapters:
+            hold(own, broadcast)
+        return broadcast
 
     def _step(self, kind: str, sums: ClientSums | None, parcel: Parcel) -> Parcel:
         """Answer a message that only secure sums have."""

@@ -14,7 +14,6 @@ import torch
 
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import BudgetSpent, ClientTimeout, UpdateError
-from silotune.core.tree import size_bytes
 from silotune.core.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score, Update
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
@@ -26,6 +25,7 @@ from silotune.federation.client import (
     take_part,
 )
 from silotune.federation.client_memory import load_memory
+from silotune.federation.downlink import Holdings, bytes_of
 from silotune.federation.mixed_ranks import with_client_ranks
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
@@ -134,6 +134,7 @@ class InProcessClients:
         self.train_group = train_group or one_by_one
         self.group_size = group_size
         self.sums = sums
+        self.holdings = Holdings()
 
     def names(self) -> Sequence[str]:
         """All clients, sorted."""
@@ -156,13 +157,23 @@ class InProcessClients:
     def train(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         """Train the clients in groups; those whose turn comes after the deadline fail."""
         if self.sums is None or not messages:
-            yield from self._trained(messages)
+            yield from self._counted(messages)
             return
         one = next(iter(messages.values()))  # a linear algorithm sends all clients the same
         count = num_numbers(self.worker.algorithm, one.adapter, one.round)
         self.sums.begin(one.round, list(messages), count)
-        for arrival in self._trained(messages):
+        for arrival in self._counted(messages):
             yield self.sums.hide(arrival) if isinstance(arrival, Update) else arrival
+
+    def _counted(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
+        """Count what would come down to clients of their own; nothing travels here."""
+        for arrival in self._trained(messages):
+            asked, arrived = messages[arrival.client], isinstance(arrival, Update)
+            if isinstance(arrival, Update):
+                told = self.holdings.tell(arrival.client, asked)
+                arrival = replace(arrival, bytes_down=bytes_of(told))
+            self.holdings.note(arrival.client, asked, answered=arrived)
+            yield arrival
 
     def _trained(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         began, limit = time.monotonic(), self.worker.run.sampling.timeout_s
@@ -188,7 +199,9 @@ class InProcessClients:
             memory = load_memory(self.folder.client_folder(name), broadcast.round)
             result = score(self.worker, self.data[name], broadcast, memory)
             self.progress.client_scored(name)
-            yield Score(**{**vars(result), "size_bytes": size_bytes(broadcast.adapter)})
+            told = self.holdings.tell(name, broadcast)
+            self.holdings.note(name, broadcast, answered=True)
+            yield replace(result, size_bytes=bytes_of(told))
 
 
 def one_by_one(worker: Worker, group: Sequence[Asked]) -> Iterator[Arrival]:

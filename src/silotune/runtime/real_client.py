@@ -134,6 +134,7 @@ class Deployed:
                 withholds=here.privacy.unit != "none" or here.secure_sum.is_on,
                 quiet=self._quiet,
                 min_count=limits.min_count,
+                holds_adapters=True,
                 sums=None if sums is None else lambda _: sums,
                 progress=self.live,
             )

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from torch import Tensor
 
 from silotune.core.errors import UpdateError
-from silotune.core.types import AdapterState, Broadcast, Failure, Score, Update
+from silotune.core.types import AdapterState, Broadcast, Failure, News, Score, Update
 from silotune.runtime.payload import Parcel, no_values
 
 Groups = Mapping[str, AdapterState]
@@ -52,6 +52,10 @@ class _Tensors(Form):
 class _Broadcast(_Tensors):
     round: int = Field(ge=1, le=2**53)
     score: bool
+    base: Count | None = None
+    """Of news: the completed rounds of the adapter that they are added to."""
+    changed: Annotated[list[Name], Field(max_length=1_000_000)] = []
+    """Of news: the tensors that they are about."""
 
 
 class _Score(Form):
@@ -135,10 +139,14 @@ class _Process(Form):
 
 
 def encode_broadcast(broadcast: Broadcast) -> Parcel:
-    """What every client of a cohort receives, as one parcel for all of them."""
+    """The whole adapter, or, without one, the news. The same for all clients that get the same."""
+    news = None if broadcast.adapter else broadcast.news
     extra = {f"extra/{purpose}": state for purpose, state in broadcast.extra.items()}
-    layout, values = _flatten({"adapter": broadcast.adapter, **extra})
+    down = {"adapter": broadcast.adapter} if news is None else {"news": news.payload}
+    layout, values = _flatten({**down, **extra})
     about = {"round": broadcast.round, "score": broadcast.score, "tensors": layout}
+    if news is not None:
+        about |= {"base": news.base, "changed": list(news.names)}
     return Parcel(about, values)
 
 
@@ -150,9 +158,16 @@ def decode_broadcast(parcel: Parcel) -> Broadcast:
     """
     form = read_form(_Broadcast, parcel.about)
     groups = _unflatten(form, parcel.values)
+    news = None
+    payload = groups.pop("news", {})
+    if form.base is not None:
+        news = News(form.base, tuple(form.changed), payload)
     if any(t.dtype != torch.float32 for state in groups.values() for t in state.values()):
         raise UpdateError("a message brings an adapter that is not float32.")
-    return Broadcast(form.round, groups.get("adapter", {}), _extra(groups), form.score)
+    adapter = groups.get("adapter", {})
+    if (news is None and payload) or (news is not None and adapter):
+        raise UpdateError("a message brings neither a whole adapter nor news alone.")
+    return Broadcast(form.round, adapter, _extra(groups), form.score, news)
 
 
 # --- answers ----------------------------------------------------------------------------------

@@ -551,6 +551,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
             "simulate": "true",
         }.items()
     },
+    "wire.down": ("int8", []),
     "wire.up": ("int8", []),
     "wire.error_feedback": ("false", ["wire.up=int4"]),
     "wire.block": ("32", ["wire.up=int8"]),

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.core.errors import UpdateError
-from silotune.core.types import Broadcast, Failure, Score, Update
+from silotune.core.types import Broadcast, Failure, News, Score, Update
 from silotune.runtime import wire
 from silotune.runtime.flower import records
 from silotune.runtime.flower.records import from_record, to_record
@@ -127,6 +127,33 @@ def test_a_broadcast_arrives_bit_for_bit(carrier, sent):
     assert (got.round, got.score) == (sent.round, sent.score)
     assert all_bits(got.adapter, got.extra) == all_bits(sent.adapter, sent.extra)
     assert parcel.values.nbytes == 4 * num_floats(sent.adapter, sent.extra)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_news_arrive_without_the_adapter_and_an_adapter_without_news(carrier):
+    news = News(3, ("b", "a"), {"codes": torch.tensor([1, -2], dtype=torch.int8)})
+    sent = Broadcast(5, {}, {"controls": {"a": torch.ones(1)}}, news=news)
+    parcel = CARRIERS[carrier](wire.encode_broadcast(sent))
+    got = wire.decode_broadcast(parcel)
+    assert (got.adapter, got.news.base, got.news.names) == ({}, 3, ("b", "a"))
+    assert torch.equal(got.news.payload["codes"], news.payload["codes"])
+    assert parcel.values.nbytes == 2 + 4
+    whole = replace(sent, adapter={"a": torch.ones(2)})
+    got = wire.decode_broadcast(CARRIERS[carrier](wire.encode_broadcast(whole)))
+    assert got.news is None
+    assert bits_of(got.adapter) == bits_of(whole.adapter)
+
+
+def test_a_message_with_half_of_each_is_refused():
+    whole = wire.encode_broadcast(Broadcast(1, {"a": torch.ones(1)}))
+    for about in (
+        {**whole.about, "base": 0},
+        {**whole.about, "tensors": [["news", "a", [1]]]},
+        {**whole.about, "base": -1},
+        {**whole.about, "base": 0, "changed": [3], "tensors": [["news", "a", [1]]]},
+    ):
+        with pytest.raises(UpdateError):
+            wire.decode_broadcast(Parcel(about, whole.values))
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)

@@ -4,6 +4,7 @@ Does not know who takes part (`members.py`) or what an answer means (`server.py`
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from silotune.core.errors import UpdateError
-from silotune.core.tree import size_bytes
 from silotune.core.types import Broadcast, Failure
 from silotune.runtime import wire
 from silotune.runtime.flower.records import from_record, to_record
@@ -50,7 +50,9 @@ class Question:
     round: int
     bytes_down: int = 0
     num_tensors: int = 0
-    """In the message: an answer is about the same ones."""
+    """Of the adapter: an answer is about the same ones."""
+    adapter_bytes: int = 0
+    """Of the whole adapter: an answer is about as large."""
 
 
 Answer = tuple[Question, Parcel | Failure]
@@ -58,47 +60,45 @@ Answer = tuple[Question, Parcel | Failure]
 
 
 class Contents:
-    """The records of a round's messages. A message that all clients share is encoded once."""
+    """The records of a round's messages. What several clients are sent is encoded once."""
 
     def __init__(
         self,
         messages: Mapping[str, Broadcast],
         beside: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Encode what all clients share; a separate message is encoded when it is sent.
+        """Nothing is encoded yet.
 
         Args:
             messages: What each client is sent.
             beside: Further text for a client, by its name.
         """
         self._messages, self._beside = messages, beside or {}
-        shared = {id(broadcast): broadcast for broadcast in messages.values()}
-        self._bytes = {key: _parcel_bytes(broadcast) for key, broadcast in shared.items()}
-        self._common: Parcel | None = None
-        self._record: RecordDict | None = None
-        if len(shared) == 1:
-            self._common = wire.encode_broadcast(*shared.values())
-            self._record = None if self._beside else to_record(self._common)
+        self._num_uses = Counter(map(id, messages.values()))
+        self._parcels: dict[int, Parcel] = {}
+        self._records: dict[int, RecordDict] = {}
 
     def record(self, client: str) -> RecordDict:
         """What this client receives."""
-        if self._record is not None:
-            return self._record
-        parcel = self._common or wire.encode_broadcast(self._messages[client])
-        return to_record(Parcel({**parcel.about, **self._beside.get(client, {})}, parcel.values))
+        key = id(self._messages[client])
+        if more := self._beside.get(client):
+            parcel = self._parcel(client)
+            return to_record(Parcel({**parcel.about, **more}, parcel.values))
+        if key not in self._records:
+            record = to_record(self._parcel(client))
+            if self._num_uses[key] == 1:  # large, and not needed again
+                return record
+            self._records[key] = record
+        return self._records[key]
 
-    def size_bytes(self, client: str) -> int:
-        """Bytes of the tensors in this client's message."""
-        return self._bytes[id(self._messages[client])]
-
-    def num_tensors(self, client: str) -> int:
-        """Number of tensors in this client's message."""
-        sent = self._messages[client]
-        return len(sent.adapter) + sum(map(len, sent.extra.values()))
-
-
-def _parcel_bytes(broadcast: Broadcast) -> int:
-    return sum(map(size_bytes, (broadcast.adapter, *broadcast.extra.values())))
+    def _parcel(self, client: str) -> Parcel:
+        key = id(self._messages[client])
+        if key in self._parcels:
+            return self._parcels[key]
+        parcel = wire.encode_broadcast(self._messages[client])
+        if self._beside and self._num_uses[key] > 1:
+            self._parcels[key] = parcel
+        return parcel
 
 
 class Mailbox:
@@ -155,8 +155,7 @@ class Mailbox:
     def take(self) -> Iterator[Answer]:
         """Yield the answers that have arrived, fetched a few at a time."""
         ids = list(self._open)
-        # an answer is about as large as its question
-        largest = max((question.bytes_down for question in self._open.values()), default=0)
+        largest = max((question.adapter_bytes for question in self._open.values()), default=0)
         some = max(1, min(AT_ONCE, int(AT_ONCE_BYTES // max(largest, 1))))
         for at in range(0, len(ids), some):
             for reply in self._grid.pull_messages(ids[at : at + some]):

@@ -18,7 +18,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import EngineError, SilotuneError, UpdateError
+from silotune.core.tree import size_bytes
 from silotune.core.types import Arrival, Broadcast, Failure, Score, Update
+from silotune.federation.downlink import Holdings, bytes_of
 from silotune.federation.mixed_ranks import with_client_ranks
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
@@ -184,6 +186,7 @@ class FlowerClients:
         self.run, self.progress = run, progress
         self.sums: Relay | None = None
         """Carries secure sums, if the recipe asks for them; see `run_remaining`."""
+        self.holdings = Holdings()
         self.mailbox = Mailbox(grid, window=window)
         self.members = Members(
             self.mailbox, names, run, progress, base_sha256=base_sha256, roster=roster
@@ -262,7 +265,9 @@ class FlowerClients:
         beside: Mapping[str, dict[str, Any]] | None = None,
     ) -> Iterator[Update | Score | Failure]:
         """Send each client that is there its message, and decode what comes."""
-        contents, timeout_s = Contents(messages, beside), self.run.sampling.timeout_s
+        told, timeout_s = self.holdings.tell_all(messages), self.run.sampling.timeout_s
+        # actors of a simulation serve any client and keep no adapters: counted, but sent whole
+        contents = Contents(told if self.run.runtime.name == "flower" else messages, beside)
         late = self.members.refresh(list(messages))
         rounds = {broadcast.round for broadcast in messages.values()}
         questions: list[Question] = []
@@ -271,8 +276,10 @@ class FlowerClients:
             if node is None:
                 yield self.members.why_absent(name, broadcast.round)
             else:
-                size, count = contents.size_bytes(name), contents.num_tensors(name)
-                questions.append(Question(kind, node, name, broadcast.round, size, count))
+                states = (broadcast.adapter, *broadcast.extra.values())
+                size, whole = bytes_of(told[name]), sum(map(size_bytes, states))
+                about = (kind, node, name, broadcast.round, size, sum(map(len, states)), whole)
+                questions.append(Question(*about))
         exchange = self._exchange(questions, contents.record, timeout_s)
         for question, answer in itertools.chain(late, exchange):
             if question.kind == "query":
@@ -283,7 +290,12 @@ class FlowerClients:
             ):
                 self._note_late(question)
             else:
-                yield _decode(question, answer)
+                answer = _decode(question, answer)
+                asked = messages.get(question.client)
+                if asked is not None and asked.round == question.round:
+                    is_failure = isinstance(answer, Failure)
+                    self.holdings.note(question.client, asked, answered=not is_failure)
+                yield answer
             del answer  # as in `Mailbox.take`
 
     def _exchange(

@@ -21,7 +21,9 @@ class Traffic:
     """Bytes of the messages with tensors, as metrics.jsonl counts them, if every client answers."""
 
     down: int
-    """Training message to one client in the first round."""
+    """Message to a client that has to receive the whole adapter, as in the first round."""
+    news: int
+    """Message to a client that holds the adapter of the round before, in the second round."""
     up: int
     """Update from one client in that round."""
     head_down: int
@@ -80,11 +82,12 @@ def traffic(run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: i
     last = costs[-1].last_bytes
     down = sum(cost.bytes_down for cost in costs) + last
     up = sum(cost.bytes_up for cost in costs)
-    training = sum(cost.num_asked * (cost.down + cost.up) for cost in costs)
+    training = sum(cost.training for cost in costs)
     num_down = len(state.adapter) + sum(len(state.extra[key]) for key in algorithm.broadcasts)
     one_each = costs[0].down + costs[0].up + HEADER_BYTES * (num_down + len(payload))
     return Traffic(
         down=costs[0].down,
+        news=costs[min(1, len(costs) - 1)].news,
         up=costs[0].up,
         head_down=size_bytes(head),
         head_up=layout_bytes(travels(run.wire, {n: s for n, s in sent.items() if n in head})),
