@@ -1,6 +1,7 @@
 """Change a file in every small way, one at a time, and see whether its tests notice.
 
     python benchmarks/mutants.py src/silotune/algorithms/fedavg.py tests/unit/algorithms
+    python benchmarks/mutants.py src/silotune/algorithms/rolora.py -- tests/unit -k rolora
 
 Operators, comparisons, constants and conditions are changed; statements and keyword arguments are
 removed. Every mutant runs the given tests in a fork of this process, which has imported the large
@@ -139,12 +140,14 @@ def main() -> None:
     if noticed(path, ast.parse(source), given.tests):
         sys.exit(f"the tests fail on {given.file} as it is")
     found = list(mutants(source))
-    survived = [(line, what) for line, what, tree in found if not noticed(path, tree, given.tests)]
-    killed = len(found) - len(survived)
+    killed = 0
+    for number, (line, what, tree) in enumerate(found, start=1):
+        if noticed(path, tree, given.tests):
+            killed += 1
+        else:
+            print(f"  {number} of {len(found)}, line {line}: {what}", flush=True)
     share = f" ({killed / len(found):.0%})" if found else ""
-    print(f"{given.file.name}: {killed} of {len(found)} noticed{share}", flush=True)
-    for line, what in survived:
-        print(f"  line {line}: {what}")
+    print(f"{given.file.name}: {killed} of {len(found)} noticed{share}")
 
 
 if __name__ == "__main__":
