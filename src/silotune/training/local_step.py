@@ -96,8 +96,8 @@ def backward(
     """Run a step's forward and backward passes; its gradient is left at the trained tensors."""
     step_targets = sum(batch.num_terms for batch in batches)
     for batch in batches:
-        num_sequences = batch.ids.shape[0]
-        with contextlib.nullcontext() if guard is None else guard.dropout(num_sequences):
+        num_rows = batch.ids.shape[0]
+        with contextlib.nullcontext() if guard is None else guard.dropout(num_rows):
             loss = task.loss(loaded, batch)
         if guard is None:
             (loss.loss_sum / step_targets).backward()
