@@ -90,7 +90,7 @@ def fed_sb(cfg: FedSBConfig) -> Algorithm:
         step=step,
         init=needs_pairs("fed_sb"),
         begin=with_cores,
-        rewrites=lambda name, round_: round_ <= FACTOR_ROUNDS and _is_rewritten(name),
+        rewrites=_is_rewritten,
         local=LocalRule(trains=_is_trained),
     )
 
@@ -114,8 +114,9 @@ def with_cores(adapter: AdapterState) -> dict[str, Tensor]:
     return {**adapter, **cores}
 
 
-def _is_rewritten(name: str) -> bool:
-    return starts_at_zero(name) or starts_at_random(name) or is_core(name)
+def _is_rewritten(name: str, round_: int) -> bool:
+    between = starts_at_zero(name) or starts_at_random(name) or is_core(name)
+    return round_ <= FACTOR_ROUNDS and between
 
 
 def _is_trained(name: str, round_: int) -> bool:

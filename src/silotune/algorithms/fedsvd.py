@@ -39,6 +39,10 @@ class FedSVDConfig(FedAvgConfig):
     )
 
 
+def _is_turned(name: str, round_: int) -> bool:  # noqa: ARG001 - as `Algorithm.rewrites`
+    return starts_at_random(name)
+
+
 def fedsvd(cfg: FedSVDConfig) -> Algorithm:
     """Build FedSVD.
 
@@ -56,7 +60,7 @@ def fedsvd(cfg: FedSVDConfig) -> Algorithm:
         fedavg(cfg),
         name="fedsvd",
         step=step,
-        rewrites=lambda name, _: starts_at_random(name),
+        rewrites=_is_turned,
         init=needs_pairs("fedsvd"),
         local=ONE_FACTOR,
     )

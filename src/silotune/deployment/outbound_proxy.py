@@ -51,7 +51,7 @@ def _is_here(host: str) -> bool:
 def _is_exempt(host: str, port: int) -> bool:
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    if urllib.request.proxy_bypass_environment(address, {"no": given}):
+    if urllib.request.proxy_bypass_environment(address, {"no": given}):  # pyright: ignore[reportAttributeAccessIssue]
         return True
     return any(_holds(part.strip(), host) for part in given.split(","))
 

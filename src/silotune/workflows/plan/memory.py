@@ -240,7 +240,7 @@ def _loss(run: RunConfig, shapes: Shapes, batch: BatchShape) -> Tensor:
     if run.task == "classify":  # no mask: one of ones changes nothing and cannot be read here
         return F.cross_entropy(shapes.model(input_ids=ids).logits.float(), places)
     loaded = LoadedModel(
-        shapes.model, None, meta, torch.float32, shapes.parameters, kind=run.adapter.kind
+        shapes.model, None, meta, torch.float32, dict(shapes.parameters), kind=run.adapter.kind
     )
     real = Batch(ids, places, places, ids.numel(), mask=torch.empty(ids.shape, device=meta))
     if run.task == "prefer":
