@@ -12,7 +12,7 @@ gradient of the full weights is formed. Clients train B in the first round, on L
 A in the second one, on the orthonormal basis of the first round's product; this is a randomised SVD
 with one power step (Halko et al. 2011, "Finding Structure with Randomness", section 4.4) of what
 these two rounds learn. From the third round on, only the core is trained. The first two rounds are
-as large as RoLoRA's, and every broadcast contains B and A. Tensors that are no factors, such as a
+as large as RoLoRA's, and a whole adapter contains B and A. Tensors that are no factors, such as a
 classification head, are trained in every round.
 """
 
@@ -51,7 +51,7 @@ class FedSBConfig(FedAvgConfig):
         differs="The frozen factors are the singular vectors of what two rounds learn, in which "
         "clients train B and then A; the paper decomposes the gradient of the full weights. These "
         "rounds are as large as RoLoRA's; from the third on only the core is sent. B and A "
-        "still come down with every broadcast. A classification head is trained in every round.",
+        "come down with a whole adapter only. A classification head is trained in every round.",
         exact="yes",
         needs_lora=True,
         core=True,

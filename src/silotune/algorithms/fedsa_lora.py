@@ -26,7 +26,7 @@ class FedSALoRAConfig(FedAvgConfig):
         'Learning", arXiv:2410.01463',
         differs='A classification head is averaged unless `adapter.head = "local"`. On an '
         "embedding, the factor that starts at zero, and therefore stays at the client, is the one "
-        "that PEFT calls A. B is not sent up, but comes down as zeros with every broadcast.",
+        "that PEFT calls A. B is not sent up, but comes down as zeros with a whole adapter.",
         needs_lora=True,
         keeps="B",
         up="A",

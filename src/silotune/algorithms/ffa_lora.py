@@ -5,7 +5,7 @@ Because A is the same at all clients and never changes, the product B A is linea
 of the means is the mean of the products, and noise on B is not multiplied by noise on A.
 Differs from the paper: no noise is added here. Other trained tensors, such as a classification
 head, are averaged as in FedAvg. For an embedding, PEFT initialises lora_embedding_B at random, so A
-is trained there. Clients do not send A, but every broadcast still contains it.
+is trained there. Clients do not send A, and receive it with a whole adapter only.
 """
 
 from dataclasses import replace
@@ -25,8 +25,8 @@ class FFALoRAConfig(FedAvgConfig):
         "arXiv:2403.12313",
         differs="No noise is added. A classification head, if there is one, is trained and "
         "averaged along with B. On an embedding, the factor that starts at zero, and is therefore "
-        "trained, is the one that PEFT calls A. A is not sent up, but still comes down unchanged "
-        "with every broadcast. Other kinds of adapter and DoRA are refused: DoRA divides by a "
+        "trained, is the one that PEFT calls A. A is not sent up, and comes down with a whole "
+        "adapter only. Other kinds of adapter and DoRA are refused: DoRA divides by a "
         "norm of base and product together, so the mean of B would not be exact.",
         exact="yes",
         needs_lora=True,

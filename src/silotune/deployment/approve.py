@@ -100,11 +100,22 @@ def describe(folder: Path, request: Request) -> Iterator[tuple[str, str]]:
     yield "privacy", _privacy(run)
     if own.limits.epsilon is not None:
         yield "privacy left", _privacy_left(own)
-    yield "others", "the server does not say who else takes part"
+    yield "others", _others(run, own)
+
+
+def _others(run: RunConfig, own: ClientConfig) -> str:
+    """Who else may take part: what the server says about that is not asked."""
+    if not run.secure_sum.is_on:
+        return "the server does not say who else takes part"
+    names = sorted(own.secure_sum.roster.keys() - {own.name})
+    return one_line(
+        "only clients on your roster: " + (", ".join(names) or "nobody, so none at all")
+    )
 
 
 def _task_words(run: RunConfig) -> str:
     return {
+        "prefer": "learns which of two answers to prefer",
         "classify": "learns to choose one of the labels; scores count rows per label",
         "text": "learns to continue texts",
     }.get(run.task, "learns to answer prompts")

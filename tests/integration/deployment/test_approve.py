@@ -7,13 +7,15 @@ import tomli_w
 
 from silotune.core.errors import ConfigError
 from silotune.core.types import AWAITS_CONSENT
-from silotune.deployment.approve import describe, find_request
+from silotune.deployment.approve import _others, describe, find_request
 from silotune.deployment.client_status import Activity, client_status, status_lines
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.join import init, take_kit
 from silotune.deployment.queue import submit
+from silotune.federation.client_config import ClientConfig
 from silotune.federation.operator_log import entries, verify
 from silotune.federation.run_folder import RunFolder
+from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.submit import travelling
 from silotune.runtime.payload import Parcel
 from silotune.runtime.real_client import Deployed
@@ -119,3 +121,13 @@ def test_a_recipe_of_the_clients_own_is_the_one_that_was_submitted(place, asked)
     assert refused["code"] == "declined"
     assert own in refused["place"], "so that it can be copied into client.toml"
     assert json.dumps(str(place)) not in json.dumps(refused)
+
+
+def test_with_secure_sums_it_says_who_may_be_in_the_sum():
+    roster = {name: digit * 32 for name, digit in (("east", "1"), ("north", "2"), ("south", "3"))}
+    own = {"name": "north", "data": {"path": "x"}}
+    pinned = ClientConfig.model_validate({**own, "secure_sum": {"roster": roster}})
+    sums = {"secure_sum": {"kind": "masks", "range": 1.0}}
+    run = RunConfig.model_validate({"rounds": 1, "data": {"path": "x"}, **sums})
+    assert _others(run, pinned) == "only clients on your roster: east, south"
+    assert _others(run, ClientConfig.model_validate(own)).endswith("nobody, so none at all")

@@ -13,8 +13,11 @@ import pytest
 import tomli_w
 import torch
 
+from silotune.algorithms.fedavg import FedAvgConfig, fedavg
+from silotune.compression.config import WireConfig
 from silotune.core.lora import at_rank
-from silotune.core.types import Broadcast, Failure
+from silotune.core.types import Broadcast, Failure, ServerState
+from silotune.federation.downlink import settle
 from silotune.federation.ledger import lines
 from silotune.federation.outbound_log import FILE as OUTBOUND
 from silotune.models.adapters import AdapterConfig
@@ -442,3 +445,30 @@ def test_a_client_trains_at_its_own_rank_and_refuses_a_higher_one(client, adapte
     plain = own.answer(message(recipe())).about["failure"]
     assert plain["code"] == "declined"
     assert "adapter.rank = 2 is above limits.rank = 1" in plain["place"]
+
+
+# --- news -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("down", ["float32", "int8"])
+def test_news_lead_to_the_update_of_the_whole_adapter_or_are_refused(client, adapter, down):
+    run = recipe().model_copy(update={"wire": WireConfig(down=down)})
+    before = ServerState(0, adapter)
+    moved = {name: tensor + 0.01 for name, tensor in adapter.items()}
+    after = settle(run, fedavg(FedAvgConfig()), before, ServerState(1, moved))
+    first = wire.encode_broadcast(Broadcast(1, adapter, score=False))
+    whole = wire.encode_broadcast(Broadcast(2, after.adapter, score=False))
+    news = wire.encode_broadcast(Broadcast(2, {}, news=after.news, score=False))
+    one = client(ONE, "a")
+
+    def asked(parcel, run_id):
+        return one.answer(message(run, "train", parcel, run_id))
+
+    for run_id in ("r1", "r2"):
+        assert "update" in asked(first, run_id).about
+    told_whole, told_news = asked(whole, "r1"), asked(news, "r2")
+    assert told_news.values.tobytes() == told_whole.values.tobytes()
+    # one that has lost what it held, or joined late
+    refused = asked(news, "r3").about["failure"]
+    assert "this client holds no adapter" in refused["place"]
+    assert "update" in asked(whole, "r3").about
