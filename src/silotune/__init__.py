@@ -2,7 +2,7 @@
 
 >>> import silotune
 >>> len(silotune.shipped_recipes()), "hospitals" in silotune.shipped_recipes()
-(11, True)
+(12, True)
 """
 
 from importlib import import_module

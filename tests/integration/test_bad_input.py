@@ -104,7 +104,7 @@ def test_an_unknown_recipe_offers_the_nearest_shipped_name():
         "ConfigError: recipe 'hospital': no such file or shipped recipe. Did you mean "
         "'hospitals'?\n  Give the path of a TOML file, or a shipped name: blueprint, flowertune, "
         "flowertune-code, flowertune-finance, flowertune-general, flowertune-medical, glue-cola, "
-        "glue-sst2, hospitals, medical-dora, workshop."
+        "glue-sst2, hospitals, medical-dora, preference, workshop."
     )
 
 

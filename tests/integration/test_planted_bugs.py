@@ -754,11 +754,11 @@ CASES = {
     "releases are written down afterwards": (
         "federation.client",
         "    protection.begin(worker.ledger or Ledger(own / LEDGER))\n"
-        "    memory = load_memory(own, round_)\n"
-        "    update, memory = train_round(worker, data, broadcast, memory, protection, count="
+        "    before = load_memory(own, round_)\n"
+        "    update, after = train_round(worker, data, broadcast, before, protection, count="
         "count)\n",
-        "    memory = load_memory(own, round_)\n"
-        "    update, memory = train_round(worker, data, broadcast, memory, protection, count="
+        "    before = load_memory(own, round_)\n"
+        "    update, after = train_round(worker, data, broadcast, before, protection, count="
         "count)\n"
         "    protection.begin(worker.ledger or Ledger(own / LEDGER))\n",
         a_release_is_written_down_before_it_is_made,

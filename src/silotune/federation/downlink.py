@@ -59,6 +59,14 @@ def settle(
     return replace(after, adapter=adapter, extra=extra, news=news)
 
 
+def result_of(state: ServerState, algorithm: Algorithm) -> ServerState:
+    """The last state with the adapter that leaves the run, of which news may say nothing."""
+    result = algorithm.result(state)
+    if result is state.adapter:
+        return state
+    return replace(state, adapter=result, news=None)
+
+
 def may_change(run: RunConfig, algorithm: Algorithm, name: str, round_: int) -> bool:
     """Whether a tensor may change in a round, which is known before it."""
     if algorithm.local.personal(name):

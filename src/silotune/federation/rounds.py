@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from silotune.core.algorithm import Algorithm, messages_for
 from silotune.core.seeds import generator
@@ -17,7 +16,7 @@ from silotune.federation.acceptance import (
 )
 from silotune.federation.aggregation_error import measure
 from silotune.federation.budget import Clock, end_note, next_ceiling
-from silotune.federation.downlink import settle
+from silotune.federation.downlink import result_of, settle
 from silotune.federation.metrics import Row
 from silotune.federation.outliers import check_state, refuse_outliers
 from silotune.federation.progress import Progress
@@ -92,10 +91,10 @@ def run_rounds(
         # 5. Many deltas become one change (in name order, one in memory at a time); then the step.
         change = algorithm.combine(state, spool)
         about = measure(run, algorithm, state, spool, change)
-        before, state = state, check_state(algorithm.step(state, change), spool)
+        after = check_state(algorithm.step(state, change), spool)
         # 6. What the server does with rows of its own, where it has some: learns, and scores.
-        state, own = improve(state) if improve else (state, [])
-        state = settle(run, algorithm, before, state)  # as far as clients will be told
+        after, own = improve(after) if improve else (after, [])
+        state = settle(run, algorithm, state, after)  # as far as clients will be told
         # 7. Write it down; a crash after this line loses nothing.
         rows = round_rows(r, cohort, spool, failures, scores, about, clock() - began, part=part)
         folder.append_metrics([*own, *rows])
@@ -105,10 +104,9 @@ def run_rounds(
     if ended_by is not None:
         progress.note(end_note(ended_by, str(state.round), run.stop))
     if run.evaluate.due(state.round, state.round):
-        whole = replace(state, adapter=algorithm.result(state))
-        final = messages_for(clients.names(), algorithm, whole, score=True)
         progress.begin_scoring(clients.names())
         folder.rewind(state.round)  # a resumed run may have scored it before
+        final = messages_for(clients.names(), algorithm, result_of(state, algorithm), score=True)
         found = check_scores(clients.evaluate(final), known)
         folder.append_metrics(score_rows(state.round, found, part=part))
     return state

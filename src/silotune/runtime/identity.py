@@ -7,7 +7,6 @@ Clients of a simulation have throwaway keys, which say nothing about anybody.
 """
 
 import datetime
-import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from silotune.core.reading_back import read_object
 from silotune.federation.client_config import ClientConfig
 from silotune.privacy.secure_sum.masks import library
 from silotune.privacy.secure_sum.member import Sign, Verify
+from silotune.runtime.fingerprint import digest, fingerprint
 
 KIT = "kit.toml"
 """Beside client.toml: the consortium's authority and this client's certificate."""
@@ -42,18 +42,6 @@ class Identity:
     """What others read: a certificate, or a public key as text."""
     verifiers: Callable[[Mapping[str, str]], Mapping[str, Verify]]
     """(credentials by client) -> how to check each one's signatures. Raises `Unknown`."""
-
-
-def fingerprint(key: Any) -> str:
-    """What two people compare by telephone: 128 bits of the key's SHA-256, eight groups of four."""
-    text = _digest(key)
-    return " ".join(text[at : at + 4] for at in range(0, 32, 4))
-
-
-def _digest(key: Any) -> str:
-    forms: Any = library("hazmat.primitives.serialization")
-    der = key.public_bytes(forms.Encoding.DER, forms.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).hexdigest()
 
 
 # --- real clients ---------------------------------------------------------------------------------
@@ -87,13 +75,13 @@ def identity_of(config: Path, own: ClientConfig) -> Identity:
             "  [secure_sum] roster in its client.toml is empty. It takes the fingerprint of every "
             f"client of the consortium, by name; this client's is {mine}"
         )
-    if not _digest(key.public_key()).startswith(own.secure_sum.roster.get(own.name, "")):
+    if not digest(key.public_key()).startswith(own.secure_sum.roster.get(own.name, "")):
         raise Declined(
             f"client '{own.name}' does not take part:\n"
             f"  [secure_sum] roster in its client.toml gives '{own.name}' another fingerprint than "
             f"that of its own key, {mine}"
         )
-    pinned = {**own.secure_sum.roster, own.name: _digest(key.public_key())}
+    pinned = {**own.secure_sum.roster, own.name: digest(key.public_key())}
     credential, authority = _credential(config.parent / KIT, key)
 
     def verifiers(credentials: Mapping[str, str]) -> Mapping[str, Verify]:
@@ -130,7 +118,7 @@ def _verifier(name: str, credential: str, authority: Any, pinned: str | None) ->
             f"'{name}' is not on this client's roster ([secure_sum] roster in client.toml)"
         )
     key = _key_in(name, credential, authority)
-    if not _digest(key).startswith(pinned):
+    if not digest(key).startswith(pinned):
         groups = " ".join(pinned[at : at + 4] for at in range(0, 32, 4))
         raise Unknown(
             f"the key that came as that of '{name}' has the fingerprint {fingerprint(key)}, and "

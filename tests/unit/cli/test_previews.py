@@ -69,6 +69,7 @@ def plan_of(num: int) -> Plan:
         run=RunConfig.model_construct(),
         traffic=Traffic(
             down=10,
+            news=10,
             up=20,
             head_down=0,
             head_up=0,
@@ -99,7 +100,7 @@ def plan_of(num: int) -> Plan:
 def test_a_plan_counts_in_whole_sentences(capsys, num, s):
     print_plan(plan_of(num))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert f"per round, {num} of {num} client{s} {30 * num} {30 * num} B" in lines
+    assert f"first round, {num} of {num} client{s} {30 * num} {30 * num} B" in lines
     assert f"{num} round{s} of training 30 30 B" in lines
     assert f"memory, estimated for {num} row{s} of 128 tokens, 20 of them learned" in lines
     assert f"{num} round{s} of training 1 s" in lines

@@ -18,6 +18,7 @@ from silotune.federation.downlink import (
     bytes_of,
     held,
     hold,
+    result_of,
     settle,
     with_news,
 )
@@ -183,3 +184,12 @@ def test_news_that_do_not_fit_are_refused(down, bad):
 def test_a_settled_state_has_the_layout_that_it_had():
     for state in rounds(run_of(down="int4")):
         assert layout_of(state.adapter) == layout_of(drawn(0))
+
+
+def test_a_result_that_is_another_adapter_is_no_news():
+    *_, last = rounds(run_of())
+    assert result_of(last, ALL) is last
+    other = replace(ALL, result=lambda state: {n: 2 * t for n, t in state.adapter.items()})
+    found = result_of(last, other)
+    assert found.news is None
+    assert torch.equal(found.adapter["a"], 2 * last.adapter["a"])

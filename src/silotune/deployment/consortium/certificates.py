@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from silotune.core.errors import ConfigError
-from silotune.runtime.identity import fingerprint as fingerprint  # clients read it, too
+from silotune.runtime.fingerprint import fingerprint as fingerprint  # clients read it, too
 
 Key = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
