@@ -96,8 +96,9 @@ def _append(
     ):
         file.seek(0)
         before = file.read().split(b"\n")
-        # a crash may have cut the last line: it stays as it is, and `verify` will say so
-        cut = before.pop() if before[-1] else before.pop() and b""
+        # nothing stands behind the last newline, unless a crash has cut a line: it stays as it is,
+        # and `verify` will say so
+        cut = before.pop()
         if cut:
             before.append(cut)
         row: dict[str, Any] = {
