@@ -149,8 +149,8 @@ def test_alone_nothing_travels_so_nothing_is_left_out(recipe, tmp_path):
     ("keys", "why"),
     [
         (["wire.error_feedback=false"], "float32 leaves nothing out"),
-        (["wire.block=32"], "float32: no blocks"),
-        (["wire.up=bf16", "wire.block=32"], "bf16 and float32: no blocks"),
+        (["wire.block=32"], "only has an effect with int8, int4, sign or topk"),
+        (["wire.up=bf16", "wire.block=32"], "only has an effect with int8, int4, sign or topk"),
         (["wire.up=int8", "wire.share=0.5"], "neither wire.up nor wire.down is topk"),
         (
             ["wire.up=int8", "secure_sum.kind=masks", "secure_sum.range=1.0"],

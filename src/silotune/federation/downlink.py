@@ -167,9 +167,11 @@ class Holdings:
     def tell(self, client: str, broadcast: Broadcast) -> Broadcast:
         """What this client has to be sent: the same broadcast with either adapter or news."""
         version, held = broadcast.round - 1, self._held.get(client)
+        if broadcast.news is None:  # of a result, for example, which nobody holds under its round
+            return broadcast
         if held == version:
             return replace(broadcast, adapter={}, news=News(version, (), {}))
-        if broadcast.news is not None and held == broadcast.news.base == version - 1:
+        if held == broadcast.news.base == version - 1:
             return replace(broadcast, adapter={})
         return replace(broadcast, news=None)
 

@@ -19,6 +19,6 @@ def of_the_wire(run: RunConfig) -> Iterator[tuple[str, str]]:
             "bits, and nothing shorter",
         )
     if cfg.block is not None and both <= {"float32", "bf16"}:
-        yield "wire.block", f"has no effect: {' and '.join(sorted(both))}: no blocks"
+        yield "wire.block", "only has an effect with int8, int4, sign or topk"
     if cfg.share != type(cfg).model_fields["share"].default and "topk" not in both:
         yield "wire.share", "has no effect: neither wire.up nor wire.down is topk"

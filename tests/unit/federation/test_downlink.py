@@ -129,11 +129,19 @@ def test_whoever_answered_the_round_before_gets_news_and_others_all():
 
 def test_whoever_holds_this_very_adapter_gets_no_numbers():
     holdings = Holdings()
-    first = next(broadcasts())
-    holdings.note("north", first, answered=True)
-    told = holdings.tell("north", first)
+    _, second, *_ = broadcasts()
+    holdings.note("north", second, answered=True)
+    told = holdings.tell("north", second)
     assert bytes_of(told) == 0
-    assert with_news(WireConfig(), first.adapter, told.news) == first.adapter
+    assert with_news(WireConfig(), second.adapter, told.news) == second.adapter
+
+
+def test_a_result_comes_whole_to_whoever_holds_the_adapter_of_its_round():
+    """Regression: an end in mid-round left clients with the adapter from which it was made."""
+    holdings, (_, second, *_) = Holdings(), broadcasts()
+    holdings.note("north", second, answered=True)
+    result = replace(second, adapter=drawn(9), news=None)
+    assert holdings.tell("north", result).adapter is result.adapter
 
 
 def test_clients_that_are_told_the_same_share_one_message():
