@@ -78,10 +78,12 @@ WITH_RESIDUAL = LocalRule(trains=_is_not_beside)
 """Clients train the adapter next to the frozen factors beside it."""
 
 
-def wide(state: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, Tensor]:
-    """Both factors as float64 matrices: (d_out, r) and (r, d_in). A core goes to the left one."""
-    left, right = state[pair.left].double().flatten(1), state[pair.right].double().flatten(1)
-    return (left @ state[pair.core].double() if pair.core in state else left), right
+def wide(
+    state: Mapping[str, Tensor], pair: Pair, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Both factors as matrices: (d_out, r) and (r, d_in). A core goes to the left one."""
+    left, right = (state[name].to(dtype).flatten(1) for name in (pair.left, pair.right))
+    return (left @ state[pair.core].to(dtype) if pair.core in state else left), right
 
 
 def narrow(left: Tensor, right: Tensor, pair: Pair, like: AdapterState) -> dict[str, Tensor]:
@@ -224,35 +226,55 @@ def trained(state: AdapterState, update: Update) -> dict[str, Tensor]:
     return add({name: received[name] for name in update.delta}, update.delta)
 
 
-Products = dict[Pair, tuple[Tensor, Tensor]]
+Products = Iterable[tuple[Pair, Tensor, Tensor]]
 """One product per module, as float64 factors (d_out, k) and (k, d_in)."""
 
 
 class SumOfProducts:
-    """The sum of products, module by module, as stacked factors: no product is formed.
+    """The weighted sum of products, module by module, as stacked factors: no product is formed.
 
+    Factors are kept in 32 bits, or in 64 if the adapter has 64, until their module's sum is taken.
     A stack with more than twice as many columns as its product has rows or columns is rewritten
     with as many as it needs.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[Pair, list[tuple[Tensor, Tensor]]] = {}
+        self._parts: dict[Pair, list[tuple[float, Tensor, Tensor]]] = {}
+        self._columns: dict[Pair, int] = {}
 
-    def add(self, pair: Pair, left: Tensor, right: Tensor) -> None:
-        """Add a product; its factors are kept as they are."""
+    def add(self, pair: Pair, weight: float, left: Tensor, right: Tensor) -> None:
+        """Add a weighted product; its factors are not copied."""
         own = self._parts.setdefault(pair, [])
-        own.append((left, right))
-        if sum(part.shape[1] for part, _ in own) > 2 * min(len(left), right.shape[1]):
-            self._parts[pair] = [compressed(*_stack(own))]
+        own.append((weight, left, right))
+        self._columns[pair] = self._columns.get(pair, 0) + left.shape[1]
+        if self._columns[pair] > 2 * min(len(left), right.shape[1]):
+            left, right = compressed(*_stack(own, 1.0))
+            self._parts[pair], self._columns[pair] = [(1.0, left, right)], left.shape[1]
 
-    def scaled(self, factor: float) -> Products:
-        """The sum times a factor."""
-        stacks = {pair: _stack(own) for pair, own in self._parts.items()}
-        return {pair: (left.mul_(factor), right) for pair, (left, right) in stacks.items()}
+    def take(self, factor: float) -> Iterator[tuple[Pair, Tensor, Tensor]]:
+        """The sum times a factor, one module at a time; what was taken is forgotten."""
+        for pair in list(self._parts):
+            yield pair, *_stack(self._parts.pop(pair), factor)
 
 
-def _stack(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([left for left, _ in parts], dim=1), torch.cat([right for _, right in parts])
+def _stack(parts: Sequence[tuple[float, Tensor, Tensor]], factor: float) -> tuple[Tensor, Tensor]:
+    columns = sum(part.shape[1] for _, part, _ in parts)
+    _, one, other = parts[0]
+    left = one.new_empty(len(one), columns, dtype=torch.float64)
+    right = other.new_empty(columns, other.shape[1], dtype=torch.float64)
+    at = 0
+    for weight, b, a in parts:
+        here = slice(at, at + b.shape[1])
+        left[:, here] = b
+        left[:, here] *= factor * weight
+        right[here] = a
+        at = here.stop
+    return left, right
+
+
+def kept_dtype(state: AdapterState, pair: Pair) -> torch.dtype:
+    """In what a client's factors wait for the others: 32 bits, or those of the adapter if more."""
+    return torch.promote_types(state[pair.left].dtype, torch.float32)
 
 
 def compressed(
@@ -292,12 +314,11 @@ def mean_of_products(
             weight, own = weight_of(update, cfg), trained(state, update)
             total += weight
             for pair in pairs_of(own):
-                left, right = wide(own, pair)
-                sums.add(pair, weight * left, right)
+                sums.add(pair, weight, *wide(own, pair, kept_dtype(own, pair)))
             yield weight, without_factors(update.delta)
 
     others = weighted_mean(read())
-    return sums.scaled(1 / total), others
+    return sums.take(1 / total), others
 
 
 def without_factors(state: AdapterState) -> dict[str, Tensor]:
@@ -327,7 +348,7 @@ def added_beside(
     `rank`. A product of 0 has no tensors.
     """
     found: dict[str, Tensor] = {}
-    for pair, (left, right) in new.items():
+    for pair, left, right in new:
         old_left, old_right = beside(adapter, pair)
         own_left, own_right = wide(adapter, pair)
         size = float(linalg.norm(own_left) * linalg.norm(own_right))

@@ -30,6 +30,7 @@ from silotune.algorithms.factors import (
     WITH_RESIDUAL,
     SumOfProducts,
     added_beside,
+    kept_dtype,
     needs_pairs,
     replace_beside,
     report_residual,
@@ -107,7 +108,8 @@ def fedex(cfg: FedExConfig) -> Algorithm:
                     left, right = wide(own, pair)
                     old = means.get(pair, (left, right))
                     left, right = left - old[0], right - old[1]
-                    sums.add(pair, (1 - share) * weight * left, right)
+                    kept = kept_dtype(own, pair)
+                    sums.add(pair, (1 - share) * weight, left.to(kept), right.to(kept))
                     means[pair] = old[0] + share * left, old[1] + share * right
                 yield weight, update.delta
 
@@ -116,7 +118,7 @@ def fedex(cfg: FedExConfig) -> Algorithm:
         where = EXPORT if cfg.residual == EXPORT else RESIDUAL
         kept = added_beside(
             {**state.adapter, **mean},
-            sums.scaled(1 / total),
+            sums.take(1 / total),
             decay=cfg.residual_decay,
             rank=cfg.residual_rank,
         )

@@ -44,7 +44,7 @@ def flexlora(cfg: FlexLoRAConfig) -> Algorithm:
 
     def combine(state: ServerState, updates: Updates) -> Change:
         mean, delta = mean_of_products(state.adapter, updates, cfg)
-        for pair, (left, right) in mean.items():
+        for pair, left, right in mean:
             new = orthonormal(left, right, pair, like=state.adapter)
             delta |= subtract(new, {name: state.adapter[name] for name in new})
         return Change(delta)

@@ -109,6 +109,8 @@ def add(a: AdapterState, b: AdapterState, *, scale: float = 1.0) -> dict[str, Te
     Both must have the same layout.
     """
     check_same_layout(b, layout_of(a), who="sum of two states")
+    if scale == 1:  # one rounding either way, and a fifth of the memory traffic
+        return {name: t + b[name] for name, t in a.items()}
     return {name: (t.double() + scale * b[name].double()).to(t.dtype) for name, t in a.items()}
 
 

@@ -141,8 +141,9 @@ def test_a_stack_that_is_rewritten_is_still_the_sum(seed, ranks):
     terms = [(normal(gen, D_OUT, r), normal(gen, r, D_IN)) for r in ranks]
     sums = SumOfProducts()
     for term in terms:
-        sums.add(PAIR, *term)
-    left, right = sums.scaled(-0.5)[PAIR]
+        sums.add(PAIR, 2.0, *term)
+    ((_, left, right),) = sums.take(-0.25)
+    assert not list(sums.take(1.0))  # taken is forgotten
     assert left.shape[1] <= 2 * D_IN
     near((left @ right).numpy(), -0.5 * sum((b @ a).numpy() for b, a in terms), atol=1e-8)
 
