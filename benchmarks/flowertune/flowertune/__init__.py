@@ -1,0 +1,1 @@
+"""FlowerTune's structure: a Flower app around TRL's SFTTrainer and PEFT."""

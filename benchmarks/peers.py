@@ -1,0 +1,367 @@
+"""Through FlowerTune's structure and through silotune, the same work: `make bench-peers`.
+
+FlowerTune's structure is a Flower app around TRL's SFTTrainer and PEFT (benchmarks/flowertune),
+once as published (float32, activations computed again, the base loaded for every message) and once
+tuned (bfloat16 where the processor has it, activations kept, the base kept). All systems train the
+same base on the same rows, clients, cohorts, steps, batches and lengths, with one command each as a
+user types it. The turns alternate, each with a seed of its own. A plain PyTorch loop that belongs
+to neither scores the adapters.
+
+    python benchmarks/peers.py [--turns 3] [--rounds 3] [--base NAME] [--out DIR] [key=value ...]
+
+Keys and values are silotune's, such as runtime.together=auto. Finished turns are read again. Let
+nothing else run on the machine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, cast
+
+import psutil
+import torch
+
+import silotune
+from silotune.core.seeds import generator
+from silotune.core.stats import mean_interval
+from silotune.federation.sampling import sample
+from silotune.models.sources import resolve
+from silotune.recipes.sections import SamplingConfig
+
+APP = Path(__file__).parent / "flowertune"
+PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n### Instruction:\n{question}\n### Response: "
+)
+"""What silotune's template `flowertune` writes before an answer."""
+CLIENTS, ASKED, STEPS, BATCH, LENGTH, LR = 20, 3, 4, 4, 128, 1e-3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all systems do in a turn."""
+
+    base: str
+    rows: Path
+    held_out: Path
+    rounds: int
+    seed: int
+    overrides: Sequence[str]
+    """Of silotune's recipe."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one run of one system cost."""
+
+    system: str
+    seed: int
+    job: float
+    """Seconds from the command to its end."""
+    steady: float
+    """Median seconds of a round after the first."""
+    training: float
+    """Seconds inside the training loops of all clients."""
+    memory: int
+    """Peak of the proportional set sizes of all its processes."""
+    sent: int
+    """Bytes of tensors, both ways."""
+    loss: float = 0.0
+    """Held-out, nats per answer token."""
+
+
+def write_rows(name: str, path: Path) -> list[dict[str, str]]:
+    """MedQuAD's rows, dealt out to the clients one by one."""
+    folder = Path(silotune.__file__).parent / "data" / "examples" / "medquad_mini"
+    rows = [_shown(json.loads(line)) for line in (folder / name).read_text().splitlines()]
+    owned = [row | {"client": f"client-{i % CLIENTS:02d}"} for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in owned))
+    return rows
+
+
+def _shown(row: Mapping[str, str]) -> dict[str, str]:
+    question, answer = row["question"], row["answer"]
+    return {
+        "question": question,
+        "answer": answer,
+        "prompt": PREAMBLE.format(question=question),
+        "completion": answer,
+    }
+
+
+class Memory:
+    """The peak memory of this process's descendants and of what they have left running."""
+
+    def __init__(self, home: Path) -> None:
+        self.peak, self._home, self._done = 0, str(home), Event()
+        self._thread = Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the run: they have its home folder."""
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("FLWR_HOME") == self._home:
+                    found.append(process)
+            except psutil.Error:
+                continue  # it has ended
+        return found
+
+    def _watch(self) -> None:
+        while not self._done.wait(1.0):
+            total = 0
+            for process in self.processes():
+                try:
+                    total += cast(Any, process.memory_full_info()).pss
+                except psutil.Error:
+                    continue
+            self.peak = max(self.peak, total)
+
+
+def _environment(home: Path) -> dict[str, str]:
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(home / "datasets"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+def cohorts(work: Work) -> list[list[str]]:
+    """Whom silotune asks in each round."""
+    names = [f"client-{i:02d}" for i in range(CLIENTS)]
+    asked = SamplingConfig(num_clients=ASKED)
+    gens = [generator(work.seed, "sampling", r + 1) for r in range(work.rounds)]
+    return [sample(names, asked, gen) for gen in gens]
+
+
+def flowertune(folder: Path, work: Work, *, tuned: bool) -> Turn:
+    """FlowerTune's structure in Flower's simulation, one actor with all processors."""
+    job = {
+        "base": str(resolve(work.base)),
+        "rows": str(work.rows),
+        "out": str(folder),
+        "cohorts": cohorts(work),
+        "num_clients": CLIENTS,
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "max_length": LENGTH,
+        "lr_max": LR,
+        "lr_min": LR,
+        "rank": 32,
+        "alpha": 64,
+        "dropout": 0.075,
+        "seed": work.seed,
+        "tuned": tuned,
+        "bfloat16": torch.cpu._is_avx512_bf16_supported(),
+    }
+    path, home = folder / "job.json", folder / "flwr"
+    path.write_text(json.dumps(job))
+    home.mkdir()
+    cores = os.cpu_count() or 1
+    federation = f"num-supernodes={CLIENTS} client-resources-num-cpus={cores}"
+    command = ["flwr", "run", str(APP), "--run-config", f'job="{path}"', "--stream"]
+    command += ["--federation-config", f"{federation} init-args-num-cpus={cores}"]
+    began = time.time()
+    with Memory(home) as memory, (folder / "log").open("w") as log:
+        try:
+            subprocess.run(command, env=_environment(home), stdout=log, stderr=log, check=False)
+            took = time.time() - began
+        finally:
+            for process in memory.processes():  # its SuperLink would stay
+                process.kill()
+    if not (folder / "told.json").is_file():
+        sys.exit(f"Flower's run ended without a result; its output is in {folder / 'log'}")
+    told = json.loads((folder / "told.json").read_text())
+    steady = statistics.median(b - a for a, b in pairwise(told["times"][1:]))
+    system = "FlowerTune, tuned" if tuned else "FlowerTune, as published"
+    return Turn(system, work.seed, took, steady, told["training"], memory.peak, told["bytes"])
+
+
+def ours(folder: Path, work: Work) -> Turn:
+    """`silotune run` with the same work."""
+    recipe = f"""
+seed = {work.seed}
+rounds = {work.rounds}
+[model]
+name = {json.dumps(work.base)}
+[adapter]
+rank = 32
+alpha = 64
+dropout = 0.075
+targets = ["q_proj", "v_proj"]
+[data]
+path = {json.dumps(str(work.rows))}
+prompt = "{{question}}"
+completion = "{{answer}}"
+template = "flowertune"
+eval_path = {json.dumps(str(work.held_out))}
+[partition]
+by = "client"
+[sampling]
+num_clients = {ASKED}
+[train]
+batch_size = {BATCH}
+local_steps = {STEPS}
+max_length = {LENGTH}
+lr = {LR}
+schedule = "constant"
+[evaluate]
+every = 0
+[report]
+page = false
+samples = 0
+"""
+    path, home = folder / "recipe.toml", folder / "home"
+    path.write_text(recipe)
+    command = [sys.executable, "-m", "silotune", "run", str(path), "--out", str(folder / "run")]
+    began = time.time()
+    with Memory(home) as memory, (folder / "log").open("w") as log:
+        done = subprocess.run(
+            [*command, *work.overrides], env=_environment(home), stdout=log, stderr=log, check=False
+        )
+        took = time.time() - began
+    if done.returncode:
+        sys.exit(f"silotune's run failed; its output is in {folder / 'log'}")
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    steady = statistics.median(
+        x["seconds"] for x in told if x["event"] == "round" and x["round"] > 1
+    )
+    trained = [x for x in told if x["event"] == "train"]
+    asked = [[x["client"] for x in trained if x["round"] == r + 1] for r in range(work.rounds)]
+    if asked != cohorts(work):
+        sys.exit(f"silotune asked {asked}, not the cohorts that FlowerTune's structure was given")
+    sent = sum(x["bytes_down"] + x["bytes_up"] for x in trained)
+    training = sum(x["seconds_training"] for x in trained)
+    (folder / "run" / "adapter").rename(folder / "adapter")
+    return Turn("silotune", work.seed, took, steady, training, memory.peak, sent)
+
+
+def held_out_loss(name: str, adapter: Path, rows: Sequence[Mapping[str, str]]) -> float:
+    """Nats per answer token, by a plain loop over one row at a time, in float32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = str(resolve(name))
+    tokenizer = cast(Any, AutoTokenizer.from_pretrained(base))
+    model = cast(Any, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    total, num = 0.0, 0
+    for row in rows:
+        prompt: list[int] = tokenizer(row["prompt"])["input_ids"]
+        answer: list[int] = tokenizer(row["completion"] + tokenizer.eos_token)["input_ids"]
+        ids = torch.tensor([(prompt + answer)[:LENGTH]])
+        with torch.inference_mode():
+            scores = model(ids).logits[0, len(prompt) - 1 : -1].float()
+        wanted = ids[0, len(prompt) :]
+        total += float(torch.nn.functional.cross_entropy(scores, wanted, reduction="sum"))
+        num += len(wanted)
+    return total / num
+
+
+SYSTEMS: dict[str, Callable[[Path, Work], Turn]] = {
+    "published": partial(flowertune, tuned=False),
+    "tuned": partial(flowertune, tuned=True),
+    "silotune": ours,
+}
+
+
+def table(turns: Sequence[Turn]) -> str:
+    """The medians, and ratios within each turn."""
+    own = {t.seed: t for t in turns if t.system == "silotune"}
+    lines = [
+        "| | steady round, s | of silotune | job, s | of silotune | outside training, s "
+        "| peak memory, GB | sent, MB | held-out loss | minus silotune's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for system in dict.fromkeys(t.system for t in turns):
+        its = [t for t in turns if t.system == system]
+
+        def middle(value: Callable[[Turn], float], its: Sequence[Turn] = its) -> float:
+            return statistics.median(map(value, its))
+
+        worse = [t.loss - own[t.seed].loss for t in its]
+        mean, low, high = mean_interval(worse)
+        far = "" if system == "silotune" else f"{mean:+.3f}"
+        if far and low is not None and high is not None:
+            far += f" ({low:+.3f} to {high:+.3f})"
+        lines.append(
+            f"| {system} | {middle(lambda t: t.steady):.1f} "
+            f"| {middle(lambda t: t.steady / own[t.seed].steady):.2f} "
+            f"| {middle(lambda t: t.job):.0f} | {middle(lambda t: t.job / own[t.seed].job):.2f} "
+            f"| {middle(lambda t: t.job - t.training):.0f} "
+            f"| {middle(lambda t: t.memory) / 1e9:.1f} "
+            f"| {middle(lambda t: t.sent) / 1e6:.1f} | {middle(lambda t: t.loss):.3f} | {far} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--turns", type=int, default=3)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    options.add_argument("--base", default="smollm2-135m-instruct")
+    options.add_argument("--out", type=Path)
+    options.add_argument("overrides", nargs="*", metavar="key=value")
+    args = options.parse_args()
+    out: Path = (args.out or Path(tempfile.mkdtemp())).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows("train.jsonl", out / "rows.jsonl")
+    held_out = write_rows("eval.jsonl", out / "held_out.jsonl")
+    turns: list[Turn] = []
+    for turn in range(args.turns):
+        order = args.systems[turn % len(args.systems) :] + args.systems[: turn % len(args.systems)]
+        for name in order:
+            folder = out / f"{turn}-{name}"
+            if (folder / "turn.json").is_file():
+                turns.append(Turn(**json.loads((folder / "turn.json").read_text())))
+                continue
+            folder.mkdir()
+            work = Work(
+                args.base,
+                out / "rows.jsonl",
+                out / "held_out.jsonl",
+                args.rounds,
+                17 + turn,
+                args.overrides,
+            )
+            done = SYSTEMS[name](folder, work)
+            done = replace(done, loss=held_out_loss(args.base, folder / "adapter", held_out))
+            (folder / "turn.json").write_text(json.dumps(asdict(done)))
+            print(json.dumps(asdict(done)), flush=True)
+            turns.append(done)
+    turns.sort(key=lambda t: [t.system != "silotune", t.system])
+    print(
+        f"{args.base}, {CLIENTS} clients, {ASKED} a round, {args.rounds} rounds, {STEPS} steps of "
+        f"{BATCH} rows of at most {LENGTH} tokens, {args.turns} turns\n\n{table(turns)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
