@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from silotune.runtime.payload import MOST_BYTES
 from tests.conftest import build_tiny_model, hospital_rows, write_jsonl, write_tiny_recipe
 from tests.integration.test_deployment import trained
 from tests.slow.network import Machine, Network, carry, fill, missed, rounds_with, usable, wait_for
@@ -276,6 +277,22 @@ def test_a_slow_link_costs_only_time(trial, two):
     size = next(row["bytes_up"] for row in rows if row["event"] == "train")
     assert min(seconds) > 8 * size / 1e6
     note(f"1 Mbit/s and {size} bytes: rounds of {', '.join(f'{s:.0f} s' for s in seconds)}")
+
+
+def test_an_int4_adapter_passes_over_a_very_slow_link(trial, two):
+    """2.4 MB from the client at 256 kbit/s, in parts of 512 KB: a part of 2 MB never would."""
+    north, _ = two
+    north.slow_down("256kbit")
+    run = trial.submit('rounds=2 adapter.rank=40000 adapter.alpha=40000 wire.up="int4"')
+    trial.wait_until(run, "done")
+    north.full_speed()
+    assert rounds_with(run, "north") == [1, 2], missed(run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in rows if row["event"] == "round"]
+    size = next(row["bytes_up"] for row in rows if row["event"] == "train")
+    assert size > MOST_BYTES
+    assert min(seconds) > 8 * size / 256e3
+    note(f"256 kbit/s and {size} bytes: rounds of {', '.join(f'{s:.0f} s' for s in seconds)}")
 
 
 def test_a_long_local_training_triggers_no_timeout(trial, two):

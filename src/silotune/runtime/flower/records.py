@@ -12,9 +12,10 @@ import json
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
 
 from silotune.core.errors import UpdateError
-from silotune.runtime.payload import PART_BYTES, Parcel, read_text
+from silotune.runtime.payload import Parcel, part_bytes, read_text
 
 ABOUT, VALUES = "about", "values"
 PLAIN = "silotune.bytes"
@@ -24,11 +25,23 @@ PLAIN = "silotune.bytes"
 def to_record(parcel: Parcel) -> RecordDict:
     """A parcel as the content of a Flower message."""
     text, row = json.dumps(parcel.about), np.asarray(parcel.values, dtype=np.uint8)
-    if row.nbytes <= PART_BYTES:
+    size = part_bytes(row.nbytes)
+    if row.nbytes <= size:
         return RecordDict({ABOUT: ConfigRecord({ABOUT: text, VALUES: row.tobytes()})})
-    array = Array("uint8", row.shape, PLAIN, row.tobytes())
+    values = ArrayRecord()
+    # put in later: Flower would copy what it is given at once, and cut the copy in its own way
+    values[VALUES] = _in_parts(Array("uint8", row.shape, PLAIN, row.tobytes()), size)
     about = ConfigRecord({ABOUT: text})
-    return RecordDict({ABOUT: about, VALUES: ArrayRecord({VALUES: array})})
+    return RecordDict({ABOUT: about, VALUES: values})
+
+
+def _in_parts(array: Array, size: int) -> Array:
+    """The same array, cut into parts of `size` bytes: Flower's own size is one for a process."""
+    data = memoryview(array.data)
+    parts = [ArrayChunk(data[start : start + size]) for start in range(0, len(data), size)]
+    # where Flower keeps the parts once it has cut them
+    array.__dict__["_chunks"] = [(part.object_id, part) for part in parts]
+    return array
 
 
 def from_record(record: RecordDict, *, most_text: int | None = None) -> Parcel:

@@ -33,7 +33,7 @@ from silotune.runtime.flower.bundle import project_file
 from silotune.runtime.flower.kept_processes import program
 from silotune.runtime.flower.server_reports import OUTCOME, Follower, read_outcome
 from silotune.runtime.job import Job
-from silotune.runtime.payload import PART_BYTES
+from silotune.runtime.payload import MOST_BYTES
 from silotune.training.server_training import DistillConfig, ServerConfig
 
 SUBMIT_S = 120.0
@@ -71,7 +71,7 @@ def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         # one at a time: over a slow link, two at once would each take twice as long
-        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(PART_BYTES),
+        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(MOST_BYTES),
         "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
         "TMPDIR": str(private),
         "OMP_NUM_THREADS": str(threads),

@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from silotune.runtime.flower.submit import engine_environment
 from silotune.runtime.flower.superlink import BUSY_MS, wait_longer
-from silotune.runtime.payload import PART_BYTES
+from silotune.runtime.payload import MOST_BYTES
 
 
 def pragmas(path) -> dict[str, str]:
@@ -47,4 +47,4 @@ def test_a_part_is_as_large_as_we_say_and_parts_are_sent_one_at_a_time(tmp_path)
         "print(size, at_once)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
-    assert done.stdout.split() == [str(PART_BYTES), "1"], done.stderr
+    assert done.stdout.split() == [str(MOST_BYTES), "1"], done.stderr
