@@ -45,7 +45,7 @@ PREAMBLE = (
     "the request.\n### Instruction:\n{question}\n### Response: "
 )
 """What silotune's template `flowertune` writes before an answer."""
-CLIENTS, ASKED, STEPS, BATCH, LENGTH, LR = 20, 3, 4, 4, 128, 1e-3
+CLIENTS, ASKED, STEPS, BATCH, LR = 20, 3, 4, 4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Work:
     rows: Path
     held_out: Path
     rounds: int
+    length: int
+    """Tokens of a row, at most."""
     seed: int
     overrides: Sequence[str]
     """Of silotune's recipe."""
@@ -81,13 +83,12 @@ class Turn:
     """Held-out, nats per answer token."""
 
 
-def write_rows(name: str, path: Path) -> list[dict[str, str]]:
+def write_rows(name: str, path: Path) -> None:
     """MedQuAD's rows, dealt out to the clients one by one."""
     folder = Path(silotune.__file__).parent / "data" / "examples" / "medquad_mini"
     rows = [_shown(json.loads(line)) for line in (folder / name).read_text().splitlines()]
     owned = [row | {"client": f"client-{i % CLIENTS:02d}"} for i, row in enumerate(rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in owned))
-    return rows
 
 
 def _shown(row: Mapping[str, str]) -> dict[str, str]:
@@ -168,7 +169,7 @@ def flowertune(folder: Path, work: Work, *, tuned: bool) -> Turn:
         "num_clients": CLIENTS,
         "steps": STEPS,
         "batch_size": BATCH,
-        "max_length": LENGTH,
+        "max_length": work.length,
         "lr_max": LR,
         "lr_min": LR,
         "rank": 32,
@@ -226,7 +227,7 @@ num_clients = {ASKED}
 [train]
 batch_size = {BATCH}
 local_steps = {STEPS}
-max_length = {LENGTH}
+max_length = {work.length}
 lr = {LR}
 schedule = "constant"
 [evaluate]
@@ -261,20 +262,20 @@ samples = 0
     return Turn("silotune", work.seed, took, steady, training, memory.peak, sent)
 
 
-def held_out_loss(name: str, adapter: Path, rows: Sequence[Mapping[str, str]]) -> float:
+def held_out_loss(work: Work, adapter: Path) -> float:
     """Nats per answer token, by a plain loop over one row at a time, in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = str(resolve(name))
+    base = str(resolve(work.base))
     tokenizer = cast(Any, AutoTokenizer.from_pretrained(base))
     model = cast(Any, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     total, num = 0.0, 0
-    for row in rows:
+    for row in map(json.loads, work.held_out.read_text().splitlines()):
         prompt: list[int] = tokenizer(row["prompt"])["input_ids"]
         answer: list[int] = tokenizer(row["completion"] + tokenizer.eos_token)["input_ids"]
-        ids = torch.tensor([(prompt + answer)[:LENGTH]])
+        ids = torch.tensor([(prompt + answer)[: work.length]])
         with torch.inference_mode():
             scores = model(ids).logits[0, len(prompt) - 1 : -1].float()
         wanted = ids[0, len(prompt) :]
@@ -326,6 +327,7 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=3)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    options.add_argument("--length", type=int, default=128)
     options.add_argument("--base", default="smollm2-135m-instruct")
     options.add_argument("--out", type=Path)
     options.add_argument("overrides", nargs="*", metavar="key=value")
@@ -333,7 +335,7 @@ def main() -> None:
     out: Path = (args.out or Path(tempfile.mkdtemp())).resolve()
     out.mkdir(parents=True, exist_ok=True)
     write_rows("train.jsonl", out / "rows.jsonl")
-    held_out = write_rows("eval.jsonl", out / "held_out.jsonl")
+    write_rows("eval.jsonl", out / "held_out.jsonl")
     turns: list[Turn] = []
     for turn in range(args.turns):
         order = args.systems[turn % len(args.systems) :] + args.systems[: turn % len(args.systems)]
@@ -348,18 +350,19 @@ def main() -> None:
                 out / "rows.jsonl",
                 out / "held_out.jsonl",
                 args.rounds,
+                args.length,
                 17 + turn,
                 args.overrides,
             )
             done = SYSTEMS[name](folder, work)
-            done = replace(done, loss=held_out_loss(args.base, folder / "adapter", held_out))
+            done = replace(done, loss=held_out_loss(work, folder / "adapter"))
             (folder / "turn.json").write_text(json.dumps(asdict(done)))
             print(json.dumps(asdict(done)), flush=True)
             turns.append(done)
     turns.sort(key=lambda t: [t.system != "silotune", t.system])
     print(
         f"{args.base}, {CLIENTS} clients, {ASKED} a round, {args.rounds} rounds, {STEPS} steps of "
-        f"{BATCH} rows of at most {LENGTH} tokens, {args.turns} turns\n\n{table(turns)}"
+        f"{BATCH} rows of at most {args.length} tokens, {args.turns} turns\n\n{table(turns)}"
     )
 
 

@@ -111,6 +111,8 @@ class Outbound:
             line["recipe"] = self._once("recipe_sha256", recipe, {"text": recipe})
         if update is not None:
             line["tensors"] = self._layout(update["tensors"])
+            if recipe:
+                line["as"] = _written_as(recipe)
             # what a codec or a mask makes of a change has no norm that says anything
             if all(len(listed) == 3 for listed in update["tensors"]):
                 line["norm"] = float(np.linalg.norm(values.view(np.float32).astype(np.float64)))
@@ -130,6 +132,14 @@ class Outbound:
         return key
 
 
+def _written_as(recipe: str) -> str:
+    """How a recipe lets a change be written: `wire.up`, or masked."""
+    asked = json.loads(recipe)
+    if asked.get("secure_sum", {}).get("kind", "none") != "none":
+        return "masked"
+    return str(asked.get("wire", {}).get("up", "float32"))
+
+
 def answer_words(line: Mapping[str, Any]) -> str:
     """What an answer was, in a few words, from its line."""
     said = line["said"]
@@ -140,7 +150,9 @@ def answer_words(line: Mapping[str, Any]) -> str:
             why = f": {one_line(' '.join(str(failure.get('place', '')).split()))}"
         return f"round {failure.get('round', 0)}: failure: {code}{why}"
     if "update" in said:
-        return f"round {said['update']['round']}: update"
+        way = line.get("as", "float32")
+        way = {"float32": "", "masked": ", masked"}.get(way, f" as {way}")
+        return f"round {said['update']['round']}: update{way}"
     if part := next((part for part in SUMS if part in said), None):
         return f"round {said.get('round', 0)}: {SUMS[part]}"
     if "report" in said:

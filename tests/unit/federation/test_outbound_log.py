@@ -10,7 +10,7 @@ import torch
 from silotune.core.errors import Declined, DiskError
 from silotune.core.types import Update
 from silotune.federation.ledger import lines
-from silotune.federation.outbound_log import Outbound, sent_by_run
+from silotune.federation.outbound_log import Outbound, answer_words, sent_by_run
 from silotune.runtime import wire
 from silotune.runtime.payload import Parcel, no_values
 from tests.conftest import largest_file
@@ -39,6 +39,23 @@ def test_a_line_records_everything_that_left_except_the_numbers_themselves(tmp_p
     sent.pop("tensors")
     assert line["said"] == {"update": sent}
     assert (line["run"], line["asked"], line["seconds"]) == ("r1", "train", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("", "round 1: update"),
+        ("{}", "round 1: update"),
+        ('{"wire": {"up": "float32"}, "secure_sum": {"kind": "none"}}', "round 1: update"),
+        ('{"wire": {"up": "int4"}}', "round 1: update as int4"),
+        ('{"wire": {"up": "float32"}, "secure_sum": {"kind": "masks"}}', "round 1: update, masked"),
+    ],
+)
+def test_a_line_says_how_the_change_was_written(tmp_path, recipe, words):
+    path, parcel = tmp_path / "outbound.jsonl", update()
+    outbound = Outbound(path, "r1")
+    outbound.let_out(parcel.about, parcel.values, asked="train", seconds=1.0, recipe=recipe)
+    assert answer_words(outbound.sent()[-1]) == words
 
 
 def test_names_and_shapes_are_written_once_and_again_when_they_differ(tmp_path):
