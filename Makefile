@@ -11,7 +11,7 @@ comma := ,
 # Tests start hundreds of processes: each would compile every module again where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env dev demo test unit slow fuzz kills check format bench bench-deploy docs site dist lock sbom clean
+.PHONY: env dev demo test unit slow fuzz kills check format bench bench-peers bench-deploy docs site dist lock sbom clean
 
 env: $(VENV)/.installed $(if $(EXTRAS),$(VENV)/.with-$(subst $(comma),-,$(EXTRAS)))
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -69,6 +69,11 @@ bench: dev
 	$(BIN)/python benchmarks/sweeps.py
 	$(BIN)/python benchmarks/planned.py
 	$(BIN)/python benchmarks/private_step.py
+
+# The same work through FlowerTune's structure and through silotune: most of an hour, with nothing else running.
+bench-peers: dev
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/messages.py --clients 10 100 1000 10000 --rounds 2 --cases in-process flower
 
 # Real processes for a quarter of an hour, and adapters of 500 MB: wants 20 GB of memory.
 bench-deploy: dev

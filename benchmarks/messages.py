@@ -1,7 +1,8 @@
 """What a message costs the server: rounds of many clients that each deliver 1 MB, without a model.
 
 Runs the real loop with a real run folder: every update is checked, spooled, summed, measured and
-recorded; only the training is left out. Each line is measured in a separate process, so that the
+recorded; only the training is left out. The case `flower` is Flower's own FedAvg in its own
+simulation, with tensors of the same sizes. Each line is measured in a separate process, so that the
 peak memory belongs to that line. The first memory column is taken before the first round. The case
 `floor` writes the same bytes, one file per client, reads them back once and deletes the files.
 
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flower_run import run_app
 
 from silotune.core.tree import sha256, size_bytes
 from silotune.core.types import AdapterState, Broadcast, Score, ServerState, Update
@@ -88,6 +90,10 @@ class Deltas:
     def names(self) -> Sequence[str]:
         """All clients, sorted."""
         return [f"client-{i:05d}" for i in range(self.num_clients)]
+
+    def num_rows(self) -> Mapping[str, Mapping[str, int]]:
+        """Not asked for: nothing is scored."""
+        return {}
 
     def delta(self, client: str, round_: int) -> AdapterState:
         """A client's delta, copied as if from a network: it shares no memory with the next one."""
@@ -174,7 +180,7 @@ def plain_files(num_clients: int, rounds: int, scratch: Path) -> Measured:
             delta = clients.delta(path.name, r)
             with path.open("wb", buffering=0) as file:
                 for tensor in delta.values():
-                    file.write(tensor.numpy())
+                    file.write(tensor.numpy().tobytes())
         for path in paths:
             path.read_bytes()
         for path in paths:
@@ -189,14 +195,13 @@ def flower_simulation(num_clients: int, rounds: int, scratch: Path) -> Measured:
     Seconds are those of the rounds, without the engine's start and the clients' reports. Processor
     time and memory are spent in the engine's processes and are not measured here.
     """
+    from silotune.runtime.flower import bundle
     from silotune.runtime.flower import engine as flower_engine
-    from silotune.runtime.flower import submit as submission
     from silotune.runtime.job import Job
 
     before = peak_memory_bytes()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    echo = submission.APP.replace("silotune.runtime.flower.client:app", "echo_client:app")
-    submission.APP = echo
+    bundle.APP = bundle.APP.replace("silotune.runtime.flower.client:app", "echo_client:app")
     run = recipe(rounds, name="flower-simulation", threads=1, join_timeout_s=600)
     folder = RunFolder.create(scratch / "run", run)
     state = ServerState(0, START, build_algorithm(run.algorithm).init(START, num_clients))
@@ -206,10 +211,26 @@ def flower_simulation(num_clients: int, rounds: int, scratch: Path) -> Measured:
     return Measured(wall, [0.0] * len(wall), before, peak_memory_bytes())
 
 
+def flower(num_clients: int, rounds: int, scratch: Path) -> Measured:
+    """Flower's own FedAvg in Flower's simulation, one processor for a client (flower_echo).
+
+    Seconds are those of the rounds after the first, which starts the engine's workers; memory is
+    that of all its processes.
+    """
+    app, out = Path(__file__).parent / "flower_echo", scratch / "times.json"
+    config = {"clients": num_clients, "rounds": rounds + 1, "out": str(out)}
+    peak = run_app(app, config, home=scratch / "flwr", nodes=num_clients, cores_each=1)
+    if not out.is_file():
+        sys.exit((scratch / "flwr" / "log").read_text())
+    wall = [b - a for a, b in pairwise(json.loads(out.read_text())[1:])]
+    return Measured(wall, [0.0] * len(wall), 0, peak)
+
+
 CASES: dict[str, Callable[[int, int, Path], Measured]] = {
     "in-process": in_process,
     "floor": plain_files,
     "flower-simulation": flower_simulation,
+    "flower": flower,
 }
 
 # ----------------------------------------------------------------------------------------------

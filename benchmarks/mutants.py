@@ -106,10 +106,10 @@ def noticed(path: Path, tree: ast.Module, tests: list[str]) -> bool:
         loader, plain = importlib.machinery.SourceFileLoader, None
         plain = loader.get_code
 
-        def get_code(self, name):
+        def get_code(self, fullname):
             if Path(self.path) == path:
                 return compile(tree, str(path), "exec")
-            return plain(self, name)
+            return plain(self, fullname)
 
         loader.get_code = get_code
         imported = "ignore::pytest.PytestAssertRewriteWarning"  # of hypothesis, before the fork

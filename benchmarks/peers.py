@@ -26,11 +26,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, cast
 
-import psutil
 import torch
+from flower_run import Memory, environment, run_app
 
 import silotune
 from silotune.core.seeds import generator
@@ -101,56 +100,6 @@ def _shown(row: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-class Memory:
-    """The peak memory of this process's descendants and of what they have left running."""
-
-    def __init__(self, home: Path) -> None:
-        self.peak, self._home, self._done = 0, str(home), Event()
-        self._thread = Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def processes(self) -> list[psutil.Process]:
-        """All processes of the run: they have its home folder."""
-        found: list[psutil.Process] = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("FLWR_HOME") == self._home:
-                    found.append(process)
-            except psutil.Error:
-                continue  # it has ended
-        return found
-
-    def _watch(self) -> None:
-        while not self._done.wait(1.0):
-            total = 0
-            for process in self.processes():
-                try:
-                    total += cast(Any, process.memory_full_info()).pss
-                except psutil.Error:
-                    continue
-            self.peak = max(self.peak, total)
-
-
-def _environment(home: Path) -> dict[str, str]:
-    return os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(home / "datasets"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-
-
 def cohorts(work: Work) -> list[list[str]]:
     """Whom silotune asks in each round."""
     names = [f"client-{i:02d}" for i in range(CLIENTS)]
@@ -181,25 +130,16 @@ def flowertune(folder: Path, work: Work, *, tuned: bool) -> Turn:
     }
     path, home = folder / "job.json", folder / "flwr"
     path.write_text(json.dumps(job))
-    home.mkdir()
-    cores = os.cpu_count() or 1
-    federation = f"num-supernodes={CLIENTS} client-resources-num-cpus={cores}"
-    command = ["flwr", "run", str(APP), "--run-config", f'job="{path}"', "--stream"]
-    command += ["--federation-config", f"{federation} init-args-num-cpus={cores}"]
     began = time.time()
-    with Memory(home) as memory, (folder / "log").open("w") as log:
-        try:
-            subprocess.run(command, env=_environment(home), stdout=log, stderr=log, check=False)
-            took = time.time() - began
-        finally:
-            for process in memory.processes():  # its SuperLink would stay
-                process.kill()
+    cores = os.cpu_count() or 1
+    peak = run_app(APP, {"job": str(path)}, home=home, nodes=CLIENTS, cores_each=cores)
+    took = time.time() - began
     if not (folder / "told.json").is_file():
-        sys.exit(f"Flower's run ended without a result; its output is in {folder / 'log'}")
+        sys.exit(f"Flower's run ended without a result; its output is in {home / 'log'}")
     told = json.loads((folder / "told.json").read_text())
     steady = statistics.median(b - a for a, b in pairwise(told["times"][1:]))
     system = "FlowerTune, tuned" if tuned else "FlowerTune, as published"
-    return Turn(system, work.seed, took, steady, told["training"], memory.peak, told["bytes"])
+    return Turn(system, work.seed, took, steady, told["training"], peak, told["bytes"])
 
 
 def ours(folder: Path, work: Work) -> Turn:
@@ -242,7 +182,7 @@ samples = 0
     began = time.time()
     with Memory(home) as memory, (folder / "log").open("w") as log:
         done = subprocess.run(
-            [*command, *work.overrides], env=_environment(home), stdout=log, stderr=log, check=False
+            [*command, *work.overrides], env=environment(home), stdout=log, stderr=log, check=False
         )
         took = time.time() - began
     if done.returncode:

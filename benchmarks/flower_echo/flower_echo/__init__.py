@@ -1,0 +1,1 @@
+"""Flower without a model."""
