@@ -78,6 +78,7 @@ bench-peers: dev
 # Real processes for a quarter of an hour, and adapters of 500 MB: wants 20 GB of memory.
 bench-deploy: dev
 	$(BIN)/python benchmarks/deployment.py
+	$(BIN)/python benchmarks/masks.py
 
 docs: dev
 	$(BIN)/python docs/build_recipe_reference.py

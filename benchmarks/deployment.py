@@ -32,8 +32,8 @@ from silotune.deployment.queue import submit
 from silotune.deployment.rehearse import clients_of, consortium_of, follow
 from silotune.models.base import folder_of_base
 from silotune.recipes.parse import load_recipe
+from silotune.runtime.flower.bundle import app_of
 from silotune.runtime.flower.kept_processes import Kept, program
-from silotune.runtime.flower.submit import APP
 
 CLIENTS, TURNS = 3, 2
 SHORT = ["evaluate.every=0", "train.local_steps=1", "train.batch_size=1", "train.max_length=64"]
@@ -45,10 +45,7 @@ SERVER = {
     "gate": "caddy",
     "run": "run --resume",
 }
-NOOP = {
-    "silotune.runtime.flower.client:app": "noop_client:app",
-    "{server}": "noop_server:app",
-}
+OURS, NOOP = "silotune.runtime.flower.client:app", "noop_client:app"
 
 
 def main() -> None:
@@ -59,7 +56,10 @@ def main() -> None:
     options.add_argument("--megabytes", type=float, default=500)
     options.add_argument("--only", choices=("rounds", "large"))
     args = options.parse_args()
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that all find the apps
+    here = Path(__file__).parent
+    # so that all find the apps, and start them
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here / "unchecked"), before])
     with tempfile.TemporaryDirectory() as scratch:
         place = (args.out or Path(scratch)).absolute()
         if args.only != "large":
@@ -134,9 +134,7 @@ def engine_rounds(folder: Path, num_rounds: int, *, app: str) -> list[float]:
     engine = (folder / "engine").absolute()
     place, out = engine / app, engine / f"{app}.json"
     place.mkdir()
-    text = APP
-    for ours, theirs in NOOP.items():
-        text = text.replace(ours, theirs)
+    text = app_of("noop_server:app").replace(OURS, NOOP)
     told = f"clients = {CLIENTS}\nrounds = {num_rounds}\nout = {json.dumps(str(out))}\n"
     (place / "pyproject.toml").write_text(text + told, encoding="utf-8")
     environment = {**os.environ, "FLWR_HOME": str(engine / "flwr")}

@@ -51,12 +51,12 @@ def run_typed(
         streams = [Path(scratch) / name for name in ("in", "out", "err")]
         streams[0].write_text(input, encoding="utf-8")
         argv = [str(word) for word in words]
-        code = run_forked(_command, argv, str(cwd), [str(path) for path in streams])
+        code = run_forked(command, argv, str(cwd), [str(path) for path in streams])
         said = [path.read_text(encoding="utf-8") for path in streams[1:]]
     return subprocess.CompletedProcess(argv, code, *said)
 
 
-def _command(argv: list[str], cwd: str, streams: list[str]) -> None:
+def command(argv: list[str], cwd: str, streams: list[str]) -> None:
     os.chdir(cwd)
     for number, (path, how) in enumerate(zip(streams, "rww", strict=True)):
         with Path(path).open(how) as file:

@@ -5,19 +5,24 @@ only by `carry`, as by post.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+from tests.forked import command, run_forked
 from tests.integration.test_deployment import trained
 
 PREFIX = f"st{os.getpid()}"
 HUB = f"{PREFIX}-hub"
+CLONE_NEWNET = 0x40000000
+"""As setns(2) calls a network namespace."""
 
 
 def usable() -> bool:
@@ -104,7 +109,12 @@ class Machine:
     def try_(
         self, command: str, environment: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command here; return its output, whatever its exit status."""
+        """Run a command here; return its output, whatever its exit status.
+
+        With an environment of its own it is a new process, otherwise a fork with the libraries.
+        """
+        if environment is None:
+            return self._typed(command)
         return subprocess.run(
             self._argv(command),
             cwd=self.home,
@@ -112,6 +122,16 @@ class Machine:
             capture_output=True,
             text=True,
         )
+
+    def _typed(self, command: str) -> subprocess.CompletedProcess[str]:
+        words = shlex.split(command)
+        with tempfile.TemporaryDirectory() as scratch:
+            streams = [Path(scratch) / name for name in ("in", "out", "err")]
+            streams[0].touch()
+            where = (self.space, self._environment(None), words[1:], str(self.home))
+            code = run_forked(_command_in, *where, [str(path) for path in streams])
+            said = [path.read_text(encoding="utf-8") for path in streams[1:]]
+        return subprocess.CompletedProcess(words, code, *said)
 
     def do(self, command: str) -> str:
         """Run a command here that has to succeed."""
@@ -134,7 +154,7 @@ class Machine:
     def end(self, name: str) -> int:
         """Send SIGTERM to what was started; return its exit status."""
         self.processes[name].terminate()
-        return self.processes.pop(name).wait(60)
+        return self.processes.pop(name).wait(300)
 
     def crash(self) -> None:
         """What a power failure does: every process is gone, and the cable is dead."""
@@ -157,12 +177,23 @@ class Machine:
         ip("netns", "del", self.space)
 
 
+def _command_in(
+    space: str, environment: dict[str, str], argv: list[str], cwd: str, streams: list[str]
+) -> None:
+    """In a fork: what `ip netns exec` does for the network, and then the command."""
+    with open(f"/var/run/netns/{space}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+    os.environ.update(environment)
+    command(argv, cwd, streams)
+
+
 def carry(source: Path, to: Path) -> None:
     """By post, by e-mail, on a stick: the only way a file leaves a machine."""
     shutil.copyfile(source, to)
 
 
-def wait_for(what: str, ready, timeout_s: float = 180, *, told=lambda: "") -> float:
+def wait_for(what: str, ready, timeout_s: float = 600, *, told=lambda: "") -> float:
     """Wait until it is ready; return the seconds it took."""
     began = time.monotonic()
     while not ready():

@@ -38,16 +38,19 @@ class Trial:
         self.network = Network(folder)
         self.model = build_tiny_model(folder / "base", width=width)
         self.keys = keys
+        self.fingerprints: dict[str, str] = {}
         server = self.server = self.network.machine("server")
         write_tiny_recipe(server.home, self.model)
         server.do(f"silotune server init hospitals --address {server.address}:{PORT}")
         server.start("silotune server up")
         wait_for("the gate", lambda: "fingerprint" in server.said("server up"))
 
-    def add(self, name: str, number: int) -> Machine:
+    def add(self, name: str, number: int, *, machine: str | None = None) -> Machine:
         """What the operators of a client and of the server do, following docs/deploy.md."""
-        server, client = self.server, self.network.machine(name)
-        rows = [row for row in hospital_rows() if row["source"] == f"hospital-{number}"]
+        server, client = self.server, self.network.machine(machine or name)
+        client.name = name
+        here = hospital_rows(max(3, number + 1))
+        rows = [row for row in here if row["source"] == f"hospital-{number}"]
         write_jsonl(
             client.home / "rows.jsonl", [{k: r[k] for k in ("question", "answer")} for r in rows]
         )
@@ -56,6 +59,7 @@ class Trial:
         carry(client.home / name / "request.toml", server.home / f"{name}-request.toml")
         theirs = server.do(f"silotune server approve {name}-request.toml")
         assert ours.splitlines()[0] == theirs.splitlines()[0], "as compared by telephone"
+        self.fingerprints[name] = ours.splitlines()[0].partition(": ")[2]
         carry(
             server.home / "consortium" / "kits" / f"{name}.toml", client.home / f"{name}-kit.toml"
         )
@@ -76,7 +80,7 @@ class Trial:
             )
 
     def submit(self, overrides: str) -> Path:
-        said = self.server.do(f"silotune server submit tiny.toml {overrides} {self.keys}")
+        said = self.server.do(f"silotune server submit tiny.toml {self.keys} {overrides}")
         return self.server.home / said.removeprefix("run folder: ").strip()
 
     def state(self, run: Path) -> str:

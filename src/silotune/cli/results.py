@@ -222,6 +222,7 @@ def print_status(now: dict[str, Any]) -> None:
     from silotune.deployment.status import status_tables
 
     print_line(f"{now['name']}: {'up' if now['up'] else 'not up'}")
+    print_line(f"fingerprint: {now['fingerprint']}")
     for table in status_tables(now):
         print_table(table)
 

@@ -92,7 +92,13 @@ def revoke(
         print_line(f"{client} is revoked")
 
 
-def renew(folder: Folder = HERE) -> None:
+def renew(
+    folder: Folder = HERE,
+    authority: Annotated[
+        bool,
+        typer.Option("--authority", help="Replace the authority's key; every client needs a kit."),
+    ] = False,
+) -> None:
     """Replace the key that the server shows to its clients.
 
     They notice nothing: the consortium's authority signs the new one.
@@ -108,7 +114,14 @@ def renew(folder: Folder = HERE) -> None:
                 "the server is up and uses its present key.\n"
                 "  Stop `silotune server up`, renew, and start it again; runs resume."
             )
-        print_line(f"the server's new key: {consortium.renew_server_key()}")
+        if not authority:
+            print_line(f"the server's new key: {consortium.renew_server_key()}")
+            return
+        fingerprint, kits = consortium.renew_authority()
+        print_line(f"new fingerprint, to compare by telephone: {fingerprint}")
+        for kit in kits:
+            print_line(f"send: {kit}")
+        print_line("until a client has joined with its new kit, it is not let in")
 
 
 def status(

@@ -85,7 +85,8 @@ def describe(folder: Path, request: Request) -> Iterator[tuple[str, str]]:
     own = load_client_config(_config(folder))
     run = RunConfig.model_validate_json(request.recipe)
     here = own_recipe(run, own)
-    yield "run", f"{request.run}, asked {request.time}, now {request.state}"
+    changed = "; its recipe has changed since it was answered" if request.changed else ""
+    yield "run", f"{request.run}, asked {request.time}, now {request.state}{changed}"
     kit = read_kit(folder / KIT)
     version = one_line(request.version, longest=40) or "unknown"
     yield "server", f"{kit.consortium}, {server_fingerprint(kit)}, silotune {version}"

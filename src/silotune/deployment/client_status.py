@@ -15,7 +15,7 @@ from typing import Any
 
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import ConfigError
-from silotune.core.reading_back import parse_object, read_toml
+from silotune.core.reading_back import parse_object, parse_toml, read_toml
 from silotune.core.safe_text import one_line
 from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.federation import operator_log
@@ -25,7 +25,7 @@ from silotune.federation.live_file import RUNNING, is_alive, read_live
 from silotune.federation.outbound_log import FILE as OUTBOUND
 from silotune.federation.outbound_log import answer_words
 
-OWN, CONNECTION = "client.toml", "connection.json"
+OWN, KIT, CONNECTION = "client.toml", "kit.toml", "connection.json"
 EVERY_S = 10.0
 """Seconds between two lines about the same training."""
 FIX = "Correct it, or restore it from a copy."
@@ -69,14 +69,15 @@ def client_status(folder: Path) -> dict[str, Any]:
         folder: The client's.
 
     Returns:
-        name, joined (whether `join` is running), connected, since (seconds since 1970), consortium,
-        now (run, round, rounds, headline, at; None without a worker), last (time, run and words of
-        the last answer; None before the first), and runs: for each run its id, when it began and
-        ended, answers, bytes, seconds of training, and what is left of limits.max_bytes and
-        limits.max_hours (None without a limit). And epsilon: the limit and the number of releases;
-        None without a limit. And refused: time and reason of every bundle of the server that this
-        client did not start. And asks: run and time of every run that waits for this client's
-        consent.
+        name, fingerprint (of its key; "" before there is a kit), joined (whether `join` is
+        running), connected, since (seconds since 1970), consortium, now (run, round, rounds,
+        headline, at; None without a worker), last (time, run and words of the last answer; None
+        before the first), and runs: for each run its id, when it began and ended, answers, bytes,
+        seconds of training, and what is left of limits.max_bytes and limits.max_hours (None
+        without a limit). And epsilon: the limit and the number of releases; None without a limit.
+        And refused: time and reason of every bundle of the server that this client did not start.
+        And asks: run and time of every run that waits for this client's consent, and changed:
+        whether an answer was given to another recipe of it.
 
     Raises:
         ConfigError: See `state_folder`.
@@ -88,6 +89,7 @@ def client_status(folder: Path) -> dict[str, Any]:
     sent = [own for own in lines(state / OUTBOUND) if "run" in own]
     return {
         "name": str(table.get("name", folder.name)),
+        "fingerprint": own_fingerprint(folder),
         "joined": line is not None,
         "connected": bool(line and line["connected"]),
         "since": line and line["since"],
@@ -102,6 +104,20 @@ def client_status(folder: Path) -> dict[str, Any]:
             for row in operator_log.entries(folder, operator_log.BUNDLE_REFUSED)
         ],
     }
+
+
+def own_fingerprint(folder: Path) -> str:
+    """What the people of other clients and of the server know this client by; "" without a kit."""
+    from cryptography import x509
+
+    from silotune.runtime.fingerprint import fingerprint
+
+    try:
+        kit = parse_toml((folder / KIT).read_text(encoding="utf-8"))
+        own = x509.load_pem_x509_certificate(str(kit["certificate"]).encode())
+        return fingerprint(own.public_key())
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def _connection(state: Path) -> dict[str, Any] | None:
@@ -145,8 +161,12 @@ def _by_run(sent: list[dict[str, Any]], limits: Mapping[str, Any]) -> list[dict[
     return list(found.values())
 
 
-def _asks(state: Path) -> list[dict[str, str]]:
-    return [{"run": own.run, "time": own.time} for own in requests(state) if own.state == WAITING]
+def _asks(state: Path) -> list[dict[str, Any]]:
+    return [
+        {"run": own.run, "time": own.time, "changed": own.changed}
+        for own in requests(state)
+        if own.state == WAITING
+    ]
 
 
 def _epsilon(state: Path, limits: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -164,6 +184,8 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
         state = "connected" if found["connected"] else "not connected"
         since = human_seconds(time.time() - found["since"])
         said = [f"{name}: {state} to {found['consortium']} for {since}"]
+    if found["fingerprint"]:
+        said.append(f"fingerprint: {found['fingerprint']}")
     if now is not None:
         run = f"run {str(now['run'])[:8]}: " if now["run"] else ""
         said.append(f"now: {run}{_doing(now)}")
@@ -176,15 +198,16 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     if found["epsilon"] is not None:
         own = found["epsilon"]
         said.append(f"privacy: at most epsilon {own['limit']:g}; {own['releases']} releases so far")
-    said += [f"asks: {asks_words(own['run'])}" for own in found["asks"]]
+    said += [f"asks: {asks_words(own['run'], changed=own['changed'])}" for own in found["asks"]]
     if found["refused"]:
         said.append(refused_words(found["refused"]))
     return said
 
 
-def asks_words(run: str) -> str:
+def asks_words(run: str, *, changed: bool) -> str:
     """What an administrator has to do about a run."""
-    return f"run {run[:8]} waits for your consent: silotune client approve {run[:8]}"
+    why = ", because its recipe has changed since you answered" if changed else ""
+    return f"run {run[:8]} waits for your consent{why}: silotune client approve {run[:8]}"
 
 
 def refused_words(refused: Sequence[Mapping[str, str]]) -> str:
@@ -236,7 +259,7 @@ class Activity:
         for own in requests(self._state):
             if own.state == WAITING and (key := (own.run, own.sha256)) not in self._asked:
                 self._asked.add(key)
-                yield asks_words(own.run)
+                yield asks_words(own.run, changed=own.changed)
         refused = self._refusals(self._folder)
         if len(refused) > self._refused:
             self._refused = len(refused)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from silotune.core.atomic_files import make_folder, write_atomically
-from silotune.core.errors import SilotuneError
+from silotune.core.errors import Declined, SilotuneError
 from silotune.core.wording import counted, human_bytes
 from silotune.data.partition import PartitionConfig
 from silotune.deployment.consortium.caddy import find_caddy
@@ -26,11 +26,18 @@ from silotune.deployment.consortium.certificates import fingerprint, public_key
 from silotune.deployment.consortium.kit import certificate_of
 from silotune.deployment.join import KEY, OWN, Joined
 from silotune.deployment.notice import VERSION, Notice, read_notice
-from silotune.federation.client_recipe import check_base, check_steps, own_recipe, own_rows
+from silotune.federation.client_recipe import (
+    check_base,
+    check_steps,
+    check_version,
+    own_recipe,
+    own_rows,
+)
 from silotune.federation.recipe_model import give_template, warn_of_template
 from silotune.models.base import folder_of_base, inspect_base, load_tokenizer
 from silotune.models.sources import content_hash
 from silotune.recipes.schema import RunConfig
+from silotune.runtime.flower.bundle import READ, versions_read
 from silotune.runtime.identity import identity_of
 from silotune.training.tasks import build_task
 from silotune.workflows.plan.measure import Measurement, is_at_hand, measure
@@ -72,7 +79,7 @@ def examine(joined: Joined, recipe: RunConfig | None = None) -> Iterator[Finding
         where = f"{kit.host}, port {kit.port}, in {1000 * seconds:.0f} ms"
         yield Finding("server", "ok", f"reached at {where}; it knows this client")
         yield _clock(notice)
-        yield _versions(notice)
+        yield _versions(joined, notice)
         if recipe is None:
             recipe, expected = notice.recipe, notice.base_sha256
     yield _disk(joined)
@@ -92,6 +99,11 @@ def examine(joined: Joined, recipe: RunConfig | None = None) -> Iterator[Finding
         return
     yield from _guarded("model", lambda: _model(joined, run, expected))
     yield from _guarded("memory", lambda: _memory(run))
+
+
+def _why(declined: SilotuneError) -> str:
+    """A refusal's reasons, without its first line, which says who refuses."""
+    return str(declined).partition("\n")[2].strip()
 
 
 def _guarded(what: str, check: Callable[[], Finding]) -> Iterator[Finding]:
@@ -124,7 +136,12 @@ def _programs() -> Finding:
     except SilotuneError as error:
         first, _, rest = str(error).partition("\n")
         return Finding("programs", "FAIL", f"{versions}; {first}", rest.strip())
-    return Finding("programs", "ok", f"{versions}, Flower {flower}, the proxy {proxy}")
+    text = f"{versions}, Flower {flower}, the proxy {proxy}"
+    if not flower.startswith(READ):
+        fix = f"Install Flower {versions_read()}, with which its bundles can be checked: "
+        text += "; with this Flower, `join` does not start"
+        return Finding("programs", "FAIL", text, f"{fix}make env EXTRAS=deploy")
+    return Finding("programs", "ok", text)
 
 
 def _server(joined: Joined) -> tuple[Notice, float] | Finding:
@@ -176,7 +193,12 @@ def _clock(notice: Notice) -> Finding:
     return Finding("clock", "FAIL" if worse else "look", text, "Set it: timedatectl set-ntp true.")
 
 
-def _versions(notice: Notice) -> Finding:
+def _versions(joined: Joined, notice: Notice) -> Finding:
+    try:
+        check_version(joined.own, notice.version)
+    except Declined as error:
+        fix = "Add it to limits.versions in client.toml, if your institution agrees, or wait for "
+        return Finding("version", "FAIL", _why(error), f"{fix}the server to change.")
     if notice.version == VERSION:
         return Finding("version", "ok", f"{notice.version}, the same as on the server")
     text = f"{VERSION} here, {notice.version} on the server"
@@ -198,8 +220,7 @@ def _agree(joined: Joined, recipe: RunConfig) -> Generator[Finding, None, RunCon
     try:
         run = own_recipe(recipe, joined.own)
     except SilotuneError as error:
-        _, _, why = str(error).partition("\n")
-        yield Finding("limits", "FAIL", why.strip(), "Change [limits] in client.toml, or decline.")
+        yield Finding("limits", "FAIL", _why(error), "Change [limits] in client.toml, or decline.")
         return None
     algorithm = getattr(run.algorithm, "name", "")
     about = f"{counted(run.rounds, 'round')} of {algorithm} on {recipe.model.name}"

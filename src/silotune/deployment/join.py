@@ -205,6 +205,7 @@ def take_kit(
             f"{folder} holds no key, and the kit is useless without it.\n"
             "  Give the folder that `silotune client init` created: --folder DIR"
         )
+    _check_authority(folder, found)
     _use_new_key(folder, found)
     key = read_key(folder / KEY)
     own, theirs = fingerprint(key.public_key()), fingerprint(public_key(certificate_of(found)))
@@ -234,6 +235,22 @@ def take_kit(
         )
     write_file(folder / KIT, found)
     return Joined(folder.absolute(), found, loaded)
+
+
+def _check_authority(folder: Path, kit: Kit) -> None:
+    """Refuse a kit of another authority than the one that this client has joined."""
+    if not (folder / KIT).is_file():
+        return
+    try:
+        known = server_fingerprint(read_kit(folder / KIT))
+    except ConfigError:  # damaged: it is being replaced
+        return
+    if known != (shown := server_fingerprint(kit)):
+        raise ConfigError(
+            f"the kit is of another authority ({shown}) than the one that this client has joined "
+            f"({known}).\n  If the server's operators have renewed it, compare the new fingerprint "
+            f"by telephone, remove {folder / KIT}, and give the new kit again."
+        )
 
 
 def _write_own(path: Path, name: str, data: Path, model: Path | None) -> None:

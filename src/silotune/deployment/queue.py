@@ -114,8 +114,10 @@ def resubmit(folder: Path, name: str) -> Path:
 
     Raises:
         ConfigError: There is no such run, or it is done.
+        RunFolderError: Its recipe has changed since it was submitted.
     """
     path = find_run(folder, name)
+    RunFolder.open(path)  # a folder that cannot be used is not queued
     if _read(path)["state"] == DONE:
         raise ConfigError(f"{path} is done: there is nothing left to do.")
     record(folder, "submit again", run=path.name)

@@ -32,6 +32,7 @@ from silotune.results.run import Run
 from silotune.runtime.flower.engine import free_port, private_folder
 from silotune.runtime.flower.kept_processes import Kept
 from silotune.runtime.flower.submit import engine_environment
+from silotune.runtime.identity import add_roster
 from silotune.workflows.check import check
 from silotune.workflows.folders import place_for
 
@@ -114,10 +115,13 @@ def consortium_of(
         state=lambda name: place / "clients" / name / "state",
     )
     commands: dict[str, list[str]] = {SERVER: ["server", "up", "--folder", str(folder)]}
+    roster: dict[str, str] = {}
     for name, config in configs.items():
-        request, _ = init(name, config.parent)
+        request, roster[name] = init(name, config.parent)
         kit, _ = consortium.approve(request)
         commands[name] = ["client", "join", str(kit), "--folder", str(config.parent)]
+    if run.secure_sum.is_on:
+        add_roster(configs, roster)
     with private_folder() as private:
         environment = engine_environment(
             place, private=private, runs=place, threads=run.runtime.threads

@@ -17,6 +17,8 @@ FOLDER = "approvals"
 ASKED, ANSWER = "asked.json", "answer.json"
 FIX = "Remove it: the run then asks again."
 WAITING, APPROVED, DECLINED = "waiting", "approved", "declined"
+READ_BACK = ("state", "changed")
+"""What follows from both files together."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Request:
     """When it asked, as ISO 8601."""
     state: str
     """waiting, approved or declined."""
+    changed: bool = False
+    """Whether it waits because its recipe is not the one that was answered."""
 
 
 def requests(state: Path) -> list[Request]:
@@ -57,9 +61,11 @@ def read_request(state: Path, run: str) -> Request | None:
     if (folder / ANSWER).is_file():
         answer = read_object(folder / ANSWER, fix=FIX, error=ConfigError)
     try:
-        said = answer.get("answer") if answer.get("sha256") == asked["sha256"] else WAITING
+        fits = answer.get("sha256") == asked["sha256"]
+        said = answer.get("answer") if fits else WAITING
         state_ = said if said in (APPROVED, DECLINED) else WAITING
-        return Request(**{**{key: str(value) for key, value in asked.items()}, "state": state_})
+        facts = {key: str(value) for key, value in asked.items()}
+        return Request(**facts, state=state_, changed=bool(answer) and not fits)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder / ASKED} is damaged.\n  {FIX}") from error
 
@@ -74,7 +80,7 @@ def answer(state: Path, request: Request, *, approved: bool) -> None:
 def ask(state: Path, request: Request) -> None:
     """Ask this client's people about a run; what they answered before no longer counts."""
     folder = make_folder(_folder(state, request.run))
-    facts = {key: value for key, value in vars(request).items() if key != "state"}
+    facts = {key: value for key, value in vars(request).items() if key not in READ_BACK}
     write_json(folder / ASKED, facts)
 
 

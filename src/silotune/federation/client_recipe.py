@@ -42,6 +42,8 @@ LOCATIONS = {"path", "eval_path", "eval_split", "name", "split", "revision"}
 """Keys of [data] that say where the rows are. A client never takes them from a recipe."""
 REVISION = r"(\w[\w./-]*)?"
 START = rf"({TOLD}[0-9a-f]{{64}})?"
+MOST_BYTES = 200_000
+"""Of a recipe. A client keeps the recipes that it was asked about."""
 CLIP_NORMS = (1e-9, 1e9)
 """Smallest and largest accepted value. float32 rounds much smaller values to zero, and sums of much
 larger values are infinite: the norm would then bound nothing."""
@@ -56,6 +58,17 @@ SECTIONS_OF_THE_SERVER: Mapping[str, Config] = {
 }
 """Sections that clients neither need nor see, with nothing set: some of their keys name paths and
 models, and they say what else a server tries."""
+
+
+def read_recipe(text: str) -> RunConfig:
+    """A recipe as the server sent it.
+
+    Raises:
+        Declined: It is longer than any recipe needs to be.
+    """
+    if (size := len(text.encode())) > MOST_BYTES:
+        raise Declined(f"the recipe has {size} bytes, and a client reads {MOST_BYTES} at most")
+    return RunConfig.model_validate_json(text)
 
 
 def without_server(run: RunConfig) -> dict[str, Config]:

@@ -39,6 +39,10 @@ FIRST = "0" * 64
 """What the first line names as the hash of the line before it."""
 BUNDLE_REFUSED = "bundle refused"
 """A server sent something to run that is not the bundle of this package."""
+REFUSED = "refused"
+"""A client took no part: what was asked is beyond its limits, or cannot be right."""
+ASKS, NOT_ASKED = "run asks for consent", "run not asked about"
+"""A run waits for this client's people; or too many wait already."""
 
 
 class LogError(RunFolderError):
@@ -145,6 +149,7 @@ def verify(path: Path, *, seen: str | None = None) -> Verified:
         LogError: Something was changed, moved, added or removed; names the line.
     """
     path = path / FILE if path.is_dir() else path
+    head = _read_head(path)  # first: somebody may append a line meanwhile
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -166,7 +171,7 @@ def verify(path: Path, *, seen: str | None = None) -> Verified:
             keys.append(str(row["key"]))
     if rest:
         raise _broken(path, len(whole) + 1, "it is cut")
-    _compare_head(path, hashes)
+    _compare_head(path, hashes, head)
     if seen is not None and seen not in hashes:
         raise LogError(
             f"{path} does not hold the line with the hash {one_line(seen, longest=64)}.\n"
@@ -195,18 +200,23 @@ def _checked_line(
     return row
 
 
-def _compare_head(path: Path, hashes: list[str]) -> None:
+def _read_head(path: Path) -> dict[str, Any] | None:
+    """What operators.head says; None if it is not beside the log."""
     head = path.with_name(HEAD)
     if not head.is_file():
+        return None
+    fix = "Remove it: it then no longer shows missing lines."
+    return read_object(head, fix=fix, error=LogError)
+
+
+def _compare_head(path: Path, hashes: list[str], known: dict[str, Any] | None) -> None:
+    if known is None:
         return
-    known = read_object(
-        head, fix="Remove it: it then no longer shows missing lines.", error=LogError
-    )
     at = known.get("lines")
     if not isinstance(at, int) or at < 1 or hashes[at - 1 : at] != [known.get("sha256")]:
         raise LogError(
-            f"{path} has {len(hashes)} lines, but {head} knows of line {at}, which is missing or "
-            "another one.\n  Restore both from a copy, and compare them."
+            f"{path} has {len(hashes)} lines, but {path.with_name(HEAD)} knows of line {at}, which "
+            "is missing or another one.\n  Restore both from a copy, and compare them."
         )
 
 

@@ -22,6 +22,8 @@ from silotune.core.wording import counted
 from silotune.federation.ledger import lines, write_down
 
 FILE = "outbound.jsonl"
+MOST_REFUSED, LONGEST_REFUSED = 50, 200_000
+"""How many recipes that were refused are kept, and of what length: a server can send any number."""
 SUMS = {
     "keys": "keys for a secure sum",
     "shares": "shares for the other clients",
@@ -108,7 +110,7 @@ class Outbound:
             "said": said,
         }
         if recipe:  # what a number means depends on what was asked
-            line["recipe"] = self._once("recipe_sha256", recipe, {"text": recipe})
+            line["recipe"] = self._recipe(recipe, refused="failure" in about)
         if update is not None:
             line["tensors"] = self._layout(update["tensors"])
             if recipe:
@@ -123,6 +125,15 @@ class Outbound:
         """The hash of a list of names, shapes and types, which is recorded the first time."""
         layout = {f"{group}/{name}": [*shape, *type_] for group, name, shape, *type_ in tensors}
         return self._once("layout", json.dumps(layout), {"shapes": layout})
+
+    def _recipe(self, text: str, *, refused: bool) -> str:
+        """The hash of a recipe. Its text is recorded the first time, within the limits above."""
+        if not refused:
+            return self._once("recipe_sha256", text, {"text": text})
+        before = sum(bool(line.get("refused")) for line in lines(self.path))
+        if before >= MOST_REFUSED or len(text) > LONGEST_REFUSED:
+            return hashlib.sha256(text.encode()).hexdigest()
+        return self._once("recipe_sha256", text, {"text": text, "refused": True})
 
     def _once(self, kind: str, text: str, facts: Mapping[str, Any]) -> str:
         """The hash of a text; the facts behind it are recorded the first time it is seen."""

@@ -230,7 +230,10 @@ def guarded(
         parcel = work()
     except Exception as error:  # whatever it is, it is this client's failure
         with contextlib.suppress(OSError):  # the disk may be full, and the log is on it
-            traceback.print_exc(file=sys.stderr)
+            if isinstance(error, AwaitsConsent):  # every 20 s, for days
+                sys.stderr.write(f"{error}\n")
+            else:
+                traceback.print_exc(file=sys.stderr)
         failure = failure_from(error, client=client, round_=round_)
         if quiet() and not isinstance(error, Declined | BudgetSpent | Refused):
             failure = Failure(client, round_, *FAILED)

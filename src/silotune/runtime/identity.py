@@ -236,9 +236,19 @@ def add_throwaways(configs: Mapping[str, Path]) -> None:
     forms: Any = library("hazmat.primitives.serialization")
     own = (forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.NoEncryption())
     keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in configs}
-    roster = {name: fingerprint(key.public_key()) for name, key in keys.items()}
     for name, path in configs.items():
         write_atomically(path.parent / "key.pem", keys[name].private_bytes(*own))
-        others = "".join(f"{json.dumps(n)} = {json.dumps(t)}\n" for n, t in roster.items())
-        table = f"\n[secure_sum]\nmin_cohort = 3\n\n[secure_sum.roster]\n{others}"
+    add_roster(configs, {name: fingerprint(key.public_key()) for name, key in keys.items()})
+
+
+def add_roster(configs: Mapping[str, Path], roster: Mapping[str, str]) -> None:
+    """Write into each client.toml of clients on one machine that it accepts all of them in sums.
+
+    Args:
+        configs: As in `add_throwaways`.
+        roster: Each client's fingerprint.
+    """
+    everyone = "".join(f"{json.dumps(n)} = {json.dumps(t)}\n" for n, t in roster.items())
+    table = f"\n[secure_sum]\nmin_cohort = 3\n\n[secure_sum.roster]\n{everyone}"
+    for path in configs.values():
         write_atomically(path, path.read_bytes() + table.encode())

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from silotune.core.errors import Declined
+from silotune.core.errors import Declined, SilotuneError
+from silotune.core.safe_text import one_line
 from silotune.data.reading import chooses_rows
+from silotune.federation import operator_log
 from silotune.federation.approval import check_approved
 from silotune.federation.client_config import ClientConfig, load_client_config
 from silotune.federation.client_memory import check_memory, check_split_rule, folder_name
@@ -21,12 +23,12 @@ from silotune.federation.client_recipe import (
     is_quiet,
     own_recipe,
     own_rows,
+    read_recipe,
 )
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.live_writer import LiveFile
 from silotune.federation.outbound_log import FILE as OUTBOUND
-from silotune.federation.outbound_log import Outbound
-from silotune.recipes.schema import RunConfig
+from silotune.federation.outbound_log import OWN_REASONS, Outbound
 from silotune.runtime.client_host import Place, Station, guarded
 from silotune.runtime.client_sums import ClientSums
 from silotune.runtime.identity import identity_of
@@ -44,6 +46,7 @@ class Deployed:
         self._now: tuple[str, str, ClientConfig] | None = None
         self._station: Station | None = None
         self._quiet = False
+        self._told: set[tuple[object, ...]] = set()
 
     def answer(self, asked: Parcel) -> Parcel:
         """Answer one message. Reads the client's configuration again: its present limits apply."""
@@ -78,8 +81,23 @@ class Deployed:
 
         reply = guarded(work, client=self.name, round_=round_, quiet=lambda: self._quiet)
         answer = guarded(let_out, client=self.name, round_=round_)
+        failure = answer.about.get("failure", {})
+        if failure.get("code") in OWN_REASONS:
+            self._tell(operator_log.REFUSED, run=about["run"], why=failure["place"])
         self.live.wait("waiting for the server")
         return answer
+
+    def _tell(self, what: str, **facts: Any) -> None:
+        """Write a line into the log of operators; refusals once, however often the server asks."""
+        key = (what, *facts.values())
+        if what != operator_log.ASKS and key in self._told:
+            return
+        self._told.add(key)
+        safe = {k: one_line(v, longest=500) if isinstance(v, str) else v for k, v in facts.items()}
+        try:
+            operator_log.record(self.config.parent, what, **safe)
+        except SilotuneError as error:  # refused all the same
+            sys.stderr.write(f"{error}\n")
 
     def _begin(self, kind: str, round_: int, rounds: int, run_id: str) -> None:
         """Say on this machine what the server asks for."""
@@ -94,17 +112,17 @@ class Deployed:
 
     def _check_consent(self, about: Mapping[str, Any], own: ClientConfig) -> None:
         """Before anything of a run starts, and at every message: consent can be withdrawn."""
-        run = RunConfig.model_validate_json(about["recipe"])
+        run = read_recipe(about["recipe"])
         check_version(own, str(about.get("version", "")))
         own_recipe(run, own)  # nobody is asked about what the limits refuse
         folder = self.config.parent
-        check_approved(own, run, about, lambda name: named_sha256(name, folder))
+        check_approved(own, run, about, lambda name: named_sha256(name, folder), self._tell)
 
     def _outbound(self, run_id: str, own: ClientConfig) -> Outbound:
         return Outbound(Path(own.state) / OUTBOUND, run_id, own.limits.max_bytes)
 
     def _open(self, recipe: str, run_id: str, own: ClientConfig) -> Station:
-        run = RunConfig.model_validate_json(recipe)
+        run = read_recipe(recipe)
         self._quiet = is_quiet(run, own)
         if self._station is None or self._now != (recipe, run_id, own):
             self._station = None  # frees the old model before the new one is loaded

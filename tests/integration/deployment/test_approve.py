@@ -47,9 +47,10 @@ def asked(place, tmp_path):
     before = own.read_text()
     (run,) = (place / "consortium" / "runs").iterdir()
     made = RunFolder.open(run)
-    recipe = travelling(made.run).model_dump_json(serialize_as_any=True)
 
-    def ask(runs: dict, run_id: str = "") -> dict:
+    def ask(runs: dict, run_id: str = "", **changes) -> dict:
+        run = travelling(made.run).model_copy(update=changes)
+        recipe = run.model_dump_json(serialize_as_any=True)
         own.write_text(before.replace("[runs]\n", f"[runs]\n{tomli_w.dumps(runs)}"))
         about = {"kind": "query", "recipe": recipe, "run": run_id or made.run_id()}
         return dict(Deployed(own).answer(Parcel({**about, "version": "0.4", "parcel": {}})).about)
@@ -90,8 +91,30 @@ def test_a_run_waits_is_shown_in_plain_words_and_runs_once_it_is_approved(place,
     assert f"run {run[:8]}: declined" in said.stdout
     assert asked({"approve": "ask"})["failure"]["code"] == "declined"
     answers = [row["what"] for row in entries(north) if row["what"].startswith("run ")]
-    assert answers == ["run approved", "run declined"]
+    assert answers == ["run asks for consent", "run approved", "run declined"]
+    refused = entries(north, "refused")
+    assert [row["run"] for row in refused] == [run]
+    assert "its people declined this run" in refused[0]["why"]
+    assert asked({"approve": "ask"})["failure"]["code"] == "declined"
     assert verify(north).lines >= 3
+
+
+def test_a_recipe_that_changes_after_the_answer_says_so_everywhere(place, asked):
+    north = place / "north"
+    asked({"approve": "ask"}, "d4")
+    run_typed(["client", "approve", "d4", "--yes", "--folder", north], cwd=place)
+    assert "report" in asked({"approve": "ask"}, "d4")
+    activity = Activity(north, north / "state")
+    assert asked({"approve": "ask"}, "d4", rounds=7)["failure"]["code"] == AWAITS_CONSENT
+    (line,) = [text for text in activity.news() if "waits" in text and "d4" in text]
+    assert "because its recipe has changed since you answered" in line
+    (own,) = [found for found in client_status(north)["asks"] if found["run"] == "d4"]
+    assert own["changed"]
+    shown = dict(describe(north, find_request(north, "d4")))
+    assert shown["run"].endswith("its recipe has changed since it was answered")
+    last = entries(north, "run asks for consent")[-1]
+    assert (last["run"], last["why"]) == ("d4", "its recipe has changed since it was approved")
+    run_typed(["client", "approve", "d4", "--no", "--folder", north], cwd=place)
 
 
 def test_without_an_answer_at_the_terminal_nobody_has_agreed(place, asked):

@@ -15,6 +15,8 @@ import silotune
 from silotune.core.errors import QuorumError
 from silotune.core.types import ServerState
 from silotune.data.clients import load_clients
+from silotune.deployment.client_status import Activity
+from silotune.federation.operator_log import REFUSED, entries, verify
 from silotune.federation.outbound_log import answer_words
 from silotune.federation.privacy_guarantee import promise_of
 from silotune.federation.progress import Progress
@@ -22,6 +24,7 @@ from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.simulated_clients import write_client_configs
 from silotune.models.loading import read_adapter
+from silotune.privacy.secure_sum.config import SecureSumConfig
 from silotune.runtime.client_sums import FILE
 from silotune.runtime.flower import client as flower_client
 from silotune.runtime.flower import members, resident_worker
@@ -265,6 +268,10 @@ def test_a_key_that_the_server_made_is_refused_and_the_clients_log_says_why(hosp
     assert (failure.client, failure.code) == (NAMES[0], "refused by the client")
     assert fingerprint(mine.public_key()) in failure.place
     assert hospitals.kits.roster[NAMES[1]] in capsys.readouterr().err
+    folder = hospitals.configs[NAMES[0]].parent
+    (line,) = entries(folder, REFUSED)
+    assert (line["run"], verify(folder).lines) == (hospitals.folder.run_id(), 1)
+    assert fingerprint(mine.public_key()) in line["why"]
     last = hospitals.sent(NAMES[0])
     assert "failure" in last[2]["said"]
     assert not any("update" in line["said"] or "opened" in line["said"] for line in last[:3])
@@ -284,6 +291,58 @@ def test_a_client_without_a_roster_takes_no_part_and_says_what_is_missing(hospit
         "round 0: failure: declined: client 'hospital-3' does not take part: [se"
     )
     assert hospitals.kits.roster[NAMES[3]] in said
+
+
+# --- what a server that is not to be trusted may try; with real processes in tests/slow
+
+
+def refusals(hospitals, name):
+    """The reasons in a client's log of operators, which is as it was written."""
+    folder = hospitals.configs[name].parent
+    verify(folder)
+    return [line["why"] for line in entries(folder, REFUSED)]
+
+
+def test_a_sum_that_is_opened_twice_is_refused_by_everybody_and_written_down_once(hospitals):
+    """The difference of the two sums would be one client's change."""
+    hospitals.go()
+    for node, name in enumerate(NAMES, start=11):
+        activity = Activity(hospitals.configs[name].parent, hospitals.place / "states" / name)
+        asked = to_record(Parcel({"round": 2, "survivors": NAMES[1:]}))
+        for _ in range(2):
+            answer = from_record(hospitals.node("query.open", node, asked)).about
+            assert answer["failure"]["code"] == "refused by the client"
+            assert "opened" not in answer
+        (why,) = refusals(hospitals, name)
+        assert "has already given its shares for round 2 of this run" in why
+        said = list(activity.news())
+        assert len(said) == 2
+        assert all("has already given its shares for round 2" in text for text in said)
+
+
+def test_a_client_that_the_server_adds_is_refused_by_everybody_who_does_not_know_it(hospitals):
+    """It has a certificate of the authority like everybody else."""
+    for name in NAMES[:3]:
+        path = hospitals.configs[name]
+        known = {n: text for n, text in hospitals.kits.others(name).items() if n != NAMES[3]}
+        own = {"required": True, "min_cohort": 3, "roster": known}
+        table = tomli_w.dumps({"secure_sum": own})
+        path.write_text(path.read_text().split("[secure_sum]")[0] + table)
+    with pytest.raises(QuorumError):
+        hospitals.go()
+    for name in NAMES[:3]:
+        (why,) = refusals(hospitals, name)
+        assert f"'{NAMES[3]}' is not on this client's roster" in why
+        assert not any("update" in line["said"] for line in hospitals.sent(name))
+
+
+def test_a_recipe_for_plain_updates_is_refused_and_written_down(hospitals):
+    plain = hospitals.run.model_copy(update={"secure_sum": SecureSumConfig()})
+    hospitals.own["recipe"] = travelling(plain).model_dump_json(serialize_as_any=True)
+    answer = from_record(hospitals.node("query", 11, to_record(Parcel({})))).about
+    assert answer["failure"]["code"] == "declined"
+    (why,) = refusals(hospitals, NAMES[0])
+    assert "secure_sum.kind must be 'masks': this client requires it" in why
 
 
 PRIVATE = [

@@ -19,6 +19,7 @@ from silotune.deployment.client_status import (
 )
 from silotune.federation.live_file import FILE
 from silotune.federation.outbound_log import FILE as OUTBOUND
+from tests.consortium import Kits
 
 RUN = "0123456789abcdef"
 
@@ -119,3 +120,13 @@ def test_status_imports_neither_torch_nor_pydantic(client):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_fingerprint_is_that_of_the_clients_own_key(client):
+    assert client_status(client)["fingerprint"] == "", "before there is a kit"
+    kits = Kits({"north": client})
+    found = client_status(client)
+    assert found["fingerprint"] == kits.roster["north"]
+    assert f"fingerprint: {kits.roster['north']}" in status_lines(found)
+    (client / "kit.toml").write_text("certificate = 1")
+    assert client_status(client)["fingerprint"] == ""

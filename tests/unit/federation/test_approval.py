@@ -5,10 +5,10 @@ import json
 import pytest
 
 from silotune.core.errors import AwaitsConsent, ConfigError, Declined
-from silotune.federation.approval import check_approved, consent_sha256
+from silotune.federation.approval import MOST_WAITING, check_approved, consent_sha256
 from silotune.federation.approval_files import APPROVED, WAITING, answer, read_request, requests
 from silotune.federation.client_config import ClientConfig, RunsConfig
-from silotune.federation.client_recipe import check_version
+from silotune.federation.client_recipe import MOST_BYTES, check_version, read_recipe
 from silotune.recipes.parse import parse
 from silotune.runtime.recipe_hash import named_sha256
 
@@ -41,8 +41,14 @@ def no_names(name):
     raise AssertionError(f"nobody may look for {name}")
 
 
-def check(own, run, run_id="a1", hash_of=no_names):
-    check_approved(own, run, told(run, run_id), hash_of)
+def check(own, run, run_id="a1", hash_of=no_names, log=None):
+    """`log` gets what the client's log of operators would."""
+
+    def tell(what, **facts):
+        if log is not None:
+            log.append((what, facts))
+
+    check_approved(own, run, told(run, run_id), hash_of, tell)
 
 
 def test_without_a_wish_every_run_is_accepted_and_nothing_is_written(tmp_path):
@@ -88,6 +94,50 @@ def test_a_changed_recipe_asks_again_and_so_does_another_run(tmp_path):
     with pytest.raises(AwaitsConsent):
         check(own, run, run_id="b2")
     assert {own.run: own.state for own in requests(state)} == {"a1": WAITING, "b2": WAITING}
+
+
+def test_the_log_says_who_asks_and_what_has_changed_since_the_answer_and_nothing_twice(tmp_path):
+    own, state, log = client(tmp_path, approve="ask"), tmp_path / "state", []
+    for rounds in (3, 3, 4, 5):  # nobody has answered: a change is no news
+        with pytest.raises(AwaitsConsent):
+            check(own, recipe(rounds=rounds), log=log)
+    assert [(what, facts["run"]) for what, facts in log] == [("run asks for consent", "a1")]
+    assert not read_request(state, "a1").changed
+    for approved, word in ((True, "approved"), (False, "declined")):
+        answer(state, read_request(state, "a1"), approved=approved)
+        other = recipe(rounds=10 + approved)
+        for _ in range(2):
+            with pytest.raises(AwaitsConsent):
+                check(own, other, log=log)
+        assert log[-1][1]["why"] == f"its recipe has changed since it was {word}"
+        assert log[-1][1]["recipe_sha256"] == consent_sha256(other)
+        assert read_request(state, "a1").changed
+    assert len(log) == 3
+
+
+def test_a_server_that_asks_without_end_leaves_a_few_files_and_one_line(tmp_path):
+    own, run, state, log = client(tmp_path, approve="ask"), recipe(), tmp_path / "state", []
+    for number in range(MOST_WAITING + 30):
+        with pytest.raises(AwaitsConsent) as error:
+            check(own, run, run_id=f"run{number}", log=log)
+    assert f"is not asked: {MOST_WAITING} runs wait for its people already" in str(error.value)
+    assert len(list((state / "approvals").iterdir())) == len(requests(state)) == MOST_WAITING
+    kept = {what: {str(facts) for seen, facts in log if seen == what} for what, _ in log}
+    assert len(kept["run asks for consent"]) == MOST_WAITING
+    assert len(kept["run not asked about"]) == 1, "every time the same, and so written once"
+    # a run that already waits may still change, and an answer makes room for the next one
+    with pytest.raises(AwaitsConsent, match="has not agreed"):
+        check(own, recipe(rounds=9), run_id="run3")
+    answer(state, read_request(state, "run3"), approved=False)
+    with pytest.raises(AwaitsConsent, match="has not agreed"):
+        check(own, run, run_id="onemore")
+
+
+def test_a_recipe_longer_than_any_is_refused_unread():
+    text = recipe().model_dump_json(serialize_as_any=True)
+    assert read_recipe(text + " " * (MOST_BYTES - len(text))).rounds == 3
+    with pytest.raises(Declined, match=f"has {MOST_BYTES + 1} bytes, and a client reads"):
+        read_recipe(text + " " * (MOST_BYTES - len(text) + 1))
 
 
 def test_an_answer_to_the_recipe_before_is_no_answer_to_the_one_that_asks_now(tmp_path):

@@ -10,7 +10,13 @@ import torch
 from silotune.core.errors import Declined, DiskError
 from silotune.core.types import Update
 from silotune.federation.ledger import lines
-from silotune.federation.outbound_log import Outbound, answer_words, sent_by_run
+from silotune.federation.outbound_log import (
+    LONGEST_REFUSED,
+    MOST_REFUSED,
+    Outbound,
+    answer_words,
+    sent_by_run,
+)
 from silotune.runtime import wire
 from silotune.runtime.payload import Parcel, no_values
 from tests.conftest import largest_file
@@ -123,3 +129,23 @@ def test_a_large_value_has_a_finite_norm(tmp_path):
     path = tmp_path / "outbound.jsonl"
     let_out(Outbound(path, "r1"), update(1e30))
     assert np.isfinite(lines(path)[-1]["norm"])
+
+
+def test_of_recipes_that_were_refused_only_some_are_kept(tmp_path):
+    """A server that sends ever new ones fills no disk; what is refused is listed all the same."""
+    outbound = Outbound(tmp_path / "outbound.jsonl", "r1")
+    refused = {"failure": {"round": 0, "code": "declined", "place": "why", "fix": ""}}
+
+    def send(recipe: str, about=refused) -> None:
+        outbound.let_out(about, no_values(), asked="query", seconds=0.1, recipe=recipe)
+
+    send("x" * (LONGEST_REFUSED + 1))
+    for number in range(MOST_REFUSED + 5):
+        send(f"recipe {number}")
+    found = lines(outbound.path)
+    assert sum("text" in line for line in found) == MOST_REFUSED
+    assert len([line["recipe"] for line in found if "run" in line]) == MOST_REFUSED + 6
+    last = f"recipe {MOST_REFUSED + 4}"
+    send(last, {"report": {}})  # it is accepted later
+    (line,) = [line for line in lines(outbound.path) if line.get("text") == last]
+    assert line["recipe_sha256"] == hashlib.sha256(last.encode()).hexdigest()

@@ -17,7 +17,7 @@ removing a client affects no other client.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ from silotune.deployment.consortium.certificates import (
     write_key,
 )
 from silotune.deployment.consortium.kit import Kit, check_name, read_request_file, write_file
-from silotune.federation.operator_log import record
+from silotune.federation.operator_log import record, record_new_key
 from silotune.federation.roster import ABOUT, NAME, names_in
 
 DEFAULT_PORT = 8443
@@ -214,18 +214,6 @@ class Consortium:
                 "new request: silotune client init. To let the same key in again: silotune server "
                 f"approve {request} --again"
             )
-        authority = self.authority()
-        made = client_certificate(authority, self._signer(), key, asked.name, days=days)
-        kit = self.folder / "kits" / f"{asked.name}.toml"
-        content = Kit(
-            consortium=self.about.name,
-            client=asked.name,
-            host=self.about.host,
-            port=self.about.port,
-            authority=pem(authority),
-            certificate=pem(made),
-        )
-        write_file(kit, content)
         place = self.folder / "clients" / asked.name
         if before is not None and renews:
             os.replace(before.folder, free_place(self.folder / "revoked" / asked.name))
@@ -233,8 +221,7 @@ class Consortium:
             record(self.folder, "key replaced", client=asked.name, fingerprint=shown)
         place.mkdir(mode=0o700, exist_ok=True)
         write_file(place / "request.toml", asked)
-        # last: its presence says that the client is in
-        write_atomically(place / "certificate.pem", pem(made).encode("ascii"))
+        kit = self._issue(asked.name, key, days)
         record(self.folder, "approve", client=asked.name, fingerprint=fingerprint(key), again=again)
         return kit, fingerprint(key)
 
@@ -252,6 +239,47 @@ class Consortium:
         self.issue_server_certificate()
         record(self.folder, "server key replaced", fingerprint=fingerprint(key.public_key()))
         return fingerprint(key.public_key())
+
+    def renew_authority(self) -> tuple[str, Sequence[Path]]:
+        """Make a new authority, and kits of it for all clients; the keys of clients stay.
+
+        Whoever has the old authority's key cannot pose as this server to a client with a new kit.
+        Until a client takes its new kit, it does not trust the server, and is not let in.
+
+        Returns:
+            The new fingerprint, and the kits to send.
+        """
+        place = self.folder / "authority"
+        part = place / "new.pem"
+        if not part.exists():  # else a renewal was interrupted: the log may name its key already
+            write_key(part, new_key())
+        signer = read_key(part)
+        shown = fingerprint(signer.public_key())
+        record_new_key(self.folder, signer.public_key(), fingerprint=shown)
+        text = pem(new_authority(self.about.name, signer))
+        write_atomically(place / "certificate.pem", text.encode("ascii"))
+        os.replace(part, place / "key.pem")
+        self.issue_server_certificate()
+        kits = [self._issue(name, own.key, DAYS) for name, own in self.members().items()]
+        return shown, kits
+
+    def _issue(self, name: str, key: PublicKey, days: int) -> Path:
+        """Write a client's kit, and then its certificate, whose presence says that it is in."""
+        authority = self.authority()
+        made = client_certificate(authority, self._signer(), key, name, days=days)
+        kit = self.folder / "kits" / f"{name}.toml"
+        content = Kit(
+            consortium=self.about.name,
+            client=name,
+            host=self.about.host,
+            port=self.about.port,
+            authority=pem(authority),
+            certificate=pem(made),
+        )
+        write_file(kit, content)
+        place = self.folder / "clients" / name
+        write_atomically(place / "certificate.pem", pem(made).encode("ascii"))
+        return kit
 
     def _was_revoked(self, key: PublicKey) -> bool:
         """Whether a client with this key was in and is not any more, under whatever name."""

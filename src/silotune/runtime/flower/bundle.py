@@ -31,6 +31,8 @@ FAB_ID, FAB_VERSION = "silotune/silotune-run", "0.0.0"
 TOLD = ("recipe", "run", "base_sha256", "version")
 """What the server app and every client receive, as texts. Another key is another bundle, which the
 clients of earlier versions refuse."""
+READ = ("1.41.", "1.42.")
+"""Versions of Flower whose SuperNode was read, by how they begin; no other one is started."""
 PROJECT, MANIFEST = "pyproject.toml", ".info/CONTENT"
 MOST_BYTES = 64 * 1024
 """Neither the bundle nor a file in it is larger; a larger one is not read."""
@@ -38,6 +40,11 @@ MOST_BYTES = 64 * 1024
 
 class BundleError(EngineError):
     """What the server wants to start at a client is not the bundle that this package makes."""
+
+
+def versions_read() -> str:
+    """The versions of Flower that clients start, in words."""
+    return " or ".join(f"{start}x" for start in READ)
 
 
 def app_of(server: str) -> str:

@@ -44,7 +44,8 @@ TRAPS = {
     "FedMedian": (),
     "FedTrimmedAvg": (),
 }
-"""As read in Flower 1.41, by class. A user's class gets the notes of its nearest base."""
+"""By class, as read in Flower 1.41; 1.42 has the same files. A user's class gets the notes of its
+nearest base."""
 
 
 def strategy_warnings(cfg: AlgorithmConfig) -> list[str]:

@@ -1,6 +1,6 @@
 """Flower's SuperLink, with more patience for its own database.
 
-SQLite allows one write at a time. Flower 1.41 lets other requests wait for five seconds and then
+SQLite allows one write at a time. Flower lets other requests wait for five seconds and then
 answers 500, which ends a run's server app. Large adapters that arrive from several clients at once
 keep the database busy for longer than that (make bench-deploy). Start it as
 `python -m silotune.runtime.flower.superlink`, with the arguments of `flower-superlink`.

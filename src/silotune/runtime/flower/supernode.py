@@ -33,13 +33,13 @@ from silotune.federation import operator_log
 from silotune.runtime.flower.bundle import (
     FAB_ID,
     FAB_VERSION,
+    READ,
     TOLD,
     BundleError,
     check_bundle,
+    versions_read,
 )
 
-READ = ("1.41.", "1.42.")
-"""Versions of Flower whose SuperNode was read, by how they begin."""
 PULL, INSERT, STORE = "_pull_and_store_message", "_insert_message", "store_fab"
 ARGUMENTS = {
     PULL: (
@@ -88,10 +88,9 @@ def pin(
 
 
 def _changed(what: str) -> EngineError:
-    known = " or ".join(f"{start}x" for start in READ)
     return EngineError(
         f"this client cannot check what Flower would run here: {what}.\n"
-        f"  Install Flower {known}: make env EXTRAS=deploy"
+        f"  Install Flower {versions_read()}: make env EXTRAS=deploy"
     )
 
 

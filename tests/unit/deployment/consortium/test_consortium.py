@@ -3,8 +3,10 @@
 import datetime
 import json
 import shutil
+import ssl
 import stat
 import subprocess
+import types
 
 import pytest
 from cryptography import x509
@@ -511,3 +513,85 @@ def test_caddy_accepts_both_configurations(consortium, north, tmp_path):
 def test_nobody_is_let_in_when_nobody_is_approved(consortium, tmp_path):
     assert not write_leaves(tmp_path / "leaves", consortium.members())
     assert list((tmp_path / "leaves").iterdir()) == []
+
+
+def shakes_hands(consortium, kit, folder) -> bool:
+    """Whether a client with this kit and the gate's certificate accept each other, by TLS."""
+    (folder / "shown.pem").write_text(kit.certificate)
+    client = ssl.create_default_context(cadata=kit.authority)
+    client.load_cert_chain(folder / "shown.pem", folder / "key.pem")
+    place = consortium.folder
+    server = ssl.create_default_context(
+        ssl.Purpose.CLIENT_AUTH, cafile=place / "authority" / "certificate.pem"
+    )
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.load_cert_chain(place / "server" / "certificate.pem", place / "server" / "key.pem")
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(back, there, server_hostname=kit.host),
+        server.wrap_bio(there, back, server_side=True),
+    ]
+    for _ in range(6):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                return False
+    return True
+
+
+def test_a_new_authority_lets_in_every_client_with_its_new_kit_and_none_with_an_old_one(
+    consortium, joined, tmp_path
+):
+    before, old = consortium.fingerprint(), read_kit(joined / "kit.toml")
+    assert shakes_hands(consortium, old, joined)
+    shown, kits = consortium.renew_authority()
+    assert shown == consortium.fingerprint() != before
+    assert [kit.name for kit in kits] == ["north.toml"]
+    assert not shakes_hands(consortium, old, joined)
+    text = problem(take_kit, kits[0], joined)
+    assert f"is of another authority ({shown})" in text
+    assert before in text
+    (joined / "kit.toml").unlink()  # as the error says
+    again = take_kit(kits[0], joined)
+    assert shakes_hands(consortium, again.kit, joined)
+    assert server_fingerprint(again.kit) == shown
+    own = fingerprint(read_key(joined / "key.pem").public_key())
+    assert fingerprint(consortium.members()["north"].key) == own, "its key stays, and rosters do"
+    checked = check_log(consortium.folder)
+    assert checked.fingerprints == (before, shown)
+    consortium.approve(joined / "request.toml")
+    assert is_signed_by(consortium.members()["north"].certificate, consortium.authority())
+    assert check_log(consortium.folder).lines == checked.lines + 1
+    assert sorted(p.name for p in (consortium.folder / "authority").iterdir()) == [
+        "certificate.pem",
+        "key.pem",
+    ]
+
+
+@pytest.mark.parametrize("when", ["logged", "certificate replaced"])
+def test_a_renewal_of_the_authority_that_was_interrupted_is_finished_by_the_next(
+    consortium, joined, monkeypatch, when
+):
+    from silotune.deployment.consortium import folder as own
+
+    class Killed(Exception):
+        pass
+
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if when == "logged":
+            patch.setattr(own, "write_atomically", kill)
+        else:
+            patch.setattr(own, "os", types.SimpleNamespace(replace=kill))
+        with pytest.raises(Killed):
+            consortium.renew_authority()
+    shown, (kit,) = consortium.renew_authority()
+    (joined / "kit.toml").unlink()
+    assert shakes_hands(consortium, take_kit(kit, joined).kit, joined)
+    assert check_log(consortium.folder).fingerprints[-1] == shown
+    assert len(check_log(consortium.folder).fingerprints) == 2, "the same new key"

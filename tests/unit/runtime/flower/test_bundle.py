@@ -38,7 +38,7 @@ def table(**project) -> bytes:
     return tomli_w.dumps({**OURS, "project": {**OURS["project"], **project}}).encode()
 
 
-@pytest.mark.filterwarnings(  # flwr 1.41 uses a name that pathspec 1 calls deprecated
+@pytest.mark.filterwarnings(  # flwr 1.42 uses a name that pathspec 1 calls deprecated
     "ignore:GitWildMatchPattern:DeprecationWarning"
 )
 def test_what_flower_makes_of_our_project_file_is_accepted():
