@@ -26,8 +26,11 @@ from silotune.core.types import (
     Update,
     Updates,
 )
+from silotune.federation.client_privacy import ClientPlan, plan_of_client
+from silotune.privacy.discrete_gaussian import secure_words, seeded_words
 from silotune.privacy.noise import secure_uniform, seeded_uniform
-from silotune.privacy.secure_sum.ring import Ring, Words
+from silotune.privacy.secure_sum.noised import encode_noised
+from silotune.privacy.secure_sum.ring import Ring, Uniform, Words
 from silotune.recipes.schema import RunConfig
 
 TENSOR = "words"
@@ -74,10 +77,12 @@ class Numbers:
         """An update's words, and how many numbers were cut.
 
         Rounding draws from the run's seed, so that a resumed run has the same bits; next to noise
-        that nobody may predict, nobody may predict the rounding either.
+        that nobody may predict, nobody may predict the rounding either. A client that is protected
+        as a whole gets its noise here.
 
         Raises:
-            UpdateError: The client has more rows than `secure_sum.max_examples`.
+            UpdateError: The client has more rows than `secure_sum.max_examples`, or noise needs
+                finer steps.
         """
         cfg, who = self.run.secure_sum, f"client '{update.client}', round {update.round}"
         weight = update.num_examples if self._by_rows else 1
@@ -88,14 +93,38 @@ class Numbers:
             )
         values = _flat(update.delta)
         assert cfg.range is not None
+        plan = plan_of_client(self.run, update.num_examples, client=update.client)
+        if plan is not None and plan.discrete:
+            words, cut = self._with_noise(values, weight, update, plan)
+            return np.append(words, np.uint32(weight)), cut
         cut = int(np.count_nonzero(np.abs(values) > cfg.range))
-        own = seeded_uniform(generator(self.run.seed, "rounding", update.client, update.round))
-        privacy = self.run.privacy
-        draw = secure_uniform if privacy.unit != "none" and privacy.noise == "secure" else own
         words, _ = self.ring.encode(
-            np.clip(values, -cfg.range, cfg.range) * weight, lambda count: draw(count).numpy()
+            np.clip(values, -cfg.range, cfg.range) * weight, self._chances(update)
         )
         return np.append(words, np.uint32(weight)), cut
+
+    def _with_noise(
+        self, values: NDArray[np.float64], weight: int, update: Update, plan: ClientPlan
+    ) -> tuple[Words, int]:
+        """The change of a client that is protected as a whole; its weight multiplies the noise."""
+        chance = generator(self.run.seed, "privacy", update.client, update.round)
+        return encode_noised(
+            values * weight,
+            self.ring,
+            clip_norm=plan.clip_norm * weight,
+            noise_multiplier=plan.noise_multiplier,
+            uniform=self._chances(update),
+            draw=secure_words if self._is_secret else seeded_words(chance),
+        )
+
+    @property
+    def _is_secret(self) -> bool:
+        return self.run.privacy.unit != "none" and self.run.privacy.noise == "secure"
+
+    def _chances(self, update: Update) -> Uniform:
+        own = seeded_uniform(generator(self.run.seed, "rounding", update.client, update.round))
+        draw = secure_uniform if self._is_secret else own
+        return lambda count: draw(count).numpy()
 
     def mean(
         self, total: Words, layout: Layout, num_survivors: int
