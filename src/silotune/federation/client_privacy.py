@@ -98,7 +98,7 @@ def plan_of_client(
         num_lots = math.ceil(rows / (train.batch_size * train.accumulation))
     num_rounds = min(run.rounds, cfg.max_participations or run.rounds)
     rate, z = lot_size / num_examples, cfg.noise_multiplier
-    discrete = whole and run.secure_sum.is_on
+    discrete = whole and run.secure_sum.kind == "masks"
     if z is None:
         assert cfg.target_epsilon is not None
         z = _noise(cfg.target_epsilon, num_lots * num_rounds, cfg.delta, rate, discrete)

@@ -152,7 +152,8 @@ def _of_records(run: RunConfig) -> Promise:
 
 
 def _of_clients(run: RunConfig) -> Promise:
-    kind = "Discrete Gaussian noise on whole numbers" if run.secure_sum.is_on else "Gaussian noise"
+    discrete = run.secure_sum.kind == "masks"
+    kind = "Discrete Gaussian noise on whole numbers" if discrete else "Gaussian noise"
     return {
         "unit": UNIT_CLIENT,
         "neighbours": NEIGHBOURS["client, noise at the client"],

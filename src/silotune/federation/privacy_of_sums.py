@@ -29,6 +29,7 @@ from silotune.federation.client_privacy import ClientPlan
 from silotune.federation.sampling import cohort_size
 from silotune.federation.secure_sum import Numbers
 from silotune.privacy.accountant import Epsilon, spent_in_all
+from silotune.privacy.secure_sum.ckks import KEYS_NOTE
 from silotune.privacy.secure_sum.noised import TAIL
 from silotune.recipes.schema import RunConfig
 
@@ -51,6 +52,8 @@ def guarantee_of_sums(run: RunConfig, plans: Mapping[str, ClientPlan]) -> dict[s
     """
     if not run.secure_sum.is_on:
         return None
+    if run.secure_sum.kind == "ckks":
+        return {"why_not": KEYS_NOTE}
     asked = cohort_size(run.sampling, len(plans))
     # what clients insist on themselves; the quorum is the server's word
     noisy = run.secure_sum.min_cohort - run.secure_sum.colluding

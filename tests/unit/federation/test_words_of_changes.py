@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.core.types import TensorSpec, Update
-from silotune.federation.secure_sum import Numbers
+from silotune.federation.secure_sum import Numbers, mean_of
 from silotune.recipes.parse import parse
 from tests.unit.privacy.secure_sum.test_round import Round
 
@@ -56,7 +56,8 @@ def test_the_masked_sum_is_that_of_the_plain_words_bit_for_bit(num, shapes, weig
     opened = one.open()
     assert np.array_equal(opened, one.plain(one.names))
     layout = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in updates[0].delta.items()}
-    mean, weight = numbers.mean(opened, layout, num)
+    sum_ = numbers.decode(opened, num)
+    mean, weight = mean_of(numbers.run, sum_, layout), sum_.weight
     each = rows if weights == "examples" else [1] * num
     assert weight == sum(each)
     for name, tensor in mean.items():
