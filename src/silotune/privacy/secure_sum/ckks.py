@@ -13,6 +13,7 @@ What is read from elsewhere is TenSEAL's own format, of exactly one length. Ther
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -125,12 +126,10 @@ class Adder:
         library, read = tenseal(), list[Any]()
         assert ciphertexts.shape[1] == CIPHERTEXT_BYTES
         for row in ciphertexts:
-            try:
+            own: Any = None
+            with suppress(RuntimeError, ValueError, IndexError, TypeError):
                 own = library.ckks_vector_from(self._context, row.tobytes())
-                sized = own.size() == SLOTS
-            except (RuntimeError, ValueError, IndexError, TypeError):
-                sized = False
-            if not sized:
+            if own is None or own.size() != SLOTS:
                 raise UpdateError(
                     f"{who}: what it sent are no ciphertexts of this run.\n"
                     "  Use the same recipe and version at this client."
