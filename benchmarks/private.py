@@ -1,9 +1,11 @@
-"""What privacy costs in accuracy: `python benchmarks/private.py [--resume] [--out DIR]`.
+"""What privacy costs in accuracy: `python benchmarks/private.py [--resume] [--sums] [--out DIR]`.
 
 Trains on the question types of MedQuAD (read from ../shared next to the repository if they are
 there) with MiniLM of 6 layers: 9 clients by source and 20 alike; epsilon 1, 3, 8 and no privacy;
 single rows and whole clients; FedAvg on both factors and FFA-LoRA; three seeds, the same for all.
 It runs two sweeps, which --resume continues, and then prints the table and draws a plot of it.
+With --sums, single rows are also trained with secure sums, at the same noise, in the arms of a
+sweep of its own; what the sums guarantee, `silotune check` says of the same keys without a seed.
 """
 
 import argparse
@@ -72,14 +74,15 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("runs/private"))
     options.add_argument("--resume", action="store_true")
     options.add_argument("--jobs", type=int, default=1)
+    options.add_argument("--sums", action="store_true", help="only rows, with secure sums")
     options.add_argument("overrides", nargs="*", metavar="key=value")
     args = options.parse_intermixed_args()
     if not DATA.is_dir():
         sys.exit("skipped: medquad_types is not next to this repository")
     scores: dict[str, dict[tuple[str, str, str], list[float]]] = {}
     for n, (name, cut) in enumerate(PARTITIONS.items()):
-        arms = all_arms()
-        place = args.out / f"part-{n}"
+        arms = arms_of_sums() if args.sums else all_arms()
+        place = args.out / (f"sums-{n}" if args.sums else f"part-{n}")
         if args.resume and place.exists():
             done = silotune.sweep(resume=place, jobs=args.jobs, progress=PlainProgress())
         else:
@@ -95,6 +98,8 @@ def main() -> None:
             )
         scores[name] = accuracies(done, [arm for arm, _ in arms])
         print_table(name, scores[name])
+    if args.sums:
+        return
     (args.out / "privacy.svg").write_text(draw(scores), encoding="utf-8")
 
 
@@ -110,6 +115,12 @@ def all_arms() -> "list[tuple[tuple[str, str, str], str]]":
                     noise = f"{PRIVATE} {own} privacy.target_epsilon={epsilon}"
                     found.append(((unit, algorithm, str(epsilon)), f"{keys} {noise}"))
     return found
+
+
+def arms_of_sums() -> "list[tuple[tuple[str, str, str], str]]":
+    """The arms of single rows, with the same noise and words that are summed in fixed point."""
+    sums = "secure_sum.kind=masks secure_sum.simulate=true secure_sum.range=256"
+    return [(arm, f"{keys} {sums}") for arm, keys in all_arms() if arm[0] == "record"]
 
 
 def accuracies(

@@ -11,7 +11,9 @@ import inspect
 import math
 import sys
 import types
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -23,16 +25,23 @@ from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.errors import BudgetSpent
 from silotune.core.tree import l2_norm
 from silotune.core.types import ServerState, Update
-from silotune.federation import client, client_privacy, privacy_guarantee, privacy_statement
+from silotune.federation import (
+    client,
+    client_privacy,
+    privacy_guarantee,
+    privacy_statement,
+    secure_sum,
+)
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.ledger import lines, write_down
 from silotune.models.adapters import AdapterConfig
 from silotune.models.base import ModelConfig
 from silotune.models.loading import load_model, read_adapter, write_adapter
-from silotune.privacy import client_level, clip, record_level
+from silotune.privacy import accountant, client_level, clip, discrete_gaussian, record_level
 from silotune.privacy import noise as noise_source
 from silotune.privacy.accountant import Steps, spent, spent_in_all
 from silotune.privacy.base import PrivacyConfig
+from silotune.privacy.secure_sum import noised
 from silotune.recipes.parse import parse
 from silotune.training import loop
 from silotune.training.tasks.instruct import INSTRUCT
@@ -289,6 +298,48 @@ def noise_at_the_client_is_in_every_tensor() -> None:
     assert found.keys() == SHAPES.keys()
     for tensor in found.values():
         assert float(tensor.std()) == pytest.approx(1.5, rel=0.3)
+
+
+def discrete_noise_is_as_large_as_planned_and_in_what_is_summed() -> None:
+    run = parse(
+        {
+            "rounds": 1,
+            "data": {"path": "rows.jsonl"},
+            "model": {"name": "tiny"},
+            "algorithm": {"weights": "uniform"},
+            "privacy": {"unit": "client", "noise_at": "client", "noise_multiplier": 0.5,
+                        "delta": 0.01, "clip_norm": 0.2},
+            "secure_sum": {"kind": "masks", "range": 1.0},
+        }
+    )  # fmt: skip
+    numbers = secure_sum.Numbers(run, 4)
+    sent = Update("north", 1, {"a": torch.zeros(20_000)}, 3, {}, {})
+    words, _ = numbers.encode(sent)
+    assert numbers.ring.decode(words[:-1]).std() == pytest.approx(0.1, rel=0.05)
+
+
+def no_rounded_change_is_longer_than_the_norm() -> None:
+    values = np.full(4000, 20.0)
+    rounded = noised.round_within(
+        values, norm=Fraction(1000), uniform=lambda count: np.full(count, 0.999)
+    )
+    assert noised.squared_norm(rounded) <= 1000**2
+
+
+def discrete_noise_has_the_probabilities_of_its_formula() -> None:
+    found = discrete_gaussian.discrete_gaussian(
+        50_000, variance=2, draw=discrete_gaussian.secure_words
+    )
+    numbers = np.arange(-6, 7)
+    chance = np.exp(-(numbers**2) / 4)
+    seen = [np.count_nonzero(found == k) for k in numbers]
+    expected = chance / chance.sum() * sum(seen)
+    assert stats.chisquare(seen, expected).pvalue > 1e-6
+
+
+def discrete_noise_is_counted_by_the_bound_that_holds_for_it() -> None:
+    cost = accountant.spent_in_all([accountant.Steps(2.0, 10, discrete=True)], delta=1e-3)
+    assert cost.pld == cost.rdp > spent(noise_multiplier=2.0, num_releases=10, delta=1e-3).pld
 
 
 # --- single rows ----------------------------------------------------------------------------------
@@ -627,6 +678,31 @@ CASES = {
         "cost = spent(noise_multiplier=z, num_releases=count, delta=delta, "
         "sampling_rate=promise['num_planned'] / promise['num_clients'])",
         what_was_spent_gains_nothing_either,
+    ),
+    "discrete noise has its multiplier as its variance": (
+        *("privacy.secure_sum.noised", "(Fraction(noise_multiplier) * most) ** 2"),
+        "Fraction(noise_multiplier) * most",
+        discrete_noise_is_as_large_as_planned_and_in_what_is_summed,
+    ),
+    "no noise is added to what is summed": (
+        *("federation.secure_sum", "if plan is not None and plan.discrete:", "if False:"),
+        discrete_noise_is_as_large_as_planned_and_in_what_is_summed,
+    ),
+    "rounding lengthens changes": (
+        "privacy.secure_sum.noised",
+        "    if squared_norm(rounded) > norm**2:\n"
+        "        rounded = np.trunc(scaled).astype(np.int64)\n"
+        "    assert squared_norm(rounded) <= norm**2\n",
+        "",
+        no_rounded_change_is_longer_than_the_norm,
+    ),
+    "zero comes with both signs": (
+        *("privacy.discrete_gaussian", "    accepted &= ~(negative & (size == 0))", "    pass"),
+        discrete_noise_has_the_probabilities_of_its_formula,
+    ),
+    "discrete noise is counted as continuous": (
+        *("privacy.accountant", "    if discrete:\n        rdp =", "    if False:\n        rdp ="),
+        discrete_noise_is_counted_by_the_bound_that_holds_for_it,
     ),
     "noise at the client leaves out the head": (
         *("federation.client", "    delta = protection.protect(delta)\n"),

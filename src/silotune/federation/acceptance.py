@@ -248,7 +248,9 @@ def check_quorum(
     """
     needed, arrived = num_needed(run.sampling, len(cohort)), len(spool)
     if run.secure_sum.is_on:
-        needed = max(needed, threshold_of(len(cohort)))
+        masked = run.secure_sum.kind == "masks"
+        least = threshold_of(len(cohort)) if masked else run.secure_sum.min_cohort
+        needed = max(needed, least)
     if arrived >= needed:
         return None
     spent = sum(failure.code == BUDGET_SPENT for failure in failures)

@@ -52,11 +52,13 @@ class ClientPlan:
     """Releases per round: its steps, or one change if the unit is the client."""
     num_rounds: int
     """Maximum number of rounds in which the client may take part."""
+    discrete: bool = False
+    """Whether its noise is discrete, on the whole numbers of a secure sum."""
 
     def steps(self, num_rounds: int | None = None) -> Steps:
         """The releases of `num_rounds` rounds; of all planned rounds if absent."""
         count = self.num_lots * (self.num_rounds if num_rounds is None else num_rounds)
-        return Steps(self.noise_multiplier, count, self.sampling_rate)
+        return Steps(self.noise_multiplier, count, self.sampling_rate, self.discrete)
 
 
 def plan_of_client(
@@ -96,21 +98,26 @@ def plan_of_client(
         num_lots = math.ceil(rows / (train.batch_size * train.accumulation))
     num_rounds = min(run.rounds, cfg.max_participations or run.rounds)
     rate, z = lot_size / num_examples, cfg.noise_multiplier
+    discrete = whole and run.secure_sum.kind == "masks"
     if z is None:
         assert cfg.target_epsilon is not None
-        z = _noise(cfg.target_epsilon, num_lots * num_rounds, cfg.delta, rate)
+        z = _noise(cfg.target_epsilon, num_lots * num_rounds, cfg.delta, rate, discrete)
     return ClientPlan(
-        cfg.unit, num_examples, cfg.clip_norm, z, rate, lot_size, num_lots, num_rounds
+        *(cfg.unit, num_examples, cfg.clip_norm, z, rate, lot_size, num_lots, num_rounds),
+        discrete=discrete,
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _noise(target_epsilon: float, num_releases: int, delta: float, sampling_rate: float) -> float:
+def _noise(
+    target_epsilon: float, num_releases: int, delta: float, sampling_rate: float, discrete: bool
+) -> float:
     return noise_for(
         target_epsilon=target_epsilon,
         num_releases=num_releases,
         delta=delta,
         sampling_rate=sampling_rate,
+        discrete=discrete,
     )
 
 
@@ -204,10 +211,13 @@ class Protection:
     def protect(self, delta: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clip and noise the change of a client that is protected as a whole.
 
+        With secure sums, the change comes back as it is: its noise is added to the whole numbers
+        that are masked, by `Numbers.encode`.
+
         Raises:
             UpdateError: A tensor holds NaN or infinity.
         """
-        if self.plan is None or not self.protects_client:
+        if self.plan is None or not self.protects_client or self.plan.discrete:
             return delta
         return noised(
             delta,
@@ -321,6 +331,7 @@ def released(ledger: Iterable[Mapping[str, Any]]) -> list[Steps]:
             float(line.get("noise_multiplier", 0.0)),
             int(line.get("num_lots", 1)),
             float(line.get("sampling_rate", 1.0)),
+            bool(line.get("discrete", False)),
         )
         for line in ledger
     ]

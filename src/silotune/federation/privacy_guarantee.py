@@ -44,8 +44,9 @@ def promise_of(run: RunConfig, num_examples: Mapping[str, int]) -> Promise | Non
         noise_multiplier, clipping, num_clients, num_planned (clients per round) and epsilon_replace
         (one client replaced by another: the sensitivity is twice as large). With noise at the
         clients, also `clients` with each client's plan and epsilon; the top-level epsilon is then
-        the largest of these, and `epsilon_prv` is a third opinion on it; with secure sums, `sums`
-        with what only sums reveal, see `guarantee_of_sums`.
+        the largest of these, and `epsilon_prv` is a third opinion on it (null if there is none, as
+        for discrete noise); with secure sums, `sums` with what only sums reveal, see
+        `guarantee_of_sums`.
 
     Raises:
         ConfigError: dp-accounting is missing, or the noise is too large for adaptive clipping.
@@ -123,9 +124,11 @@ def _by_clients(run: RunConfig, num_examples: Mapping[str, int]) -> Promise:
         cost = spent_in_all([plan.steps()], delta=delta)
         clients[name] = {**asdict(plan), "epsilon": as_json(cost)}
         if cost.pld >= worst.pld:
-            worst, third = cost, third_opinion(plan.steps(), delta=delta)
+            worst = cost
+            # that accountant knows continuous noise only
+            third = math.inf if plan.discrete else third_opinion(plan.steps(), delta=delta)
     return {
-        **(_of_records(run) if run.privacy.unit == "record" else OF_CLIENTS),
+        **(_of_records(run) if run.privacy.unit == "record" else _of_clients(run)),
         "released": "what each client sends in every round, to everybody, including the server",
         "num_releases": min(run.rounds, run.privacy.max_participations or run.rounds),
         "clients": clients,
@@ -148,12 +151,15 @@ def _of_records(run: RunConfig) -> Promise:
     }
 
 
-OF_CLIENTS = {
-    "unit": UNIT_CLIENT,
-    "neighbours": NEIGHBOURS["client, noise at the client"],
-    "sampling": "none assumed: a client may be asked in every round",
-    "mechanism": "Gaussian noise at each client on its own clipped change",
-}
+def _of_clients(run: RunConfig) -> Promise:
+    discrete = run.secure_sum.kind == "masks"
+    kind = "Discrete Gaussian noise on whole numbers" if discrete else "Gaussian noise"
+    return {
+        "unit": UNIT_CLIENT,
+        "neighbours": NEIGHBOURS["client, noise at the client"],
+        "sampling": "none assumed: a client may be asked in every round",
+        "mechanism": f"{kind} at each client, on its own clipped change",
+    }
 
 
 def _delta(run: RunConfig) -> float:

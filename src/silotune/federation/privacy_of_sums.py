@@ -4,10 +4,19 @@ Each client adds its own noise, and its guarantee against everyone holds without
 only sums are ever opened, whoever reads them faces the noise of the other clients as well: the sum
 of n Gaussians has n times the variance, while one row still moves it no further. Kairouz et al.
 2021, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation",
-arXiv:2102.06387, section 1. Differs from the paper: the noise is a continuous Gaussian that is
-rounded to the ring afterwards. The account takes it as continuous, so it is given only where the
-ring's steps are `FINE` times smaller than the noise, and where cutting at the range is as rare as
-`TAIL` standard deviations.
+arXiv:2102.06387.
+
+Clients that are protected as a whole add discrete Gaussian noise to whole numbers, as in the paper.
+A sum of n such noises is not one of the same kind, but nearly: its Renyi divergences are those of a
+Gaussian of n times the variance, up to a term of `10 n exp(-pi^2 sigma^2)` for every number
+(Proposition 14, with sigma in steps of the ring). At `COARSE` steps that is below 1e-400, so it is
+not added.
+
+Where rows are protected, the noise is added in training, as a continuous Gaussian that is rounded
+to the ring afterwards. The account takes it as continuous, so it is given only where the ring's
+steps are `FINE` times smaller than the noise.
+
+In both cases nothing may be cut: the range has room for `TAIL` standard deviations.
 """
 
 import math
@@ -20,10 +29,12 @@ from silotune.federation.client_privacy import ClientPlan
 from silotune.federation.sampling import cohort_size
 from silotune.federation.secure_sum import Numbers
 from silotune.privacy.accountant import Epsilon, spent_in_all
+from silotune.privacy.secure_sum.ckks import KEYS_NOTE
+from silotune.privacy.secure_sum.noised import TAIL
 from silotune.recipes.schema import RunConfig
 
-FINE = 1000
-TAIL = 8
+COARSE, FINE = 10, 1000
+"""Steps of the ring in a standard deviation of the noise, at least: discrete, and rounded."""
 
 
 def guarantee_of_sums(run: RunConfig, plans: Mapping[str, ClientPlan]) -> dict[str, Any] | None:
@@ -36,11 +47,13 @@ def guarantee_of_sums(run: RunConfig, plans: Mapping[str, ClientPlan]) -> dict[s
     Returns:
         Either why_not, in words, or: num_noisy (clients in the smallest sum whose noise the reader
         does not know), colluding, `clients` (each one's noise multiplier in the sum, and its
-        epsilon by the PLD accountant) and epsilon, the largest of these as a pair of both
+        guaranteed epsilon) and epsilon, the largest of these as a pair of both
         accountants' numbers.
     """
     if not run.secure_sum.is_on:
         return None
+    if run.secure_sum.kind == "ckks":
+        return {"why_not": KEYS_NOTE}
     asked = cohort_size(run.sampling, len(plans))
     # what clients insist on themselves; the quorum is the server's word
     noisy = run.secure_sum.min_cohort - run.secure_sum.colluding
@@ -90,6 +103,7 @@ def _why_not(run: RunConfig, plans: Mapping[str, ClientPlan], asked: int, noisy:
     assert run.secure_sum.range is not None
     if widest > run.secure_sum.range:
         return f"secure_sum.range would cut some of the noise; {widest:.3g} is wide enough"
-    if last * min(noise) < FINE * Numbers(run, asked).ring.step:
+    least = FINE if records else COARSE
+    if last * min(noise) < least * Numbers(run, asked).ring.step:
         return "the steps of secure_sum.range are too coarse for noise this small"
     return None

@@ -26,11 +26,14 @@ def releases(folder: RunFolder) -> list[dict[str, Any]]:
     if not folder.run.privacy.is_at_client:
         return lines(folder.path / LEDGER)
     clients: Mapping[str, Any] = (folder.read_json(FILE) or {}).get("clients", {})
+    discrete = {name: plan.get("discrete", False) for name, plan in clients.items()}
     own = {name: lines(folder.client_folder(name) / LEDGER) for name in clients}
     if any(own.values()):
         return [{"client": name, **line} for name, found in own.items() for line in found]
     return [
-        row if "num_lots" in row else {**clients[row["client"]], **row}
+        {**row, "discrete": discrete.get(row["client"], False)}
+        if "num_lots" in row
+        else {**clients[row["client"]], **row}
         for row in folder.metrics()
         if row["event"] == "train"
         if "num_lots" in row or (row["client"] in clients and row["status"] not in NOT_TRAINED)
@@ -178,10 +181,16 @@ def _lines_by_clients(found: Mapping[str, Any]) -> list[str]:
     own = found["clients"].items()
     sums = [_of_sums(found["promise"])] if "sums" in found["promise"] else []
     each = ", ".join(f"{name} {_epsilon(cost['epsilon']['pld'])}" for name, cost in own)
+    discrete = any(plan.get("discrete") for plan in found["promise"]["clients"].values())
+    others = (
+        "epsilon by Renyi divergences, the one bound that is known for discrete noise"
+        if discrete
+        else f"epsilon by the RDP accountant: {_epsilon(found['epsilon']['rdp'])}; of all "
+        "guaranteed rounds by the PRV accountant: "
+        f"{_epsilon(found['promise']['epsilon_prv'])}"
+    )
     return [
-        f"epsilon by the RDP accountant: {_epsilon(found['epsilon']['rdp'])}; of all guaranteed "
-        f"rounds by the PRV accountant: {_epsilon(found['promise']['epsilon_prv'])}; replacing one "
-        "unit by another counts as two (one removed, one added)",
+        f"{others}; replacing one unit by another counts as two (one removed, one added)",
         f"epsilon spent by each client: {each}",
         *sums,
     ]

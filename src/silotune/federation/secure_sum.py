@@ -26,8 +26,11 @@ from silotune.core.types import (
     Update,
     Updates,
 )
+from silotune.federation.client_privacy import ClientPlan, plan_of_client
+from silotune.privacy.discrete_gaussian import secure_words, seeded_words
 from silotune.privacy.noise import secure_uniform, seeded_uniform
-from silotune.privacy.secure_sum.ring import Ring, Words
+from silotune.privacy.secure_sum.noised import encode_noised
+from silotune.privacy.secure_sum.ring import Ring, Uniform, Words
 from silotune.recipes.schema import RunConfig
 
 TENSOR = "words"
@@ -74,80 +77,168 @@ class Numbers:
         """An update's words, and how many numbers were cut.
 
         Rounding draws from the run's seed, so that a resumed run has the same bits; next to noise
-        that nobody may predict, nobody may predict the rounding either.
+        that nobody may predict, nobody may predict the rounding either. A client that is protected
+        as a whole gets its noise here.
 
         Raises:
-            UpdateError: The client has more rows than `secure_sum.max_examples`.
+            UpdateError: The client has more rows than `secure_sum.max_examples`, or noise needs
+                finer steps.
         """
-        cfg, who = self.run.secure_sum, f"client '{update.client}', round {update.round}"
-        weight = update.num_examples if self._by_rows else 1
-        if weight > cfg.max_examples:
-            raise UpdateError(
-                f"{who}: {weight} training rows, more than secure_sum.max_examples = "
-                f"{cfg.max_examples}.\n  Raise it, or set algorithm.weights = 'uniform'."
-            )
-        values = _flat(update.delta)
-        assert cfg.range is not None
-        cut = int(np.count_nonzero(np.abs(values) > cfg.range))
-        own = seeded_uniform(generator(self.run.seed, "rounding", update.client, update.round))
-        privacy = self.run.privacy
-        draw = secure_uniform if privacy.unit != "none" and privacy.noise == "secure" else own
-        words, _ = self.ring.encode(
-            np.clip(values, -cfg.range, cfg.range) * weight, lambda count: draw(count).numpy()
-        )
+        plan = plan_of_client(self.run, update.num_examples, client=update.client)
+        if plan is not None and plan.discrete:
+            weight = weight_of(self.run, update)
+            words, cut = self._with_noise(flat(update.delta), weight, update, plan)
+        else:
+            values, weight, cut = within_range(self.run, update)
+            words, _ = self.ring.encode(values * weight, self._chances(update))
         return np.append(words, np.uint32(weight)), cut
 
-    def mean(
-        self, total: Words, layout: Layout, num_survivors: int
-    ) -> tuple[dict[str, torch.Tensor], int]:
-        """The weighted mean of the changes, float32, and the sum of their weights.
+    def _with_noise(
+        self, values: NDArray[np.float64], weight: int, update: Update, plan: ClientPlan
+    ) -> tuple[Words, int]:
+        """The change of a client that is protected as a whole; its weight multiplies the noise."""
+        chance = generator(self.run.seed, "privacy", update.client, update.round)
+        return encode_noised(
+            values * weight,
+            self.ring,
+            clip_norm=plan.clip_norm * weight,
+            noise_multiplier=plan.noise_multiplier,
+            uniform=self._chances(update),
+            draw=secure_words if self._is_secret else seeded_words(chance),
+        )
 
-        Args:
-            total: The opened sum.
-            layout: Of a change before it became words.
-            num_survivors: Clients in the sum.
+    @property
+    def _is_secret(self) -> bool:
+        return self.run.privacy.unit != "none" and self.run.privacy.noise == "secure"
 
-        Raises:
-            UpdateError: It is larger than clients that keep to the protocol could make it.
-        """
-        cfg, weight, values = self.run.secure_sum, int(total[-1]), self.ring.decode(total[:-1])
-        most = num_survivors * (cfg.max_examples if self._by_rows else 1)
-        assert cfg.range is not None
-        largest = weight * cfg.range + num_survivors * self.ring.step
-        if not num_survivors <= weight <= most or np.abs(values).max(initial=0) > largest:
-            raise UpdateError(
-                "the sum of a round is larger than its clients' changes can be, so at least one "
-                "client does not keep to the protocol. A secure sum cannot say which.\n"
-                "  The last checkpoint is kept. Ask the clients for their versions, then resume."
-            )
-        shapes = {n: tuple(s for s in layout[n].shape if s is not None) for n in sorted(layout)}
-        parts = torch.from_numpy(values / weight).float().split([*map(math.prod, shapes.values())])
-        return {
-            name: part.reshape(shape)
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
-        }, weight
+    def _chances(self, update: Update) -> Uniform:
+        own = seeded_uniform(generator(self.run.seed, "rounding", update.client, update.round))
+        draw = secure_uniform if self._is_secret else own
+        return lambda count: draw(count).numpy()
+
+    def decode(self, total: Words, num_survivors: int) -> "Opened":
+        """The opened sum of the survivors' words as numbers."""
+        values, step = self.ring.decode(total[:-1]), self.ring.step
+        return Opened(values, int(total[-1]), num_survivors, step)
 
 
-def _flat(delta: AdapterState) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class Opened:
+    """What a server learns in a round."""
+
+    values: NDArray[np.float64]
+    """The sum of the changes, each times its weight, in name order."""
+    weight: int
+    """The sum of the weights."""
+    num_clients: int
+    """Clients in the sum."""
+    step: float
+    """By how much encoding may have moved a number of one client."""
+
+
+def weight_of(run: RunConfig, update: Update) -> int:
+    """What a client's change is multiplied by before it is hidden.
+
+    Raises:
+        UpdateError: The client has more rows than `secure_sum.max_examples`.
+    """
+    most = run.secure_sum.max_examples
+    weight = update.num_examples if run.algorithm.weights == "examples" else 1
+    if weight > most:
+        raise UpdateError(
+            f"client '{update.client}', round {update.round}: {weight} training rows, more than "
+            f"secure_sum.max_examples = {most}.\n"
+            "  Raise it, or set algorithm.weights = 'uniform'."
+        )
+    return weight
+
+
+def within_range(run: RunConfig, update: Update) -> tuple[NDArray[np.float64], int, int]:
+    """A change's numbers, cut to `secure_sum.range`; its weight; and how many were cut.
+
+    Raises:
+        UpdateError: See `weight_of`.
+    """
+    weight, values, limit = weight_of(run, update), flat(update.delta), run.secure_sum.range
+    assert limit is not None, "recipes/secure_sums.py requires it"
+    cut = int(np.count_nonzero(np.abs(values) > limit))
+    return np.clip(values, -limit, limit), weight, cut
+
+
+def flat(delta: AdapterState) -> NDArray[np.float64]:
+    """All numbers of a change, in name order."""
     parts = [delta[name].detach().cpu().double().reshape(-1) for name in sorted(delta)]
     return torch.cat(parts).numpy()
 
 
-def as_sent(update: Update, words: Words, cut: int) -> Update:
-    """The update with words instead of its change, whose norm nobody is told."""
-    delta = {TENSOR: torch.from_numpy(words.view(np.int32))}
-    return replace(
-        update, delta=delta, bytes_up=size_bytes(delta), metrics={**update.metrics, CUT: cut}
+def as_sent(update: Update, hidden: AdapterState, cut: int) -> Update:
+    """The update with what hides its change, whose norm nobody is told."""
+    metrics = {**update.metrics, CUT: cut}
+    return replace(update, delta=hidden, bytes_up=size_bytes(hidden), metrics=metrics)
+
+
+def as_tensors(words: Words) -> dict[str, torch.Tensor]:
+    """Masked words as they travel."""
+    return {TENSOR: torch.from_numpy(words.view(np.int32))}
+
+
+def count_of(algorithm: Algorithm, state: ServerState) -> int:
+    """How many numbers a client's change has in the next round."""
+    specs = expected_layout(algorithm, state).values()
+    return sum(math.prod(s for s in spec.shape if s is not None) for spec in specs)
+
+
+def mean_of(run: RunConfig, opened: Opened, layout: Layout) -> dict[str, torch.Tensor]:
+    """The weighted mean of the changes, float32.
+
+    Args:
+        run: The recipe.
+        opened: The sum.
+        layout: Of a change before it was hidden.
+
+    Raises:
+        UpdateError: The sum is larger than clients that keep to the protocol could make it.
+    """
+    cfg, weight, num = run.secure_sum, opened.weight, opened.num_clients
+    most = num * (cfg.max_examples if run.algorithm.weights == "examples" else 1)
+    assert cfg.range is not None
+    largest = weight * cfg.range + num * opened.step
+    if not num <= weight <= most or np.abs(opened.values).max(initial=0) > largest:
+        raise UpdateError(
+            "the sum of a round is larger than its clients' changes can be, so at least one "
+            "client does not keep to the protocol. A secure sum cannot say which.\n"
+            "  The last checkpoint is kept. Ask the clients for their versions, then resume."
+        )
+    shapes = {n: tuple(s for s in layout[n].shape if s is not None) for n in sorted(layout)}
+    sizes = [*map(math.prod, shapes.values())]
+    parts = torch.from_numpy(opened.values / weight).float().split(sizes)
+    return {
+        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+
+def whole(algorithm: Algorithm, run: RunConfig, state: ServerState, opened: Opened) -> Change:
+    """What a linear algorithm makes of the sum: that of one client, which holds all weight.
+
+    Raises:
+        UpdateError: See `mean_of`.
+    """
+    only = Update(
+        client=f"the sum over {opened.num_clients} clients",
+        round=state.round + 1,
+        delta=mean_of(run, opened, expected_layout(algorithm, state)),
+        num_examples=opened.weight,
+        metrics={},
+        settings=dict(algorithm.local.settings),
     )
+    return algorithm.combine(state, [only])
 
 
 def as_words(algorithm: Algorithm) -> Algorithm:
     """The algorithm with updates of the shape that masked ones have."""
 
     def layout(state: ServerState, client: str | None) -> Layout:  # noqa: ARG001
-        specs = expected_layout(algorithm, state).values()
-        count = sum(math.prod(s for s in spec.shape if s is not None) for spec in specs)
-        return {TENSOR: TensorSpec((count + 1,), torch.int32)}
+        return {TENSOR: TensorSpec((count_of(algorithm, state) + 1,), torch.int32)}
 
     return replace(algorithm, layout=layout)
 
@@ -160,9 +251,7 @@ def summed(algorithm: Algorithm, run: RunConfig, sums: Sums) -> Algorithm:
         run: The recipe.
         sums: Opens the sum of a round.
     """
-    assert algorithm.linear, "only a weighted sum of changes can do without single ones"
-    assert algorithm.layout is None, "all changes have the same shape"
-    assert algorithm.extra_layout is None, "what is sent besides the delta is not masked"
+    check_sums_suffice(algorithm)
 
     def combine(state: ServerState, updates: Updates) -> Change:
         total, survivors = np.zeros(0, dtype=np.uint32), list[str]()
@@ -170,21 +259,18 @@ def summed(algorithm: Algorithm, run: RunConfig, sums: Sums) -> Algorithm:
             words = update.delta[TENSOR].numpy().view(np.uint32)
             total = words + total if len(survivors) else words.copy()
             survivors.append(update.client)
-        opened, num_clients = sums.open(state.round + 1, survivors, total)
-        numbers = Numbers(run, num_clients)
-        layout_now = expected_layout(algorithm, state)
-        mean, weight = numbers.mean(opened, layout_now, len(survivors))
-        whole = Update(
-            client=f"the sum over {len(survivors)} clients",
-            round=state.round + 1,
-            delta=mean,
-            num_examples=weight,
-            metrics={},
-            settings=dict(algorithm.local.settings),
-        )
-        return algorithm.combine(state, [whole])
+        words, num_clients = sums.open(state.round + 1, survivors, total)
+        opened = Numbers(run, num_clients).decode(words, len(survivors))
+        return whole(algorithm, run, state, opened)
 
     return replace(as_words(algorithm), combine=combine)
+
+
+def check_sums_suffice(algorithm: Algorithm) -> None:
+    """What the recipe's check has made sure of."""
+    assert algorithm.linear, "only a weighted sum of changes can do without single ones"
+    assert algorithm.layout is None, "all changes have the same shape"
+    assert algorithm.extra_layout is None, "what is sent besides the delta is not hidden"
 
 
 def check_cohort(run: RunConfig, num_clients: int) -> None:
@@ -199,7 +285,8 @@ def check_cohort(run: RunConfig, num_clients: int) -> None:
             f"a round asks {num_clients} clients, and secure_sum.min_cohort is {smallest}.\n"
             "  Ask more clients per round, or lower it; 3 is the least."
         )
-    _ = Numbers(run, num_clients).ring
+    if run.secure_sum.kind == "masks":
+        _ = Numbers(run, num_clients).ring
 
 
 def num_numbers(algorithm: Algorithm, adapter: Mapping[str, torch.Tensor], round_: int) -> int:

@@ -3,6 +3,11 @@
 Both compose Gaussian mechanisms for neighbours that differ by one added or removed unit. The
 privacy loss distribution (PLD: Koskela et al. 2020, Doroshenko et al. 2022) is tight up to its
 discretisation, which is pessimistic; Renyi accounting (RDP: Mironov 2017) is an upper bound on it.
+
+Discrete Gaussian noise on integers has at most the Renyi divergences of a Gaussian (Kairouz et al.
+2021, arXiv:2102.06387, Proposition 14 with one client), but we know of no such proof for its
+privacy loss distribution in many dimensions. Where a release has such noise, RDP's number is the
+one that is guaranteed.
 """
 
 import functools
@@ -31,7 +36,7 @@ class Epsilon:
     """The epsilon that was spent, by two accountants."""
 
     pld: float
-    """The number that is guaranteed."""
+    """The number that is guaranteed; RDP's if noise is discrete."""
     rdp: float
 
 
@@ -45,6 +50,11 @@ class Steps:
     sampling_rate: float = 1.0
     """Probability that a unit takes part in a release, drawn independently for each unit (Poisson)
     and in secret; 1 if all take part, or if sampling amplifies nothing."""
+    discrete: bool = False
+    """Whether the noise is discrete Gaussian, on whole numbers."""
+
+    def __post_init__(self) -> None:
+        assert not self.discrete or self.sampling_rate == 1, "no bound for sampled discrete noise"
 
 
 def spent(
@@ -65,13 +75,18 @@ def spent_in_all(steps: Iterable[Steps], *, delta: float) -> Epsilon:
         ConfigError: dp-accounting is not installed.
     """
     counts = Counter[tuple[float, float]]()
+    discrete = False
     for own in steps:
         counts[own.noise_multiplier, own.sampling_rate] += own.num_releases
+        discrete = discrete or own.discrete
     kinds = tuple(sorted((z, n, q) for (z, q), n in counts.items() if n > 0 and q > 0))
     if not kinds:
         return Epsilon(0.0, 0.0)
     if any(z == 0 for z, _, _ in kinds):
         return Epsilon(math.inf, math.inf)
+    if discrete:
+        rdp = _loose(kinds, delta)
+        return Epsilon(rdp, rdp)
     return _composed(kinds, delta)
 
 
@@ -128,23 +143,29 @@ def _quiet() -> Generator[None]:
 
 
 def noise_for(
-    *, target_epsilon: float, num_releases: int, delta: float, sampling_rate: float = 1.0
+    *,
+    target_epsilon: float,
+    num_releases: int,
+    delta: float,
+    sampling_rate: float = 1.0,
+    discrete: bool = False,
 ) -> float:
     """The smallest noise multiplier that keeps the releases within an epsilon.
 
     It is above the smallest by at most two parts in 100,000.
 
     Args:
-        target_epsilon: Upper bound, by the PLD accountant.
+        target_epsilon: Upper bound on the epsilon that is guaranteed.
         num_releases: Number of planned releases.
         delta: Between 0 and 1.
         sampling_rate: As in `Steps`.
+        discrete: As in `Steps`.
     """
     optimize: Any = _library("scipy.optimize")  # dp-accounting depends on it
 
     def above(log_z: float, *, tight: bool = True) -> float:
         """The logarithm of the ratio of epsilon to its target."""
-        kind = Steps(math.exp(log_z), num_releases, sampling_rate)
+        kind = Steps(math.exp(log_z), num_releases, sampling_rate, discrete)
         kinds = ((kind.noise_multiplier, num_releases, sampling_rate),)
         if tight:
             found = spent_in_all([kind], delta=delta).pld

@@ -18,13 +18,15 @@ def of_secure_sums(run: RunConfig) -> Iterator[tuple[str, str]]:
             (f"secure_sum.{key}", 'only has an effect with kind = "masks"') for key in given
         )
         return
+    if cfg.kind == "ckks":
+        yield from _of_encryption(run)
     if cfg.range is None:
         yield (
             "secure_sum.range",
             "is missing: the largest absolute value of one number of a client's change, for "
             "example 1.0",
         )
-    if run.runtime.name != "in-process":
+    if run.runtime.name != "in-process" and cfg.kind == "masks":
         yield from _of_messages(run)
     if run.privacy.clips_at_server:
         yield (
@@ -54,6 +56,20 @@ def of_secure_sums(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
         if why:
             yield where, f"'{chosen_algorithm(arm)}' cannot be used with secure sums: {why}"
+
+
+def _of_encryption(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What encrypted sums cannot do."""
+    if run.runtime.name != "in-process":
+        yield (
+            WHERE,
+            f"'ckks' cannot be used with runtime.name = '{run.runtime.name}': all clients share "
+            "one secret key, and nothing hands it out. Use 'masks', which hides more",
+        )
+    fields = type(run.secure_sum).model_fields
+    for key in ("simulate", "colluding"):
+        if getattr(run.secure_sum, key) != fields[key].default:
+            yield f"secure_sum.{key}", 'only has an effect with kind = "masks"'
 
 
 def _of_messages(run: RunConfig) -> Iterator[tuple[str, str]]:

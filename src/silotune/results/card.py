@@ -107,7 +107,7 @@ def _heading(run: RunConfig, summary: Mapping[str, Any]) -> list[str]:
         "",
         f"{described}. {counted(summary['rounds'], 'round')} of {summary['algorithm']}; "
         f"{what_is_trained(run)}. The clients' rows were never pooled. Clients sent float32 "
-        f"changes of the trained tensors, without secure aggregation{_noise(run)}.",
+        f"changes of the trained tensors, {how_hidden(run)}{_noise(run)}.",
         "",
         run_verdict(summary),
         "",
@@ -158,6 +158,15 @@ def _warnings(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def how_hidden(run: RunConfig) -> str:
+    """Whether single changes could be read by whoever ran the server."""
+    return {
+        "none": "without secure aggregation",
+        "masks": "under masks that cancel in their sum",
+        "ckks": "encrypted under a key that all clients share",
+    }[run.secure_sum.kind]
+
+
 def _noise(run: RunConfig) -> str:
     """How the changes were protected, and what follows."""
     if run.privacy.is_at_client:
@@ -166,7 +175,8 @@ def _noise(run: RunConfig) -> str:
     noise = (
         "without differential privacy" if none else "with noise only on their mean (see Privacy)"
     )
-    return f" and {noise}, so whoever runs the server could learn about the rows from them"
+    seen = "their sum" if run.secure_sum.is_on else "them"
+    return f" and {noise}, so whoever runs the server could learn about the rows from {seen}"
 
 
 def _privacy(summary: Mapping[str, Any]) -> list[str]:

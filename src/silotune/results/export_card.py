@@ -16,7 +16,7 @@ from silotune.models.base_files import public_name
 from silotune.models.gguf_write import GgufType
 from silotune.models.sources import SOURCES
 from silotune.recipes.schema import RunConfig
-from silotune.results.card import is_on_hub, python_use, revision_in, what_is_trained
+from silotune.results.card import how_hidden, is_on_hub, python_use, revision_in, what_is_trained
 from silotune.results.published import published
 from silotune.results.summary import loss_name, server_lines, unit_of
 
@@ -96,7 +96,7 @@ def _heading(
         "",
         f"{described}. {counted(summary['rounds'], 'round')} of {summary['algorithm']}; "
         f"{what_is_trained(run)}. The clients' rows were never pooled. Clients sent float32 "
-        "changes of the trained tensors, without secure aggregation and "
+        f"changes of the trained tensors, {how_hidden(run)} and "
         + ("with differential privacy:" if private else "without differential privacy."),
         "",
         *([f"- {line}" for line in privacy_lines(summary["privacy"])] if private else []),

@@ -124,6 +124,8 @@ class Station:
             update = take_part(self.worker, data, broadcast, own)
             if sums is not None:
                 update = sums.hide(update, shares)
+            else:  # a client that is protected as a whole gets its noise where words are made
+                assert not self.worker.run.secure_sum.is_on, "only masked words may leave"
             if self.place.withholds:
                 if cut := update.metrics.get(CUT):
                     sys.stderr.write(f"{cut} numbers were beyond secure_sum.range and were cut\n")

@@ -18,7 +18,7 @@ from silotune.core.atomic_files import make_folder, write_json
 from silotune.core.errors import UpdateError
 from silotune.core.reading_back import read_object
 from silotune.core.types import Update
-from silotune.federation.secure_sum import Numbers, as_sent
+from silotune.federation.secure_sum import Numbers, as_sent, as_tensors
 from silotune.privacy.secure_sum.masks import Session
 from silotune.privacy.secure_sum.member import Member, Refused
 from silotune.privacy.secure_sum.ring import Words
@@ -114,7 +114,7 @@ class ClientSums:
                 member.refuse(f"{len(words)} numbers, and keys were made for {member.count}")
             return member.mask(words, hidden)
 
-        return as_sent(update, self._step(update.round, mask), cut)
+        return as_sent(update, as_tensors(self._step(update.round, mask)), cut)
 
     # --- steps
 

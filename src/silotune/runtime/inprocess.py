@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from silotune.core.algorithm import keep_local
+from silotune.core.algorithm import Algorithm, keep_local
 from silotune.core.errors import BudgetSpent, ClientTimeout, UpdateError
 from silotune.core.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score, Update
 from silotune.data.client_rows import ClientRows
@@ -26,6 +26,7 @@ from silotune.federation.client import (
 )
 from silotune.federation.client_memory import load_memory
 from silotune.federation.downlink import Holdings, bytes_of
+from silotune.federation.encrypted_sum import SimulatedEncryption, encrypted
 from silotune.federation.mixed_ranks import with_client_ranks
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
@@ -34,6 +35,7 @@ from silotune.federation.run_folder import RunFolder
 from silotune.federation.secure_sum import num_numbers, summed
 from silotune.federation.server_scores import open_server_side
 from silotune.models.devices import peak_memory_bytes
+from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.job import Job, Measured
 from silotune.runtime.simulated_sums import SimulatedSums
@@ -51,10 +53,9 @@ def drive(job: Job) -> Measured:
     num_rows = {name: own.num_train for name, own in data.items()}
     algorithm = with_client_ranks(with_privacy(plain, run, job.folder, num_rows), run)
     worker = replace(unguarded, algorithm=algorithm, progress=job.progress)
-    sums = SimulatedSums(run, list(data)) if run.secure_sum.is_on else None
+    sums, algorithm = _hidden(run, list(data), algorithm)
     if sums is not None:
-        algorithm = summed(algorithm, run, sums)
-        job.folder.spool(job.state.round + 1).remove()  # masked with keys that are gone
+        job.folder.spool(job.state.round + 1).remove()  # hidden with keys that are gone
     server = open_server_side(
         run, job.folder, algorithm=algorithm, progress=job.progress, loaded=job.loaded
     )
@@ -77,6 +78,19 @@ def drive(job: Job) -> Measured:
     server.end(last)
     # the caller loaded the base, in this process
     return Measured(clients.num_rows(), base_model_loads=0, peak_memory_bytes=peak_memory_bytes())
+
+
+def _hidden(
+    run: RunConfig, names: Sequence[str], algorithm: Algorithm
+) -> tuple[SimulatedSums | SimulatedEncryption | None, Algorithm]:
+    """What hides single updates, and the algorithm that learns their sum only."""
+    if run.secure_sum.kind == "masks":
+        masks = SimulatedSums(run, names)
+        return masks, summed(algorithm, run, masks)
+    if run.secure_sum.kind == "ckks":
+        keys = SimulatedEncryption(run, len(names))
+        return keys, encrypted(algorithm, run, keys)
+    return None, algorithm
 
 
 def prepare_clients(rows: Mapping[str, ClientRows], worker: Worker) -> dict[str, ClientData]:
@@ -114,7 +128,7 @@ class InProcessClients:
         *,
         train_group: TrainGroup | None = None,
         group_size: int = 1,
-        sums: SimulatedSums | None = None,
+        sums: SimulatedSums | SimulatedEncryption | None = None,
     ) -> None:
         """Nothing is trained yet.
 

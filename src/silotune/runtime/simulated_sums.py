@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from silotune.core.types import Update
-from silotune.federation.secure_sum import Numbers, as_sent, check_cohort
+from silotune.federation.secure_sum import Numbers, as_sent, as_tensors, check_cohort
 from silotune.privacy.secure_sum.masks import Session
 from silotune.privacy.secure_sum.member import Advert, Member
 from silotune.privacy.secure_sum.opening import open_sum, passed_on
@@ -83,7 +83,7 @@ class SimulatedSums:
         words, cut = Numbers(self.run, len(self.names)).encode(update)
         if not self.run.secure_sum.simulate:
             words = self._members[update.client].mask(words, self._hidden[update.client])
-        return as_sent(update, words, cut)
+        return as_sent(update, as_tensors(words), cut)
 
     def open(self, round_: int, survivors: Sequence[str], total: Words) -> tuple[Words, int]:
         """Ask every survivor once for its shares, and take the masks off."""

@@ -35,6 +35,7 @@ from silotune.models.devices import pick_device
 from silotune.models.quantization import check_quantization
 from silotune.models.sources import check_name, is_hub_id
 from silotune.models.start import check_start
+from silotune.privacy.secure_sum.ckks import COST_NOTE, KEYS_NOTE, tenseal
 from silotune.recipes.arms import repeated_arms
 from silotune.recipes.auto import resolve_auto, why_chosen
 from silotune.recipes.parse import resolve_recipe
@@ -178,6 +179,9 @@ def _looked_at(run: RunConfig, *, offline: bool, clients: Sequence[str] | None) 
     check_algorithm(run.algorithm, num_clients=num_asked)
     if run.secure_sum.is_on:
         check_cohort(run, num_asked)
+    if run.secure_sum.kind == "ckks":
+        tenseal()
+        warnings.append(f"secure_sum.kind = 'ckks': {KEYS_NOTE}. {COST_NOTE}")
     check_client_ranks(run, rows, real=has_real_clients(run))
     promise = promise_of(run, {name: len(own.train) for name, own in rows.items()})
     if promise is not None and (few := too_few_for(promise)) is not None:

@@ -44,11 +44,6 @@ def equal(one, other):
         ["algorithm.name=rolora"],
         ["algorithm.name=fed_sb"],
         ["sampling.fraction=0.8"],
-        [
-            *("privacy.unit=client", "privacy.noise_at=client", "privacy.noise=seeded"),
-            *("privacy.noise_multiplier=0.1", "privacy.delta=0.1", "privacy.clip_norm=0.1"),
-            *("algorithm.weights=uniform", "evaluate.every=0"),
-        ],
     ],
     ids=lambda keys: " ".join(keys) or "fedavg",
 )
@@ -58,6 +53,23 @@ def test_masks_change_nothing_and_fixed_point_next_to_nothing(recipe, tmp_path, 
     usual = adapter_of(recipe, tmp_path / "usual", *keys)
     moved = {name: float((masked[name] - usual[name]).abs().max()) for name in usual}
     assert max(moved.values()) < (1e-3 if "algorithm.name=fedadam" in keys else 1e-4), moved
+
+
+NOISE = [
+    *("privacy.unit=client", "privacy.noise_at=client", "privacy.noise=seeded", "rounds=1"),
+    *("privacy.delta=0.1", "privacy.clip_norm=0.1", "algorithm.weights=uniform"),
+    "evaluate.every=0",
+]
+
+
+def test_noise_of_whole_clients_is_the_same_under_masks_and_as_large_as_planned(recipe, tmp_path):
+    """It is added to the words, so it is in the sum and nowhere before."""
+    noisy = [*NOISE, "privacy.noise_multiplier=0.1"]
+    masked = adapter_of(recipe, tmp_path / "masked", *MASKS, *noisy)
+    assert equal(masked, adapter_of(recipe, tmp_path / "plain", *PLAIN, *noisy))
+    quiet = adapter_of(recipe, tmp_path / "quiet", *PLAIN, *NOISE, "privacy.noise_multiplier=0")
+    apart = torch.cat([(masked[n] - quiet[n]).reshape(-1) for n in quiet])
+    assert float(apart.std()) == pytest.approx(0.1 * 0.1 / 5**0.5, rel=0.1)
 
 
 def dropping(*gone):

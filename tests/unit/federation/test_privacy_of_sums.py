@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from silotune.federation.client_privacy import plan_of_client
-from silotune.federation.privacy_of_sums import guarantee_of_sums
-from silotune.privacy.accountant import spent
+from silotune.federation.privacy_of_sums import COARSE, guarantee_of_sums
+from silotune.privacy.accountant import spent, spent_in_all
 from silotune.recipes.parse import parse
 
 RECIPE = {
@@ -68,6 +69,55 @@ def test_clients_that_are_protected_as_a_whole_share_their_noise_too():
     )
     z = own["clients"]["client-3"]["noise_multiplier"]
     assert z == pytest.approx(plan.noise_multiplier * math.sqrt(8))
+    assert own["epsilon"].pld == own["epsilon"].rdp, "no tighter bound is known for discrete noise"
+
+
+def test_discrete_noise_needs_a_few_steps_of_the_ring_and_rounded_noise_many():
+    """With 20 steps to a standard deviation, one of two recipes has a guarantee of its sums."""
+    rows, whole = {}, {"unit": "client", "noise_at": "client"}
+    for unit, told in ((rows, "too coarse"), (whole, None)):
+        z = plan_of_client(
+            parse({**RECIPE, "privacy": {**RECIPE["privacy"], **unit}}), 117, client="x"
+        ).noise_multiplier
+        std = z * 0.3 * (5 / 8 if not unit else 1)
+        range_ = std / 20 * 2**27  # five clients leave 27 bits
+        own = found(privacy=unit, secure_sum={"range": range_})
+        assert (told or "") in own.get("why_not", "")
+        assert ("why_not" in own) == (told is not None)
+
+
+def test_a_target_is_met_by_the_bound_that_holds_for_discrete_noise():
+    """It takes a little more noise than the tight bound for a continuous Gaussian."""
+    whole = {**RECIPE["privacy"], "unit": "client", "noise_at": "client"}
+    discrete = plan_of_client(parse({**RECIPE, "privacy": whole}), 117, client="x")
+    rounded = plan_of_client(
+        parse({**{k: v for k, v in RECIPE.items() if k != "secure_sum"}, "privacy": whole}),
+        *(117,),
+        client="x",
+    )
+    assert (discrete.discrete, rounded.discrete) == (True, False)
+    assert 1 < discrete.noise_multiplier / rounded.noise_multiplier < 1.1
+    assert spent_in_all([discrete.steps()], delta=1e-3).pld == pytest.approx(8, abs=1e-3)
+    assert spent_in_all([rounded.steps(), discrete.steps()], delta=1e-3).pld > 8
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+@pytest.mark.parametrize("order", [2, 5, 8])
+@pytest.mark.parametrize("moved", [1, 7, 20])
+def test_the_divergence_of_a_sum_of_discrete_noises_is_that_of_one_gaussian(num, order, moved):
+    """Proposition 14 of Kairouz et al., by brute force at the coarsest noise that is allowed."""
+    numbers = np.arange(-COARSE * 38, COARSE * 38 + 1)
+    one = np.exp(-(numbers.astype(float) ** 2) / (2 * COARSE**2))
+    chance = np.ones(1)
+    for _ in range(num):
+        chance = np.convolve(chance, one / one.sum())
+    p, q = chance[moved:], chance[:-moved]  # the same integers, seen from both
+    both = (p > 0) & (q > 0)
+    p, q = p[both], q[both]
+    found_ = np.log(np.sum(np.exp(order * np.log(p) + (1 - order) * np.log(q)))) / (order - 1)
+    gaussian = order * moved**2 / (2 * num * COARSE**2)
+    assert found_ == pytest.approx(gaussian, rel=1e-3)
+    assert found_ <= gaussian * (1 + 1e-9) + 1e-12
 
 
 @pytest.mark.parametrize(

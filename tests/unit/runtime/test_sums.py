@@ -536,3 +536,50 @@ def test_rows_weigh_and_a_client_with_more_rows_than_allowed_sends_nothing(tmp_p
     assert "more than secure_sum.max_examples = 5" in one.refused["west"]
     opened, _ = one.open(1, spool)
     assert opened[-1] == 3 + 4 + 5
+
+
+# --- a server that is killed between any two messages ---------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for kill -9: nothing after it runs in this process."""
+
+
+@pytest.mark.parametrize("at", range(24))
+def test_a_server_killed_at_any_message_of_two_rounds_goes_on_to_right_sums(tmp_path, at):
+    """Every sum that is opened is right, no client helps to open a round twice, and the end comes.
+
+    Three messages of four clients in each round without keys ahead. A round may end up void, but
+    only if clients had been asked to open it.
+    """
+    one = Federation(tmp_path, sampling={"num_clients": 4})
+    honest, said, opened = one.tell, 0, {}
+
+    def tell(kind, name, about):
+        nonlocal said
+        said += 1
+        if said == at + 1:
+            raise Killed
+        answer = honest(kind, name, about)
+        if kind == "query.open" and not isinstance(answer, Failure):
+            opened.setdefault((name, about["round"]), []).append(about["survivors"])
+        return answer
+
+    one.tell = tell
+    done, killed, void = 0, 0, []
+    while done < 2:
+        try:
+            _, spool = one.begin_round(done + 1)
+            total, num = one.open(done + 1, spool)
+        except Killed:
+            killed += 1
+            one.relay = one.new_relay()
+            state = one.relay.settle(ServerState(done, {"a": torch.zeros(1)}), Progress())
+            void += range(done + 1, state.round + 1)
+            done = state.round
+            continue
+        assert np.array_equal(total, one.plain(NAMES, num, done + 1))
+        done += 1
+    assert killed == 1
+    assert all(len(asked) == 1 for asked in opened.values()), "a client has opened a round twice"
+    assert void == ([at // 12 + 1] if at % 12 >= 8 else [])

@@ -17,7 +17,8 @@ round fail.
 Differs from the paper: no extra step in which clients compare whom the server named, because the
 threshold is more than two thirds; a seal on the own mask's key, so that a wrong share is noticed.
 
-Files: `ring` (numbers), `shamir` (shares), `masks` (keys and masks), `member` (a client's half of a
-round), `opening` (the server's half). They know nothing about adapters, messages or disks, and
-every cipher is the library cryptography's.
+Files: `ring` (numbers), `noised` (numbers with noise), `shamir` (shares), `masks` (keys and masks),
+`member` (a client's half of a round), `opening` (the server's half). They know nothing about
+adapters, messages or disks, and every cipher is the library cryptography's. `ckks` is another way,
+with another and weaker adversary: homomorphic encryption under one key of all clients.
 """

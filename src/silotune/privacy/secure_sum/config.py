@@ -10,13 +10,17 @@ from silotune.core.types import Config
 class SecureSumConfig(Config):
     """Sums that the server can read, of changes that it cannot.
 
-    Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
-    doi 10.1145/3133956.3133982.
+    Masks: Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine
+    Learning", doi 10.1145/3133956.3133982. CKKS: Cheon, Kim, Kim and Song 2017, "Homomorphic
+    Encryption for Arithmetic of Approximate Numbers", doi 10.1007/978-3-319-70694-8_15.
     """
 
-    kind: Literal["none", "masks"] = "none"
+    kind: Literal["none", "masks", "ckks"] = "none"
     """masks: clients hide their changes under masks that cancel in the sum, so that the server
-    learns the sum over all clients of a round and no single change."""
+    learns the sum over all clients of a round and no single change. ckks: clients encrypt their
+    changes homomorphically under one key that all of them share, for policies that ask for it by
+    name; in simulations only, eight times the bytes, and a client that gives the key away opens
+    every change."""
     range: float | None = Field(default=None, gt=0)
     """Largest absolute value of a single number of a client's change; larger ones are cut to it.
     The sum is exact in steps of `range` divided by about 2^28, so a few times the largest change

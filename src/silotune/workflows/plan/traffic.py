@@ -8,6 +8,7 @@ from silotune.core.algorithm import Algorithm, expected_layout, keep_local
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
 from silotune.federation.budget import RoundCost, is_within, round_cost
+from silotune.federation.encrypted_sum import as_ciphertexts
 from silotune.federation.secure_sum import as_words
 from silotune.recipes.schema import RunConfig
 from silotune.workflows.plan.shapes import Shapes, first_state
@@ -72,7 +73,8 @@ def traffic(run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: i
         algorithm, shapes.head if run.adapter.head == "local" else frozenset[str]()
     )
     if run.secure_sum.is_on:
-        algorithm = as_words(algorithm)
+        hidden = {"masks": as_words, "ckks": as_ciphertexts}[run.secure_sum.kind]
+        algorithm = hidden(algorithm)
     state = first_state(shapes, algorithm, num_clients)
     costs = list(expected_rounds(run, state, algorithm, num_clients))
     sent = expected_layout(algorithm, state)
