@@ -24,7 +24,6 @@ from silotune.core.installed import code_sha256, version
 from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT, Broadcast, Failure
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
-    SILENT,
     ClientData,
     Worker,
     prepare_client,
@@ -32,6 +31,7 @@ from silotune.federation.client import (
     take_part,
     withheld,
 )
+from silotune.federation.client_data import SILENT
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
@@ -137,7 +137,7 @@ class Station:
                 "with secure sums only sums are sent.\n  Set evaluate.every = 0."
             )
         memory = load_memory(own, broadcast.round)
-        if data.num_eval == 0:
+        if data.scored.num_rows == 0:
             raise Declined(f"client '{client}' has no held-out row that this recipe can use")
         result = score(self.worker, data, broadcast, memory)
         if not is_large_enough(result, self.place.min_count):
@@ -176,7 +176,7 @@ class Station:
     def _report(self, data: ClientData) -> Parcel:
         """What the server needs to know before the first round."""
         run, quiet = self.worker.run, self.place.withholds or self.place.quiet
-        num_eval = data.num_eval + data.num_unused_eval
+        num_eval = data.scored.num_rows + data.scored.num_unused
         about = {
             "num_train": data.num_train,
             "num_eval": num_eval if num_eval >= (self.place.min_count or 0) else 0,
