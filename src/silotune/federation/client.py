@@ -29,7 +29,7 @@ from silotune.federation.compressed import as_sent
 from silotune.federation.first_adapter import check_first_adapter
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.mixed_ranks import check_rank
-from silotune.models.allocator import release_memory
+from silotune.models.allocator import release_if_grown
 from silotune.models.loading import read_adapter, untrained, write_adapter
 from silotune.training.known_tokens import prepare_rows
 from silotune.training.local_step import OPTIMIZER
@@ -237,7 +237,7 @@ def train_round(
         bytes_down=size_bytes(broadcast.adapter) + sum(map(size_bytes, broadcast.extra.values())),
         bytes_up=size_bytes(sent) + sum(map(size_bytes, outcome.extra.values())),
     )
-    release_memory()  # the next client's batches have other lengths
+    release_if_grown()  # the next client's batches have other lengths
     return update, ClientMemory(memory.position + count, kept)
 
 

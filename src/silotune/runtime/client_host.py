@@ -39,6 +39,7 @@ from silotune.federation.downlink import held, hold, with_news
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.federation.secure_sum import CUT, num_numbers
+from silotune.models.allocator import release_memory
 from silotune.models.base import folder_of_base
 from silotune.models.devices import peak_memory_bytes
 from silotune.models.loading import num_base_loads, read_adapter
@@ -122,6 +123,7 @@ class Station:
             if self.place.withholds:
                 broadcast = replace(broadcast, score=False)
             update = take_part(self.worker, data, broadcast, own)
+            release_memory()  # this client rests until the next round
             if sums is not None:
                 update = sums.hide(update, shares)
             if self.place.withholds:
