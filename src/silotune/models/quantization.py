@@ -89,7 +89,7 @@ def spare_bitsandbytes() -> None:
     """
     if "bitsandbytes" in sys.modules:
         return
-    from transformers.utils import is_bitsandbytes_available
+    from transformers.utils.import_utils import is_bitsandbytes_available
 
     is_bitsandbytes_available()  # remembered too, so it has to be asked before
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # makes its import fail
