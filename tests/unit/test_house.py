@@ -136,10 +136,10 @@ def test_nothing_in_the_package_pickles():
 def test_rows_meet_a_loaded_model_through_one_function():
     """It refuses tokens that the model has no embedding for; a forward pass ends in an IndexError.
 
-    The two others compare tokenizers and count tokens, without a model.
+    The three others compare tokenizers, count tokens and try a few rows, without a forward pass.
     """
     callers = {p.name for p in modules() if ".prepare(" in p.read_text(encoding="utf-8")}
-    assert callers == {"known_tokens.py", "server_work.py", "preview.py"}
+    assert callers == {"known_tokens.py", "server_work.py", "preview.py", "early_checks.py"}
 
 
 def test_functions_of_the_main_loop_fit_one_screen():

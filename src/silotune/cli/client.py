@@ -151,12 +151,10 @@ def outbound(
     """
     with errors_as_exit_codes():
         from silotune.cli.results import print_outbound
-        from silotune.deployment.join import OWN
-        from silotune.federation.client_config import load_client_config
         from silotune.federation.ledger import lines
-        from silotune.federation.outbound_log import FILE
+        from silotune.federation.outbound_log import record_of
 
-        path = Path(load_client_config(folder / OWN).state) / FILE
+        path = record_of(folder)
         if json:
             print_json(lines(path))
         else:

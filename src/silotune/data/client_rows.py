@@ -70,12 +70,16 @@ def assemble(
     """Every client's rows; `apart` are the held-out rows if these are stored separately."""
     if apart is not None:
         _check_same_clients(own.shares, apart.shares)
-    held_places = places(own.digests, seed, "held-out")
-    validation_places = places(own.digests, seed, "validation")
-    own_eval_places = places(own.digests, seed, "max-eval-rows")
-    train_places = places(own.digests, seed, "max-rows")
-    source = apart or own
-    eval_places = places(source.digests, seed, "max-eval-rows")
+    source, validates, cuts = apart or own, cfg.validation_fraction > 0, cfg.max_eval_rows
+
+    def drawn(part: PartRows, purpose: str, *, is_used: bool) -> Sequence[float]:
+        return places(part.digests, seed, purpose) if is_used else ()  # a hash for every row
+
+    held_places = drawn(own, "held-out", is_used=apart is None)
+    validation_places = drawn(own, "validation", is_used=validates)
+    own_eval_places = drawn(own, "max-eval-rows", is_used=validates and cuts is not None)
+    train_places = drawn(own, "max-rows", is_used=cfg.max_rows is not None)
+    eval_places = drawn(source, "max-eval-rows", is_used=cuts is not None)
     clients: dict[str, ClientRows] = {}
     for name, train in sorted(own.shares.items()):
         if apart is None:
@@ -84,13 +88,14 @@ def assemble(
         else:
             held = apart.shares[name]
         validation: list[int] = []
-        if cfg.validation_fraction > 0:
+        if validates:
             _check_enough_to_validate(train, name)
             train, validation = hold_out(train, cfg.validation_fraction, validation_places)
         if cfg.max_rows is not None:
             train = keep_at_most(train, cfg.max_rows, train_places)
         if cfg.max_eval_rows is not None:
             held = keep_at_most(held, cfg.max_eval_rows, eval_places)
+        if validates and cfg.max_eval_rows is not None:
             validation = keep_at_most(validation, cfg.max_eval_rows, own_eval_places)
         clients[name] = ClientRows(
             name,

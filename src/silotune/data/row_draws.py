@@ -23,12 +23,14 @@ import json
 from collections.abc import Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from silotune.core.seeds import derive
 from silotune.data.cells import is_missing
 from silotune.data.placed_rows import PlacedRow
+
+Row = TypeVar("Row")
 
 RULE = "keyed hash of each row"
 """Recorded with a run: its rows cannot be split again by another rule."""
@@ -76,6 +78,18 @@ def keep_at_most(rows: Sequence[int], limit: int, places: Sequence[float]) -> li
     """
     kept = set(sorted(rows, key=places.__getitem__)[:limit])
     return [row for row in rows if row in kept]
+
+
+def evenly(rows: Sequence[Row], at_most: int | None) -> list[Row]:
+    """At most this many of the rows, evenly spaced, the first among them; all for None.
+
+    Example:
+        >>> evenly("abcdefg", 3)
+        ['a', 'c', 'e']
+    """
+    if at_most is None or len(rows) <= at_most:
+        return list(rows)
+    return [rows[n * len(rows) // at_most] for n in range(at_most)]
 
 
 def _text(columns: dict[str, Any]) -> str:

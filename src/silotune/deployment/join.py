@@ -52,11 +52,12 @@ from silotune.deployment.outbound_proxy import proxy_for
 from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.federation.client_config import ClientConfig, load_client_config
 from silotune.federation.operator_log import record, record_new_key
+from silotune.federation.outbound_log import OWN
 from silotune.recipes.sections import usable_threads
 from silotune.runtime.flower.engine import free_port, private_folder
 from silotune.runtime.flower.submit import NODE, engine_environment
 
-KEY, REQUEST, KIT, OWN = "key.pem", "request.toml", "kit.toml", "client.toml"
+KEY, REQUEST, KIT = "key.pem", "request.toml", "kit.toml"
 NEW_KEY = "new-key.pem"
 """Made by `renew`, until the kit for it is there."""
 REST_S = 15.0

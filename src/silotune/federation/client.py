@@ -10,10 +10,10 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from silotune.core.algorithm import Algorithm, LocalContext, LocalOutcome
+from silotune.core.algorithm import LocalContext, LocalOutcome
 from silotune.core.errors import DataError
 from silotune.core.seeds import derive, generator
 from silotune.core.tree import check_finite, size_bytes, subtract
@@ -22,16 +22,15 @@ from silotune.core.wording import counted
 from silotune.data.client_rows import ClientRows
 from silotune.data.reading import TaskRow
 from silotune.data.template_limits import TemplateLimitError
+from silotune.federation.client_data import ClientData, ScoredTokens, TrainTokens, Worker
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
 from silotune.federation.compressed import as_sent
 from silotune.federation.first_adapter import check_first_adapter
 from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.mixed_ranks import check_rank
-from silotune.federation.progress import Progress
-from silotune.models.allocator import release_memory
-from silotune.models.loading import LoadedModel, read_adapter, untrained, write_adapter
-from silotune.recipes.schema import RunConfig
+from silotune.models.allocator import release_if_grown
+from silotune.models.loading import read_adapter, untrained, write_adapter
 from silotune.training.known_tokens import prepare_rows
 from silotune.training.local_step import OPTIMIZER
 from silotune.training.loop import (
@@ -47,90 +46,40 @@ from silotune.training.loop import (
 from silotune.training.own_functions import own_loss, own_metric
 from silotune.training.row_gradient_check import check_row_gradients
 from silotune.training.scoring import build_eval_batches, evaluate
-from silotune.training.tasks.base import Batch, Example, Prepared, Task
-
-SILENT = Progress()
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """One client's rows, tokenized once per run."""
-
-    name: str
-    examples: tuple[Example, ...]
-    eval_batches: tuple[Batch, ...]
-    num_eval: int
-    """Rows that are scored: validation rows if the recipe asks for them, else held-out ones."""
-    num_cut: int
-    num_dropped: int
-    num_unused: int = 0
-    """Train rows that count although they cannot be used, see `Worker.counts_all`. To training,
-    each is a row whose gradient is zero."""
-    num_unused_eval: int = 0
-    """The same for held-out rows, which are not scored."""
-
-    @property
-    def num_train(self) -> int:
-        """Train rows of this client: its weight, and what sampling rates refer to."""
-        return len(self.examples) + self.num_unused
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What a process shares among all the clients it serves: the model, the task, the recipe."""
-
-    loaded: LoadedModel
-    task: Task
-    run: RunConfig
-    algorithm: Algorithm
-    ledger: Ledger | None = None
-    """Where releases of rows are recorded; if absent, in each client's own folder."""
-    quiet: bool = False
-    """Whether no row may decide if this client answers: rows that cannot be used are no error."""
-
-    progress: Progress = SILENT
-    """Told the steps and batches of each client, on its own side."""
-
-    keeps_optimizer: bool = False
-    """Whether a client's optimizer goes on from round to round, as in one long training."""
-
-    @property
-    def counts_all(self) -> bool:
-        """Whether rows that cannot be used count like the others.
-
-        Otherwise the number of rows says how many fit `train.max_length` or have a text, and a
-        recipe can choose what that means.
-        """
-        return self.quiet or self.run.privacy.unit != "none"
+from silotune.training.tasks.base import Example, Prepared
 
 
 def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
-    """Tokenize a client's rows.
+    """A client's rows, whose parts are tokenized when they are first needed.
 
-    Raises:
-        DataError: No train or no held-out row has an answer within `train.max_length` tokens, and
-            the worker may say so.
+    Tokenizing raises DataError if no row of the part has an answer within `train.max_length`
+    tokens, and the worker may say so.
     """
-    limit = worker.run.train.max_length
-    own, held_out = (_prepare(part, worker) for part in (rows.train, rows.scored))
-    for part, prepared in (("train", own), ("held-out", held_out)):
-        if not prepared.examples and not worker.quiet:
-            raise DataError(
-                f"client '{rows.name}': no {part} row has an answer within {limit} tokens.\n"
-                "  Raise train.max_length or shorten the prompts."
-            )
-    return ClientData(
-        name=rows.name,
-        examples=own.examples,
-        eval_batches=tuple(
-            build_eval_batches(held_out.examples, worker.task, worker.run.evaluate.batch_size)
-        ),
-        num_eval=len(held_out.examples),
-        num_cut=own.num_cut + held_out.num_cut,
-        num_dropped=own.num_dropped + held_out.num_dropped,
-        num_unused=rows.num_unused + own.num_dropped if worker.counts_all else 0,
-        num_unused_eval=rows.num_unused_eval + held_out.num_dropped if worker.counts_all else 0,
-    )
+
+    def train() -> TrainTokens:
+        own = _prepare_part(rows.name, "train", rows.train, worker)
+        unused = rows.num_unused + own.num_dropped if worker.counts_all else 0
+        return TrainTokens(own.examples, own.num_cut, own.num_dropped, unused)
+
+    def scored() -> ScoredTokens:
+        own = _prepare_part(rows.name, "held-out", rows.scored, worker)
+        unused = rows.num_unused_eval + own.num_dropped if worker.counts_all else 0
+        batches = build_eval_batches(own.examples, worker.task, worker.run.evaluate.batch_size)
+        return ScoredTokens(tuple(batches), len(own.examples), own.num_cut, own.num_dropped, unused)
+
+    num_unused = (rows.num_unused, rows.num_unused_eval) if worker.counts_all else (0, 0)
+    given = len(rows.train) + num_unused[0], len(rows.scored) + num_unused[1]
+    return ClientData(rows.name, train, scored, num_given=given)
+
+
+def _prepare_part(name: str, part: str, rows: Sequence[TaskRow], worker: Worker) -> Prepared:
+    prepared = _prepare(rows, worker)
+    if not prepared.examples and not worker.quiet:
+        raise DataError(
+            f"client '{name}': no {part} row has an answer within {worker.run.train.max_length} "
+            "tokens.\n  Raise train.max_length or shorten the prompts."
+        )
+    return prepared
 
 
 def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
@@ -165,7 +114,9 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
 
     Before the first round, this scores the base.
     """
-    loaded, total = worker.loaded, len(data.eval_batches)
+    # tokens first: where a reference belongs to them, making them needs the model as it started
+    loaded, batches = worker.loaded, data.scored.batches
+    total = len(batches)
     check_rank(worker.run, data.name, broadcast)
     check_first_adapter(worker.run, data.name, broadcast)
     write_adapter(loaded, {**broadcast.adapter, **memory.tensors.get("personal", {})})
@@ -173,10 +124,10 @@ def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: Client
     with untrained(loaded) if broadcast.round == 1 else contextlib.nullcontext():
         return evaluate(
             loaded,
-            data.eval_batches,
+            batches,
             worker.task,
             client=data.name,
-            num_examples=data.num_eval,
+            num_examples=data.scored.num_rows,
             tell=lambda done: worker.progress.client_scores(data.name, done, total),
             metric=own_metric(worker.run.evaluate.metric),
         )
@@ -286,7 +237,7 @@ def train_round(
         bytes_down=size_bytes(broadcast.adapter) + sum(map(size_bytes, broadcast.extra.values())),
         bytes_up=size_bytes(sent) + sum(map(size_bytes, outcome.extra.values())),
     )
-    release_memory()  # the next client's batches have other lengths
+    release_if_grown()  # the next client's batches have other lengths
     return update, ClientMemory(memory.position + count, kept)
 
 

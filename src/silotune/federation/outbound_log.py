@@ -12,18 +12,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from silotune.core.errors import Declined
+from silotune.core.errors import ConfigError, Declined
+from silotune.core.reading_back import read_toml
 from silotune.core.safe_text import one_line
 from silotune.core.wording import counted
 from silotune.federation.ledger import lines, write_down
 
+if TYPE_CHECKING:
+    import numpy as np  # imported where it is used: listing what was sent needs none
+
 FILE = "outbound.jsonl"
 MOST_REFUSED, LONGEST_REFUSED = 50, 200_000
 """How many recipes that were refused are kept, and of what length: a server can send any number."""
+OWN = "client.toml"
+"""A client's own configuration, in its folder."""
 SUMS = {
     "keys": "keys for a secure sum",
     "shares": "shares for the other clients",
@@ -32,6 +36,23 @@ SUMS = {
 """What answers of secure sums are called."""
 OWN_REASONS = ("declined", "refused by the client")
 """Failures whose reason is a decision of this client, and is shown in full."""
+
+
+def record_of(folder: Path) -> Path:
+    """The record of the client that a folder belongs to.
+
+    Only the key that says where it is is read: checking the others loads torch, and whoever wants
+    to see what was sent should not have to fix a mistake elsewhere first.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+    """
+    path = folder / OWN
+    table = read_toml(path, fix="Name a client's folder, or fix the file.", error=ConfigError)
+    state = table.get("state", "state")
+    if not isinstance(state, str):
+        raise ConfigError(f"mistakes in {path}:\n  state: must be the path of a folder.")
+    return folder / Path(state).expanduser() / FILE
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,7 @@ class Outbound:
     def let_out(
         self,
         about: Mapping[str, Any],
-        values: np.ndarray,
+        values: "np.ndarray",
         *,
         asked: str,
         seconds: float,
@@ -117,6 +138,8 @@ class Outbound:
                 line["as"] = _written_as(recipe)
             # what a codec or a mask makes of a change has no norm that says anything
             if all(len(listed) == 3 for listed in update["tensors"]):
+                import numpy as np
+
                 line["norm"] = float(np.linalg.norm(values.view(np.float32).astype(np.float64)))
             line["sha256"] = hashlib.sha256(values.tobytes()).hexdigest()
         write_down(self.path, line)

@@ -16,6 +16,7 @@ from silotune.data.chat_templates import (
 from silotune.data.client_rows import ClientRows
 from silotune.data.preferences import talks_of
 from silotune.data.reading import TaskRow
+from silotune.data.row_draws import evenly
 from silotune.data.template_traits import traits_of
 from silotune.federation.progress import Progress
 from silotune.models.heads import check_length
@@ -26,6 +27,10 @@ from silotune.recipes.schema import RunConfig
 from silotune.training.generate import teach_end
 from silotune.training.tasks.instruct import check_packing
 from silotune.training.tasks.template_warnings import control_warnings, template_warnings
+
+LOOKED_AT = 2_000
+"""Rows that a run renders before its first round, to warn of what the chat template does to them: a
+second or two, however many rows there are."""
 
 
 def load_for(run: RunConfig, progress: Progress | None = None) -> LoadedModel:
@@ -72,6 +77,8 @@ def warn_of_template(
     run: RunConfig,
     clients: Mapping[str, ClientRows],
     server: Sequence[TaskRow] = (),
+    *,
+    at_most: int | None = None,
 ) -> Iterator[str]:
     """What a recipe's chat template does that may be surprising, in general and to these rows.
 
@@ -81,14 +88,22 @@ def warn_of_template(
         clients: The rows of all clients, as far as this machine reads them. Under [privacy], those
             of real clients are not looked at.
         server: The server's own rows.
+        at_most: Look at this many rows, evenly spaced, and say so if there are more.
     """
     if run.task == "classify":
         return
     rows = [talk for own in clients.values() for row in own.every for talk in talks_of(row)]
     if run.runtime.name == "flower" and run.privacy.unit != "none":
         rows = []
+    rows += [talk for row in server for talk in talks_of(row)]
+    looked_at = evenly(rows, at_most)
+    if len(looked_at) < len(rows):
+        yield (
+            f"what the model reads of the rows was looked at in {len(looked_at)} of {len(rows)}; "
+            "`silotune data` looks at all of them"
+        )
     if run.task == "text":
-        yield from control_warnings(tokenizer, [*rows, *server])
+        yield from control_warnings(tokenizer, looked_at)
         return
     traits = traits_of(tokenizer)
     if traits.end is None and "no-end-token" not in run.train.compat:
@@ -106,8 +121,7 @@ def warn_of_template(
             "the tokenizer begins every text with its bos token, and data.template does not write "
             "it; begin the template with {{ bos_token }}"
         )
-    own_rows = [talk for row in server for talk in talks_of(row)]
-    yield from template_warnings(tokenizer, [*rows, *own_rows])
+    yield from template_warnings(tokenizer, looked_at)
 
 
 def local_tensors(run: RunConfig, loaded: LoadedModel) -> frozenset[str]:

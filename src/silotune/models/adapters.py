@@ -18,7 +18,7 @@ from silotune.core.types import Config
 from silotune.core.wording import counted, did_you_mean
 from silotune.models.heads import Head
 from silotune.models.peft_options import check_option
-from silotune.models.quantization import Quantization, tame_bitsandbytes
+from silotune.models.quantization import Quantization, spare_bitsandbytes
 
 Kind = Literal["lora", "ia3", "prompt", "prefix", "peft", "full"]
 
@@ -171,7 +171,7 @@ def check_adapter(cfg: AdapterConfig, quantization: Quantization, device: torch.
 
 def _peft_config(cfg: AdapterConfig, more: Mapping[str, Any]) -> Any:
     """PEFT's configuration object for a recipe."""
-    tame_bitsandbytes()
+    spare_bitsandbytes()
     import peft
 
     given = {k: v for k, v in cfg.peft.items() if k != "peft_type"}
@@ -231,7 +231,7 @@ def put_adapter(base: Any, cfg: AdapterConfig, seed: int, head: Head | None) -> 
         ModelError: No module has the targets' names, or PEFT cannot adapt this model.
         ConfigError: See `check_adapter`.
     """
-    tame_bitsandbytes()
+    spare_bitsandbytes()
     from peft import TaskType, get_peft_model
 
     more: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS}

@@ -62,6 +62,9 @@ def tame_bitsandbytes() -> None:
     is installed. No downloaded code may run here. It also logs a line for every layer that it
     casts.
     """
+    if "peft" in sys.modules:  # a plain base may have been loaded before, see below
+        for is_there in _answers_of_peft():
+            is_there.cache_clear()
     if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -75,6 +78,33 @@ def tame_bitsandbytes() -> None:
             del sys.modules["kernels"]
         else:
             sys.modules["kernels"] = before
+
+
+def spare_bitsandbytes() -> None:
+    """Keep PEFT from importing bitsandbytes for a plain base: that takes seconds.
+
+    PEFT imports it with itself if it can. It also asks whether it is installed, and remembers the
+    answer, which is "no" from here until `tame_bitsandbytes` is called for a base or an optimizer
+    that needs it. What other libraries are told does not change.
+    """
+    if "bitsandbytes" in sys.modules:
+        return
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
+    is_bitsandbytes_available()  # remembered too, so it has to be asked before
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # makes its import fail
+    try:
+        for is_there in _answers_of_peft():
+            is_there()
+    finally:
+        del sys.modules["bitsandbytes"]
+
+
+def _answers_of_peft() -> list[Any]:
+    """PEFT's remembered answers to whether bitsandbytes is installed."""
+    import peft.import_utils as peft_utils
+
+    return [peft_utils.is_bnb_available, peft_utils.is_bnb_4bit_available]
 
 
 def loading_options(

@@ -17,7 +17,12 @@ from silotune.recipes.own_algorithm import build_own
 def _named(name: str, cfg: type[AlgorithmConfig]) -> type[AlgorithmConfig]:
     """An algorithm's config, plus the key that selects it in a recipe."""
     field: Any = (Literal[name], Field(name, description="Which algorithm; see docs/papers.md."))
-    return create_model(cfg.__name__, __base__=cfg, __doc__=cfg.__doc__, name=field)
+    # the texts of its fields are inherited; pydantic would look for more of them in the source of
+    # every module, which took most of the time of importing recipes
+    silent = {"use_attribute_docstrings": False}
+    return create_model(
+        cfg.__name__, __base__=cfg, __doc__=cfg.__doc__, __cls_kwargs__=silent, name=field
+    )
 
 
 FLOWER = "flower:<module>.<Class>"

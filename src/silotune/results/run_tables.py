@@ -80,6 +80,7 @@ def split_table(split: Mapping[str, Any]) -> list[tuple[str, ...]]:
         split: From `data_overview.describe_split`.
     """
     has_validation = any(own.get("num_validation") for own in split.values())
+    is_sample = any("num_measured" in own for own in split.values())
     header = (
         "client",
         "train rows",
@@ -88,6 +89,7 @@ def split_table(split: Mapping[str, Any]) -> list[tuple[str, ...]]:
         "median tokens",
         "95 %",
         "longest",
+        *(["of rows"] if is_sample else []),
         "labels",
     )
     lines: list[tuple[str, ...]] = [header]
@@ -95,7 +97,10 @@ def split_table(split: Mapping[str, Any]) -> list[tuple[str, ...]]:
         labels = [f"{label} {count}" for label, count in list(own["labels"].items())[:4]]
         more = len(own["labels"]) - len(labels)
         shown = ", ".join(labels) + (f" and {more} more" if more else "")
-        lengths = (f"{own['tokens'][key]:.0f}" for key in ("p50", "p95", "max"))
+        tokens, keys = own["tokens"], ("p50", "p95", "max")
+        lengths = [f"{tokens[key]:.0f}" if tokens else "-" for key in keys]
+        if is_sample:
+            lengths.append(str(own.get("num_measured", own["num_train"])))
         parts = ("num_train", *(["num_validation"] if has_validation else []), "num_eval")
         counts = (str(own[key]) for key in parts)
         lines.append((name, *counts, *lengths, shown or "-"))

@@ -24,7 +24,6 @@ from silotune.core.installed import code_sha256, version
 from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT, Broadcast, Failure
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
-    SILENT,
     ClientData,
     Worker,
     prepare_client,
@@ -32,6 +31,7 @@ from silotune.federation.client import (
     take_part,
     withheld,
 )
+from silotune.federation.client_data import SILENT
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
@@ -39,6 +39,7 @@ from silotune.federation.downlink import held, hold, with_news
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.federation.secure_sum import CUT, num_numbers
+from silotune.models.allocator import release_memory
 from silotune.models.base import folder_of_base
 from silotune.models.devices import peak_memory_bytes
 from silotune.models.loading import num_base_loads, read_adapter
@@ -122,6 +123,7 @@ class Station:
             if self.place.withholds:
                 broadcast = replace(broadcast, score=False)
             update = take_part(self.worker, data, broadcast, own)
+            release_memory()  # this client rests until the next round
             if sums is not None:
                 update = sums.hide(update, shares)
             else:  # a client that is protected as a whole gets its noise where words are made
@@ -139,7 +141,7 @@ class Station:
                 "with secure sums only sums are sent.\n  Set evaluate.every = 0."
             )
         memory = load_memory(own, broadcast.round)
-        if data.num_eval == 0:
+        if data.scored.num_rows == 0:
             raise Declined(f"client '{client}' has no held-out row that this recipe can use")
         result = score(self.worker, data, broadcast, memory)
         if not is_large_enough(result, self.place.min_count):
@@ -178,7 +180,7 @@ class Station:
     def _report(self, data: ClientData) -> Parcel:
         """What the server needs to know before the first round."""
         run, quiet = self.worker.run, self.place.withholds or self.place.quiet
-        num_eval = data.num_eval + data.num_unused_eval
+        num_eval = data.scored.num_rows + data.scored.num_unused
         about = {
             "num_train": data.num_train,
             "num_eval": num_eval if num_eval >= (self.place.min_count or 0) else 0,

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from silotune.core.algorithm import Algorithm, keep_local
-from silotune.core.errors import BudgetSpent, ClientTimeout, UpdateError
+from silotune.core.errors import BudgetSpent, ClientTimeout, DataError, UpdateError
 from silotune.core.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score, Update
 from silotune.data.client_rows import ClientRows
+from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client import (
     ClientData,
     Worker,
@@ -26,6 +27,7 @@ from silotune.federation.client import (
 )
 from silotune.federation.client_memory import load_memory
 from silotune.federation.downlink import Holdings, bytes_of
+from silotune.federation.early_checks import check_before_rounds
 from silotune.federation.encrypted_sum import SimulatedEncryption, encrypted
 from silotune.federation.mixed_ranks import with_client_ranks
 from silotune.federation.privacy_guarantee import with_privacy
@@ -34,6 +36,7 @@ from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.secure_sum import num_numbers, summed
 from silotune.federation.server_scores import open_server_side
+from silotune.models.allocator import release_memory
 from silotune.models.devices import peak_memory_bytes
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
@@ -49,8 +52,9 @@ def drive(job: Job) -> Measured:
     run = job.run
     plain = keep_local(algorithm_of(run.algorithm), job.local)
     unguarded = Worker(job.loaded, build_task(run.task, run.data.labels, run.prefer), run, plain)
-    data = job.data or prepare_clients(job.rows, unguarded)
-    num_rows = {name: own.num_train for name, own in data.items()}
+    data = job.data or open_clients(job.rows, unguarded)
+    # where [privacy] needs these numbers, all rows count, so no token is needed for them
+    num_rows = {name: own.num_rows["num_train"] for name, own in data.items()}
     algorithm = with_client_ranks(with_privacy(plain, run, job.folder, num_rows), run)
     worker = replace(unguarded, algorithm=algorithm, progress=job.progress)
     sums, algorithm = _hidden(run, list(data), algorithm)
@@ -60,8 +64,6 @@ def drive(job: Job) -> Measured:
         run, job.folder, algorithm=algorithm, progress=job.progress, loaded=job.loaded
     )
     clients = InProcessClients(worker, data, job.folder, job.progress, sums=sums)
-    for text in clients.notes():
-        job.progress.note(text)
     job.folder.rewind(job.state.round)
     job.progress.begin(job.run.rounds, job.state.round + 1)
     server.begin(job.state)
@@ -99,7 +101,21 @@ def prepare_clients(rows: Mapping[str, ClientRows], worker: Worker) -> dict[str,
     Raises:
         DataError: A client has no usable row.
     """
-    return {name: prepare_client(rows[name], worker) for name in sorted(rows)}
+    data = {name: prepare_client(rows[name], worker) for name in sorted(rows)}
+    for own in data.values():
+        _ = own.train, own.scored
+    return data
+
+
+def open_clients(rows: Mapping[str, ClientRows], worker: Worker) -> dict[str, ClientData]:
+    """Every client's rows, to be tokenized when it is asked; see `check_before_rounds`.
+
+    Raises:
+        DataError: A few rows of each client were enough to see that it has no usable row.
+    """
+    data = {name: prepare_client(rows[name], worker) for name in sorted(rows)}
+    check_before_rounds(rows, data, worker)
+    return data
 
 
 @dataclass(frozen=True)
@@ -111,6 +127,11 @@ class Asked:
     own: Path
     """The client's own folder, which holds its memory."""
 
+
+ROWS = (DataError, TemplateLimitError)
+"""What tokenizing a client's rows may raise, when it is asked for the first time."""
+UNUSABLE = "rows cannot be used"
+"""Code of the failure."""
 
 TrainGroup = Callable[[Worker, Sequence[Asked]], Iterator[Arrival]]
 """Trains several clients that are handed over together, for example in one batch."""
@@ -134,7 +155,7 @@ class InProcessClients:
 
         Args:
             worker: The process's model.
-            data: Every client's rows as tokens.
+            data: Every client's rows.
             folder: The run's folder; it holds a folder for each client's memory.
             progress: Told which client starts.
             train_group: How a group is trained; by default one client after another.
@@ -149,24 +170,29 @@ class InProcessClients:
         self.group_size = group_size
         self.sums = sums
         self.holdings = Holdings()
+        self._num_rows = {name: own.num_rows for name, own in data.items()}
+        for row in folder.metrics():  # of earlier parts of the run
+            if row["event"] == "train" and row.get("num_examples") and row["client"] in data:
+                self._num_rows[row["client"]]["num_train"] = row["num_examples"]
+        self._told: dict[str, tuple[int, int]] = {}
 
     def names(self) -> Sequence[str]:
         """All clients, sorted."""
         return list(self.data)
 
     def num_rows(self) -> dict[str, dict[str, int]]:
-        """Train and held-out rows of every client."""
-        return {
-            name: {"num_train": d.num_train, "num_eval": d.num_eval + d.num_unused_eval}
-            for name, d in self.data.items()
-        }
+        """Train and held-out rows of every client; see `ClientData.num_rows`."""
+        return self._num_rows
 
-    def notes(self) -> Iterator[str]:
-        """What happened to rows that are longer than `train.max_length`, one line per client."""
-        for data in self.data.values():
-            note = cut_note(data.name, num_cut=data.num_cut, num_dropped=data.num_dropped)
-            if note is not None:
-                yield note
+    def _note_tokens(self, client: str) -> None:
+        """After a client was asked: what its tokens tell about its rows, each thing once."""
+        data = self.data[client]
+        self._num_rows[client] = data.num_rows
+        now, before = (data.num_cut, data.num_dropped), self._told.get(client, (0, 0))
+        self._told[client] = now
+        cut, dropped = now[0] - before[0], now[1] - before[1]
+        if (note := cut_note(client, num_cut=cut, num_dropped=dropped)) is not None:
+            self.progress.note(note)
 
     def train(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         """Train the clients in groups; those whose turn comes after the deadline fail."""
@@ -182,6 +208,7 @@ class InProcessClients:
     def _counted(self, messages: Mapping[str, Broadcast]) -> Iterator[Arrival]:
         """Count what would come down to clients of their own; nothing travels here."""
         for arrival in self._trained(messages):
+            self._note_tokens(arrival.client)
             asked, arrived = messages[arrival.client], isinstance(arrival, Update)
             if isinstance(arrival, Update):
                 told = self.holdings.tell(arrival.client, asked)
@@ -206,12 +233,18 @@ class InProcessClients:
                     for name, broadcast in group
                 ],
             )
+        release_memory()  # what the server does now is other work
 
     def evaluate(self, messages: Mapping[str, Broadcast]) -> Iterator[Score | Failure]:
         """Score one client after another."""
         for name, broadcast in messages.items():
             memory = load_memory(self.folder.client_folder(name), broadcast.round)
-            result = score(self.worker, self.data[name], broadcast, memory)
+            try:
+                result = score(self.worker, self.data[name], broadcast, memory)
+            except ROWS as error:
+                yield Failure(name, broadcast.round, UNUSABLE, str(error))
+                continue
+            self._note_tokens(name)
             self.progress.client_scored(name)
             told = self.holdings.tell(name, broadcast)
             self.holdings.note(name, broadcast, answered=True)
@@ -228,6 +261,8 @@ def one_by_one(worker: Worker, group: Sequence[Asked]) -> Iterator[Arrival]:
             yield Failure(name, round_, "training failed", str(error))
         except BudgetSpent as error:
             yield Failure(name, round_, BUDGET_SPENT, str(error))
+        except ROWS as error:
+            yield Failure(name, round_, UNUSABLE, str(error))
 
 
 def _late(name: str, round_: int, limit_s: float) -> Failure:

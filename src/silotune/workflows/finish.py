@@ -104,10 +104,10 @@ def _scores(worker: Worker, data: ClientData, adapter: AdapterState) -> dict[str
     write_adapter(worker.loaded, adapter)
     found = evaluate(
         worker.loaded,
-        data.eval_batches,
+        data.scored.batches,
         worker.task,
         client=data.name,
-        num_examples=data.num_eval,
+        num_examples=data.scored.num_rows,
         metric=own_metric(worker.run.evaluate.metric),
     )
     return {key: value for key, value in metrics([found]).items() if key != "label_counts"}

@@ -18,7 +18,7 @@ from silotune.federation.client_memory import check_memories
 from silotune.federation.live_writer import LiveFile
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Both, Progress
-from silotune.federation.recipe_model import load_for, local_tensors, warn_of_template
+from silotune.federation.recipe_model import LOOKED_AT, load_for, local_tensors, warn_of_template
 from silotune.federation.roster import is_consortium
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.server_work import server_rows
@@ -200,7 +200,8 @@ def open_run(
         progress.doing(f"loading {run.model.name}")
         loaded = load_for(run, progress)
     if data is None:  # otherwise whoever prepared it has said this
-        for text in warn_of_template(loaded.tokenizer, run, checked.rows, server_rows(run)):
+        own = server_rows(run)
+        for text in warn_of_template(loaded.tokenizer, run, checked.rows, own, at_most=LOOKED_AT):
             progress.note(f"warning: {text}")
     provenance = provenance_of(folder, checked, loaded)
     state = folder.load_state() or _first_state(run, loaded, folder, checked.rows)

@@ -42,7 +42,7 @@ from silotune.runtime.job import Job, Measured
 from silotune.training.generate import Answer, answers
 from silotune.training.tasks import build_task
 from silotune.workflows.check import Checked
-from silotune.workflows.data_overview import describe_split
+from silotune.workflows.data_overview import MEASURED, describe_split
 from silotune.workflows.evaluate.text_scores import question_of
 from silotune.workflows.finish import finish
 from silotune.workflows.plan.outcome import compare_with_prediction
@@ -163,9 +163,8 @@ def _write_rows(
     """split.json and samples.json. Real clients' rows are not the server's to read."""
     if run.runtime.name == "flower":
         return {}
-    split = describe_split(
-        rows, loaded.tokenizer, build_task(run.task, run.data.labels, run.prefer)
-    )
+    task = build_task(run.task, run.data.labels, run.prefer)
+    split = describe_split(rows, loaded.tokenizer, task, at_most=MEASURED)
     folder.write_json("split.json", split)
     samples = _sample(run, folder, rows, loaded, progress) if run.task == "instruct" else []
     folder.write_json("samples.json", samples)

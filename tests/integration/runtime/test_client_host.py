@@ -294,7 +294,7 @@ def test_a_query_is_answered_with_only_counts_and_fingerprints(
     report = wire.decode_report(parcel, "hospital-1")
     assert report == {
         "num_train": len(data.examples),
-        "num_eval": data.num_eval,
+        "num_eval": data.scored.num_rows,
         "num_cut": 0,
         "num_dropped": 0,
         "base_sha256": content_hash(tiny_model),

@@ -89,11 +89,11 @@ def test_the_chosen_share_is_what_is_scored_kept_and_loaded(done):
         rows, task = silotune.check(done.config).rows[client], build_task("instruct")
         worker = Worker(loaded, task, done.config, fedavg(FedAvgConfig()))
         data = prepare_client(rows, worker)
-        assert data.num_eval == len(rows.validation)
+        assert data.scored.num_rows == len(rows.validation)
 
         def loss(data=data, loaded=loaded, task=task, client=client):
             found = evaluate(
-                loaded, data.eval_batches, task, client=client, num_examples=data.num_eval
+                loaded, data.scored.batches, task, client=client, num_examples=data.scored.num_rows
             )
             return found.loss_sum / found.num_tokens
 

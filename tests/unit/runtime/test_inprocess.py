@@ -3,6 +3,7 @@
 import pytest
 
 import silotune
+from silotune.federation import client
 from silotune.federation.client import take_part
 from silotune.runtime import inprocess
 from tests.conftest import write_tiny_recipe
@@ -39,6 +40,18 @@ def test_a_group_is_handed_over_at_once_and_its_answers_may_come_in_any_order(
     recipe, want = alone
     done = run_in_groups(monkeypatch, recipe, tmp_path / "run", group_size=2, train_group=backwards)
     assert groups == 2 * [["hospital-0", "hospital-1"], ["hospital-2"]]
+    assert done.summary["adapter_sha256"] == want.summary["adapter_sha256"]
+
+
+def test_memory_is_given_back_after_a_round_and_not_after_every_client(
+    alone, tmp_path, monkeypatch
+):
+    given, between = [], []
+    monkeypatch.setattr(inprocess, "release_memory", lambda: given.append(1))
+    monkeypatch.setattr(client, "release_if_grown", lambda: between.append(1))
+    recipe, want = alone
+    done = silotune.run(recipe, ["rounds=2"], out=tmp_path / "run")
+    assert (len(given), len(between)) == (2, 2 * 3), "rounds, and clients in them"
     assert done.summary["adapter_sha256"] == want.summary["adapter_sha256"]
 
 

@@ -93,11 +93,32 @@ class Loss:
     loss_sum: Tensor
     """Negative log-likelihood in nats; a scalar with a graph while training."""
     logits: Tensor
-    """(num_trained, vocabulary or labels), with a graph while training."""
+    """(num_trained, vocabulary or labels), in float32 with a graph while training, otherwise as the
+    model wrote them."""
     attentions: tuple[Tensor, ...] = ()
     """If requested: one per layer, (batch, heads, length, length)."""
     pairs: PairScores | None = None
     """If rows are pairs. `loss_sum` is then the sum of their losses."""
+
+
+PREDICTIONS_AT_ONCE = 64
+"""Predictions whose logits are in float32 at a time: with 49,152 tokens, 12.6 MB."""
+
+
+def each_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """The negative log-likelihood of every target in nats, (num_trained,), float32; no gradient.
+
+    A copy of all logits in float32, and another one of their log-probabilities, would be larger
+    than all that a forward pass keeps for a score, and slower to fill than a processor's cache.
+
+    Args:
+        logits: (num_trained, vocabulary or labels), in any precision.
+        targets: (num_trained,), on the same device.
+    """
+    parts = zip(logits.split(PREDICTIONS_AT_ONCE), targets.split(PREDICTIONS_AT_ONCE), strict=True)
+    # fp32: bf16 log-sums lose the small classes
+    found = [F.cross_entropy(own.float(), wanted, reduction="none") for own, wanted in parts]
+    return torch.cat(found) if found else logits.new_zeros(0, dtype=torch.float32)
 
 
 def row_losses(loss: Loss, batch: Batch) -> Tensor:

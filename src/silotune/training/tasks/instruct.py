@@ -19,7 +19,7 @@ from silotune.data.conversations import Conversation
 from silotune.data.placed_conversation import place_of
 from silotune.models.loading import LoadedModel
 from silotune.training.tasks.answer_spans import Spans, encode_rows, full_text, trained_spans
-from silotune.training.tasks.base import Batch, Example, Loss, Prepared, Task, Written
+from silotune.training.tasks.base import Batch, Example, Loss, Prepared, Task, Written, each_nll
 
 
 def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Prepared:
@@ -139,8 +139,8 @@ def check_packing(loaded: LoadedModel, max_length: int = 0) -> None:
     one, two, other = example(3, 8), example(20, 5), example(30, 8)
     try:
         with torch.inference_mode():
-            found = [loss(loaded, pack([a, two])).logits for a in (one, other)]
-            padded = loss(loaded, collate([one, two])).logits
+            found = [predicted(loaded, pack([a, two]))[0] for a in (one, other)]
+            padded = predicted(loaded, collate([one, two]))[0]
     except (RuntimeError, TypeError, ValueError) as error:  # it does not accept such a mask
         raise ModelError(_UNPACKED) from error
     most = float(padded.abs().max())
@@ -163,9 +163,12 @@ _UNPACKED = (
 
 def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
     """Negative log-likelihood of the trained tokens."""
-    logits, seen = predicted(loaded, batch, attentions=attentions)
-    nll = F.cross_entropy(logits, batch.targets.to(loaded.device), reduction="sum")
-    return Loss(nll, logits, seen)
+    logits, seen = _written_logits(loaded, batch, attentions=attentions)
+    targets = batch.targets.to(loaded.device)
+    if not torch.is_grad_enabled():
+        return Loss(each_nll(logits, targets).sum(), logits, seen)
+    logits = logits.float()  # bf16 log-sums lose the small classes
+    return Loss(F.cross_entropy(logits, targets, reduction="sum"), logits, seen)
 
 
 def predicted(
@@ -176,14 +179,21 @@ def predicted(
     Returns:
         (num_trained, vocabulary), float32; and if asked for, what `Loss.attentions` holds.
     """
+    logits, seen = _written_logits(loaded, batch, attentions=attentions)
+    return logits.float(), seen
+
+
+def _written_logits(
+    loaded: LoadedModel, batch: Batch, *, attentions: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As `predicted`, in the precision in which the model writes them."""
     device = loaded.device
     more: dict[str, Any] = {"output_attentions": True} if attentions else {}
     if batch.owners is not None:
         more |= _separate(loaded, batch.owners.to(device))
     with only_positions(_head(loaded), batch.positions.to(device), batch.ids.shape[1]):
         out = loaded.model(input_ids=batch.ids.to(device), use_cache=False, **more)
-    # fp32: bf16 log-sums lose the small classes
-    return out.logits.float(), tuple(out.attentions) if attentions else ()
+    return out.logits, tuple(out.attentions) if attentions else ()
 
 
 @contextmanager

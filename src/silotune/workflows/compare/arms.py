@@ -24,6 +24,7 @@ from silotune.core.lora import at_rank
 from silotune.core.types import AdapterState
 from silotune.core.wording import human_seconds
 from silotune.federation.client import ClientData, Worker
+from silotune.federation.client_data import ScoredTokens, TrainTokens, known_tokens
 from silotune.federation.client_memory import folder_name
 from silotune.federation.metrics import Row, held_out_losses
 from silotune.federation.own_steps import personal
@@ -105,7 +106,7 @@ class Arms:
         self.server_rows = server_rows(run)
         if self.server_rows:  # the centralized arm trains on them, too
             everything += build_lesson(run, self.server_rows, self.loaded).examples
-        self.pool = ClientData(CENTRALIZED, everything, (), num_eval=0, num_cut=0, num_dropped=0)
+        self.pool = known_tokens(CENTRALIZED, TrainTokens(everything), ScoredTokens((), 0))
         self.held = {
             name: prepare_held_out(
                 checked.rows[name], groups.get(name, ()), self.task, self.loaded, run
@@ -228,7 +229,11 @@ class Arms:
         for name in names:
             own = self.data[name]
             found = evaluate(
-                self.loaded, own.eval_batches, self.task, client=name, num_examples=own.num_eval
+                self.loaded,
+                own.scored.batches,
+                self.task,
+                client=name,
+                num_examples=own.scored.num_rows,
             )
             about = {
                 "event": "evaluate",

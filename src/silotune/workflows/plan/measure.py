@@ -14,7 +14,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,10 +23,13 @@ from silotune.core.algorithm import broadcast_extra, keep_local, starting_state
 from silotune.core.errors import DataError, SilotuneError, first_line
 from silotune.core.seeds import generator
 from silotune.core.types import Broadcast
+from silotune.core.wording import counted
+from silotune.data.client_rows import ClientRows
 from silotune.federation.client import ClientData, Worker, train_round
+from silotune.federation.client_data import ScoredTokens, TrainTokens, known_tokens
 from silotune.federation.client_memory import ClientMemory
 from silotune.federation.client_privacy import Protection
-from silotune.federation.recipe_model import load_for, local_tensors, warn_of_template
+from silotune.federation.recipe_model import LOOKED_AT, load_for, local_tensors, warn_of_template
 from silotune.federation.sampling import sample
 from silotune.models.allocator import release_memory
 from silotune.models.devices import peak_memory_bytes
@@ -35,7 +38,7 @@ from silotune.models.sources import SOURCES, is_ready, resolve
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
-from silotune.runtime.inprocess import prepare_clients
+from silotune.runtime.inprocess import open_clients
 from silotune.training.loop import num_rows, plan_steps, stream
 from silotune.training.scoring import build_eval_batches
 from silotune.training.tasks import build_task
@@ -155,7 +158,7 @@ def _measure(run: RunConfig, began: float) -> Measurement:
     ordered = sorted(
         (batch for own in rounds for batch in own), key=lambda batch: _num_tokens(batch, run)
     )
-    scored = [batch for own in clients.values() for batch in own.eval_batches]
+    scored = [batch for own in clients.values() for batch in own.scored.batches]
     costs = _measure_steps(_Probe(worker, clients), ordered, scored)
     return Measurement(
         device=str(loaded.device),
@@ -165,7 +168,7 @@ def _measure(run: RunConfig, began: float) -> Measurement:
         **asdict(costs),
         train_tokens=tuple(sum(_num_tokens(b, run) for b in own) for own in rounds),
         scored_tokens={
-            name: sum(batch.ids.numel() for batch in own.eval_batches)
+            name: sum(batch.ids.numel() for batch in own.scored.batches)
             for name, own in clients.items()
         },
         surprises=surprises or (),
@@ -179,7 +182,7 @@ class _Probe:
         algorithm = worker.algorithm
         state = starting_state(algorithm, read_adapter(worker.loaded), len(clients))
         self.worker, self.run = worker, worker.run
-        self.name, self._data = next(iter(clients.items()))
+        self.name = next(iter(clients))
         self._broadcast = Broadcast(
             1,
             state.adapter,
@@ -190,13 +193,7 @@ class _Probe:
     def take_step(self, examples: Sequence[Example], *, score: Batch) -> Mapping[str, float]:
         """Train on these examples; score the other batch if the recipe scores. Returns metrics."""
         num = len(examples)
-        data = replace(
-            self._data,
-            examples=tuple(examples),
-            eval_batches=(score,),
-            num_eval=1,
-            num_unused=0,
-        )
+        data = known_tokens(self.name, TrainTokens(tuple(examples)), ScoredTokens((score,), 1))
         protection = Protection.of(
             self.run, client=self.name, round_=1, num_examples=num, count=num
         )
@@ -268,8 +265,9 @@ def _clients(
     """
     try:
         rows = check(run).rows
-        surprises = warn_of_template(worker.loaded.tokenizer, run, rows)
-        return prepare_clients(rows, worker), tuple(surprises)
+        template = warn_of_template(worker.loaded.tokenizer, run, rows, at_most=LOOKED_AT)
+        clients, notes = _some_for_all(run, rows, open_clients(rows, worker))
+        return clients, (*template, *notes)
     except DataError:
         if run.partition is None or run.partition.num_clients is None:
             raise
@@ -291,18 +289,49 @@ def _clients(
     )
     names = [f"client-{n}" for n in range(run.partition.num_clients)]
     rows = (example,) * run.train.batch_size
-    return {
-        name: ClientData(name, rows, tuple(batches), len(batches), num_cut=0, num_dropped=0)
-        for name in names
-    }, None
+    tokens = TrainTokens(rows), ScoredTokens(tuple(batches), len(batches))
+    return {name: known_tokens(name, *tokens) for name in names}, None
+
+
+def _some_for_all(
+    run: RunConfig, rows: Mapping[str, ClientRows], clients: Mapping[str, ClientData]
+) -> tuple[dict[str, ClientData], list[str]]:
+    """The same clients; if they have many rows, only those that are asked first stand for all.
+
+    Tokenizing fifty thousand rows takes longer than the steps that are measured. Their rows are at
+    most `LOOKED_AT`, or those of one client.
+
+    Returns:
+        By name, each client's own rows or those of another one, and a note if there is another one.
+    """
+    asked = (name for cohort in _cohorts(run, list(clients)) for name in cohort)
+    chosen, num_rows = list[str](), 0
+    for name in dict.fromkeys(itertools.chain(asked, clients)):
+        num_rows += len(rows[name].train) + len(rows[name].scored)
+        if chosen and num_rows > LOOKED_AT:
+            break
+        chosen.append(name)
+    if len(chosen) == len(clients):
+        return dict(clients), []
+    others = itertools.cycle(chosen)
+    found = {name: clients[name if name in chosen else next(others)] for name in clients}
+    return found, [
+        f"lengths of rows were looked at in {len(chosen)} of {counted(len(clients), 'client')}, "
+        "and are taken to be alike in the others"
+    ]
+
+
+def _cohorts(run: RunConfig, names: Sequence[str]) -> Iterator[list[str]]:
+    """Who is asked in each round."""
+    for r in range(1, run.rounds + 1):
+        yield sample(names, run.sampling, generator(run.seed, "sampling", r))
 
 
 def _positions(run: RunConfig, clients: Mapping[str, ClientData]) -> Iterator[dict[str, int]]:
     """For each round, who takes part, and how many rows each has trained on before."""
     taken = dict.fromkeys(clients, 0)
     again = "same-samples" in run.train.compat
-    for r in range(1, run.rounds + 1):
-        cohort = sample(list(clients), run.sampling, generator(run.seed, "sampling", r))
+    for cohort in _cohorts(run, list(clients)):
         yield {name: 0 if again else taken[name] for name in cohort}
         for name in cohort:
             taken[name] += num_rows(run.train, clients[name].num_train)
