@@ -7,6 +7,7 @@ if it doubles as the padding token. `answer_spans` says where answers are.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -164,8 +165,18 @@ _UNPACKED = (
 def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
     """Negative log-likelihood of the trained tokens."""
     logits, seen = predicted(loaded, batch, attentions=attentions)
-    nll = F.cross_entropy(logits, batch.targets.to(loaded.device), reduction="sum")
-    return Loss(nll, logits, seen)
+    return replace(loss_of(logits, batch), attentions=seen)
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Loss:
+    """The loss of a batch whose logits are known, (num_trained, vocabulary)."""
+    targets = batch.targets.to(logits.device)
+    return Loss(F.cross_entropy(logits, targets, reduction="sum"), logits)
+
+
+def predicted_logits(loaded: LoadedModel, batch: Batch) -> Tensor:
+    """The logits of the trained tokens, (num_trained, vocabulary)."""
+    return predicted(loaded, batch)[0]
 
 
 def predicted(
@@ -230,6 +241,8 @@ INSTRUCT = Task(
     prepare=prepare,
     collate=collate,
     loss=loss,
+    logits=predicted_logits,
+    loss_of=loss_of,
     num_tokens=num_tokens,
     pack=pack,
     written=written,
