@@ -69,6 +69,7 @@ bench: dev
 	$(BIN)/python benchmarks/sweeps.py
 	$(BIN)/python benchmarks/planned.py
 	$(BIN)/python benchmarks/private_step.py
+	$(BIN)/python benchmarks/together.py --memory
 
 # Real processes for a quarter of an hour, and adapters of 500 MB: wants 20 GB of memory.
 bench-deploy: dev
