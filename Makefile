@@ -69,6 +69,7 @@ bench: dev
 	$(BIN)/python benchmarks/sweeps.py
 	$(BIN)/python benchmarks/planned.py
 	$(BIN)/python benchmarks/private_step.py
+	$(BIN)/python benchmarks/together.py --memory
 
 # The same work through FlowerTune's structure and through silotune: most of an hour, with nothing else running.
 bench-peers: dev

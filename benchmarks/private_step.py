@@ -13,7 +13,8 @@ import time
 from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.seeds import generator
 from silotune.core.wording import human_bytes
-from silotune.federation.client import Worker, prepare_client
+from silotune.federation.client import Worker
+from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.recipe_model import load_for
 from silotune.models.devices import peak_memory_bytes
 from silotune.models.loading import read_adapter, write_adapter

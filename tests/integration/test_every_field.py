@@ -172,6 +172,7 @@ ELSEWHERE = {
     "evaluate.batch_size": "below: it changes speed and memory only",
     "runtime.threads": "below: it may change the last bits only",
     "runtime.name": "test_runtimes",
+    "runtime.together": "test_groups",
     "runtime.client_cpus": "test_runtimes, test_engine",
     "runtime.client_gpus": "test_engine: there is no GPU here",
     "runtime.ray_address": "test_ray_cluster, in the slow tier",

@@ -6,23 +6,15 @@ The update that `train_round` returns is all that leaves the client.
 import contextlib
 import itertools
 import math
-import sys
 import time
-import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from silotune.core.algorithm import LocalContext, LocalOutcome
-from silotune.core.errors import DataError
 from silotune.core.seeds import derive, generator
 from silotune.core.tree import check_finite, size_bytes, subtract
 from silotune.core.types import AdapterState, Broadcast, Score, Update
-from silotune.core.wording import counted
-from silotune.data.client_rows import ClientRows
-from silotune.data.reading import TaskRow
-from silotune.data.template_limits import TemplateLimitError
-from silotune.federation.client_data import ClientData, ScoredTokens, TrainTokens, Worker
+from silotune.federation.client_data import ClientData, Worker
 from silotune.federation.client_memory import ClientMemory, load_memory, save_memory
 from silotune.federation.client_privacy import MECHANISM, Ledger, Protection
 from silotune.federation.compressed import as_sent
@@ -31,10 +23,9 @@ from silotune.federation.ledger import FILE as LEDGER
 from silotune.federation.mixed_ranks import check_rank
 from silotune.models.allocator import release_if_grown
 from silotune.models.loading import read_adapter, untrained, write_adapter
-from silotune.training.known_tokens import prepare_rows
-from silotune.training.local_step import OPTIMIZER
+from silotune.recipes.schema import RunConfig
+from silotune.training.local_step import OPTIMIZER, LocalResult, OwnTraining
 from silotune.training.loop import (
-    LocalResult,
     build_batches,
     num_rows,
     plan_lots,
@@ -45,68 +36,7 @@ from silotune.training.loop import (
 )
 from silotune.training.own_functions import own_loss, own_metric
 from silotune.training.row_gradient_check import check_row_gradients
-from silotune.training.scoring import build_eval_batches, evaluate
-from silotune.training.tasks.base import Example, Prepared
-
-
-def prepare_client(rows: ClientRows, worker: Worker) -> ClientData:
-    """A client's rows, whose parts are tokenized when they are first needed.
-
-    Tokenizing raises DataError if no row of the part has an answer within `train.max_length`
-    tokens, and the worker may say so.
-    """
-
-    def train() -> TrainTokens:
-        own = _prepare_part(rows.name, "train", rows.train, worker)
-        unused = rows.num_unused + own.num_dropped if worker.counts_all else 0
-        return TrainTokens(own.examples, own.num_cut, own.num_dropped, unused)
-
-    def scored() -> ScoredTokens:
-        own = _prepare_part(rows.name, "held-out", rows.scored, worker)
-        unused = rows.num_unused_eval + own.num_dropped if worker.counts_all else 0
-        batches = build_eval_batches(own.examples, worker.task, worker.run.evaluate.batch_size)
-        return ScoredTokens(tuple(batches), len(own.examples), own.num_cut, own.num_dropped, unused)
-
-    num_unused = (rows.num_unused, rows.num_unused_eval) if worker.counts_all else (0, 0)
-    given = len(rows.train) + num_unused[0], len(rows.scored) + num_unused[1]
-    return ClientData(rows.name, train, scored, num_given=given)
-
-
-def _prepare_part(name: str, part: str, rows: Sequence[TaskRow], worker: Worker) -> Prepared:
-    prepared = _prepare(rows, worker)
-    if not prepared.examples and not worker.quiet:
-        raise DataError(
-            f"client '{name}': no {part} row has an answer within {worker.run.train.max_length} "
-            "tokens.\n  Raise train.max_length or shorten the prompts."
-        )
-    return prepared
-
-
-def _prepare(rows: Sequence[TaskRow], worker: Worker) -> Prepared:
-    """Tokenize rows. To a quiet worker, a row for which this fails is one that is left out."""
-    limit, size = worker.run.train.max_length, worker.run.evaluate.batch_size
-    try:
-        return prepare_rows(rows, worker.task, worker.loaded, limit, batch_size=size)
-    except TemplateLimitError:
-        raise  # row by row it would take as many times as long
-    except Exception:  # a template is a program and can fail in any way
-        if not worker.quiet:
-            raise
-    examples: list[Example] = []
-    num_cut, error = 0, None
-    for row in rows:
-        try:
-            one = prepare_rows([row], worker.task, worker.loaded, limit, batch_size=size)
-        except TemplateLimitError:
-            raise
-        except Exception as problem:
-            error = problem
-            continue
-        examples += one.examples
-        num_cut += one.num_cut
-    if error is not None:  # the log stays on this side
-        traceback.print_exception(error, file=sys.stderr)
-    return Prepared(tuple(examples), num_cut, num_dropped=len(rows) - len(examples))
+from silotune.training.scoring import evaluate
 
 
 def score(worker: Worker, data: ClientData, broadcast: Broadcast, memory: ClientMemory) -> Score:
@@ -155,9 +85,16 @@ def take_part(
     protection.begin(worker.ledger or Ledger(own / LEDGER))
     before = load_memory(own, round_)
     update, after = train_round(worker, data, broadcast, before, protection, count=count)
+    return hand_in(run, update, before, after, own)
+
+
+def hand_in(
+    run: RunConfig, update: Update, before: ClientMemory, after: ClientMemory, own: Path
+) -> Update:
+    """The update as it travels, once the client has kept what it needs in its next round."""
     update, after = as_sent(run, update, before, after)
     # before the update counts: asked again after a crash, the client starts from the older memory
-    save_memory(own, round_, after, keep_from=round_ - run.checkpoint.every)
+    save_memory(own, update.round, after, keep_from=update.round - run.checkpoint.every)
     return update
 
 
@@ -186,9 +123,50 @@ def train_round(
     Raises:
         UpdateError: Training ended in NaN or infinity; nothing is sent or kept.
     """
-    # One function, though a long one: it reads top to bottom, like the round itself.
+    begun = begin_round(worker, data, broadcast, memory, protection, count=count)
+    result = _train(worker, begun)
+    return end_round(worker, begun, result, read_adapter(worker.loaded))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A client's round from the moment when it could train until it has."""
+
+    data: ClientData
+    broadcast: Broadcast
+    memory: ClientMemory
+    protection: Protection
+    score: Score | None
+    """Of the received adapter, if it was asked for."""
+    start: AdapterState
+    """What was received, with the client's personal tensors."""
+    context: LocalContext
+    steps: list[list[list[int]]]
+    """The rows of each forward batch of each step."""
+    count: int
+    """Rows that are taken from the client's stream."""
+    lr: float
+    seconds: float
+    """How long it took to come this far."""
+
+    @property
+    def optimizer(self) -> dict[str, AdapterState]:
+        """What the optimizer remembers of earlier rounds."""
+        return {k: t for k, t in self.memory.tensors.items() if k.startswith(OPTIMIZER)}
+
+
+def begin_round(
+    worker: Worker,
+    data: ClientData,
+    broadcast: Broadcast,
+    memory: ClientMemory,
+    protection: Protection,
+    *,
+    count: int | None = None,
+) -> Begun:
+    """The first half of `train_round`, until the model holds what is trained."""
     began = time.perf_counter()
-    run, rule, loaded = worker.run, worker.algorithm.local, worker.loaded
+    run, loaded = worker.run, worker.loaded
     check_rank(worker.run, data.name, broadcast)
     check_first_adapter(worker.run, data.name, broadcast)
     count = num_rows(run.train, data.num_train) if count is None else count
@@ -203,13 +181,39 @@ def train_round(
         extra=broadcast.extra,
         memory=memory.tensors,
     )
-    # 3. Train.
-    lr = round_lr(run.train, broadcast.round, run.rounds)
-    steps = _draw_steps(worker, data, protection, start=memory.position, count=count)
-    optimizer = {k: t for k, t in memory.tensors.items() if k.startswith(OPTIMIZER)}
-    result = _train(worker, data, steps, context, protection, lr=lr, optimizer=optimizer)
+    # 3. Choose the rows.
+    return Begun(
+        data=data,
+        broadcast=broadcast,
+        memory=memory,
+        protection=protection,
+        score=received_score,
+        start=start,
+        context=context,
+        steps=_draw_steps(worker, data, protection, start=memory.position, count=count),
+        count=count,
+        lr=round_lr(run.train, broadcast.round, run.rounds),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def end_round(
+    worker: Worker, begun: Begun, result: LocalResult, trained: AdapterState
+) -> tuple[Update, ClientMemory]:
+    """The second half of `train_round`: make an update of what was trained.
+
+    Args:
+        worker: The process's model.
+        begun: The client's round so far.
+        result: What its training did.
+        trained: The adapter after it, float32, on the CPU.
+    """
+    began = time.perf_counter()
+    data, broadcast, memory = begun.data, begun.broadcast, begun.memory
+    protection, start, context = begun.protection, begun.start, begun.context
+    rule = worker.algorithm.local
     # 4. What changed, protected before anything is made of it.
-    after = protection.hide_failure(read_adapter(loaded), start)
+    after = protection.hide_failure(trained, start)
     if rule.align is not None:
         after = rule.align(after, context, broadcast.round)
     moved = subtract(after, start)
@@ -221,24 +225,25 @@ def train_round(
     outcome = rule.finish(delta, result.lr_sum, context) if rule.finish else LocalOutcome()
     sent = {n: t for n, t in delta.items() if not rule.personal(n)}
     # a rule may train other tensors in each round: what it left alone keeps its moments
-    moments = {kind: {**optimizer.get(kind, {}), **now} for kind, now in result.optimizer.items()}
+    old = begun.optimizer
+    moments = {kind: {**old.get(kind, {}), **now} for kind, now in result.optimizer.items()}
     kept = {**outcome.memory, **moments}
     if own := {n: after[n] for n in delta if rule.personal(n)}:
-        kept["personal"] = {**personal, **own}
+        kept["personal"] = {**memory.tensors.get("personal", {}), **own}
     update = Update(
         client=data.name,
         round=broadcast.round,
         delta=sent,
         num_examples=data.num_train,
-        metrics={**_metrics(result, lr=lr, began=began), **protection.mechanism()},
+        metrics={**_metrics(begun, result, began=began), **protection.mechanism()},
         settings=dict(rule.settings),
         extra=outcome.extra,
-        score=received_score,
+        score=begun.score,
         bytes_down=size_bytes(broadcast.adapter) + sum(map(size_bytes, broadcast.extra.values())),
         bytes_up=size_bytes(sent) + sum(map(size_bytes, outcome.extra.values())),
     )
     release_if_grown()  # the next client's batches have other lengths
-    return update, ClientMemory(memory.position + count, kept)
+    return update, ClientMemory(memory.position + begun.count, kept)
 
 
 def _draw_steps(
@@ -271,49 +276,57 @@ def _draw_steps(
     return plan_steps(list(itertools.islice(flow, count)), lengths, run.train, order)
 
 
-def _train(
-    worker: Worker,
-    data: ClientData,
-    steps: list[list[list[int]]],
-    context: LocalContext,
-    protection: Protection,
-    *,
-    lr: float,
-    optimizer: Mapping[str, AdapterState],
-) -> LocalResult:
-    """Train the loaded adapter on these rows, under the round's protection."""
-    run, progress, total = worker.run, worker.progress, len(steps)
-    task = own_loss(run.train.loss, worker.task)
-    progress.client_steps(data.name, 0, total, 0)
+def _train(worker: Worker, begun: Begun) -> LocalResult:
+    """Train the loaded adapter on the round's rows, under its protection."""
+    own = own_training(worker, begun)
     return train(
         worker.loaded,
-        build_batches(steps, data.examples, task, packed=run.train.packing),
-        task,
-        run.train,
+        own.steps,
+        own_loss(worker.run.train.loss, worker.task),
+        worker.run.train,
         worker.algorithm.local,
-        context,
-        round_=protection.round,
-        lr=lr,
-        seed=derive(run.seed, "dropout", data.name, protection.round),
-        guard=protection.guard(),
-        must_be_finite=protection.plan is None,
-        kept=optimizer if worker.keeps_optimizer or run.train.keep_moments else None,
-        tell=lambda done, tokens: progress.client_steps(data.name, done, total, tokens),
+        own.context,
+        round_=begun.broadcast.round,
+        lr=own.lr,
+        seed=own.seed,
+        guard=begun.protection.guard(),
+        must_be_finite=own.must_be_finite,
+        kept=own.kept,
+        tell=own.tell,
     )
 
 
-def _metrics(result: LocalResult, *, lr: float, began: float) -> dict[str, float]:
-    return {
+def own_training(worker: Worker, begun: Begun) -> OwnTraining:
+    """What is this client's own in the training of the round."""
+    run, progress, total = worker.run, worker.progress, len(begun.steps)
+    name, task = begun.data.name, own_loss(run.train.loss, worker.task)
+    progress.client_steps(name, 0, total, 0)
+    return OwnTraining(
+        steps=build_batches(begun.steps, begun.data.examples, task, packed=run.train.packing),
+        context=begun.context,
+        lr=begun.lr,
+        seed=derive(run.seed, "dropout", name, begun.broadcast.round),
+        must_be_finite=begun.protection.plan is None,
+        kept=begun.optimizer if worker.keeps_optimizer or run.train.keep_moments else None,
+        tell=lambda done, tokens: progress.client_steps(name, done, total, tokens),
+    )
+
+
+def _metrics(begun: Begun, result: LocalResult, *, began: float) -> dict[str, float]:
+    found: dict[str, float] = {
         "train_loss": result.train_loss,
         "penalty": result.penalty,
-        "lr": lr,
+        "lr": begun.lr,
         "num_steps": result.num_steps,
         "num_tokens": result.num_tokens,
         "num_padded_tokens": result.num_padded_tokens,
         "num_targets": result.num_targets,
         "seconds_training": result.seconds,
-        "seconds": time.perf_counter() - began,
+        "seconds": begun.seconds + result.seconds + time.perf_counter() - began,
     }
+    if result.num_together > 1:
+        found["num_together"] = result.num_together
+    return found
 
 
 TOLD = ("lr", "num_steps")
@@ -328,12 +341,3 @@ def withheld(update: Update) -> Update:
     """
     known = {key: value for key, value in update.metrics.items() if key in TOLD + MECHANISM}
     return replace(update, metrics=known, score=None)
-
-
-def cut_note(client: str, *, num_cut: int, num_dropped: int) -> str | None:
-    """What happened to rows longer than `train.max_length`; None if there are none."""
-    if not num_cut:
-        return None
-    lost = f", {num_dropped} of them left out because none of the answer remains"
-    cut = counted(num_cut, "row")
-    return f"{client}: {cut} truncated to train.max_length{lost if num_dropped else ''}"

@@ -26,7 +26,6 @@ from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
     ClientData,
     Worker,
-    prepare_client,
     score,
     take_part,
     withheld,
@@ -36,6 +35,7 @@ from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
 from silotune.federation.downlink import held, hold, with_news
+from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.federation.secure_sum import CUT, num_numbers

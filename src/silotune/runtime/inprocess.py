@@ -2,26 +2,22 @@
 
 A plain loop without a network, and the specification for the other runtimes: they must produce the
 same adapter, bit for bit. What a real client would keep on its own disk is kept in the run folder,
-separately for each client.
+separately for each client. With `runtime.together`, groups of clients share their batches.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
 from silotune.core.algorithm import Algorithm, keep_local
-from silotune.core.errors import BudgetSpent, ClientTimeout, DataError, UpdateError
-from silotune.core.types import BUDGET_SPENT, Arrival, Broadcast, Failure, Score, Update
+from silotune.core.errors import BudgetSpent, ClientTimeout, UpdateError
+from silotune.core.types import Arrival, Broadcast, Failure, Score, Update
 from silotune.data.client_rows import ClientRows
-from silotune.data.template_limits import TemplateLimitError
 from silotune.federation.client import (
     ClientData,
     Worker,
-    cut_note,
-    prepare_client,
     score,
     take_part,
 )
@@ -30,16 +26,19 @@ from silotune.federation.downlink import Holdings, bytes_of
 from silotune.federation.early_checks import check_before_rounds
 from silotune.federation.encrypted_sum import SimulatedEncryption, encrypted
 from silotune.federation.mixed_ranks import with_client_ranks
+from silotune.federation.prepared_rows import cut_note, prepare_client
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
 from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.secure_sum import num_numbers, summed
 from silotune.federation.server_scores import open_server_side
+from silotune.federation.together import ROWS, UNUSABLE, Asked, failed, take_part_together
 from silotune.models.allocator import release_memory
 from silotune.models.devices import peak_memory_bytes
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
+from silotune.runtime.groups import Groups, plan_groups
 from silotune.runtime.job import Job, Measured
 from silotune.runtime.simulated_sums import SimulatedSums
 from silotune.training.tasks import build_task
@@ -63,7 +62,18 @@ def drive(job: Job) -> Measured:
     server = open_server_side(
         run, job.folder, algorithm=algorithm, progress=job.progress, loaded=job.loaded
     )
-    clients = InProcessClients(worker, data, job.folder, job.progress, sums=sums)
+    groups = plan_groups(worker, data)
+    if groups.note is not None:
+        job.progress.note(groups.note)
+    clients = InProcessClients(
+        worker,
+        data,
+        job.folder,
+        job.progress,
+        train_group=in_one_batch(groups),
+        group_size=groups.size,
+        sums=sums,
+    )
     job.folder.rewind(job.state.round)
     job.progress.begin(job.run.rounds, job.state.round + 1)
     server.begin(job.state)
@@ -117,21 +127,6 @@ def open_clients(rows: Mapping[str, ClientRows], worker: Worker) -> dict[str, Cl
     check_before_rounds(rows, data, worker)
     return data
 
-
-@dataclass(frozen=True)
-class Asked:
-    """A client that is asked to train, with everything its half of the round needs."""
-
-    data: ClientData
-    broadcast: Broadcast
-    own: Path
-    """The client's own folder, which holds its memory."""
-
-
-ROWS = (DataError, TemplateLimitError)
-"""What tokenizing a client's rows may raise, when it is asked for the first time."""
-UNUSABLE = "rows cannot be used"
-"""Code of the failure."""
 
 TrainGroup = Callable[[Worker, Sequence[Asked]], Iterator[Arrival]]
 """Trains several clients that are handed over together, for example in one batch."""
@@ -224,8 +219,8 @@ class InProcessClients:
             if time.monotonic() - began > limit:
                 yield from (_late(name, broadcast.round, limit) for name, broadcast in group)
                 continue
-            for name, _ in group:
-                self.progress.client_begins(name)
+            if len(group) == 1:  # clients of a group begin and end together: none has its own time
+                self.progress.client_begins(group[0][0])
             yield from self.train_group(
                 self.worker,
                 [
@@ -254,15 +249,21 @@ class InProcessClients:
 def one_by_one(worker: Worker, group: Sequence[Asked]) -> Iterator[Arrival]:
     """Train the clients of a group one after another."""
     for asked in group:
-        name, round_ = asked.data.name, asked.broadcast.round
         try:
             yield take_part(worker, asked.data, asked.broadcast, asked.own)
-        except UpdateError as error:
-            yield Failure(name, round_, "training failed", str(error))
-        except BudgetSpent as error:
-            yield Failure(name, round_, BUDGET_SPENT, str(error))
-        except ROWS as error:
-            yield Failure(name, round_, UNUSABLE, str(error))
+        except (UpdateError, BudgetSpent, *ROWS) as error:
+            yield failed(asked, error)
+
+
+def in_one_batch(groups: Groups) -> TrainGroup:
+    """Train the clients of a group together; a client without others as in the loop."""
+
+    def train_group(worker: Worker, group: Sequence[Asked]) -> Iterator[Arrival]:
+        if len(group) == 1:
+            return one_by_one(worker, group)
+        return take_part_together(worker, group, most_tokens=groups.most_tokens)
+
+    return train_group
 
 
 def _late(name: str, round_: int, limit_s: float) -> Failure:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,9 +32,29 @@ class LocalResult:
     lr_sum: float
     """Sum of the step sizes used."""
     seconds: float
-    """Wall time of the loop."""
+    """Wall time of the loop; in a group, the client's share of it, by its padded tokens."""
     optimizer: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """The optimizer's memory, if it was asked for; see `optimizer_state`."""
+    num_together: int = 1
+    """How many clients were trained in the same passes."""
+
+
+@dataclass(frozen=True)
+class OwnTraining:
+    """What is one client's own in a round of training: everything but model, task and settings."""
+
+    steps: Iterable[Sequence[Batch]]
+    context: LocalContext
+    lr: float
+    """The round's learning rate."""
+    seed: int
+    """Of its dropout."""
+    must_be_finite: bool = True
+    """Whether a loss that is not finite is an error."""
+    kept: Mapping[str, Mapping[str, Tensor]] | None = None
+    """The optimizer's memory, as in `train`."""
+    tell: Callable[[int, int], None] | None = None
+    """Told the steps and tokens so far, after every step."""
 
 
 @dataclass

@@ -281,11 +281,21 @@ def train(
     result = totals.result()
     if kept is not None:
         result = replace(result, optimizer=optimizer_state(optimizer, learning))
-    if must_be_finite and not math.isfinite(result.train_loss):
+    if must_be_finite:
+        check_loss(result)
+    return result
+
+
+def check_loss(result: LocalResult) -> None:
+    """Refuse a training that has ended in NaN or infinity.
+
+    Raises:
+        UpdateError: Its loss is not finite.
+    """
+    if not math.isfinite(result.train_loss):
         raise UpdateError(
             "the training loss is not a number.\n  Lower train.lr or set train.clip_norm."
         )
-    return result
 
 
 def pick_optimizer(wanted: str, device: torch.device) -> tuple[str, str]:

@@ -37,10 +37,13 @@ def own_loss(name: str | None, task: Task) -> Task:
 
     def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
         found = task.loss(loaded, batch, attentions=attentions)
-        targets = batch.targets.to(found.logits.device)
-        return replace(found, loss_sum=_losses(name, each, found.logits, targets).sum())
+        return replace(found, loss_sum=loss_of(found.logits, batch).loss_sum)
 
-    return replace(task, loss=loss)
+    def loss_of(logits: Tensor, batch: Batch) -> Loss:
+        targets = batch.targets.to(logits.device)
+        return Loss(_losses(name, each, logits, targets).sum(), logits)
+
+    return replace(task, loss=loss, loss_of=loss_of)
 
 
 def own_metric(name: str | None) -> Metric | None:

@@ -25,8 +25,8 @@ from silotune.data.files import locate
 from silotune.data.partition import PartitionConfig
 from silotune.data.preferences import ANSWERS, is_pair, talks_of
 from silotune.data.reading import TaskRow
-from silotune.federation.client import cut_note
 from silotune.federation.client_config import is_client_folder
+from silotune.federation.prepared_rows import cut_note
 from silotune.federation.recipe_model import give_template, warn_of_template
 from silotune.federation.server_scores import server_test_rows
 from silotune.federation.server_work import server_rows

@@ -31,11 +31,12 @@ from silotune.core.types import Broadcast, Failure, Score, Update
 from silotune.data.chat_templates import set_template
 from silotune.data.clients import load_clients
 from silotune.data.conversations import conversation
-from silotune.federation.client import Worker, prepare_client, score, take_part
+from silotune.federation.client import Worker, score, take_part
 from silotune.federation.client_config import load_client_config
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_recipe import own_rows
 from silotune.federation.ledger import lines
+from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
 from silotune.models.loading import load_model, num_base_loads, read_adapter

@@ -12,8 +12,9 @@ import silotune
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.cli import app
 from silotune.core.errors import ConfigError, UpdateError
-from silotune.federation.client import Worker, prepare_client
+from silotune.federation.client import Worker
 from silotune.federation.own_steps import FILE, interpolated
+from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.run_folder import RunFolder
 from silotune.models.loading import write_adapter
 from silotune.training.scoring import evaluate

@@ -20,9 +20,10 @@ from silotune.core.tree import add, layout_of, size_bytes
 from silotune.core.types import Broadcast, ServerState, Update
 from silotune.data.client_rows import ClientRows
 from silotune.federation.acceptance import Known, check_update, what_is_expected
-from silotune.federation.client import Worker, prepare_client, train_round
+from silotune.federation.client import Worker, train_round
 from silotune.federation.client_memory import ClientMemory
 from silotune.federation.client_privacy import Protection
+from silotune.federation.prepared_rows import prepare_client
 from silotune.models.adapters import AdapterConfig
 from silotune.models.base import ModelConfig
 from silotune.models.loading import load_model, read_adapter, write_adapter

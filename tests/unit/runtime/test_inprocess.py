@@ -21,7 +21,7 @@ def run_in_groups(monkeypatch, recipe, out, *, group_size, train_group):
     real = inprocess.InProcessClients.__init__
 
     def grouped(self, *parts, **more):
-        real(self, *parts, **more, train_group=train_group, group_size=group_size)
+        real(self, *parts, **{**more, "train_group": train_group, "group_size": group_size})
 
     monkeypatch.setattr(inprocess.InProcessClients, "__init__", grouped)
     return silotune.run(recipe, ["rounds=2"], out=out)

@@ -12,7 +12,7 @@ from silotune.core.errors import EngineError, UpdateError
 from silotune.core.installed import code_sha256, version
 from silotune.core.safe_text import one_line
 from silotune.core.types import AWAITS_CONSENT, Failure
-from silotune.federation.client import cut_note
+from silotune.federation.prepared_rows import cut_note
 from silotune.federation.progress import Progress
 from silotune.federation.roster import Roster
 from silotune.federation.sampling import num_needed

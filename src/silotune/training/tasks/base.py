@@ -189,6 +189,10 @@ class Task:
     """Whether a row has a question that a model can be asked."""
     labels: tuple[str, ...] = ()
     """The classes, if rows are classified; otherwise empty."""
+    logits: Callable[[LoadedModel, Batch], Tensor] | None = None
+    """(model, batch) -> what `Loss.logits` holds, if rows of several clients can share a batch."""
+    loss_of: Callable[[Tensor, Batch], Loss] | None = None
+    """(logits of a batch, batch) -> its loss: with `logits`, the two halves of `loss`."""
     reference: Callable[[LoadedModel, Batch], Tensor] | None = None
     """(model, batch) -> what `Example.reference` holds for each row, (rows, 2), if rows are pairs.
     """

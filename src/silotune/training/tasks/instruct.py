@@ -7,6 +7,7 @@ if it doubles as the padding token. `answer_spans` says where answers are.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -164,11 +165,20 @@ _UNPACKED = (
 def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
     """Negative log-likelihood of the trained tokens."""
     logits, seen = _written_logits(loaded, batch, attentions=attentions)
-    targets = batch.targets.to(loaded.device)
     if not torch.is_grad_enabled():
-        return Loss(each_nll(logits, targets).sum(), logits, seen)
-    logits = logits.float()  # bf16 log-sums lose the small classes
-    return Loss(F.cross_entropy(logits, targets, reduction="sum"), logits, seen)
+        return Loss(each_nll(logits, batch.targets.to(loaded.device)).sum(), logits, seen)
+    return replace(loss_of(logits.float(), batch), attentions=seen)
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Loss:
+    """The loss of a batch whose logits are known, (num_trained, vocabulary), float32."""
+    targets = batch.targets.to(logits.device)
+    return Loss(F.cross_entropy(logits, targets, reduction="sum"), logits)
+
+
+def predicted_logits(loaded: LoadedModel, batch: Batch) -> Tensor:
+    """The logits of the trained tokens, (num_trained, vocabulary), float32."""
+    return predicted(loaded, batch)[0]
 
 
 def predicted(
@@ -240,6 +250,8 @@ INSTRUCT = Task(
     prepare=prepare,
     collate=collate,
     loss=loss,
+    logits=predicted_logits,
+    loss_of=loss_of,
     num_tokens=num_tokens,
     pack=pack,
     written=written,

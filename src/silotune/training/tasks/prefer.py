@@ -13,6 +13,7 @@ so its log-probabilities are an input here, see references.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -67,15 +68,20 @@ def prefer(cfg: PreferConfig) -> Task:
 
     def loss(loaded: LoadedModel, batch: Batch, *, attentions: bool = False) -> Loss:
         logits, seen = instruct.predicted(loaded, batch, attentions=attentions)
+        return replace(loss_of(logits, batch), attentions=seen)
+
+    def loss_of(logits: Tensor, batch: Batch) -> Loss:
         assert batch.reference is not None, "the reference is computed with the tokens"
         logps, counts = answer_logps(logits, batch)
         pairs = score_pairs(logps, counts, batch.reference.to(logits.device), cfg)
-        return Loss(pairs.losses.sum(), logits, seen, pairs)
+        return Loss(pairs.losses.sum(), logits, pairs=pairs)
 
     return Task(
         prepare=prepare,
         collate=collate,
         loss=loss,
+        logits=instruct.predicted_logits,
+        loss_of=loss_of,
         num_tokens=num_tokens,
         reference=reference_logps,
     )

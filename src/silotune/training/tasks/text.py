@@ -13,7 +13,13 @@ import torch
 
 from silotune.data.conversations import Conversation
 from silotune.training.tasks.base import Example, Prepared, Task, Written
-from silotune.training.tasks.instruct import collate, loss, pack
+from silotune.training.tasks.instruct import (
+    collate,
+    loss,
+    loss_of,
+    pack,
+    predicted_logits,
+)
 
 
 def prepare(rows: Sequence[Conversation], tokenizer: Any, max_length: int) -> Prepared:
@@ -59,6 +65,8 @@ TEXT = Task(
     prepare=prepare,
     collate=collate,
     loss=loss,
+    logits=predicted_logits,
+    loss_of=loss_of,
     num_tokens=num_tokens,
     pack=pack,
     written=written,

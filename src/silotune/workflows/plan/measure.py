@@ -14,12 +14,12 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from silotune.core.algorithm import broadcast_extra, keep_local, starting_state
+from silotune.core.algorithm import LocalContext, broadcast_extra, keep_local, starting_state
 from silotune.core.errors import DataError, SilotuneError, first_line
 from silotune.core.seeds import generator
 from silotune.core.types import Broadcast
@@ -30,19 +30,23 @@ from silotune.federation.client_data import ScoredTokens, TrainTokens, known_tok
 from silotune.federation.client_memory import ClientMemory
 from silotune.federation.client_privacy import Protection
 from silotune.federation.recipe_model import LOOKED_AT, load_for, local_tensors, warn_of_template
-from silotune.federation.sampling import sample
+from silotune.federation.sampling import cohort_size, sample
 from silotune.models.allocator import release_memory
 from silotune.models.devices import peak_memory_bytes
-from silotune.models.loading import read_adapter
+from silotune.models.loading import read_adapter, write_adapter
 from silotune.models.sources import SOURCES, is_ready, resolve
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
+from silotune.runtime.groups import plan_groups
 from silotune.runtime.inprocess import open_clients
+from silotune.training.local_step import OwnTraining
 from silotune.training.loop import num_rows, plan_steps, stream
+from silotune.training.own_functions import own_loss
 from silotune.training.scoring import build_eval_batches
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Batch, Example, Task
+from silotune.training.together import train_together
 from silotune.workflows.check import check
 from silotune.workflows.plan.memory import BatchShape, widest_batch
 
@@ -183,6 +187,9 @@ class _Probe:
         state = starting_state(algorithm, read_adapter(worker.loaded), len(clients))
         self.worker, self.run = worker, worker.run
         self.name = next(iter(clients))
+        groups = plan_groups(worker, clients)
+        num_asked = cohort_size(self.run.sampling, len(clients))
+        self._groups = replace(groups, size=min(groups.size, num_asked))
         self._broadcast = Broadcast(
             1,
             state.adapter,
@@ -201,6 +208,27 @@ class _Probe:
             self.worker, data, self._broadcast, ClientMemory(), protection, count=num
         )
         return update.metrics
+
+    def step_together(self, examples: Sequence[Example]) -> None:
+        """A step on these examples for each client of a group, if the run forms groups."""
+        if self._groups.size == 1:
+            return
+        run, loaded = self.run, self.worker.loaded
+        write_adapter(loaded, self._broadcast.adapter)
+        steps, group = [[self.worker.task.collate(examples)]], list[OwnTraining]()
+        for seed in range(self._groups.size):
+            received = {name: p.detach().clone() for name, p in loaded.parameters.items()}
+            context = LocalContext(received, self._broadcast.extra, {})
+            group.append(OwnTraining(steps=steps, context=context, lr=run.train.lr, seed=seed))
+        train_together(
+            loaded,
+            group,
+            own_loss(run.train.loss, self.worker.task),
+            run.train,
+            self.worker.algorithm.local,
+            round_=1,
+            most_tokens=self._groups.most_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -239,6 +267,7 @@ def _measure_steps(
     per_shape = max(0, _held() - before) // num_new if num_new else 0
     # the widest comes last, as it may at a client: the gaps that shorter ones freed are too small
     step(ordered[-1], score=longest)
+    probe.step_together(ordered[-1])
     num_shapes = len(_shapes(ordered, run))
     num_met = len(_shapes([first, *picked, ordered[-1]], run))
     num_unmet = max(0, min(num_shapes, KEPT_SHAPES) - num_met)

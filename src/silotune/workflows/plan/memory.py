@@ -19,9 +19,11 @@ from silotune.models.devices import pick_device
 from silotune.models.loading import LoadedModel
 from silotune.models.quantization import BLOCK, Quantization
 from silotune.recipes.schema import RunConfig
+from silotune.runtime.groups import auto_size, why_alone
 from silotune.training.loop import pick_optimizer
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Batch
+from silotune.training.together import MOST_TOKENS
 from silotune.workflows.plan.shapes import Shapes, first_state
 
 PROCESS_BYTES = 700_000_000
@@ -56,12 +58,13 @@ def widest_batch(run: RunConfig) -> BatchShape:
 
 @dataclass(frozen=True)
 class ClientMemory:
-    """Bytes of a process that trains one client at a time, by part."""
+    """Bytes of a process that trains one client at a time, or a group of them, by part."""
 
     base: int
     """The frozen weights; for a quantised base, also its largest layer unpacked."""
     adapter: int
-    """What is trained, in float32: values, gradients, and a copy of the received adapter."""
+    """What is trained, in float32: values, gradients, and a copy of the received adapter, for every
+    client of a group."""
     optimizer: int
     """The optimizer's moments."""
     activations: int
@@ -78,13 +81,16 @@ class ClientMemory:
         return sum(vars(self).values())
 
 
-def client_memory(run: RunConfig, shapes: Shapes, batch: BatchShape) -> ClientMemory:
+def client_memory(
+    run: RunConfig, shapes: Shapes, batch: BatchShape, *, num_asked: int = 1
+) -> ClientMemory:
     """Estimate a training process from shapes.
 
     Args:
         run: The recipe.
         shapes: Its model.
-        batch: The forward batch that needs the most memory.
+        batch: One client's forward batch that needs the most memory.
+        num_asked: Clients that train in a round: a group is not larger.
 
     Raises:
         NotImplementedError: The model does not run on the meta device, so it is unknown what its
@@ -92,6 +98,9 @@ def client_memory(run: RunConfig, shapes: Shapes, batch: BatchShape) -> ClientMe
     """
     values = sum(p.numel() for p in shapes.parameters.values())
     device = pick_device(run.runtime.device)
+    size, num_joined = most_together(run, batch.num_rows * batch.length, num_asked)
+    batch = BatchShape(num_joined * batch.num_rows, batch.length, num_joined * batch.num_trained)
+    own = 4 * values if size > 1 else 0  # the model keeps an adapter beside those of the group
     optimizer, _ = pick_optimizer(run.train.optimizer, device)
     kept = kept_bytes(run, shapes, batch)
     scores = 4 * batch.num_trained * _num_classes(run, shapes)
@@ -105,12 +114,29 @@ def client_memory(run: RunConfig, shapes: Shapes, batch: BatchShape) -> ClientMe
         activations = min(activations, inputs + one_layer)
     return ClientMemory(
         base=base_bytes(shapes, run.model.quantization, double=run.model.double_quantization),
-        adapter=3 * 4 * values if run.adapter.kind != "full" else 2 * 4 * values,
-        optimizer=round(MOMENTS.get(optimizer, 8.0) * values),
+        adapter=own + size * (3 if run.adapter.kind != "full" else 2) * 4 * values,
+        optimizer=size * round(MOMENTS.get(optimizer, 8.0) * values),
         activations=activations,
         logits=scores + max(2 * scores, one_layer),
         process=_process_bytes(device),
     )
+
+
+def most_together(run: RunConfig, num_tokens: int, num_asked: int) -> tuple[int, int]:
+    """How many clients a group has at most, and how many of them share its widest pass.
+
+    Args:
+        run: The recipe.
+        num_tokens: Tokens of one client's widest forward batch.
+        num_asked: Clients that train in a round.
+    """
+    wanted = run.runtime.together
+    if wanted != "auto":
+        return min(wanted, num_asked), min(wanted, num_asked)
+    if why_alone(run, [], pick_device(run.runtime.device).type) is not None:
+        return 1, 1
+    size = max(1, min(auto_size(run, [1]), num_asked))  # the rows may be short
+    return size, max(1, min(size, MOST_TOKENS // num_tokens))
 
 
 @dataclass(frozen=True)

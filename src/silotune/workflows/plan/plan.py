@@ -143,12 +143,16 @@ def _plan(run: RunConfig, progress: Progress, *, measured: bool, limits: Limits 
     notes += _budget_notes(run, sent, times)
     if run.server.work != "none":
         notes.append("the numbers do not include the server's own training")
+    if times is not None and run.runtime.together != 1:
+        notes.append(
+            "the seconds are for one client after another: runtime.together may take fewer"
+        )
     if run.evaluate.server_path is not None:
         notes.append("the numbers do not include the server's own scores (evaluate.server_path)")
     batch = found.batch if found is not None else widest_batch(run)
     server = server_memory(run, shapes, algorithm, num_clients)
     try:
-        client = client_memory(run, shapes, batch)
+        client = client_memory(run, shapes, batch, num_asked=sent.num_asked)
     except NotImplementedError:
         notes.append(
             "memory is not estimated: this model does not show what its forward pass keeps"
@@ -253,7 +257,8 @@ def _predict(made: Plan, run: RunConfig) -> Prediction:
         batch = BatchShape(rows, made.batch.length, trained)
         server = server_memory(run, shapes, algorithm, made.traffic.num_clients)
         before = _peak(made.run, made.client, made.server)
-        peak += _peak(run, client_memory(run, shapes, batch), server) - before
+        client = client_memory(run, shapes, batch, num_asked=sent.num_asked)
+        peak += _peak(run, client, server) - before
     seconds = None
     if made.times is not None:
         slower = run.model.gradient_checkpointing and not made.run.model.gradient_checkpointing

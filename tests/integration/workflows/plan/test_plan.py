@@ -191,6 +191,29 @@ def test_memory_grows_with_the_batch_and_falls_with_checkpointing(published):
     assert replace(less, activations=two.activations) == two
 
 
+def test_a_group_holds_an_adapter_and_an_optimizer_for_each_of_its_clients(published):
+    run, shapes = shapes_of(published("smollm2_135m"), "runtime.device=cpu")
+    values, batch = 460_800, BatchShape(2, 64, 64)
+
+    def memory(together, num_asked):
+        runtime = run.runtime.model_copy(update={"together": together})
+        changed = run.model_copy(update={"runtime": runtime})
+        return client_memory(changed, shapes, batch, num_asked=num_asked)
+
+    alone = client_memory(run, shapes, batch)
+    assert memory(1, 9) == memory("auto", 1) == alone
+    assert memory(5, 3) == memory(3, 9), "a group is not larger than the cohort"
+    five = memory(5, 9)
+    assert five.adapter == 5 * 3 * 4 * values + 4 * values
+    assert five.optimizer == 5 * 8 * values
+    assert five.activations == pytest.approx(5 * alone.activations, rel=0.01)
+    # 256 tokens of a pass: two batches of 2 rows of 64 tokens, whatever the group holds
+    joined = memory("auto", 9)
+    assert joined.activations == pytest.approx(2 * alone.activations, rel=0.01)
+    assert joined.optimizer == 9 * 8 * values
+    assert (five.base, joined.base) == (alone.base, alone.base)
+
+
 def test_the_widest_batch_is_what_the_recipe_allows():
     run = load_recipe("hospitals", ["train.batch_size=3", "train.max_length=100"])
     assert widest_batch(run) == BatchShape(3, 100, 297)
