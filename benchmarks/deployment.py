@@ -86,6 +86,7 @@ def rounds(folder: Path, kept: Kept, num_rounds: int, base: Path) -> None:
     engine: list[float] = []
     ours: list[float] = []
     trained: list[float] = []
+    size = 0
     for turn in range(TURNS):
         made = submit(folder, "hospitals", keys)
         with ends_of_rounds(made) as ends:
@@ -94,7 +95,7 @@ def rounds(folder: Path, kept: Kept, num_rounds: int, base: Path) -> None:
         ours += [after - before for before, after in itertools.pairwise(ends)]
         trained += [row["seconds"] for row in rows_of(made, "train") if row["round"] > 1]
         engine += engine_rounds(folder, num_rounds, app=f"noop{turn}")[1:]
-    size = rows_of(made, "train")[0]["bytes_up"]
+        size = rows_of(made, "train")[0]["bytes_up"]
     floor, own = statistics.median(engine), statistics.median(ours)
     print(f"{CLIENTS} clients, {len(ours)} rounds, medians without the first round of each turn")
     print(f"the engine's own, empty messages   {floor:.2f} s  {spread(engine)}")

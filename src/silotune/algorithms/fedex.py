@@ -25,18 +25,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
-from silotune.algorithms.factors import (
+from silotune.algorithms.factors import WITH_RESIDUAL, needs_pairs, wide
+from silotune.algorithms.products import (
     RESIDUAL,
-    WITH_RESIDUAL,
     SumOfProducts,
     added_beside,
     kept_dtype,
-    needs_pairs,
     replace_beside,
     report_residual,
     step_with_residual,
     trained,
-    wide,
 )
 from silotune.core.algorithm import Algorithm
 from silotune.core.lora import Pair, pairs_of

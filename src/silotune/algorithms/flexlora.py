@@ -13,8 +13,9 @@ product of its rank. Tensors that are no factors are averaged. A product of 0 ke
 from typing import ClassVar
 
 from silotune.algorithms.base import AlgorithmConfig, Facts
-from silotune.algorithms.factors import mean_of_products, needs_pairs, orthonormal
+from silotune.algorithms.factors import needs_pairs, orthonormal
 from silotune.algorithms.fedavg import move
+from silotune.algorithms.products import mean_of_products
 from silotune.core.algorithm import Algorithm
 from silotune.core.tree import subtract
 from silotune.core.types import Change, ServerState, Updates

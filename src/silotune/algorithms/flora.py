@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from silotune.algorithms.base import AlgorithmConfig, Facts
-from silotune.algorithms.factors import (
+from silotune.algorithms.factors import WITH_RESIDUAL, needs_pairs
+from silotune.algorithms.products import (
     RESIDUAL,
-    WITH_RESIDUAL,
     added_beside,
     mean_of_products,
-    needs_pairs,
     report_residual,
     step_with_residual,
 )

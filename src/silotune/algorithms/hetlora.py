@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from silotune.algorithms.base import AlgorithmConfig, Facts, weight_of
-from silotune.algorithms.factors import needs_pairs, squared_norm, trained, wide
+from silotune.algorithms.factors import needs_pairs, wide
 from silotune.algorithms.fedavg import move
+from silotune.algorithms.products import squared_norm, trained
 from silotune.core.algorithm import Algorithm
 from silotune.core.lora import pairs_of
 from silotune.core.tree import subtract, weighted_mean

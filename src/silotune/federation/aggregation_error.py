@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from silotune.algorithms.base import AlgorithmConfig, weight_of
-from silotune.algorithms.factors import RESIDUAL, beside, replace_beside, trained, wide
+from silotune.algorithms.factors import wide
+from silotune.algorithms.products import RESIDUAL, beside, replace_beside, trained
 from silotune.core.algorithm import Algorithm
 from silotune.core.lora import Pair, pairs_of
 from silotune.core.seeds import generator

@@ -9,18 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.algorithms import factors
-from silotune.algorithms.factors import (
-    Pair,
-    pairs_of,
-    squared_product_distance,
-    stacked,
-    svd,
-)
+from silotune.algorithms.factors import Pair, pairs_of, squared_product_distance, svd, wide
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.fedrot import FedRotConfig, fedrot, rotation
 from silotune.algorithms.fedsvd import FedSVDConfig, fedsvd
 from silotune.algorithms.flexlora import FlexLoRAConfig, flexlora
 from silotune.algorithms.lora_fair import LoRAFAIRConfig, lora_fair
+from silotune.algorithms.products import SumOfProducts
 from silotune.algorithms.rolora import RoLoRAConfig, rolora
 from silotune.core.algorithm import LocalContext
 from silotune.core.tree import add, sha256, subtract
@@ -168,6 +163,15 @@ def test_the_distance_between_near_adapters_keeps_its_digits():
     expected = float((torch.full_like(large[B], 1e-9) @ large[A]).square().sum())
     found = squared_product_distance(moved, large, pairs_of(large))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def stacked(clients, pair):
+    """The weighted sum of the clients' products, as FLoRA forms it."""
+    sums = SumOfProducts()
+    for weight, state in clients:
+        sums.add(pair, weight, *wide(state, pair))
+    ((_, left, right),) = sums.take(1.0)
+    return left, right
 
 
 def test_stacked_factors_have_the_weighted_sum_of_the_products_and_one_sided_weights():

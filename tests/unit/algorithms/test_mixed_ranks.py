@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.algorithms.factors import SumOfProducts, compressed
 from silotune.algorithms.fedavg import FedAvgConfig, fedavg
 from silotune.algorithms.flexlora import FlexLoRAConfig, flexlora
 from silotune.algorithms.flora import FLoRAConfig, flora, fresh_factors
 from silotune.algorithms.hetlora import HetLoRAConfig, hetlora
+from silotune.algorithms.products import SumOfProducts, compressed
 from silotune.core.algorithm import expected_layout, messages_for, with_ranks
 from silotune.core.lora import Pair, at_rank, is_beside, joined
 from silotune.core.tree import layout_of, sha256, subtract

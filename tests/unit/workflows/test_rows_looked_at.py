@@ -12,7 +12,7 @@ from silotune.recipes.parse import parse
 from silotune.results.run_tables import split_table
 from silotune.training.tasks import build_task
 from silotune.workflows.data_overview import FEWEST, describe_split
-from silotune.workflows.plan import measure
+from silotune.workflows.plan import measured_rows
 
 NAMES = [f"client-{n}" for n in range(6)]
 ROW = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
@@ -40,12 +40,12 @@ def data(made):
 
 
 def test_a_plan_tokenizes_the_clients_that_are_asked_first_and_says_so(monkeypatch):
-    monkeypatch.setattr(measure, "LOOKED_AT", 20)
+    monkeypatch.setattr(measured_rows, "LOOKED_AT", 20)
     made, run = [], recipe(sampling={"num_clients": 3})
-    found, (note,) = measure._some_for_all(run, ROWS, data(made))
+    found, (note,) = measured_rows.some_for_all(run, ROWS, data(made))
     assert made == [], "finding them tokenizes nothing"
     assert list(found) == NAMES
-    (cohort,) = measure._cohorts(run, NAMES)
+    (cohort,) = measured_rows.cohorts(run, NAMES)
     assert {own.name for own in found.values()} == set(cohort[:2])
     for name in cohort[:2]:
         assert found[name].name == name
@@ -58,7 +58,7 @@ def test_a_plan_tokenizes_the_clients_that_are_asked_first_and_says_so(monkeypat
 
 
 def test_a_plan_of_few_rows_looks_at_all_of_them():
-    found, notes = measure._some_for_all(recipe(), ROWS, data([]))
+    found, notes = measured_rows.some_for_all(recipe(), ROWS, data([]))
     assert [own.name for own in found.values()] == NAMES
     assert notes == []
 

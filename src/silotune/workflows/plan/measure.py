@@ -20,17 +20,15 @@ from pathlib import Path
 import torch
 
 from silotune.core.algorithm import LocalContext, broadcast_extra, keep_local, starting_state
-from silotune.core.errors import DataError, SilotuneError, first_line
+from silotune.core.errors import SilotuneError, first_line
 from silotune.core.seeds import generator
 from silotune.core.types import Broadcast
-from silotune.core.wording import counted
-from silotune.data.client_rows import ClientRows
 from silotune.federation.client import ClientData, Worker, train_round
 from silotune.federation.client_data import ScoredTokens, TrainTokens, known_tokens
 from silotune.federation.client_memory import ClientMemory
 from silotune.federation.client_privacy import Protection
-from silotune.federation.recipe_model import LOOKED_AT, load_for, local_tensors, warn_of_template
-from silotune.federation.sampling import cohort_size, sample
+from silotune.federation.recipe_model import load_for, local_tensors
+from silotune.federation.sampling import cohort_size
 from silotune.models.allocator import release_memory
 from silotune.models.devices import peak_memory_bytes
 from silotune.models.loading import read_adapter, write_adapter
@@ -39,16 +37,14 @@ from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.groups import plan_groups
-from silotune.runtime.inprocess import open_clients
 from silotune.training.local_step import OwnTraining
 from silotune.training.loop import num_rows, plan_steps, stream
 from silotune.training.own_functions import own_loss
-from silotune.training.scoring import build_eval_batches
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Batch, Example, Task
 from silotune.training.together import train_together
-from silotune.workflows.check import check
-from silotune.workflows.plan.memory import BatchShape, widest_batch
+from silotune.workflows.plan.measured_rows import cohorts, measured_clients
+from silotune.workflows.plan.memory import BatchShape
 
 TIMED = (0.25, 0.75)
 """Which forward batches are timed: positions among all batches, sorted by their tokens."""
@@ -156,7 +152,7 @@ def _measure(run: RunConfig, began: float) -> Measurement:
     task = build_task(run.task, run.data.labels, run.prefer)
     algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
     worker = Worker(loaded, task, run, algorithm)
-    clients, surprises = _clients(run, worker)
+    clients, surprises = measured_clients(run, worker)
     start = time.perf_counter() - began
     rounds = [list(_batches(run, clients, r)) for r in _positions(run, clients)]
     ordered = sorted(
@@ -285,82 +281,11 @@ def _measure_steps(
     )
 
 
-def _clients(
-    run: RunConfig, worker: Worker
-) -> tuple[dict[str, ClientData], tuple[str, ...] | None]:
-    """The clients' rows as tokens, and what their template does to them.
-
-    If the data set cannot be reached, made-up rows and None.
-    """
-    try:
-        rows = check(run).rows
-        template = warn_of_template(worker.loaded.tokenizer, run, rows, at_most=LOOKED_AT)
-        clients, notes = _some_for_all(run, rows, open_clients(rows, worker))
-        return clients, (*template, *notes)
-    except DataError:
-        if run.partition is None or run.partition.num_clients is None:
-            raise
-    shape = widest_batch(run)
-    example = Example(
-        torch.zeros(shape.length, dtype=torch.int64),
-        torch.arange(shape.length) > 0,
-        label=0 if run.task == "classify" else -1,
-    )
-    if run.task == "prefer":
-        example = Example(
-            example.ids.repeat(2),
-            example.trained.repeat(2),
-            segments=torch.arange(2).repeat_interleave(shape.length),
-            reference=torch.zeros(2),
-        )
-    batches = build_eval_batches(
-        [example] * run.evaluate.batch_size, worker.task, run.train.batch_size
-    )
-    names = [f"client-{n}" for n in range(run.partition.num_clients)]
-    rows = (example,) * run.train.batch_size
-    tokens = TrainTokens(rows), ScoredTokens(tuple(batches), len(batches))
-    return {name: known_tokens(name, *tokens) for name in names}, None
-
-
-def _some_for_all(
-    run: RunConfig, rows: Mapping[str, ClientRows], clients: Mapping[str, ClientData]
-) -> tuple[dict[str, ClientData], list[str]]:
-    """The same clients; if they have many rows, only those that are asked first stand for all.
-
-    Tokenizing fifty thousand rows takes longer than the steps that are measured. Their rows are at
-    most `LOOKED_AT`, or those of one client.
-
-    Returns:
-        By name, each client's own rows or those of another one, and a note if there is another one.
-    """
-    asked = (name for cohort in _cohorts(run, list(clients)) for name in cohort)
-    chosen, num_rows = list[str](), 0
-    for name in dict.fromkeys(itertools.chain(asked, clients)):
-        num_rows += len(rows[name].train) + len(rows[name].scored)
-        if chosen and num_rows > LOOKED_AT:
-            break
-        chosen.append(name)
-    if len(chosen) == len(clients):
-        return dict(clients), []
-    others = itertools.cycle(chosen)
-    found = {name: clients[name if name in chosen else next(others)] for name in clients}
-    return found, [
-        f"lengths of rows were looked at in {len(chosen)} of {counted(len(clients), 'client')}, "
-        "and are taken to be alike in the others"
-    ]
-
-
-def _cohorts(run: RunConfig, names: Sequence[str]) -> Iterator[list[str]]:
-    """Who is asked in each round."""
-    for r in range(1, run.rounds + 1):
-        yield sample(names, run.sampling, generator(run.seed, "sampling", r))
-
-
 def _positions(run: RunConfig, clients: Mapping[str, ClientData]) -> Iterator[dict[str, int]]:
     """For each round, who takes part, and how many rows each has trained on before."""
     taken = dict.fromkeys(clients, 0)
     again = "same-samples" in run.train.compat
-    for cohort in _cohorts(run, list(clients)):
+    for cohort in cohorts(run, list(clients)):
         yield {name: 0 if again else taken[name] for name in cohort}
         for name in cohort:
             taken[name] += num_rows(run.train, clients[name].num_train)
