@@ -7,7 +7,7 @@ import pytest
 
 import silotune
 from silotune.core.errors import DataError
-from silotune.federation import client
+from silotune.federation import client, prepared_rows
 from silotune.recipes.parse import load_recipe
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
@@ -29,13 +29,13 @@ def recipe(tmp_path, tiny_model):
 @pytest.fixture
 def tokenised(monkeypatch):
     """The rows that were tokenized, in batches."""
-    seen, real = [], client.prepare_rows
+    seen, real = [], prepared_rows.prepare_rows
 
     def prepare_rows(rows, *parts, **more):
         seen.append(tuple(rows))
         return real(rows, *parts, **more)
 
-    monkeypatch.setattr(client, "prepare_rows", prepare_rows)
+    monkeypatch.setattr(prepared_rows, "prepare_rows", prepare_rows)
     return seen
 
 
