@@ -200,9 +200,7 @@ def engine(place: Path, num_clients: int, num_rounds: int) -> None:
     with consortium_of(run, rows, place / "consortium-here", quiet) as (folder, kept):
         clients = sorted((folder.parent / "clients").iterdir())
         for words, keys in (("without masks", []), ("with masks", MASKS)):
-            made = submit(
-                folder, "hospitals", [*own, *keys, f"partition.num_clients={num_clients}"]
-            )
+            made = submit(folder, "hospitals", [*own, *keys])
             marks: list[tuple[float, int]] = []
             while len(marks) < 2 and state_of(made)["state"] not in (FAILED, STOPPED):
                 ended = len(rows_of(made, "round")) if (made / "metrics.jsonl").exists() else 0
