@@ -270,33 +270,28 @@ def test_a_client_whose_clock_is_wrong_is_refused_and_told_so(trial, two):
 
 def test_a_slow_link_costs_only_time(trial, two):
     """4.5 MB each way, at 1 Mbit/s from the client: more than half a minute."""
-    north, _ = two
-    north.slow_down("1mbit")
-    run = trial.submit("rounds=2 adapter.rank=10000 adapter.alpha=10000")
+    over_a_slow_link(trial, two[0], 1000, "adapter.rank=10000 adapter.alpha=10000")
+
+
+def over_a_slow_link(trial, north, kbit, keys):
+    """Two rounds; returns the bytes that the client sent in one."""
+    north.slow_down(f"{kbit}kbit")
+    run = trial.submit(f"rounds=2 {keys}")
     trial.wait_until(run, "done")
     north.full_speed()
     assert rounds_with(run, "north") == [1, 2], missed(run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in rows if row["event"] == "round"]
     size = next(row["bytes_up"] for row in rows if row["event"] == "train")
-    assert min(seconds) > 8 * size / 1e6
-    note(f"1 Mbit/s and {size} bytes: rounds of {', '.join(f'{s:.0f} s' for s in seconds)}")
+    assert min(seconds) > 8 * size / (1e3 * kbit)
+    note(f"{kbit} kbit/s and {size} bytes: rounds of {', '.join(f'{s:.0f} s' for s in seconds)}")
+    return size
 
 
 def test_an_int4_adapter_passes_over_a_very_slow_link(trial, two):
     """2.4 MB from the client at 256 kbit/s, in parts of 512 KB: a part of 2 MB never would."""
-    north, _ = two
-    north.slow_down("256kbit")
-    run = trial.submit('rounds=2 adapter.rank=40000 adapter.alpha=40000 wire.up="int4"')
-    trial.wait_until(run, "done")
-    north.full_speed()
-    assert rounds_with(run, "north") == [1, 2], missed(run)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = [row["seconds"] for row in rows if row["event"] == "round"]
-    size = next(row["bytes_up"] for row in rows if row["event"] == "train")
-    assert size > MOST_BYTES
-    assert min(seconds) > 8 * size / 256e3
-    note(f"256 kbit/s and {size} bytes: rounds of {', '.join(f'{s:.0f} s' for s in seconds)}")
+    keys = 'adapter.rank=40000 adapter.alpha=40000 wire.up="int4"'
+    assert over_a_slow_link(trial, two[0], 256, keys) > MOST_BYTES
 
 
 def test_a_long_local_training_triggers_no_timeout(trial, two):

@@ -8,7 +8,6 @@ from typing import Any
 from silotune.compression.changes import travels
 from silotune.core.algorithm import Algorithm, broadcast_extra, expected_extra, expected_layout
 from silotune.core.errors import ConfigError
-from silotune.core.seeds import generator
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
 from silotune.core.wording import counted
@@ -16,7 +15,7 @@ from silotune.federation.downlink import news_bytes
 from silotune.federation.metrics import Row, choosing_losses, trained
 from silotune.federation.privacy_statement import num_released
 from silotune.federation.run_folder import RunFolder
-from silotune.federation.sampling import sample
+from silotune.federation.sampling import cohort_of
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import StopConfig
 
@@ -318,7 +317,7 @@ def round_cost(
 
 
 def _asked(run: RunConfig, names: Sequence[str], done: int) -> set[str]:
-    return set(sample(names, run.sampling, generator(run.seed, "sampling", done + 1)))
+    return set(cohort_of(run, names, done + 1))
 
 
 def _receive(run: RunConfig, names: Sequence[str], done: int) -> set[str]:

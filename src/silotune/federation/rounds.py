@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 
 from silotune.core.algorithm import Algorithm, messages_for
-from silotune.core.seeds import generator
 from silotune.core.types import Clients, ServerState
 from silotune.federation.acceptance import (
     Accept,
@@ -22,7 +21,7 @@ from silotune.federation.outliers import check_state, refuse_outliers
 from silotune.federation.progress import Progress
 from silotune.federation.round_rows import round_rows, score_rows
 from silotune.federation.run_folder import RunFolder
-from silotune.federation.sampling import sample
+from silotune.federation.sampling import cohort_of
 from silotune.recipes.schema import RunConfig
 
 Improve = Callable[[ServerState], tuple[ServerState, list[Row]]]
@@ -69,7 +68,7 @@ def run_rounds(
     while ended_by is None and state.round < run.rounds:
         r, began = state.round + 1, clock()
         # 1. Who takes part: drawn from (seed, round), so a resumed run asks the same clients.
-        cohort = sample(clients.names(), run.sampling, generator(run.seed, "sampling", r))
+        cohort = cohort_of(run, clients.names(), r)
         progress.begin_round(r, cohort)
         scoring = run.evaluate.due(r - 1, run.rounds)
         # 2. Let them train: the only line that may cross a network. Updates come as they arrive;

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from silotune.core.errors import ConfigError
+from silotune.core.seeds import generator
 from silotune.core.wording import counted
+from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import SamplingConfig
 
 
@@ -48,6 +50,11 @@ def sample(names: Sequence[str], cfg: SamplingConfig, gen: torch.Generator) -> l
     ordered = sorted(names)
     chosen = torch.randperm(len(ordered), generator=gen)[: cohort_size(cfg, len(ordered))]
     return sorted(ordered[i] for i in map(int, chosen))
+
+
+def cohort_of(run: RunConfig, names: Sequence[str], round_: int) -> list[str]:
+    """The clients that a run asks in a round, sorted by name; see `sample`."""
+    return sample(names, run.sampling, generator(run.seed, "sampling", round_))
 
 
 def num_needed(cfg: SamplingConfig, cohort_size: int) -> int:

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from silotune.core.errors import ConfigError
-from silotune.core.seeds import generator
 from silotune.federation.client import ClientData, Worker
-from silotune.federation.sampling import sample
+from silotune.federation.sampling import cohort_of
 from silotune.federation.together import ROWS
 from silotune.models.stacked import why_not_stacked
 from silotune.recipes.schema import RunConfig
@@ -69,7 +68,7 @@ def plan_groups(worker: Worker, data: Mapping[str, ClientData]) -> Groups:
 def _first_lengths(run: RunConfig, data: Mapping[str, ClientData]) -> list[int]:
     """Tokens of rows of the clients that round 1 asks: those of the others are not needed yet."""
     lengths: list[int] = []
-    for name in sample(list(data), run.sampling, generator(run.seed, "sampling", 1)):
+    for name in cohort_of(run, list(data), 1):
         with contextlib.suppress(*ROWS):  # such a client fails when it is asked
             lengths += [example.num_positions for example in data[name].examples]
     return lengths

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from silotune.core.errors import DataError
-from silotune.core.seeds import generator
 from silotune.core.wording import counted
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client_data import (
@@ -17,7 +16,7 @@ from silotune.federation.client_data import (
     known_tokens,
 )
 from silotune.federation.recipe_model import LOOKED_AT, warn_of_template
-from silotune.federation.sampling import sample
+from silotune.federation.sampling import cohort_of
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.inprocess import open_clients
 from silotune.training.scoring import build_eval_batches
@@ -94,4 +93,4 @@ def some_for_all(
 def cohorts(run: RunConfig, names: Sequence[str]) -> Iterator[list[str]]:
     """Who is asked in each round."""
     for r in range(1, run.rounds + 1):
-        yield sample(names, run.sampling, generator(run.seed, "sampling", r))
+        yield cohort_of(run, names, r)
