@@ -6,6 +6,7 @@ single rows and whole clients; FedAvg on both factors and FFA-LoRA; three seeds,
 It runs two sweeps, which --resume continues, and then prints the table and draws a plot of it.
 With --sums, single rows are also trained with secure sums, at the same noise, in the arms of a
 sweep of its own; what the sums guarantee, `silotune check` says of the same keys without a seed.
+--epsilons runs some of them only.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from silotune.results.charts import MARKERS, PALETTE
 from silotune.results.svg import Legend, chart
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from matplotlib.axes import Axes
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "medquad_types"
@@ -75,13 +78,14 @@ def main() -> None:
     options.add_argument("--resume", action="store_true")
     options.add_argument("--jobs", type=int, default=1)
     options.add_argument("--sums", action="store_true", help="only rows, with secure sums")
+    options.add_argument("--epsilons", type=int, nargs="+", choices=EPSILONS, default=EPSILONS)
     options.add_argument("overrides", nargs="*", metavar="key=value")
     args = options.parse_intermixed_args()
     if not DATA.is_dir():
         sys.exit("skipped: medquad_types is not next to this repository")
     scores: dict[str, dict[tuple[str, str, str], list[float]]] = {}
     for n, (name, cut) in enumerate(PARTITIONS.items()):
-        arms = arms_of_sums() if args.sums else all_arms()
+        arms = arms_of_sums(args.epsilons) if args.sums else all_arms(args.epsilons)
         place = args.out / (f"sums-{n}" if args.sums else f"part-{n}")
         if args.resume and place.exists():
             done = silotune.sweep(resume=place, jobs=args.jobs, progress=PlainProgress())
@@ -98,12 +102,12 @@ def main() -> None:
             )
         scores[name] = accuracies(done, [arm for arm, _ in arms])
         print_table(name, scores[name])
-    if args.sums:
-        return
+    if args.sums or tuple(args.epsilons) != EPSILONS:
+        return  # the plot shows all arms
     (args.out / "privacy.svg").write_text(draw(scores), encoding="utf-8")
 
 
-def all_arms() -> "list[tuple[tuple[str, str, str], str]]":
+def all_arms(epsilons: "Iterable[int]") -> "list[tuple[tuple[str, str, str], str]]":
     """Every run as (unit, algorithm, epsilon), with its keys."""
     found: list[tuple[tuple[str, str, str], str]] = []
     for seed in SEEDS:
@@ -111,16 +115,16 @@ def all_arms() -> "list[tuple[tuple[str, str, str], str]]":
             keys = f"seed={seed} algorithm.name={algorithm} algorithm.weights=uniform"
             found.append((("none", algorithm, "inf"), keys))
             for unit, own in UNITS.items():
-                for epsilon in EPSILONS:
+                for epsilon in epsilons:
                     noise = f"{PRIVATE} {own} privacy.target_epsilon={epsilon}"
                     found.append(((unit, algorithm, str(epsilon)), f"{keys} {noise}"))
     return found
 
 
-def arms_of_sums() -> "list[tuple[tuple[str, str, str], str]]":
+def arms_of_sums(epsilons: "Iterable[int]") -> "list[tuple[tuple[str, str, str], str]]":
     """The arms of single rows, with the same noise and words that are summed in fixed point."""
     sums = "secure_sum.kind=masks secure_sum.simulate=true secure_sum.range=256"
-    return [(arm, f"{keys} {sums}") for arm, keys in all_arms() if arm[0] == "record"]
+    return [(arm, f"{keys} {sums}") for arm, keys in all_arms(epsilons) if arm[0] == "record"]
 
 
 def accuracies(
