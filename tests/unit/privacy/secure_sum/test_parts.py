@@ -5,6 +5,9 @@ import secrets
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +39,37 @@ def test_a_mask_is_the_stream_of_rfc_8439():
     """Appendix A.1, test vector 1: key and nonce of zeros."""
     expected = "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
     assert masks.mask(bytes(32), 8).astype("<u4").tobytes().hex() == expected
+
+
+def sealed(key: bytes, nonce: bytes, text: bytes, about: bytes) -> bytes:
+    """ChaCha20-Poly1305 put together from its two parts, as section 2.8 of RFC 8439 says."""
+
+    def stream(counter: int, length: int) -> bytes:
+        start = counter.to_bytes(4, "little") + nonce
+        return Cipher(ChaCha20(key, start), mode=None).encryptor().update(bytes(length))
+
+    hidden = bytes(a ^ b for a, b in zip(text, stream(1, len(text)), strict=True))
+    padded = b"".join(part + bytes(-len(part) % 16) for part in (about, hidden))
+    lengths = len(about).to_bytes(8, "little") + len(hidden).to_bytes(8, "little")
+    return hidden + Poly1305.generate_tag(stream(0, 32), padded + lengths)
+
+
+def test_the_oracle_of_hidden_texts_agrees_with_rfc_8439():
+    """Section 2.8.2. Its nonce is not zero, so the vector cannot go through `hide` itself."""
+    text = (
+        b"Ladies and Gentlemen of the class of '99: If I could offer you "
+        b"only one tip for the future, sunscreen would be it."
+    )
+    nonce = bytes.fromhex("070000004041424344454647")
+    about = bytes.fromhex("50515253c0c1c2c3c4c5c6c7")
+    found = sealed(bytes(range(0x80, 0xA0)), nonce, text, about)
+    assert found[:16].hex() == "d31a8d34648e60db7b86afbc53ef7ec2"
+    assert found[-16:].hex() == "1ae10b594f09e26a7e902ecbd0600691"
+
+
+@given(st.binary(min_size=32, max_size=32), st.binary(max_size=200), st.binary(max_size=40))
+def test_a_text_is_hidden_as_rfc_8439_says(key, text, about):
+    assert masks.hide(key, text, about) == sealed(key, bytes(12), text, about)
 
 
 def test_a_key_with_which_every_secret_is_zero_is_refused():
