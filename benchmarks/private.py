@@ -6,7 +6,7 @@ single rows and whole clients; FedAvg on both factors and FFA-LoRA; three seeds,
 It runs two sweeps, which --resume continues, and then prints the table and draws a plot of it.
 With --sums, single rows are also trained with secure sums, at the same noise, in the arms of a
 sweep of its own; what the sums guarantee, `silotune check` says of the same keys without a seed.
---epsilons runs some of them only.
+--algorithms and --epsilons run some of them only.
 """
 
 import argparse
@@ -41,6 +41,8 @@ SHORT = {
     "fedavg": "FedAvg",
     "ffa_lora": "FFA",
 }
+Arm = tuple[tuple[str, str, str], str]
+"""A unit, an algorithm and an epsilon, and the keys of the run."""
 NAMESPACE = "http://www.w3.org/2000/svg"
 RECIPE: dict[str, Any] = {
     "rounds": 4,
@@ -79,13 +81,15 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=1)
     options.add_argument("--sums", action="store_true", help="only rows, with secure sums")
     options.add_argument("--epsilons", type=int, nargs="+", choices=EPSILONS, default=EPSILONS)
+    options.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     options.add_argument("overrides", nargs="*", metavar="key=value")
     args = options.parse_intermixed_args()
     if not DATA.is_dir():
         sys.exit("skipped: medquad_types is not next to this repository")
     scores: dict[str, dict[tuple[str, str, str], list[float]]] = {}
     for n, (name, cut) in enumerate(PARTITIONS.items()):
-        arms = arms_of_sums(args.epsilons) if args.sums else all_arms(args.epsilons)
+        arms = all_arms(args.algorithms, args.epsilons)
+        arms = with_sums(arms) if args.sums else arms
         place = args.out / (f"sums-{n}" if args.sums else f"part-{n}")
         if args.resume and place.exists():
             done = silotune.sweep(resume=place, jobs=args.jobs, progress=PlainProgress())
@@ -102,16 +106,16 @@ def main() -> None:
             )
         scores[name] = accuracies(done, [arm for arm, _ in arms])
         print_table(name, scores[name])
-    if args.sums or tuple(args.epsilons) != EPSILONS:
+    if args.sums or (tuple(args.algorithms), tuple(args.epsilons)) != (ALGORITHMS, EPSILONS):
         return  # the plot shows all arms
     (args.out / "privacy.svg").write_text(draw(scores), encoding="utf-8")
 
 
-def all_arms(epsilons: "Iterable[int]") -> "list[tuple[tuple[str, str, str], str]]":
+def all_arms(algorithms: "Iterable[str]", epsilons: "Iterable[int]") -> list[Arm]:
     """Every run as (unit, algorithm, epsilon), with its keys."""
-    found: list[tuple[tuple[str, str, str], str]] = []
+    found: list[Arm] = []
     for seed in SEEDS:
-        for algorithm in ALGORITHMS:
+        for algorithm in algorithms:
             keys = f"seed={seed} algorithm.name={algorithm} algorithm.weights=uniform"
             found.append((("none", algorithm, "inf"), keys))
             for unit, own in UNITS.items():
@@ -121,10 +125,10 @@ def all_arms(epsilons: "Iterable[int]") -> "list[tuple[tuple[str, str, str], str
     return found
 
 
-def arms_of_sums(epsilons: "Iterable[int]") -> "list[tuple[tuple[str, str, str], str]]":
+def with_sums(arms: "Iterable[Arm]") -> list[Arm]:
     """The arms of single rows, with the same noise and words that are summed in fixed point."""
     sums = "secure_sum.kind=masks secure_sum.simulate=true secure_sum.range=256"
-    return [(arm, f"{keys} {sums}") for arm, keys in all_arms(epsilons) if arm[0] == "record"]
+    return [(arm, f"{keys} {sums}") for arm, keys in arms if arm[0] == "record"]
 
 
 def accuracies(
@@ -142,14 +146,16 @@ def accuracies(
 
 def print_table(name: str, scores: "dict[tuple[str, str, str], list[float]]") -> None:
     """Print means and ranges over the seeds, and FFA-LoRA minus FedAvg, paired by seed."""
+    algorithms = list(dict.fromkeys(algorithm for _, algorithm, _ in scores))
     print(f"\n{name}: accuracy, mean (minimum to maximum of {len(SEEDS)} seeds)")
     for unit, epsilon in dict.fromkeys((unit, epsilon) for unit, _, epsilon in scores):
         cells = [f"{unit}, epsilon {epsilon}"]
-        pair = [scores[unit, algorithm, epsilon] for algorithm in ALGORITHMS]
-        for own in pair:
+        shown = [scores[unit, algorithm, epsilon] for algorithm in algorithms]
+        for own in shown:
             cells.append(f"{statistics.fmean(own):.3f} ({min(own):.3f} to {max(own):.3f})")
-        apart = [b - a for a, b in zip(*pair, strict=True)]
-        cells.append(f"{statistics.fmean(apart):+.3f} ({min(apart):+.3f} to {max(apart):+.3f})")
+        if len(shown) > 1:
+            apart = [b - a for a, b in zip(*shown, strict=True)]
+            cells.append(f"{statistics.fmean(apart):+.3f} ({min(apart):+.3f} to {max(apart):+.3f})")
         print(" | ".join(cells))
 
 
