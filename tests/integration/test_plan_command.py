@@ -40,7 +40,8 @@ def agree(run, place) -> None:
     )
     trained = [row for row in done.metrics if row["event"] == "train"]
     assert {row["bytes_up"] for row in trained} == {planned.up}
-    assert {row["bytes_down"] for row in trained if row["round"] == 1} == {planned.down}
+    first = {row["bytes_down"] for row in trained if row["round"] == 1}
+    assert max(first) < planned.down, "clients have the first adapter already"
     second = {row["bytes_down"] for row in trained if row["round"] == 2}
     assert second <= {planned.down, planned.news}
     both = sum(row["bytes_down"] + row["bytes_up"] for row in trained)
@@ -176,7 +177,7 @@ def test_the_command_shows_bytes_memory_time_and_what_fits(
     one = 4 * 2 * (2 * (16 + 16) + 2 * (16 + 8))
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert f"to one client, the whole adapter {one:,} {one} B" in lines
-    assert f"total {3 * 3 * 2 * one + 3 * one:,} 18.8 kB" in lines
+    assert f"total {3 * 3 * 2 * one:,} 16.1 kB" in lines
     assert "part client server" in lines
     assert any(line.startswith("measured on cpu: ") for line in lines)
     assert "time on this machine, one client at a time" in lines

@@ -104,7 +104,7 @@ def test_bytes_are_those_of_the_float32_adapter(finished):
     done, _ = finished
     one = sum(4 * t.numel() for t in done.adapter().values())
     assert done.summary["bytes_up"] == 3 * 3 * one  # rounds x clients
-    assert done.summary["bytes_down"] == (3 + 1) * 3 * one  # and one more to score the last
+    assert done.summary["bytes_down"] == (2 + 1) * 3 * one  # not the first, but the last to score
 
 
 def test_metrics_hold_one_object_per_round_client_and_event(finished):

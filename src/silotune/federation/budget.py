@@ -11,7 +11,7 @@ from silotune.core.errors import ConfigError
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
 from silotune.core.wording import counted
-from silotune.federation.downlink import news_bytes
+from silotune.federation.downlink import is_made_by_clients, news_bytes
 from silotune.federation.metrics import Row, choosing_losses, trained
 from silotune.federation.privacy_statement import num_released
 from silotune.federation.run_folder import RunFolder
@@ -37,7 +37,8 @@ class RoundCost:
     num_last: int
     """Clients that score the adapter after this round, if it is the last."""
     num_told: int
-    """Of the clients that train or score, those that hold the adapter of the round before."""
+    """Of the clients that train or score, those that hold the adapter of the round before, or, in
+    the first round, whose model begins with the first one."""
     num_asked_told: int
     """Of the clients that train."""
     news_last: int
@@ -300,7 +301,7 @@ def round_cost(
     """What the round after `state` sends. Only the sizes of tensors are read."""
     names = [f"{n:09d}" for n in range(num_clients)]  # only their order matters to sampling
     cohort, received = _asked(run, names, state.round), _receive(run, names, state.round)
-    before = _receive(run, names, state.round - 1) if state.round > 0 else set[str]()
+    before = _hold(run, algorithm, names, state.round - 1)
     beside = sum(map(size_bytes, broadcast_extra(state, algorithm).values()))
     extra = expected_extra(algorithm, state).values()
     return RoundCost(
@@ -318,6 +319,13 @@ def round_cost(
 
 def _asked(run: RunConfig, names: Sequence[str], done: int) -> set[str]:
     return set(cohort_of(run, names, done + 1))
+
+
+def _hold(run: RunConfig, algorithm: Algorithm, names: Sequence[str], done: int) -> set[str]:
+    """Who holds the adapter of `done` rounds, or of the next one: whoever received or made it."""
+    if done <= 0 and is_made_by_clients(run, algorithm):
+        return set(names)
+    return set[str]() if done < 0 else _receive(run, names, done)
 
 
 def _receive(run: RunConfig, names: Sequence[str], done: int) -> set[str]:

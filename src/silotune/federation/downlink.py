@@ -4,10 +4,13 @@ A client that has received the adapter of the round before is sent news: the ten
 changed, or what `wire.down` makes of their changes. With a codec, the server goes on from what
 clients can know, and what that leaves out is added to the next change (error feedback); so the
 adapter of a checkpoint is the one that clients hold and score.
+
+The first adapter does not travel to clients whose own model begins with the same one: its numbers
+follow from the recipe's seed, and a client reports their hash.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,15 @@ from silotune.compression.config import WireConfig
 from silotune.core.algorithm import Algorithm
 from silotune.core.atomic_files import load_tensors, make_folder, save_tensors
 from silotune.core.errors import RunFolderError, UpdateError
-from silotune.core.tree import add, check_same_layout, layout_bytes, layout_of, size_bytes, subtract
+from silotune.core.tree import (
+    add,
+    check_same_layout,
+    layout_bytes,
+    layout_of,
+    sha256,
+    size_bytes,
+    subtract,
+)
 from silotune.core.types import AdapterState, Broadcast, Layout, News, ServerState
 from silotune.recipes.schema import RunConfig
 
@@ -26,6 +37,23 @@ HELD = "held.safetensors"
 """In a client's own folder of a run: the adapter that it received last."""
 UNSENT = "unsent down"
 """In `ServerState.extra`: what the codec has left out of the changes so far."""
+NOTHING = News(-1, (), {})
+"""The news of the first adapter, which no other comes before."""
+
+
+def is_made_by_clients(run: RunConfig, algorithm: Algorithm) -> bool:
+    """Whether the seed alone decides the first adapter, so that clients have it already.
+
+    Not if it comes from a file, or if clients train at ranks of their own.
+    """
+    return run.adapter.start is None and algorithm.tailor is None
+
+
+def begin(run: RunConfig, algorithm: Algorithm, state: ServerState) -> ServerState:
+    """The state that a run or its next part begins with: it says if the first adapter is known."""
+    if state.round == 0 and is_made_by_clients(run, algorithm):
+        return replace(state, news=NOTHING)
+    return state
 
 
 def settle(
@@ -117,6 +145,8 @@ def news_bytes(run: RunConfig, algorithm: Algorithm, state: ServerState, round_:
     own = {n: t for n, t in state.adapter.items() if may_change(run, algorithm, n, round_)}
     if algorithm.tailor is not None:
         return size_bytes(state.adapter)
+    if round_ == 0:  # nobody is told, or nothing is new
+        return 0
     return layout_bytes(news_layout(run.wire, layout_of(own)))
 
 
@@ -150,8 +180,16 @@ def held(folder: Path, base: int) -> AdapterState:
 class Holdings:
     """Which adapter each client holds. After an interruption nobody is known to hold any."""
 
-    def __init__(self) -> None:
-        self._held: dict[str, int] = {}
+    def __init__(self, makes_first: Callable[[str, str], bool] | None = None) -> None:
+        """Nobody has received anything.
+
+        Args:
+            makes_first: Whether the model of a client begins with the adapter of this SHA-256;
+                None: that of none is known to.
+        """
+        self._held: dict[str, int | None] = {}
+        self._first: str | None = None
+        self._makes_first = makes_first
 
     def tell_all(self, messages: Mapping[str, Broadcast]) -> dict[str, Broadcast]:
         """What each client has to be sent. Those that are sent the same share one object."""
@@ -166,9 +204,12 @@ class Holdings:
 
     def tell(self, client: str, broadcast: Broadcast) -> Broadcast:
         """What this client has to be sent: the same broadcast with either adapter or news."""
-        version, held = broadcast.round - 1, self._held.get(client)
+        version = broadcast.round - 1
         if broadcast.news is None:  # of a result, for example, which nobody holds under its round
             return broadcast
+        if version == 0 and self._first is None:
+            self._first = sha256(broadcast.adapter)
+        held = self._holds(client)
         if held == version:
             return replace(broadcast, adapter={}, news=News(version, (), {}))
         if held == broadcast.news.base == version - 1:
@@ -177,9 +218,13 @@ class Holdings:
 
     def note(self, client: str, broadcast: Broadcast, *, answered: bool) -> None:
         """Remember that a client has answered, so it holds what it was sent; or that it failed."""
-        self._held.pop(client, None)
-        if answered:
-            self._held[client] = broadcast.round - 1
+        self._held[client] = broadcast.round - 1 if answered else None
+
+    def _holds(self, client: str) -> int | None:
+        makes, first = self._makes_first, self._first
+        if client not in self._held and makes is not None and first is not None:
+            return 0 if makes(client, first) else None
+        return self._held.get(client)
 
 
 def bytes_of(told: Broadcast) -> int:

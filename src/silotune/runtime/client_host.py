@@ -21,7 +21,8 @@ import silotune
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import AwaitsConsent, BudgetSpent, Declined, SilotuneError, UpdateError
 from silotune.core.installed import code_sha256, version
-from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT, Broadcast, Failure
+from silotune.core.tree import sha256
+from silotune.core.types import AWAITS_CONSENT, BUDGET_SPENT, AdapterState, Broadcast, Failure
 from silotune.data.client_rows import ClientRows
 from silotune.federation.client import (
     ClientData,
@@ -34,7 +35,7 @@ from silotune.federation.client_data import SILENT
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
-from silotune.federation.downlink import held, hold, with_news
+from silotune.federation.downlink import HELD, held, hold, with_news
 from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
@@ -104,12 +105,15 @@ class Station:
             loaded, task, run, algorithm, place.ledger, place.quiet, place.progress
         )
         self.base_sha256 = content_hash(folder_of_base(run.model))
+        self._first: AdapterState | None = algorithm.begin(read_adapter(loaded))
+        self.first_sha256 = sha256(self._first)
         self.data: dict[str, ClientData] = {}
 
     def answer(self, kind: str, client: str, parcel: Parcel) -> Parcel:
         """Do what a message asks for. Raises whatever goes wrong; see `guarded`."""
         data = self._data(client)
         if kind == "query":
+            self._hold_first(self.place.folder(client))
             return self._report(data)
         sums = None if self.place.sums is None else self.place.sums(client)
         if kind in STEPS:
@@ -162,6 +166,12 @@ class Station:
             hold(own, broadcast)
         return broadcast
 
+    def _hold_first(self, own: Path) -> None:
+        """Keep the adapter that this model begins with, unless a newer one has arrived."""
+        if self._first is not None and self.place.holds_adapters and not (own / HELD).exists():
+            hold(own, Broadcast(1, self._first))
+        self._first = None
+
     def _step(self, kind: str, sums: ClientSums | None, parcel: Parcel) -> Parcel:
         """Answer a message that only secure sums have."""
         if sums is None:
@@ -195,6 +205,7 @@ class Station:
             "rank": run.adapter.rank_of(data.name) if run.adapter.kind == "lora" else 0,
             "version": version(),
             "code_sha256": code_sha256(),
+            "first_sha256": self.first_sha256,
         }
         return self._signed(Parcel({"report": about}))
 

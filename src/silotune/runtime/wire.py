@@ -127,6 +127,8 @@ class _Report(Form):
     version: Word = ""
     code_sha256: Word = ""
     """Of the client's installed silotune, as it says itself; empty from earlier versions."""
+    first_sha256: Word = ""
+    """Of the adapter that its model begins with; empty from earlier versions."""
 
 
 class _Process(Form):

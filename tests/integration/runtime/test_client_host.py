@@ -26,8 +26,8 @@ from silotune.core.errors import (
 )
 from silotune.core.installed import code_sha256, version
 from silotune.core.seeds import generator
-from silotune.core.tree import l2_norm, sha256
-from silotune.core.types import Broadcast, Failure, Score, Update
+from silotune.core.tree import l2_norm, sha256, size_bytes
+from silotune.core.types import Broadcast, Failure, News, Score, Update
 from silotune.data.chat_templates import set_template
 from silotune.data.clients import load_clients
 from silotune.data.conversations import conversation
@@ -241,6 +241,31 @@ def ask(station, kind, client, broadcast=None):
         client,
         bytes_down=sent.values.nbytes,
     )
+
+
+def test_a_client_makes_the_first_adapter_and_starts_from_it(run, rows, base, tmp_path):
+    """The message of the first round says that nothing is new; the update is the same."""
+    _, adapter = base
+    name = next(iter(rows))
+    own = tmp_path / name
+    place = Place(run, rows.__getitem__, tmp_path.joinpath, holds_adapters=True)
+    station = Station(place)
+    about, _ = ask(station, "query", name)
+    assert about.about["report"]["first_sha256"] == sha256(adapter)
+    first = Broadcast(1, {}, news=News(0, (), {}))
+    _, got = ask(station, "train", name, first)
+    shutil.rmtree(own)
+    _, want = ask(station, "train", name, Broadcast(1, adapter))
+    assert sha256(got.delta) == sha256(want.delta)
+    assert (got.bytes_down, want.bytes_down) == (0, size_bytes(adapter))
+    # what came later is not replaced by the first one, and what is gone is not made up
+    ask(station, "evaluate", name, Broadcast(2, adapter))
+    ask(again := Station(place), "query", name)
+    with pytest.raises(UpdateError, match="holds that of round 1"):
+        ask(again, "train", name, first)
+    shutil.rmtree(own)
+    with pytest.raises(UpdateError, match="holds no adapter"):
+        ask(again, "train", name, first)
 
 
 def test_a_station_gives_the_bits_of_the_plain_loop_and_loads_the_base_once(

@@ -10,11 +10,12 @@ from silotune.compression.changes import CODECS
 from silotune.compression.config import WireConfig
 from silotune.core.algorithm import LocalRule
 from silotune.core.errors import UpdateError
-from silotune.core.tree import layout_of, size_bytes
+from silotune.core.tree import layout_of, sha256, size_bytes
 from silotune.core.types import Broadcast, News, ServerState
 from silotune.federation.downlink import (
     UNSENT,
     Holdings,
+    begin,
     bytes_of,
     held,
     hold,
@@ -201,3 +202,43 @@ def test_a_result_that_is_another_adapter_is_no_news():
     found = result_of(last, other)
     assert found.news is None
     assert torch.equal(found.adapter["a"], 2 * last.adapter["a"])
+
+
+# --- the first adapter ------------------------------------------------------------------------
+
+
+def test_the_first_adapter_does_not_travel_to_clients_that_begin_with_it():
+    run = run_of()
+    first, second, *_ = rounds(run, ONLY_B)
+    known = sha256(first.adapter)
+    holdings = Holdings(lambda client, sha: client == "north" and sha == known)
+    one = Broadcast(1, first.adapter, news=begin(run, ONLY_B, first).news)
+    told = holdings.tell("north", one)
+    assert bytes_of(told) == 0
+    assert with_news(WireConfig(), first.adapter, told.news) == first.adapter
+    assert holdings.tell("south", one).adapter is first.adapter
+    # who takes part from the second round on makes the first adapter as well
+    two = Broadcast(2, second.adapter, news=second.news)
+    assert bytes_of(holdings.tell("north", two)) == 4 * 210
+    assert holdings.tell("south", two).news is None
+    holdings.note("north", one, answered=False)
+    assert holdings.tell("north", two).news is None, "nobody knows what it holds now"
+
+
+def test_a_first_adapter_from_a_file_or_of_several_ranks_travels():
+    state = ServerState(0, drawn(0))
+    assert begin(run_of(), ALL, state).news is not None
+    tailored = replace(ALL, tailor=lambda common, client: common)
+    assert begin(run_of(), tailored, state).news is None
+    started = run_of().model_copy(deep=True)
+    adapter = started.adapter.model_copy(update={"start": "sha256:" + 64 * "0"})
+    started = started.model_copy(update={"adapter": adapter})
+    assert begin(started, ALL, state).news is None
+    assert begin(run_of(), ALL, replace(state, round=1)).news is None
+
+
+def test_nobody_makes_the_adapter_of_a_run_that_was_interrupted():
+    """After it, the first adapter is not there to be compared."""
+    holdings = Holdings(lambda client, sha: True)
+    _, two, *_ = broadcasts()
+    assert holdings.tell("north", two).news is None

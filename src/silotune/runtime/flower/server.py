@@ -186,7 +186,7 @@ class FlowerClients:
         self.run, self.progress = run, progress
         self.sums: Relay | None = None
         """Carries secure sums, if the recipe asks for them; see `run_remaining`."""
-        self.holdings = Holdings()
+        self.holdings = Holdings(self._makes_first)
         self.mailbox = Mailbox(grid, window=window)
         self.members = Members(
             self.mailbox, names, run, progress, base_sha256=base_sha256, roster=roster
@@ -199,6 +199,9 @@ class FlowerClients:
     def num_rows(self) -> Mapping[str, Mapping[str, int]]:
         """What each client has reported about its rows."""
         return self.members.num_rows()
+
+    def _makes_first(self, client: str, first: str) -> bool:
+        return self.members.reports.get(client, {}).get("first_sha256") == first
 
     def join(self) -> None:
         """Wait until every client has reported or the time is up."""

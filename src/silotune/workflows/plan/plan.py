@@ -75,7 +75,7 @@ class Plan:
     def numbers(self) -> dict[str, Any]:
         """Everything except the recipe, ready for JSON."""
         found = {key: value for key, value in asdict(self).items() if key != "run"}
-        found["traffic"] |= {"per_round": self.traffic.per_round, "total": self.traffic.total}
+        found["traffic"] |= {"total": self.traffic.total}
         if self.client is not None:
             found["client"]["total"] = self.client.total
         found["server"]["total"] = self.server.total

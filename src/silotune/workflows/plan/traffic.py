@@ -22,7 +22,7 @@ class Traffic:
     """Bytes of the messages with tensors, as metrics.jsonl counts them, if every client answers."""
 
     down: int
-    """Message to a client that has to receive the whole adapter, as in the first round."""
+    """Message to a client that has to receive the whole adapter, as after missing one."""
     news: int
     """Message to a client that holds the adapter of the round before, in the second round."""
     up: int
@@ -40,6 +40,8 @@ class Traffic:
     """Clients that train in a round."""
     rounds: int
     """Rounds of the run: fewer than the recipe's if budget.bytes ends it early."""
+    per_round: int
+    """Training messages of the first round, both ways."""
     training: int
     """All training messages, both ways."""
     scoring: int
@@ -51,11 +53,6 @@ class Traffic:
     tracker_mib: float
     """The count of FlowerTune's tracker in MiB: only training messages, 4 bytes per number and 128
     per tensor."""
-
-    @property
-    def per_round(self) -> int:
-        """Bytes of the first round's training messages."""
-        return self.num_asked * (self.down + self.up)
 
     @property
     def total(self) -> int:
@@ -98,6 +95,7 @@ def traffic(run: RunConfig, shapes: Shapes, algorithm: Algorithm, num_clients: i
         num_clients=num_clients,
         num_asked=costs[0].num_asked,
         rounds=len(costs),
+        per_round=costs[0].training,
         training=training,
         scoring=down + up - training,
         bytes_down=down,

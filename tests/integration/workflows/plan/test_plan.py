@@ -75,7 +75,8 @@ def test_the_head_of_a_classifier_counts_as_published(published):
     assert found.traffic.num_values == 739_586
     assert found.traffic.head_up == found.traffic.head_down == 4 * 592_130
     assert f"{found.traffic.up / 2**20:.4f}" == "2.8213"
-    assert f"{found.traffic.training / 2**20:.1f}" == "225.7"
+    first = 4 * found.traffic.down  # ours are there already
+    assert f"{(found.traffic.training + first) / 2**20:.1f}" == "225.7"
 
 
 def test_what_metrics_count_is_values_alone_and_scores_too(published):
@@ -84,14 +85,16 @@ def test_what_metrics_count_is_values_alone_and_scores_too(published):
     ).traffic
     one = 13_631_488 * 4
     assert (found.down, found.up) == (one, one)
-    # before rounds 1, 51, 101, 151 the 18 that are not asked, and all 20 at the end
-    assert found.scoring == (4 * 18 + 20) * one
-    assert found.total == 200 * 2 * 2 * one + found.scoring == found.bytes_down + found.bytes_up
+    # before rounds 51, 101, 151 the 18 that are not asked, and all 20 at the end
+    assert found.scoring == (3 * 18 + 20) * one
+    training = (200 * 2 * 2 - 2) * one  # the first adapter is at the clients already
+    assert found.total == training + found.scoring == found.bytes_down + found.bytes_up
 
 
 def test_a_plan_ends_where_the_budget_ends_the_run(published):
     name, one = f"model.name={published('smollm2_135m')}", 460_800 * 4
-    three = 3 * 10 * one + 5 * one  # evaluate.every is 5: only the base (with round 1) and the end
+    # no first adapter comes down; evaluate.every is 5: only the base (with round 1) and the end
+    three = (5 + 10 + 10) * one + 5 * one
     found = silotune.plan("hospitals", [name, f"budget.bytes={three}"], measured=False)
     assert (found.traffic.rounds, found.traffic.total) == (3, three)
     assert "budget.bytes ends the run after round 3 of 5" in found.notes
