@@ -49,7 +49,7 @@ def is_made_by_clients(run: RunConfig, algorithm: Algorithm) -> bool:
     return run.adapter.start is None and algorithm.tailor is None
 
 
-def begin(run: RunConfig, algorithm: Algorithm, state: ServerState) -> ServerState:
+def with_known_first(run: RunConfig, algorithm: Algorithm, state: ServerState) -> ServerState:
     """The state that a run or its next part begins with: it says if the first adapter is known."""
     if state.round == 0 and is_made_by_clients(run, algorithm):
         return replace(state, news=NOTHING)

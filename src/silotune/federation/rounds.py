@@ -15,7 +15,7 @@ from silotune.federation.acceptance import (
 )
 from silotune.federation.aggregation_error import measure
 from silotune.federation.budget import Clock, end_note, next_ceiling
-from silotune.federation.downlink import begin, result_of, settle
+from silotune.federation.downlink import result_of, settle
 from silotune.federation.metrics import Row
 from silotune.federation.outliers import check_state, refuse_outliers
 from silotune.federation.progress import Progress
@@ -64,7 +64,6 @@ def run_rounds(
     """
     # One long function: the protocol is these seven steps. A test keeps them on one screen.
     known, part = Known(run, clients.num_rows), run.data.scored_part
-    state = begin(run, algorithm, state)
     ended_by = next_ceiling(run, state, algorithm, clients.names(), folder, clock)
     while ended_by is None and state.round < run.rounds:
         r, began = state.round + 1, clock()

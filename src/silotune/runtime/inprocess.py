@@ -22,7 +22,7 @@ from silotune.federation.client import (
     take_part,
 )
 from silotune.federation.client_memory import load_memory
-from silotune.federation.downlink import Holdings, bytes_of
+from silotune.federation.downlink import Holdings, bytes_of, with_known_first
 from silotune.federation.early_checks import check_before_rounds
 from silotune.federation.encrypted_sum import SimulatedEncryption, encrypted
 from silotune.federation.mixed_ranks import with_client_ranks
@@ -80,7 +80,7 @@ def drive(job: Job) -> Measured:
     job.progress.has_clients(len(data))
     last = run_rounds(
         job.run,
-        job.state,
+        with_known_first(job.run, algorithm, job.state),
         algorithm=algorithm,
         clients=clients,
         folder=job.folder,

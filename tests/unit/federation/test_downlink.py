@@ -15,12 +15,12 @@ from silotune.core.types import Broadcast, News, ServerState
 from silotune.federation.downlink import (
     UNSENT,
     Holdings,
-    begin,
     bytes_of,
     held,
     hold,
     result_of,
     settle,
+    with_known_first,
     with_news,
 )
 from silotune.recipes.schema import RunConfig
@@ -212,7 +212,7 @@ def test_the_first_adapter_does_not_travel_to_clients_that_begin_with_it():
     first, second, *_ = rounds(run, ONLY_B)
     known = sha256(first.adapter)
     holdings = Holdings(lambda client, sha: client == "north" and sha == known)
-    one = Broadcast(1, first.adapter, news=begin(run, ONLY_B, first).news)
+    one = Broadcast(1, first.adapter, news=with_known_first(run, ONLY_B, first).news)
     told = holdings.tell("north", one)
     assert bytes_of(told) == 0
     assert with_news(WireConfig(), first.adapter, told.news) == first.adapter
@@ -227,14 +227,14 @@ def test_the_first_adapter_does_not_travel_to_clients_that_begin_with_it():
 
 def test_a_first_adapter_from_a_file_or_of_several_ranks_travels():
     state = ServerState(0, drawn(0))
-    assert begin(run_of(), ALL, state).news is not None
+    assert with_known_first(run_of(), ALL, state).news is not None
     tailored = replace(ALL, tailor=lambda common, client: common)
-    assert begin(run_of(), tailored, state).news is None
+    assert with_known_first(run_of(), tailored, state).news is None
     started = run_of().model_copy(deep=True)
     adapter = started.adapter.model_copy(update={"start": "sha256:" + 64 * "0"})
     started = started.model_copy(update={"adapter": adapter})
-    assert begin(started, ALL, state).news is None
-    assert begin(run_of(), ALL, replace(state, round=1)).news is None
+    assert with_known_first(started, ALL, state).news is None
+    assert with_known_first(run_of(), ALL, replace(state, round=1)).news is None
 
 
 def test_nobody_makes_the_adapter_of_a_run_that_was_interrupted():

@@ -20,7 +20,7 @@ from silotune.core.algorithm import keep_local
 from silotune.core.errors import EngineError, SilotuneError, UpdateError
 from silotune.core.tree import size_bytes
 from silotune.core.types import Arrival, Broadcast, Failure, Score, Update
-from silotune.federation.downlink import Holdings, bytes_of
+from silotune.federation.downlink import Holdings, bytes_of, with_known_first
 from silotune.federation.mixed_ranks import with_client_ranks
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
@@ -148,7 +148,7 @@ def run_remaining(clients: "FlowerClients", folder: RunFolder, *, local: Collect
     progress.has_clients(len(clients.names()))
     last = run_rounds(
         run,
-        state,
+        with_known_first(run, algorithm, state),
         algorithm=algorithm,
         clients=clients,
         folder=folder,
