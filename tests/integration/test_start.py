@@ -146,9 +146,3 @@ def test_clients_are_told_a_hash_and_check_what_they_receive(recipe, before, tmp
     )
     with pytest.raises(Declined, match=r"adapter.start names a path"):
         own_recipe(bad, own)
-
-
-def test_preferences_of_real_clients_cannot_start_from_an_adapter_yet(recipe, before):
-    keys = ["task=prefer", f"adapter.start={before.path}", "runtime.name=flower"]
-    with pytest.raises(ConfigError, match="a client that joins late has not received it"):
-        load_recipe(recipe, keys)

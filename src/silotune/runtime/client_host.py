@@ -35,6 +35,7 @@ from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
 from silotune.federation.downlink import held, hold, with_news
+from silotune.federation.first_adapter import find_start, needs_start
 from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
@@ -108,9 +109,8 @@ class Station:
 
     def answer(self, kind: str, client: str, parcel: Parcel) -> Parcel:
         """Do what a message asks for. Raises whatever goes wrong; see `guarded`."""
-        data = self._data(client)
         if kind == "query":
-            return self._report(data)
+            return self._report(self._data(client))
         sums = None if self.place.sums is None else self.place.sums(client)
         if kind in STEPS:
             return self._step(kind, sums, parcel)
@@ -119,6 +119,8 @@ class Station:
             parcel, shares = sums.taken_from(parcel)
         own = self.place.folder(client)
         broadcast = self._whole(wire.decode_broadcast(parcel), own)
+        self._know_start(client, broadcast, own)
+        data = self._data(client)
         if kind == "train":
             if self.place.withholds:
                 broadcast = replace(broadcast, score=False)
@@ -162,6 +164,14 @@ class Station:
             hold(own, broadcast)
         return broadcast
 
+    def _know_start(self, client: str, broadcast: Broadcast, own: Path) -> None:
+        """Take the reference of preferences from a message or from the client's folder."""
+        if self.worker.loaded.start is not None or not needs_start(self.worker.run):
+            return
+        start = find_start(self.worker.run, client, broadcast, own)
+        self.worker = replace(self.worker, loaded=replace(self.worker.loaded, start=start))
+        self.data.clear()  # tokens that were counted for the report, without a reference
+
     def _step(self, kind: str, sums: ClientSums | None, parcel: Parcel) -> Parcel:
         """Answer a message that only secure sums have."""
         if sums is None:
@@ -174,7 +184,11 @@ class Station:
 
     def _data(self, client: str) -> ClientData:
         if client not in self.data:
-            self.data[client] = prepare_client(self.place.rows(client), self.worker)
+            worker = self.worker
+            if needs_start(worker.run) and worker.loaded.start is None:
+                # before the first adapter has come: how many rows there are shows without it
+                worker = replace(worker, task=replace(worker.task, reference=None))
+            self.data[client] = prepare_client(self.place.rows(client), worker)
         return self.data[client]
 
     def _report(self, data: ClientData) -> Parcel:

@@ -154,6 +154,32 @@ def test_clients_that_are_told_the_same_share_one_message():
     assert told["east"] is not told["south"]
 
 
+def test_the_start_goes_along_to_whoever_was_not_there_in_the_first_round():
+    start, (one, two, three, *_) = drawn(0), broadcasts()
+    holdings = Holdings(start)
+    assert not holdings.tell("north", one).start, "the first adapter is the start"
+    holdings.note("north", one, answered=True)
+    told = holdings.tell_all({"north": two, "south": two})
+    assert (told["north"].start, told["south"].start) == ({}, start)
+    assert bytes_of(told["north"]) == 4 * 210
+    assert bytes_of(told["south"]) == 4 * 250 + 4 * 250
+    holdings.note("south", two, answered=True)
+    assert not holdings.tell("south", three).start
+    holdings.note("south", three, answered=False)
+    assert holdings.tell("south", three).start is start, "it may have lost its folder"
+    assert not Holdings().tell("south", three).start
+
+
+def test_another_first_adapter_than_the_start_brings_the_start_too():
+    one, *_ = broadcasts()
+    part = replace(one, adapter={**one.adapter, "a": torch.zeros(20)})
+    assert Holdings(drawn(0)).tell("low rank", part).start
+    cores = {"m.lora_core.weight": torch.eye(3)}
+    new, grown = ({**one.adapter, **cores}, {**one.adapter, "m.lora_core.weight": torch.ones(3, 3)})
+    assert not Holdings(drawn(0)).tell("north", replace(one, adapter=new)).start
+    assert Holdings(drawn(0)).tell("north", replace(one, adapter=grown)).start
+
+
 def test_a_client_keeps_the_adapter_and_says_what_it_lacks(tmp_path):
     with pytest.raises(UpdateError, match="holds no adapter"):
         held(tmp_path, 0)
