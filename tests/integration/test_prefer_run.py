@@ -10,6 +10,7 @@ import silotune
 from silotune.cli import app
 from silotune.core.errors import ConfigError, DataError
 from silotune.recipes.sections import usable_threads
+from silotune.workflows.compare.statistics import score_table
 from tests.conftest import write_jsonl, write_tiny_recipe
 from tests.forked import run_forked
 from tests.integration.kill_at import POINTS, run_and_die
@@ -108,6 +109,30 @@ def test_a_comparison_has_the_metrics_of_pairs(recipe, tmp_path):
     assert means["reward_margin"]["base"]["mean"] == 0
     assert means["reward_margin"]["federated"]["mean"] > 0
     assert means["loss"]["base"]["mean"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_comparison_shows_no_preference_accuracy_of_the_base(recipe, tmp_path):
+    """Regression: it was shown as 0, with an interval, and as worse than training alone."""
+    keys = ["compare.seeds=3", "rounds=1", "compare.tune=false"]
+    done = silotune.compare(recipe, keys, out=tmp_path / "c")
+    found = json.loads((done.path / "comparison.json").read_text())
+    for group in (found["overall"], *found["clients"].values()):
+        for part in ("scores", "differences"):
+            assert group[part]["preference_accuracy"]["base"] is None
+        assert "base" not in group["verdicts"]["preference_accuracy"]
+        for metric in ("loss", "reward_margin", "win_rate"):
+            assert group["scores"][metric]["base"]["mean"] is not None
+            assert group["differences"][metric]["base"]["mean"] is not None
+    header, *lines = score_table(found, "preference_accuracy")
+    assert {line[header.index("base")] for line in lines} == {"-"}
+    assert all(line[header.index("federated")] != "-" for line in lines)
+    page = (done.report()).read_text()
+    row = page.partition("Preference accuracy")[2].partition("</table>")[0]
+    base = row.partition(">base<")[2].partition("</tr>")[0]
+    assert base.count("–") == 2
+    table = done.table()
+    own = table[(table["metric"] == "preference_accuracy") & (table["arm"] == "base")]
+    assert own.empty
 
 
 @pytest.mark.parametrize("point", list(POINTS)[1:4])
