@@ -93,7 +93,11 @@ def refuse(mistakes: Sequence[Mistake], num_rows: int | None = None) -> None:
     if not mistakes:
         return
     ordered = sorted(mistakes, key=lambda mistake: mistake.row)
-    if num_rows == len(ordered) > 1 and len({_without_place(m.text) for m in ordered}) == 1:
+    if (
+        num_rows is not None
+        and num_rows == len(ordered) > 1
+        and len({_without_place(m.text) for m in ordered}) == 1
+    ):
         head, _, fix = ordered[0].text.partition("\n")
         others = "the other row" if num_rows == 2 else f"all {num_rows - 1} other rows"
         raise DataError(f"{head}\nand the same in {others}\n{fix}")
