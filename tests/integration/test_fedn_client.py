@@ -114,6 +114,7 @@ def test_a_clients_own_limits_count_here_too(place):
         (["algorithm.name=fedavgm"], "use fedavg or fedprox"),
         (["algorithm.name=median"], "use fedavg or fedprox"),
         (["algorithm.weights=uniform"], "FEDn weights clients by examples"),
+        (["task=prefer", "adapter.start=runs/before"], "FEDn does not say which round"),
     ],
 )
 def test_what_a_plain_mean_cannot_do_is_refused(place, keys, text):

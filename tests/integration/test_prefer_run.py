@@ -10,6 +10,7 @@ import silotune
 from silotune.cli import app
 from silotune.core.errors import ConfigError, DataError
 from silotune.recipes.sections import usable_threads
+from silotune.workflows.compare.statistics import score_table
 from tests.conftest import write_jsonl, write_tiny_recipe
 from tests.forked import run_forked
 from tests.integration.kill_at import POINTS, run_and_die
@@ -110,6 +111,30 @@ def test_a_comparison_has_the_metrics_of_pairs(recipe, tmp_path):
     assert means["loss"]["base"]["mean"] == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_a_comparison_shows_no_preference_accuracy_of_the_base(recipe, tmp_path):
+    """Regression: it was shown as 0, with an interval, and as worse than training alone."""
+    keys = ["compare.seeds=3", "rounds=1", "compare.tune=false"]
+    done = silotune.compare(recipe, keys, out=tmp_path / "c")
+    found = json.loads((done.path / "comparison.json").read_text())
+    for group in (found["overall"], *found["clients"].values()):
+        for part in ("scores", "differences"):
+            assert group[part]["preference_accuracy"]["base"] is None
+        assert "base" not in group["verdicts"]["preference_accuracy"]
+        for metric in ("loss", "reward_margin", "win_rate"):
+            assert group["scores"][metric]["base"]["mean"] is not None
+            assert group["differences"][metric]["base"]["mean"] is not None
+    header, *lines = score_table(found, "preference_accuracy")
+    assert {line[header.index("base")] for line in lines} == {"-"}
+    assert all(line[header.index("federated")] != "-" for line in lines)
+    page = (done.report()).read_text()
+    row = page.partition("Preference accuracy")[2].partition("</table>")[0]
+    base = row.partition(">base<")[2].partition("</tr>")[0]
+    assert base.count("–") == 2
+    table = done.table()
+    own = table[(table["metric"] == "preference_accuracy") & (table["arm"] == "base")]
+    assert own.empty
+
+
 @pytest.mark.parametrize("point", list(POINTS)[1:4])
 def test_a_killed_run_resumes_to_the_same_bytes(recipe, done, tmp_path, point):
     out = tmp_path / "run"
@@ -185,6 +210,72 @@ def test_unpaired_rows_are_refused_before_a_model_is_loaded(recipe, tmp_path):
     path = write_jsonl(tmp_path / "kto.jsonl", rows)
     with pytest.raises(DataError, match="KTO"):
         silotune.check(recipe, [f"data.path={path}"])
+
+
+def unpaired():
+    return [
+        {"source": f"s{n % 2}", "prompt": f"q{n}", "completion": f"a{n}", "label": n % 3 > 0}
+        for n in range(9)
+    ]
+
+
+def test_new_refuses_unpaired_rows_whose_bad_answers_would_be_learned(tmp_path):
+    """Regression: it wrote a recipe for instruction tuning that learned the bad answers, too."""
+    path = write_jsonl(tmp_path / "kto.jsonl", unpaired())
+    with pytest.raises(DataError, match="3 of 9 answers are bad") as caught:
+        silotune.new(path)
+    assert "as chosen and rejected" in str(caught.value)
+    assert not (tmp_path / "kto.toml").exists()
+    good = [row for row in unpaired() if row["label"]]
+    made = silotune.new(write_jsonl(tmp_path / "good.jsonl", good))
+    assert "task =" not in made.text, "good answers are rows like others"
+
+
+def test_bad_answers_are_named_before_instruction_tuning(tmp_path, tiny_model):
+    path = write_jsonl(tmp_path / "kto.jsonl", unpaired())
+    keys = [f"model.name={tiny_model}", "partition.by=source", f"data.path={path}"]
+    (said,) = [w for w in silotune.check("hospitals", keys).warnings if "KTO" in w]
+    assert "3 answers of 9 are bad" in said
+    own = [*keys, "data.prompt={prompt}", "data.completion={completion}"]
+    assert not [w for w in silotune.check("hospitals", own).warnings if "KTO" in w]
+
+
+def test_a_mistake_of_all_rows_is_said_once(recipe, tmp_path):
+    path = write_jsonl(tmp_path / "kto.jsonl", unpaired())
+    with pytest.raises(DataError) as caught:
+        silotune.check(recipe, [f"data.path={path}"])
+    lines = str(caught.value).split("\n")
+    assert lines[0].startswith(f"{path}:1: the row is one answer with a label")
+    assert lines[1] == "and the same in all 8 other rows"
+    assert len(lines) == 3
+
+
+def test_pairs_for_another_task_are_told_the_task(recipe):
+    with pytest.raises(DataError, match='set task = "prefer"'):
+        silotune.check(recipe, ["task=instruct"])
+
+
+def test_equal_answers_are_named_and_can_be_skipped(recipe, tmp_path, tiny_model):
+    rows = pairs()
+    for row in rows[2:4]:
+        row["rejected"] = f" {row['chosen']}"
+    path = write_jsonl(tmp_path / "equal.jsonl", rows)
+    with pytest.raises(DataError, match="chosen and rejected are the same") as caught:
+        silotune.check(recipe, [f"data.path={path}"])
+    assert "or skip all such rows: data.skip_empty = true" in str(caught.value)
+    checked = silotune.check(recipe, [f"data.path={path}", "data.skip_empty=true"])
+    own = checked.rows["hospital-0"]
+    assert len(own.train) + len(own.evaluation) == 8 - 2
+    assert "data.skip_empty: 2 rows lack a text or a difference and are not used" in (
+        checked.warnings
+    )
+    made = silotune.new(path, out=tmp_path / "own.toml")
+    assert "# some rows lack a text or a difference; they are skipped" in made.text
+    for row in rows:
+        row["rejected"] = row["chosen"]
+    path = write_jsonl(tmp_path / "all.jsonl", rows)
+    with pytest.raises(DataError, match="lacks a text or a difference"):
+        silotune.check(recipe, [f"data.path={path}", "data.skip_empty=true"])
 
 
 def test_opposed_preferences_are_named_wherever_people_look(recipe, tmp_path):

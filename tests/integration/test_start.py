@@ -13,6 +13,7 @@ from silotune.core.types import Broadcast
 from silotune.federation.client_config import ClientConfig
 from silotune.federation.client_recipe import own_recipe
 from silotune.federation.first_adapter import check_first_adapter
+from silotune.federation.progress import Progress
 from silotune.models.start import hash_of_start, read_start
 from silotune.recipes.parse import load_recipe
 from silotune.runtime.flower.submit import travelling
@@ -43,6 +44,19 @@ def test_a_run_goes_on_from_the_result_of_another(recipe, before, tmp_path):
     checkpoint = done.adapter()
     assert start.keys() == checkpoint.keys()
     assert any(not torch.equal(start[n], checkpoint[n]) for n in start)
+
+
+def test_a_run_says_what_it_starts_from(recipe, before, tmp_path):
+    class Heard(Progress):
+        notes = ()
+
+        def note(self, text):
+            self.notes = (*self.notes, text)
+
+    heard = Heard()
+    keys = ["rounds=1", f"adapter.start={before.path}"]
+    silotune.run(recipe, keys, out=tmp_path / "run", progress=heard)
+    assert f"training starts from {before.path}; its scores are called base" in heard.notes
 
 
 def test_a_peft_folder_is_the_same_start_as_its_run(recipe, before, tmp_path):
@@ -146,9 +160,3 @@ def test_clients_are_told_a_hash_and_check_what_they_receive(recipe, before, tmp
     )
     with pytest.raises(Declined, match=r"adapter.start names a path"):
         own_recipe(bad, own)
-
-
-def test_preferences_of_real_clients_cannot_start_from_an_adapter_yet(recipe, before):
-    keys = ["task=prefer", f"adapter.start={before.path}", "runtime.name=flower"]
-    with pytest.raises(ConfigError, match="a client that joins late has not received it"):
-        load_recipe(recipe, keys)

@@ -90,6 +90,17 @@ def is_core(name: str) -> bool:
     return not set(CORE.values()).isdisjoint(name.split("."))
 
 
+def without_identities(state: AdapterState) -> dict[str, Tensor]:
+    """The state without cores that change nothing, as an algorithm adds them before round 1."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not (
+            is_core(name) and tensor.dim() == 2 and torch.equal(tensor, torch.eye(*tensor.shape))
+        )
+    }
+
+
 def at_rank(state: AdapterState, rank: int) -> dict[str, Tensor]:
     """The state with the first `rank` columns and rows of all trained factors.
 

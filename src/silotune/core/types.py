@@ -163,6 +163,8 @@ class Broadcast:
     """Whether clients score the received adapter on their held-out rows before they train."""
     news: News | None = None
     """What has to be added to the adapter of an earlier round to get this one."""
+    start: AdapterState = field(default_factory=dict[str, "Tensor"])
+    """For a client that needs the adapter that the run started from and has not received it."""
 
 
 @dataclass(frozen=True)

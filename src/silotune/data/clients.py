@@ -25,7 +25,7 @@ from silotune.data.partition_rows import (
     unnamed_rows,
 )
 from silotune.data.placed_rows import Mistake, Part, moved, refuse
-from silotune.data.preferences import is_pair
+from silotune.data.preferences import is_bad_answer, is_pair
 from silotune.data.reading import (
     DataConfig,
     TaskRow,
@@ -125,7 +125,8 @@ def cut_clients(
     if task == "classify" and cfg.labels is None:
         every = [*converted, *(held_converted or ())]
         notes += near_names("labels", {row["label"] for row in every})
-    return clients, [*notes, *_unused(everything, held, len(train.rows), shares, partition)]
+    unused = _unused(everything, held, len(train.rows), shares, partition, cfg=cfg, task=task)
+    return clients, [*notes, *unused]
 
 
 def load_client(
@@ -235,12 +236,23 @@ def _unused(
     num_train: int,
     shares: Shares,
     partition: PartitionConfig | None,
+    *,
+    cfg: DataConfig,
+    task: str,
 ) -> list[str]:
     warnings: list[str] = []
     if empty := everything.num_empty + (held.num_empty if held else 0):
         verbs = ("lacks", "is") if empty == 1 else ("lack", "are")
         warnings.append(
-            f"data.skip_empty: {counted(empty, 'row')} {verbs[0]} a text and {verbs[1]} not used"
+            f"data.skip_empty: {counted(empty, 'row')} {verbs[0]} a text"
+            f"{' or a difference' if task == 'prefer' else ''} and {verbs[1]} not used"
+        )
+    bad = sum(is_bad_answer(row.columns) for row in everything.rows) if task == "instruct" else 0
+    if bad and cfg.prompt is None:
+        warnings.append(
+            f"column 'label' says that {counted(bad, 'answer')} of {len(everything.rows)} "
+            f"{'is' if bad == 1 else 'are'} bad (unpaired feedback, as for KTO), and "
+            'task = "instruct" learns all of them; remove the rows with bad answers'
         )
     lost = num_train - sum(map(len, shares.values()))
     if lost and partition is not None and partition.kind is not None:  # only flwr-datasets may

@@ -70,8 +70,8 @@ class DataConfig(Config):
     text_pair: str | None = Field(default=None, min_length=1)
     """classify: the column of the second text, for pairs; goes with `text`."""
     skip_empty: bool = False
-    """Skip rows that lack a question, an answer or a text, and report how many, instead of
-    stopping."""
+    """Skip rows that lack a question, an answer or a text, and pairs whose answers are the same;
+    report how many, instead of stopping."""
     split_seed: int | None = Field(default=None, ge=0)
     """Seed for the partition into clients and the held-out rows; the run's seed if absent. Set it
     to run several seeds on the same held-out rows."""

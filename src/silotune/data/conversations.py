@@ -188,6 +188,13 @@ def _no_format(row: Row, where: str) -> DataError:
         '\n  To learn whole texts, set task = "text"; to learn them as answers, set data.prompt = '
         '"Write a note."\n  and data.completion = "{text}".'
     )
+    if {"chosen", "rejected"} <= row.keys():
+        return DataError(
+            f"{where}: no known format fits the columns {list_columns(row)}.\n"
+            '  To learn that chosen is better than rejected, set task = "prefer". To learn the '
+            "chosen answers\n  alone, set data.prompt and data.completion, for example "
+            '"{prompt}" and "{chosen}".'
+        )
     return DataError(
         f"{where}: no known format fits the columns {list_columns(row)}.\n"
         "  Accepted: messages; prompt and completion; instruction, input (optional) and output; "

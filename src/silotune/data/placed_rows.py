@@ -78,8 +78,13 @@ def moved(mistakes: Iterable[Mistake], num_rows: int) -> list[Mistake]:
     return [Mistake(mistake.row + num_rows, mistake.text) for mistake in mistakes]
 
 
-def refuse(mistakes: Sequence[Mistake]) -> None:
+def refuse(mistakes: Sequence[Mistake], num_rows: int | None = None) -> None:
     """Raise one error with all mistakes, if there are any.
+
+    Args:
+        mistakes: In any order.
+        num_rows: Of all rows, if each of them was looked at. A mistake that all of them have, such
+            as a missing column, is then said once.
 
     Raises:
         DataError: At most `MOST_SHOWN` of them in the order of the files, some of every kind; then
@@ -88,6 +93,14 @@ def refuse(mistakes: Sequence[Mistake]) -> None:
     if not mistakes:
         return
     ordered = sorted(mistakes, key=lambda mistake: mistake.row)
+    if (
+        num_rows is not None
+        and num_rows == len(ordered) > 1
+        and len({_without_place(m.text) for m in ordered}) == 1
+    ):
+        head, _, fix = ordered[0].text.partition("\n")
+        others = "the other row" if num_rows == 2 else f"all {num_rows - 1} other rows"
+        raise DataError(f"{head}\nand the same in {others}\n{fix}")
     shown = _choose([mistake.text for mistake in ordered])
     parts = [text.partition("\n") for text in shown]
     heads = [head for head, _, _ in parts]
@@ -109,4 +122,8 @@ def _choose(texts: Sequence[str]) -> list[str]:
 
 def _kind(text: str) -> str:
     """What is wrong and how to fix it, without the place and its numbers."""
-    return re.sub(r"\d+", "0", text.partition(": ")[2])
+    return re.sub(r"\d+", "0", _without_place(text))
+
+
+def _without_place(text: str) -> str:
+    return text.partition(": ")[2]

@@ -120,6 +120,17 @@ def _check_columns(row: Mapping[str, Any], where: str) -> None:
     )
 
 
+def is_unpaired(row: Mapping[str, Any]) -> bool:
+    """Whether a row is one answer with a label that says whether it is good, as for KTO."""
+    has_answer = {"completion", "label"} <= row.keys()
+    return has_answer and str(row["label"]).strip().lower() in ("true", "false")
+
+
+def is_bad_answer(row: Mapping[str, Any]) -> bool:
+    """Whether a row is unpaired, and its label says that the answer is a bad one."""
+    return is_unpaired(row) and str(row["label"]).strip().lower() == "false"
+
+
 def _is_list(value: object) -> bool:
     """Whether a cell is a list of messages, or one as JSON text."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
@@ -262,9 +273,9 @@ def _check_pair(pair: Preference, where: str) -> None:
                 "  Remove the turns behind the last answer, or the row."
             )
     if _said(pair["chosen"]) == _said(pair["rejected"]):
-        raise DataError(
+        raise EmptyRowError(
             f"{where}: chosen and rejected are the same, so there is nothing to prefer.\n"
-            "  Correct or remove the row."
+            "  Correct it, remove the row, or skip all such rows: data.skip_empty = true."
         )
 
 

@@ -90,16 +90,17 @@ def without_empty(part: Part, cfg: DataConfig, task: str) -> Part:
     kept = [n for n, row in enumerate(part.rows) if not _is_empty(row, cfg, task)]
     if not kept:
         refuse(part.mistakes)
-        raise DataError(f"every row of '{cfg.path}' lacks a text.\n  Fill in the missing texts.")
+        what = "lacks a text or a difference" if task == "prefer" else "lacks a text"
+        raise DataError(f"every row of '{cfg.path}' {what}.\n  Fill in what is missing.")
     renumbered = {old: new for new, old in enumerate(kept)}
     files = {
         name: [renumbered[n] for n in rows if n in renumbered] for name, rows in part.files.items()
     }
     for name, rows in files.items():
         if not rows:
+            what = "lacks a text or a difference" if task == "prefer" else "lacks a text"
             raise DataError(
-                f"every row of client '{name}' lacks a text.\n"
-                "  Fill in the missing texts in its file."
+                f"every row of client '{name}' {what}.\n  Fill in what is missing in its file."
             )
     mistakes = [Mistake(bisect_left(kept, old.row), old.text) for old in part.mistakes]
     return replace(
@@ -227,7 +228,7 @@ def convert(
             found.append(read(row, cfg))
         except DataError as error:
             mistakes.append(Mistake(n, str(error)))
-    refuse(mistakes)
+    refuse(mistakes, len(rows) if not others else None)
     if task == "classify":
         check_all_pairs(found, [row.where for row in rows])
     return found

@@ -163,5 +163,10 @@ def _check_plain(run: RunConfig) -> None:
         wrong.append(
             "privacy.unit = 'client': FEDn's server adds no noise; set noise_at = 'client'"
         )
+    if run.task == "prefer" and run.adapter.start is not None:
+        wrong.append(
+            "adapter.start: FEDn does not say which round it is, so a client that joins late would "
+            "not have the reference of its preferences"
+        )
     if wrong:
         raise ConfigError("\n  ".join(["FEDn's server takes a plain mean:", *wrong]))

@@ -8,6 +8,7 @@ from typing import Any
 from silotune.compression.changes import travels
 from silotune.core.algorithm import Algorithm, broadcast_extra, expected_extra, expected_layout
 from silotune.core.errors import ConfigError
+from silotune.core.lora import is_beside, is_core
 from silotune.core.tree import layout_bytes, size_bytes
 from silotune.core.types import ServerState
 from silotune.core.wording import counted
@@ -43,18 +44,26 @@ class RoundCost:
     """Of the clients that train."""
     news_last: int
     """Bytes to one client that has received the adapter of this round, for the last scoring."""
+    start: int
+    """Bytes of the adapter that the run started from, if it is sent along; see `num_new`."""
+    num_new: int
+    """Clients that receive it: they need it, and receive their first message after round 1."""
+    num_asked_new: int
+    """Of the clients that train."""
 
     @property
     def bytes_down(self) -> int:
         """To all clients, without the scoring after the last round."""
         num = self.num_asked + self.num_scoring
-        return (num - self.num_told) * self.down + self.num_told * self.news
+        whole = num - self.num_told
+        return whole * self.down + self.num_told * self.news + self.num_new * self.start
 
     @property
     def training(self) -> int:
         """Of the messages to and from clients that train."""
         whole = self.num_asked - self.num_asked_told
-        return whole * self.down + self.num_asked_told * self.news + self.bytes_up
+        down = whole * self.down + self.num_asked_told * self.news
+        return down + self.num_asked_new * self.start + self.bytes_up
 
     @property
     def bytes_up(self) -> int:
@@ -304,6 +313,7 @@ def round_cost(
     before = _hold(run, algorithm, names, state.round - 1)
     beside = sum(map(size_bytes, broadcast_extra(state, algorithm).values()))
     extra = expected_extra(algorithm, state).values()
+    new = _without_start(run, names, state.round) & received
     return RoundCost(
         down=size_bytes(state.adapter) + beside,
         news=news_bytes(run, algorithm, state, state.round) + beside,
@@ -314,7 +324,29 @@ def round_cost(
         num_told=len(received & before),
         num_asked_told=len(cohort & before),
         news_last=news_bytes(run, algorithm, state, state.round + 1) + beside,
+        start=size_bytes({n: t for n, t in state.adapter.items() if not _is_added(n)}),
+        num_new=len(new),
+        num_asked_new=len(cohort & new),
     )
+
+
+def _is_added(name: str) -> bool:
+    return is_beside(name) or is_core(name)
+
+
+def _without_start(run: RunConfig, names: Sequence[str], done: int) -> set[str]:
+    """Who needs the adapter that the run started from, and has not received it in a round before.
+
+    In the first round it is the adapter that all receive.
+    """
+    if done == 0 or run.task != "prefer" or run.adapter.start is None:
+        return set()
+    left = set(names)
+    for earlier in range(done):
+        left -= _receive(run, names, earlier)
+        if not left:
+            break
+    return left
 
 
 def _asked(run: RunConfig, names: Sequence[str], done: int) -> set[str]:

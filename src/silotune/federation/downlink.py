@@ -21,6 +21,7 @@ from silotune.compression.config import WireConfig
 from silotune.core.algorithm import Algorithm
 from silotune.core.atomic_files import load_tensors, make_folder, save_tensors
 from silotune.core.errors import RunFolderError, UpdateError
+from silotune.core.lora import without_identities
 from silotune.core.tree import (
     add,
     check_same_layout,
@@ -180,30 +181,46 @@ def held(folder: Path, base: int) -> AdapterState:
 class Holdings:
     """Which adapter each client holds. After an interruption nobody is known to hold any."""
 
-    def __init__(self, makes_first: Callable[[str, str], bool] | None = None) -> None:
+    def __init__(
+        self,
+        start: AdapterState | None = None,
+        *,
+        makes_first: Callable[[str, str], bool] | None = None,
+    ) -> None:
         """Nobody has received anything.
 
         Args:
+            start: The adapter that the run started from, if every client needs it, see
+                `first_adapter.start_to_send`.
             makes_first: Whether the model of a client begins with the adapter of this SHA-256;
                 None: that of none is known to.
         """
+        self._start = start
         self._held: dict[str, int | None] = {}
+        self._started: set[str] = set()
         self._first: str | None = None
         self._makes_first = makes_first
 
     def tell_all(self, messages: Mapping[str, Broadcast]) -> dict[str, Broadcast]:
         """What each client has to be sent. Those that are sent the same share one object."""
-        made: dict[tuple[int, bool, bool], Broadcast] = {}
+        made: dict[tuple[int, bool, bool, bool], Broadcast] = {}
         found: dict[str, Broadcast] = {}
         for client, broadcast in messages.items():
             told = self.tell(client, broadcast)
             news = told.news
-            key = (id(broadcast), news is None, news is not None and not news.payload)
+            is_known = news is not None and not news.payload
+            key = (id(broadcast), news is None, is_known, bool(told.start))
             found[client] = made.setdefault(key, told)
         return found
 
     def tell(self, client: str, broadcast: Broadcast) -> Broadcast:
         """What this client has to be sent: the same broadcast with either adapter or news."""
+        told = self._adapter_or_news(client, broadcast)
+        if self._start is None or client in self._started or is_start(broadcast, self._start):
+            return told
+        return replace(told, start=self._start)
+
+    def _adapter_or_news(self, client: str, broadcast: Broadcast) -> Broadcast:
         version = broadcast.round - 1
         if broadcast.news is None:  # of a result, for example, which nobody holds under its round
             return broadcast
@@ -219,6 +236,10 @@ class Holdings:
     def note(self, client: str, broadcast: Broadcast, *, answered: bool) -> None:
         """Remember that a client has answered, so it holds what it was sent; or that it failed."""
         self._held[client] = broadcast.round - 1 if answered else None
+        if answered:
+            self._started.add(client)
+        else:
+            self._started.discard(client)
 
     def _holds(self, client: str) -> int | None:
         makes, first = self._makes_first, self._first
@@ -227,7 +248,17 @@ class Holdings:
         return self._held.get(client)
 
 
+def is_start(broadcast: Broadcast, start: AdapterState) -> bool:
+    """Whether a message's adapter is the one that the run started from."""
+    first = without_identities(broadcast.adapter)
+    return (
+        broadcast.round == 1
+        and layout_of(first) == layout_of(start)
+        and all(torch.equal(first[name], tensor) for name, tensor in start.items())
+    )
+
+
 def bytes_of(told: Broadcast) -> int:
     """Bytes of the tensors in a message, as `Holdings.tell` makes it."""
     news: Mapping[str, torch.Tensor] = {} if told.news is None else told.news.payload
-    return sum(map(size_bytes, (told.adapter, news, *told.extra.values())))
+    return sum(map(size_bytes, (told.adapter, news, told.start, *told.extra.values())))

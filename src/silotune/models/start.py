@@ -19,6 +19,8 @@ from silotune.core.tree import check_representable, sha256
 
 TOLD = "sha256:"
 """Begins an adapter.start as real clients are told it: the hash, in place of the server's path."""
+PART = "part of sha256:"
+"""Begins that of a client that trains at a lower rank: what it receives first is a part of it."""
 RESULT, SUMMARY = "adapter", "summary.json"
 """In a run folder: the result, and the file whose presence says that the run is finished."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,7 +30,7 @@ BY_KIND = {"lora": "LORA", "ia3": "IA3", "prompt": "PROMPT_TUNING", "prefix": "P
 
 def is_told(start: str | None) -> bool:
     """Whether `adapter.start` is a hash: the adapter itself comes from the server."""
-    return start is not None and start.startswith(TOLD)
+    return start is not None and start.startswith((TOLD, PART))
 
 
 def folder_of_start(start: str) -> Path:
@@ -80,7 +82,9 @@ def read_start(start: str) -> dict[str, Tensor]:
 
 def hash_of_start(start: str) -> str:
     """SHA-256 of the adapter's names, shapes and values."""
-    return start.removeprefix(TOLD) if is_told(start) else sha256(read_start(start))
+    if is_told(start):
+        return start.removeprefix(PART).removeprefix(TOLD)
+    return sha256(read_start(start))
 
 
 def check_start(start: str, cfg: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.sections import CompareConfig
 
-FREE = ("adapter", "train", "algorithm", "server", "distill")
+FREE = ("adapter", "train", "algorithm", "server", "distill", "wire")
 """Sections that an arm may change."""
 SHARED = {
     "train": ("max_length",),

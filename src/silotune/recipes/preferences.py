@@ -21,12 +21,6 @@ def of_preferences(run: RunConfig) -> Iterator[tuple[str, str]]:
             "'full' cannot be used with task = \"prefer\": the reference is the model without its "
             "adapter, and would need a second copy of all weights. Use lora",
         )
-    if run.adapter.start is not None and run.runtime.name == "flower":
-        yield (
-            "adapter.start",
-            "cannot be used with task = \"prefer\" and runtime.name = 'flower' yet: the reference "
-            "is the first adapter, and a client that joins late has not received it",
-        )
     if run.train.loss is not None:
         yield "train.loss", 'cannot be used with task = "prefer", whose loss is set in [prefer]'
     if run.server.work == "distill":

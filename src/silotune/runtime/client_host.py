@@ -36,6 +36,7 @@ from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
 from silotune.federation.downlink import HELD, held, hold, with_news
+from silotune.federation.first_adapter import find_start, needs_start
 from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
@@ -105,16 +106,15 @@ class Station:
             loaded, task, run, algorithm, place.ledger, place.quiet, place.progress
         )
         self.base_sha256 = content_hash(folder_of_base(run.model))
-        self._first: AdapterState | None = algorithm.begin(read_adapter(loaded))
-        self.first_sha256 = sha256(self._first)
+        first = algorithm.begin(read_adapter(loaded))
+        self.first_sha256 = sha256(first)
+        self._first = first if place.holds_adapters else None
         self.data: dict[str, ClientData] = {}
 
     def answer(self, kind: str, client: str, parcel: Parcel) -> Parcel:
         """Do what a message asks for. Raises whatever goes wrong; see `guarded`."""
-        data = self._data(client)
         if kind == "query":
-            self._hold_first(self.place.folder(client))
-            return self._report(data)
+            return self._report(self._data(client))
         sums = None if self.place.sums is None else self.place.sums(client)
         if kind in STEPS:
             return self._step(kind, sums, parcel)
@@ -123,6 +123,8 @@ class Station:
             parcel, shares = sums.taken_from(parcel)
         own = self.place.folder(client)
         broadcast = self._whole(wire.decode_broadcast(parcel), own)
+        self._know_start(client, broadcast, own)
+        data = self._data(client)
         if kind == "train":
             if self.place.withholds:
                 broadcast = replace(broadcast, score=False)
@@ -159,18 +161,27 @@ class Station:
         """The broadcast with the adapter that news are about; kept, if more news may come."""
         if broadcast.news is not None:
             adapter = with_news(
-                self.worker.run.wire, held(own, broadcast.news.base), broadcast.news
+                self.worker.run.wire, self._held(own, broadcast.news.base), broadcast.news
             )
             broadcast = replace(broadcast, adapter=adapter, news=None)
         if self.place.holds_adapters:
             hold(own, broadcast)
+            self._first = None
         return broadcast
 
-    def _hold_first(self, own: Path) -> None:
-        """Keep the adapter that this model begins with, unless a newer one has arrived."""
-        if self._first is not None and self.place.holds_adapters and not (own / HELD).exists():
-            hold(own, Broadcast(1, self._first))
-        self._first = None
+    def _held(self, own: Path, base: int) -> AdapterState:
+        """The adapter that news are about: kept in the client's folder, or this model's first."""
+        if base == 0 and self._first is not None and not (own / HELD).exists():
+            return self._first
+        return held(own, base)
+
+    def _know_start(self, client: str, broadcast: Broadcast, own: Path) -> None:
+        """Take the reference of preferences from a message or from the client's folder."""
+        if self.worker.loaded.start is not None or not needs_start(self.worker.run):
+            return
+        start = find_start(self.worker.run, client, broadcast, own)
+        self.worker = replace(self.worker, loaded=replace(self.worker.loaded, start=start))
+        self.data.clear()  # tokens that were counted for the report, without a reference
 
     def _step(self, kind: str, sums: ClientSums | None, parcel: Parcel) -> Parcel:
         """Answer a message that only secure sums have."""
@@ -184,7 +195,11 @@ class Station:
 
     def _data(self, client: str) -> ClientData:
         if client not in self.data:
-            self.data[client] = prepare_client(self.place.rows(client), self.worker)
+            worker = self.worker
+            if needs_start(worker.run) and worker.loaded.start is None:
+                # before the first adapter has come: how many rows there are shows without it
+                worker = replace(worker, task=replace(worker.task, reference=None))
+            self.data[client] = prepare_client(self.place.rows(client), worker)
         return self.data[client]
 
     def _report(self, data: ClientData) -> Parcel:

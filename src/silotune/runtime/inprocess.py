@@ -164,7 +164,9 @@ class InProcessClients:
         self.train_group = train_group or one_by_one
         self.group_size = group_size
         self.sums = sums
-        self.holdings = Holdings(lambda client, first: True)  # its seed is this process's
+        start = worker.loaded.start if worker.task.reference else None
+        # its seed is this process's
+        self.holdings = Holdings(start, makes_first=lambda client, first: True)
         self._num_rows = {name: own.num_rows for name, own in data.items()}
         for row in folder.metrics():  # of earlier parts of the run
             if row["event"] == "train" and row.get("num_examples") and row["client"] in data:

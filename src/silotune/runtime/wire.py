@@ -145,6 +145,8 @@ def encode_broadcast(broadcast: Broadcast) -> Parcel:
     news = None if broadcast.adapter else broadcast.news
     extra = {f"extra/{purpose}": state for purpose, state in broadcast.extra.items()}
     down = {"adapter": broadcast.adapter} if news is None else {"news": news.payload}
+    if broadcast.start:
+        extra["start"] = broadcast.start
     layout, values = _flatten({**down, **extra})
     about = {"round": broadcast.round, "score": broadcast.score, "tensors": layout}
     if news is not None:
@@ -169,7 +171,8 @@ def decode_broadcast(parcel: Parcel) -> Broadcast:
     adapter = groups.get("adapter", {})
     if (news is None and payload) or (news is not None and adapter):
         raise UpdateError("a message brings neither a whole adapter nor news alone.")
-    return Broadcast(form.round, adapter, _extra(groups), form.score, news)
+    start = groups.get("start", {})
+    return Broadcast(form.round, adapter, _extra(groups), form.score, news, start)
 
 
 # --- answers ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from silotune.data.conversations import TEXT, conversation, list_columns
 from silotune.data.files import EXAMPLES, PlacedRow, no_such_file
 from silotune.data.labelled_texts import labelled_text
 from silotune.data.placed_rows import refuse
-from silotune.data.preferences import ANSWERS, is_pair, whole
+from silotune.data.preferences import ANSWERS, is_bad_answer, is_pair, is_unpaired, whole
 from silotune.data.reading import DataConfig, TaskRow, convert, read_parts
 from silotune.federation.recipe_model import give_template
 from silotune.models.base import load_tokenizer
@@ -110,6 +110,7 @@ def new(rows: str | Path, *, out: str | Path | None = None) -> NewRecipe:
             f"{source}: too few rows: {len(train.rows)}; two clients need two rows each, one to "
             "train on and one to hold out.\n  Add rows."
         )
+    _check_paired(train.rows, source)
     guess = _guess(train.rows, source)
     text, checked = _first_that_works(path, guess, train.rows, has_clients=bool(train.files))
     with writing(place):
@@ -131,6 +132,23 @@ def _beside(source: Path) -> Path:
 
 
 # --- guesses --------------------------------------------------------------------------------------
+
+
+def _check_paired(rows: Sequence[PlacedRow], source: Path) -> None:
+    """Refuse answers that carry a label: as ordinary rows, the bad ones would be learned, too.
+
+    Raises:
+        DataError: Says how many are bad.
+    """
+    if not all(is_unpaired(row.columns) for row in rows):
+        return
+    if bad := sum(is_bad_answer(row.columns) for row in rows):
+        raise DataError(
+            f"{source}: every row is one answer with a label (unpaired feedback, as for KTO), and "
+            f"{bad} of {counted(len(rows), 'answer')} {'is' if bad == 1 else 'are'} bad.\n"
+            "  Keep the rows with good answers only, or put a good and a bad answer to a prompt "
+            "into one row,\n  as chosen and rejected."
+        )
 
 
 def _guess(rows: Sequence[PlacedRow], source: Path) -> Guess:
@@ -226,7 +244,8 @@ def _text(
     for key, value in guess.keys.items():
         lines.append(_line(key, value, f"guess: {guess.reasons[key]}"))
     if skip:
-        lines.append(_line("skip_empty", True, "some rows lack a text; they are skipped"))
+        lacks = "a text or a difference" if guess.task == "prefer" else "a text"
+        lines.append(_line("skip_empty", True, f"some rows lack {lacks}; they are skipped"))
     if not has_clients:
         lines += ["", "[partition]", *_partition(guess, client, len(rows))]
     return "\n".join(lines) + "\n"

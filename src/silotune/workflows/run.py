@@ -193,6 +193,8 @@ def open_run(
     if has_ceiling(run):
         begin_part(folder, began)
     found, measuring_s = "a comparison does not measure", 0.0
+    if run.adapter.start is not None:
+        progress.note(f"training starts from {run.adapter.start}; its scores are called base")
     if loaded is None:
         before = time.perf_counter()
         found = measure_first(run, folder, progress)

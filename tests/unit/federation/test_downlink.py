@@ -155,6 +155,32 @@ def test_clients_that_are_told_the_same_share_one_message():
     assert told["east"] is not told["south"]
 
 
+def test_the_start_goes_along_to_whoever_was_not_there_in_the_first_round():
+    start, (one, two, three, *_) = drawn(0), broadcasts()
+    holdings = Holdings(start)
+    assert not holdings.tell("north", one).start, "the first adapter is the start"
+    holdings.note("north", one, answered=True)
+    told = holdings.tell_all({"north": two, "south": two})
+    assert (told["north"].start, told["south"].start) == ({}, start)
+    assert bytes_of(told["north"]) == 4 * 210
+    assert bytes_of(told["south"]) == 4 * 250 + 4 * 250
+    holdings.note("south", two, answered=True)
+    assert not holdings.tell("south", three).start
+    holdings.note("south", three, answered=False)
+    assert holdings.tell("south", three).start is start, "it may have lost its folder"
+    assert not Holdings().tell("south", three).start
+
+
+def test_another_first_adapter_than_the_start_brings_the_start_too():
+    one, *_ = broadcasts()
+    part = replace(one, adapter={**one.adapter, "a": torch.zeros(20)})
+    assert Holdings(drawn(0)).tell("low rank", part).start
+    cores = {"m.lora_core.weight": torch.eye(3)}
+    new, grown = ({**one.adapter, **cores}, {**one.adapter, "m.lora_core.weight": torch.ones(3, 3)})
+    assert not Holdings(drawn(0)).tell("north", replace(one, adapter=new)).start
+    assert Holdings(drawn(0)).tell("north", replace(one, adapter=grown)).start
+
+
 def test_a_client_keeps_the_adapter_and_says_what_it_lacks(tmp_path):
     with pytest.raises(UpdateError, match="holds no adapter"):
         held(tmp_path, 0)
@@ -211,7 +237,7 @@ def test_the_first_adapter_does_not_travel_to_clients_that_begin_with_it():
     run = run_of()
     first, second, *_ = rounds(run, ONLY_B)
     known = sha256(first.adapter)
-    holdings = Holdings(lambda client, sha: client == "north" and sha == known)
+    holdings = Holdings(makes_first=lambda client, sha: client == "north" and sha == known)
     one = Broadcast(1, first.adapter, news=with_known_first(run, ONLY_B, first).news)
     told = holdings.tell("north", one)
     assert bytes_of(told) == 0
@@ -239,6 +265,6 @@ def test_a_first_adapter_from_a_file_or_of_several_ranks_travels():
 
 def test_nobody_makes_the_adapter_of_a_run_that_was_interrupted():
     """After it, the first adapter is not there to be compared."""
-    holdings = Holdings(lambda client, sha: True)
+    holdings = Holdings(makes_first=lambda client, sha: True)
     _, two, *_ = broadcasts()
     assert holdings.tell("north", two).news is None

@@ -143,6 +143,7 @@ def test_every_free_section_can_be_changed(section):
         "algorithm": {"mu": 0.125},
         "server": {"weight": 0.5},
         "distill": {"temperature": 3.0},
+        "wire": {"up": "int8"},
     }[section]
     own, arm = federated_arms(recipe(arms={"other": {section: change}})).values()
     changed = {f"{section}.{key}": value for key, value in change.items()}
@@ -191,7 +192,7 @@ def test_a_section_that_all_arms_share_is_refused_with_those_that_may_change(sec
     value = {"x": 1} if section in sections() else 7
     assert error_of(other={section: value}) == (
         f"compare.arms.other: '{section}' is not a section that an arm may change.\n"
-        "  An arm may change adapter, train, algorithm, server, distill."
+        "  An arm may change adapter, train, algorithm, server, distill, wire."
     )
 
 

@@ -146,6 +146,16 @@ def test_news_arrive_without_the_adapter_and_an_adapter_without_news(carrier):
     assert bits_of(got.adapter) == bits_of(whole.adapter)
 
 
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_the_start_goes_along_with_news_or_an_adapter(carrier):
+    start, news = {"a": torch.randn(3)}, News(3, ("a",), {"a": torch.ones(3)})
+    for sent in (Broadcast(5, {}, news=news, start=start), Broadcast(1, start, start=start)):
+        got = wire.decode_broadcast(CARRIERS[carrier](wire.encode_broadcast(sent)))
+        assert bits_of(got.start) == bits_of(start)
+        assert bits_of(got.adapter) == bits_of(sent.adapter)
+    assert wire.decode_broadcast(wire.encode_broadcast(Broadcast(1, start))).start == {}
+
+
 def test_a_message_with_half_of_each_is_refused():
     whole = wire.encode_broadcast(Broadcast(1, {"a": torch.ones(1)}))
     for about in (

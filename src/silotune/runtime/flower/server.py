@@ -19,8 +19,9 @@ from flwr.serverapp import Grid, ServerApp
 from silotune.core.algorithm import keep_local
 from silotune.core.errors import EngineError, SilotuneError, UpdateError
 from silotune.core.tree import size_bytes
-from silotune.core.types import Arrival, Broadcast, Failure, Score, Update
+from silotune.core.types import AdapterState, Arrival, Broadcast, Failure, Score, Update
 from silotune.federation.downlink import Holdings, bytes_of, with_known_first
+from silotune.federation.first_adapter import start_to_send
 from silotune.federation.mixed_ranks import with_client_ranks
 from silotune.federation.privacy_guarantee import with_privacy
 from silotune.federation.progress import Progress
@@ -74,6 +75,7 @@ def main(grid: Grid, context: Context) -> None:
         if settings["members"]
         else None,
         window=IN_SIMULATION if run.runtime.name == "flower-simulation" else None,
+        start=start_to_send(run, settings.get("start")),
     )
     error: BaseException | None = None
     try:
@@ -106,6 +108,7 @@ def drive_app(job: Job, *, grid: Grid) -> Measured:
         job.progress,
         base_sha256=job.base_sha256,
         window=IN_SIMULATION,
+        start=start_to_send(job.run),
     )
     clients.join()
     if missing := [name for name in job.names if name not in clients.members.reports]:
@@ -171,6 +174,7 @@ class FlowerClients:
         base_sha256: str = "",
         roster: Roster | None = None,
         window: int | None = None,
+        start: AdapterState | None = None,
     ) -> None:
         """Nothing is sent yet; see `join`.
 
@@ -182,11 +186,12 @@ class FlowerClients:
             base_sha256: The server's base model; a client with another one is not asked.
             roster: Who is in, if clients come and go; each may report under its own name only.
             window: Most messages on their way at once; None for any number.
+            start: The adapter that every client needs as its reference, if there is one.
         """
         self.run, self.progress = run, progress
         self.sums: Relay | None = None
         """Carries secure sums, if the recipe asks for them; see `run_remaining`."""
-        self.holdings = Holdings(self._makes_first)
+        self.holdings = Holdings(start, makes_first=self._makes_first)
         self.mailbox = Mailbox(grid, window=window)
         self.members = Members(
             self.mailbox, names, run, progress, base_sha256=base_sha256, roster=roster

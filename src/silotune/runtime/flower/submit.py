@@ -199,12 +199,14 @@ def told_settings(job: Job) -> dict[str, str]:
 
 def own_settings(job: Job) -> dict[str, Any]:
     """What only the server app receives."""
+    start = job.run.adapter.start
     return {
         "clients": sorted(job.names),
         "folder": str(job.folder.path.absolute()),
         "base_sha256": job.base_sha256,
         "local": sorted(job.local),
         "only": job.folder.read_json(CHOSEN),
+        "start": start and str(Path(start).expanduser().absolute()),
         "members": str((job.consortium / MEMBERS).absolute()) if job.consortium else None,
     }
 

@@ -2,6 +2,8 @@
 
 from silotune.recipes.schema import RunConfig
 
+BASE = "base"
+"""The untrained arm."""
 LOCAL = "local"
 """The arm that the others are compared with: not having joined."""
 RESULT = "federated"

@@ -23,7 +23,7 @@ from silotune.core.crossed import (
 from silotune.core.stats import Labelled
 from silotune.core.wording import human_bytes, human_seconds
 from silotune.recipes.tuning import words
-from silotune.workflows.compare.names import LOCAL, RESULT, builds_on, counterpart
+from silotune.workflows.compare.names import BASE, LOCAL, RESULT, builds_on, counterpart
 
 MIN_ROWS = 20
 """A client with fewer held-out rows gets no verdict."""
@@ -55,6 +55,8 @@ class Metric:
     digits: int = 3
     labels: bool = False
     """Whether it is computed from the labels of all rows of a client: `parts_of_labels`."""
+    of_base: bool = True
+    """Whether the base has one, too."""
 
 
 LOSS = Metric("loss", "held-out loss", "nats per token", True, "loss_sum", "num_tokens")
@@ -75,7 +77,10 @@ LABELS = (
 
 PAIRS = (
     replace(LOSS, unit="nats per pair"),
-    Metric("preference_accuracy", "preference accuracy", "share of pairs", False, "preferred"),
+    Metric(
+        *("preference_accuracy", "preference accuracy", "share of pairs", False, "preferred"),
+        of_base=False,  # it is the reference, whose margins are 0 by definition
+    ),
     Metric("reward_margin", "reward margin", "nats", False, "margin"),
     Metric("win_rate", "win rate", "share of pairs", False, "likelier"),
 )
@@ -91,7 +96,8 @@ def compare_arms(scores: Scores, *, num_train: Mapping[str, int]) -> dict[str, A
         num_train: Number of train rows of every client.
 
     Returns:
-        metrics, clients, overall, worse_off, notes; see docs/compare.md.
+        metrics, clients, overall, worse_off, notes; see docs/compare.md. Where the base has no such
+        metric, its score and its difference are None.
     """
     names = sorted(num_train)
     any_row = next(iter(next(iter(scores[LOCAL].values())).values()))[0]
@@ -134,10 +140,13 @@ def _numbers(scores: Scores, metrics: Sequence[Metric], names: Sequence[str]) ->
             for arm, by_seed in scores.items()
             if all(name in next(iter(by_seed.values())) for name in names)
         }
-        found["scores"][metric.key] = {
+        unknown: dict[str, None] = {}
+        if not metric.of_base and there.pop(BASE, None):
+            unknown = {BASE: None}
+        found["scores"][metric.key] = unknown | {
             arm: asdict(crossed_interval(parts)) for arm, parts in there.items()
         }
-        found["differences"][metric.key] = {
+        found["differences"][metric.key] = unknown | {
             arm: _paired(parts, there[counterpart(arm)])
             for arm, parts in there.items()
             if arm != LOCAL
@@ -202,7 +211,7 @@ def _give_verdicts(
             asked = {
                 name: c["differences"][metric.key][arm]
                 for name, c in clients.items()
-                if arm in c["differences"][metric.key]
+                if c["differences"][metric.key].get(arm)
             }
             corrected = holm(
                 {
@@ -281,7 +290,7 @@ def score_table(comparison: Mapping[str, Any], metric: str) -> list[tuple[str, .
             (
                 name,
                 *counts,
-                *(f"{means[a]['mean']:.{digits}f}" if a in means else "-" for a in arms),
+                *(f"{means[a]['mean']:.{digits}f}" if means.get(a) else "-" for a in arms),
             )
         )
     return lines

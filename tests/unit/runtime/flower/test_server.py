@@ -234,12 +234,10 @@ def clients_by(**own) -> dict[int, Client]:
 class Played:
     """A run on a grid, and what it leaves."""
 
-    def __init__(self, tmp_path, grid, run=None, names=NAMES, *, join=True, window=None):
+    def __init__(self, tmp_path, grid, run=None, names=NAMES, *, join=True, **more):
         self.grid, self.run, self.heard = grid, run or recipe(), Heard()
         self.folder = RunFolder.create(tmp_path / "run", self.run)
-        self.clients = FlowerClients(
-            grid, names, self.run, self.heard, base_sha256=BASE, window=window
-        )
+        self.clients = FlowerClients(grid, names, self.run, self.heard, base_sha256=BASE, **more)
         if join:
             self.clients.join()
 
@@ -1452,6 +1450,39 @@ def test_each_client_receives_its_own_message_and_one_that_all_share_is_encoded_
     encoded.clear()
     list(clients.train(dict.fromkeys(NAMES, Broadcast(2, START))))
     assert len(encoded) == 1
+
+
+def test_the_start_goes_along_to_a_client_that_joins_late_and_once_more_after_a_failure(tmp_path):
+    """As the reference of preferences, which only the first round's adapter is otherwise."""
+    received = {name: [] for name in NAMES}
+
+    def node(name, fails_in=()):
+        def train(broadcast):
+            received[name].append((broadcast.round, sha256(broadcast.start)))
+            if broadcast.round in fails_in:
+                return wire.encode_failure(Failure(name, broadcast.round, "x", "y"))
+            return wire.encode_update(update_of(name, broadcast))
+
+        return Client(name, train=train)
+
+    grid = Nodes(clients_by(**{name: node(name, (2,) * (name == "south")) for name in NAMES}))
+    late = 11 + NAMES.index("west")
+    away = grid.nodes.pop(late)
+    played = Played(tmp_path, grid, recipe(rounds=4), start=START)
+
+    class Joins(Heard):
+        def end_round(self, round_, rows):
+            if round_ == 2:
+                grid.nodes[late] = away
+
+    played.heard = played.clients.progress = Joins()
+    played.go()
+    nothing, start = sha256({}), sha256(START)
+    assert received["north"] == [(r, nothing) for r in (1, 2, 3, 4)]
+    assert received["south"] == [(1, nothing), (2, nothing), (3, start), (4, nothing)]
+    assert received["west"] == [(3, start), (4, nothing)]
+    down = {row["round"]: row["bytes_down"] for row in played.rows(client="west", status="ok")}
+    assert down == {3: 2 * 4 * NUM_FLOATS, 4: 4 * NUM_FLOATS}
 
 
 # --- what only the server's recipe says ----------------------------------------------------------
