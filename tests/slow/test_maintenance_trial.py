@@ -1,0 +1,184 @@
+"""docs/how-to/maintain.md, followed over a network: keys, backups, and one side that is newer."""
+
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_deployment import trained
+from tests.slow.network import Machine, carry, ip, rounds_with, usable, wait_for
+from tests.slow.test_administrators_trial import Trial, note
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not usable(), reason="needs root, `ip`, and network namespaces"),
+]
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    made = Trial(tmp_path_factory.mktemp("maintenance"))
+    yield made
+    made.network.close()
+
+
+@pytest.fixture(scope="module")
+def two(trial):
+    """Two clients that have joined."""
+    found = [trial.add("north", 0), trial.add("south", 1)]
+    for client in found:
+        trial.join(client)
+    trial.wait_until_connected(*found)
+    return found
+
+
+def join_again(trial: Trial, *clients: Machine, environment: dict[str, str] | None = None) -> None:
+    """End `join`, forget what it has said, and start it; then wait until it is connected."""
+    for client in clients:
+        if "client join" in client.processes:
+            client.end("client join")
+        (client.home / "client join.log").unlink()
+        trial.join(client, environment)
+    trial.wait_until_connected(*clients)
+
+
+def up_again(server: Machine, environment: dict[str, str] | None = None) -> None:
+    (server.home / "server up.log").unlink()
+    server.start("silotune server up", environment)
+    wait_for("the gate", lambda: "fingerprint" in server.said("server up"))
+
+
+def one_run(trial: Trial, *names: str, keys: str = "") -> Path:
+    """A run of one round, in which these clients take part."""
+    run = trial.submit(f"rounds=1 runtime.join_timeout_s=60 {keys}")
+    trial.wait_until(run, "done")
+    assert trained(run) == {1: set(names)}
+    return run
+
+
+def take_kit(trial: Trial, client: Machine) -> None:
+    kits = trial.server.home / "consortium" / "kits"
+    carry(kits / f"{client.name}.toml", client.home / f"{client.name}-kit.toml")
+
+
+def test_a_client_and_the_server_replace_their_keys(trial, two):
+    north, south = two
+    before = north.do("silotune client renew north")
+    carry(north.home / "north" / "request.toml", trial.server.home / "north-request.toml")
+    after = trial.server.do("silotune server approve north-request.toml")
+    assert before.splitlines()[0] == after.splitlines()[0], "as compared by telephone"
+    take_kit(trial, north)
+    join_again(trial, north)
+    one_run(trial, "north", "south")
+    trial.server.end("server up")
+    note(trial.server.do("silotune server renew"))
+    up_again(trial.server)
+    one_run(trial, "north", "south")
+    assert "FAIL" not in south.do("silotune client doctor south-kit.toml")
+
+
+def test_a_new_authority_in_the_middle_of_a_run(trial, two):
+    run = trial.submit("rounds=12")
+    trial.wait_for_round(run, 2)
+    trial.server.do("silotune server stop")
+    trial.wait_until(run, "stopped")
+    finished = max(trained(run))
+    assert finished < 12
+    trial.server.end("server up")
+    note(trial.server.do("silotune server renew --authority"))
+    up_again(trial.server)
+    for client in two:
+        found = client.try_(f"silotune client doctor {client.name}-kit.toml")
+        assert found.returncode == 1
+        assert "FAIL  server" in found.stdout, "its kit is of the old authority"
+        note(found.stdout)
+        take_kit(trial, client)
+        refused = client.try_(
+            f"silotune client join {client.name}-kit.toml --data rows.jsonl --model model"
+        )
+        assert refused.returncode != 0, "until its people have compared the new one"
+        note(refused.stderr)
+        client.end("client join")
+        (client.home / client.name / "kit.toml").unlink()
+    for client in two:
+        join_again(trial, client)
+    trial.server.do(f"silotune server submit --again {run.name}")
+    trial.wait_until(run, "done")
+    assert sorted(trained(run)) == list(range(1, 13))
+    for client in two:
+        assert 12 in rounds_with(run, client.name)
+    trial.server.do("silotune audit-log verify consortium")
+
+
+def test_a_backup_is_restored_on_another_machine(trial, two):
+    """It takes over the address; the path is another one, too."""
+    server = trial.server
+    run = trial.submit("rounds=12")
+    trial.wait_for_round(run, 2)
+    server.do("silotune server stop")
+    trial.wait_until(run, "stopped")
+    server.end("server up")
+    archive = server.home / "consortium-backup.tar.gz"
+    with tarfile.open(archive, "w:gz") as made:
+        made.add(server.home / "consortium", "consortium")
+    server.crash()
+    spare = trial.network.machine("spare")
+    ip("-n", spare.space, "addr", "flush", "dev", "eth0")
+    ip("-n", spare.space, "addr", "add", f"{server.address}/24", "dev", "eth0")
+    carry(archive, spare.home / archive.name)
+    with tarfile.open(spare.home / archive.name) as kept:
+        kept.extractall(spare.home, filter="data")
+    shutil.copyfile(server.home / "tiny.toml", spare.home / "tiny.toml")
+    spare.do("silotune audit-log verify consortium")
+    trial.server = spare
+    (spare.home / "server up.log").touch()
+    up_again(spare)
+    run = spare.home / run.relative_to(server.home)
+    spare.do(f"silotune server submit --again {run.name}")
+    trial.wait_until(run, "done")
+    assert sorted(trained(run)) == list(range(1, 13))
+    for client in two:
+        assert 12 in rounds_with(run, client.name)
+
+
+def newer(folder: Path) -> dict[str, str]:
+    """The same code under the name of a later release, for lack of one."""
+    about = folder / "newer" / "silotune-9.0.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: silotune\nVersion: 9.0.0\n")
+    paths = [str(about.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def test_one_side_is_upgraded_before_the_other_in_the_middle_of_a_run(trial, two, tmp_path):
+    north, south = two
+    later = newer(tmp_path)
+    run = trial.submit("rounds=24")
+    trial.wait_for_round(run, 2)
+    join_again(trial, north, environment=later)
+    found = north.try_("silotune client doctor north-kit.toml", later).stdout
+    note(found)
+    trial.wait_until(run, "done")
+    assert rounds_with(run, "north")[-1] == 24
+    assert "9.0.0" in trial.server.do("silotune server status")
+    # now the server, in the middle of another run
+    run = trial.submit("rounds=24")
+    trial.wait_for_round(run, 2)
+    trial.server.end("server up")
+    before = max(trained(run))
+    assert before < 24
+    up_again(trial.server, later)
+    trial.wait_until(run, "done")
+    assert sorted(trained(run)) == list(range(1, 25))
+    assert 24 in rounds_with(run, "south"), "which is still the older one"
+    # a client that lists versions takes no part any more
+    own = south.home / "south" / "client.toml"
+    text = own.read_text()
+    assert text.count("[limits]") == 1
+    own.write_text(text.replace("[limits]", '[limits]\nversions = ["0.1.0"]', 1))
+    join_again(trial, south)
+    one_run(trial, "north")
+    note(south.do("silotune client outbound south"))
