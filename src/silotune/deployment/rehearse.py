@@ -36,8 +36,9 @@ from silotune.runtime.identity import add_roster
 from silotune.workflows.check import check
 from silotune.workflows.folders import place_for
 
-START_S = 180.0
-"""Seconds the clients have to connect."""
+START_S, CLIENT_S = 120.0, 60.0
+"""Seconds the clients have to connect, and how many more each adds: all start at once, and three
+processes of each import Flower, which can take 6 s of a processor."""
 TICK_S = 0.3
 SERVER = "server up"
 """No client can have this name."""
@@ -163,7 +164,8 @@ def clients_of(
 
 
 def _wait_for_clients(place: Path, configs: Mapping[str, Path], kept: Kept, note: Note) -> None:
-    deadline = time.monotonic() + START_S
+    patience_s = START_S + CLIENT_S * len(configs)
+    deadline = time.monotonic() + patience_s
     missing = set(configs)
     while missing:
         _check_alive(place, kept)
@@ -173,7 +175,7 @@ def _wait_for_clients(place: Path, configs: Mapping[str, Path], kept: Kept, note
                 missing.discard(name)
         if missing and time.monotonic() > deadline:
             raise EngineError(
-                f"{', '.join(sorted(missing))}: not connected within {START_S:g} s.\n"
+                f"{', '.join(sorted(missing))}: not connected within {patience_s:g} s.\n"
                 f"  See their logs in {place}"
             )
         time.sleep(TICK_S)
