@@ -78,7 +78,7 @@ def settle(
         or not torch.equal(before.adapter[name], after.adapter[name])
     )
     now = {name: after.adapter[name] for name in names}
-    if (codec := codec_of(run.wire.down, run.wire)) is None:
+    if (codec := codec_of(run.wire.down, run.wire)) is None or not now:
         return replace(after, news=News(before.round, names, now))
     old = {name: before.adapter[name] for name in names}
     payload, left = encode_change(codec, subtract(now, old), unsent)
@@ -123,7 +123,7 @@ def with_news(cfg: WireConfig, adapter: AdapterState, news: News) -> AdapterStat
         raise UpdateError(f"{who} are about '{strangers[0]}', which the adapter does not have.")
     old = {name: adapter[name] for name in news.names}
     check_same_layout(news.payload, news_layout(cfg, layout_of(old)), who=who)
-    if (codec := codec_of(cfg.down, cfg)) is None:
+    if (codec := codec_of(cfg.down, cfg)) is None or not old:
         return {**adapter, **news.payload}
     return {**adapter, **add(old, decode_change(codec, news.payload, layout_of(old)))}
 
@@ -131,7 +131,8 @@ def with_news(cfg: WireConfig, adapter: AdapterState, news: News) -> AdapterStat
 def news_layout(cfg: WireConfig, layout: Layout) -> Layout:
     """The layout of the payload of news about tensors of this layout."""
     codec = codec_of(cfg.down, cfg)
-    return layout if codec is None else payload_layout(codec, layout)
+    # nothing new has no payload, where a codec would make an empty one
+    return layout if codec is None or not layout else payload_layout(codec, layout)
 
 
 def news_bytes(run: RunConfig, algorithm: Algorithm, state: ServerState, round_: int) -> int:

@@ -128,13 +128,17 @@ def test_whoever_answered_the_round_before_gets_news_and_others_all():
     assert bytes_of(holdings.tell("south", two)) == 4 * 250
 
 
-def test_whoever_holds_this_very_adapter_gets_no_numbers():
-    holdings = Holdings()
-    _, second, *_ = broadcasts()
+@pytest.mark.parametrize("name", ["float32", *CODECS])
+def test_whoever_holds_this_very_adapter_gets_no_numbers(name):
+    """Regression: with a codec, clients refused news about no tensors."""
+    holdings, wire = Holdings(), WireConfig(down=name)
+    _, second, *_ = broadcasts(run_of(down=name))
     holdings.note("north", second, answered=True)
     told = holdings.tell("north", second)
     assert bytes_of(told) == 0
-    assert with_news(WireConfig(), second.adapter, told.news) == second.adapter
+    assert with_news(wire, second.adapter, told.news) == second.adapter
+    with pytest.raises(UpdateError):
+        with_news(wire, second.adapter, replace(told.news, payload=second.adapter))
 
 
 def test_a_result_comes_whole_to_whoever_holds_the_adapter_of_its_round():
@@ -241,7 +245,8 @@ def test_the_first_adapter_does_not_travel_to_clients_that_begin_with_it():
     one = Broadcast(1, first.adapter, news=with_known_first(run, ONLY_B, first).news)
     told = holdings.tell("north", one)
     assert bytes_of(told) == 0
-    assert with_news(WireConfig(), first.adapter, told.news) == first.adapter
+    for name in ("float32", *CODECS):
+        assert with_news(WireConfig(down=name), first.adapter, told.news) == first.adapter
     assert holdings.tell("south", one).adapter is first.adapter
     # who takes part from the second round on makes the first adapter as well
     two = Broadcast(2, second.adapter, news=second.news)
