@@ -243,8 +243,9 @@ class Holdings:
             self._started.discard(client)
 
     def _holds(self, client: str) -> int | None:
-        makes, first = self._makes_first, self._first
-        if client not in self._held and makes is not None and first is not None:
+        makes, first, held = self._makes_first, self._first, self._held.get(client, 0)
+        if makes is not None and first is not None and held == 0:
+            # whose own is another may have lost the one received, and must not add news to its own
             return 0 if makes(client, first) else None
         return self._held.get(client)
 

@@ -35,7 +35,7 @@ from silotune.federation.client_data import SILENT
 from silotune.federation.client_memory import load_memory
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.consent import is_large_enough
-from silotune.federation.downlink import HELD, held, hold, with_news
+from silotune.federation.downlink import HELD, held, hold, is_made_by_clients, with_news
 from silotune.federation.first_adapter import find_start, needs_start
 from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.progress import Progress
@@ -108,7 +108,8 @@ class Station:
         self.base_sha256 = content_hash(folder_of_base(run.model))
         first = algorithm.begin(read_adapter(loaded))
         self.first_sha256 = sha256(first)
-        self._first = first if place.holds_adapters else None
+        keeps = place.holds_adapters and is_made_by_clients(run, algorithm)
+        self._first = first if keeps else None
         self.data: dict[str, ClientData] = {}
 
     def answer(self, kind: str, client: str, parcel: Parcel) -> Parcel:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+from dataclasses import replace
 
 import pytest
 import tomli_w
@@ -468,7 +469,9 @@ def test_news_lead_to_the_update_of_the_whole_adapter_or_are_refused(client, ada
         assert "update" in asked(first, run_id).about
     told_whole, told_news = asked(whole, "r1"), asked(news, "r2")
     assert told_news.values.tobytes() == told_whole.values.tobytes()
-    # one that has lost what it held, or joined late
-    refused = asked(news, "r3").about["failure"]
+    # one that has lost what it held, or joined later
+    last = settle(run, fedavg(FedAvgConfig()), after, replace(after, round=2, adapter=adapter))
+    later = wire.encode_broadcast(Broadcast(3, {}, news=last.news, score=False))
+    refused = asked(later, "r3").about["failure"]
     assert "this client holds no adapter" in refused["place"]
     assert "update" in asked(whole, "r3").about

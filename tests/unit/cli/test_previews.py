@@ -78,6 +78,7 @@ def plan_of(num: int) -> Plan:
             num_clients=num,
             num_asked=num,
             rounds=num,
+            per_round=30 * num,
             training=30,
             scoring=0,
             bytes_down=10,

@@ -254,6 +254,11 @@ def test_the_first_adapter_does_not_travel_to_clients_that_begin_with_it():
     assert holdings.tell("south", two).news is None
     holdings.note("north", one, answered=False)
     assert holdings.tell("north", two).news is None, "nobody knows what it holds now"
+    # it has received the first one, but would take its own for it if it lost that
+    holdings.note("south", one, answered=True)
+    assert holdings.tell("south", two).news is None
+    holdings.note("south", two, answered=True)
+    assert bytes_of(holdings.tell("south", two)) == 0
 
 
 def test_a_first_adapter_from_a_file_or_of_several_ranks_travels():

@@ -399,6 +399,7 @@ def test_the_app_is_a_folder_that_points_into_this_package(job, tmp_path, monkey
         "local": [],
         "members": None,
         "only": None,
+        "start": None,
     }
     for component, maker in (("serverapp", "ServerApp"), ("clientapp", "ClientApp")):
         module, name = flower["components"][component].split(":")
