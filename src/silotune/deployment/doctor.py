@@ -171,10 +171,11 @@ def _server(joined: Joined) -> tuple[Notice, float] | Finding:
     except OSError as error:
         why = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(why, ssl.SSLCertVerificationError):
-            fix = "Something between here and the server shows its own certificate, or this is"
-            return fail(
-                "is not the server of this kit", f"{fix} another server: ask its operators."
+            fix = (
+                "Something between here and the server shows its own certificate, this is another "
             )
+            fix += "server, or its operators have a new authority and a new kit for you: ask them."
+            return fail("is not the server of this kit", fix)
         if isinstance(why, ssl.SSLError) or "reset" in str(why).lower():
             fix = "Its operators have not approved this client, or have revoked it: ask them."
             return fail("does not let this client in", fix)
