@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from joining import DATA
+from joining import DATA, TYPES
 
 import silotune
 from silotune.recipes.parse import parse
@@ -25,31 +25,23 @@ SMALL: dict[str, Any] = {
 RECIPE: dict[str, Any] = {
     "seed": 17,
     "rounds": 9,
-    "task": "classify",
-    "model": {"name": "minilm-l6"},
-    # the last layer: hardly any backward pass
-    "adapter": {
-        "rank": 8,
-        "alpha": 16,
-        "targets": ["query", "value"],
-        "peft": {"layers_to_transform": [5]},
-    },
+    "task": TYPES.recipe["task"],
+    "model": TYPES.recipe["model"],
+    "adapter": TYPES.recipe["adapter"],
     "data": {
+        **TYPES.recipe["data"],
         "path": str(DATA / "medquad_types" / "train.jsonl"),
         "eval_path": str(DATA / "medquad_types" / "dev.jsonl"),
-        "text": "text",
-        "label": "label_name",
     },
     "partition": {"by": "source"},
     "train": {"max_length": 32, "batch_size": 8, "local_steps": 12, "lr": 2e-2},
     "evaluate": {"every": 9, "batch_size": 64},
     "report": {"page": False},
     "compare": {
+        **TYPES.recipe["compare"],
         "seeds": 5,
         "every": 3,
-        "group": "focus",
         "centralized": False,
-        "tune": {"lr": [5e-3, 2e-2, 8e-2], "server_lr": [1.0, 3.0]},
         "arms": {"small": SMALL},
     },
 }

@@ -165,7 +165,7 @@ class InProcessClients:
         self.group_size = group_size
         self.sums = sums
         start = worker.loaded.start if worker.task.reference else None
-        # its seed is this process's
+        # clients of their own would draw what this process has drawn
         self.holdings = Holdings(start, makes_first=lambda client, first: True)
         self._num_rows = {name: own.num_rows for name, own in data.items()}
         for row in folder.metrics():  # of earlier parts of the run

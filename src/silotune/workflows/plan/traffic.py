@@ -22,7 +22,7 @@ class Traffic:
     """Bytes of the messages with tensors, as metrics.jsonl counts them, if every client answers."""
 
     down: int
-    """Message to a client that has to receive the whole adapter, as after missing one."""
+    """Message to a client that has to receive the whole adapter, as after missing a round."""
     news: int
     """Message to a client that holds the adapter of the round before, in the second round."""
     up: int
