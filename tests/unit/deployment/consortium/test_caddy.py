@@ -103,7 +103,9 @@ def test_the_gates_command_becomes_the_proxy_itself(no_system_caddy, tmp_path):
             assert any("serving initial configuration" in line for line in lines)
             assert psutil.Process(gate.pid).exe() == str(PACKAGED)
             gate.send_signal(signal.SIGTERM)
-            assert gate.wait(30) == 0
+            # Caddy listens for signals in a thread of its own, which a busy machine may start after
+            # that line: then the signal itself ends it.
+            assert gate.wait(30) in (0, -signal.SIGTERM)
         finally:
             gate.kill()
 
