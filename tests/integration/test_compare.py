@@ -66,6 +66,19 @@ def test_the_arms_train_on_equal_budgets(done):
     assert costs["only hospital-0"]["tokens"] < costs["local"]["tokens"]
 
 
+def test_an_arm_may_write_what_travels_with_fewer_bytes(recipe, tmp_path):
+    arms = "compare.arms={small={wire={up='int8', down='int8'}}}"
+    keys = [arms, "compare.seeds=1", "report.samples=0", "compare.centralized=false"]
+    done = silotune.compare(recipe, keys, out=tmp_path / "c")
+    whole, small = (done.result["arms"][arm] for arm in ("federated", "federated: small"))
+    for way in ("bytes_up", "bytes_down"):
+        # tiny tensors: the scales of a row weigh more than in a real adapter
+        assert 2 < whole[way] / small[way] < 4.1
+    assert (whole["steps"], whole["tokens"]) == (small["steps"], small["tokens"])
+    losses = done.result["overall"]["scores"]["loss"]
+    assert losses["federated"]["mean"] != losses["federated: small"]["mean"]
+
+
 def test_with_whole_epochs_the_centralized_arm_has_exactly_the_same_tokens(recipe, tmp_path):
     keys = ["train.local_steps=none", "train.local_epochs=1", "compare.seeds=1", "rounds=2"]
     costs = silotune.compare(recipe, [*keys, "report.samples=0"], out=tmp_path / "c").result["arms"]

@@ -161,9 +161,9 @@ def test_data_shows_both_answers_and_counts_the_longer_one(recipe):
     found = silotune.preview(recipe, num_samples=1)
     text = "".join(piece for _, piece in found.samples[0].pieces)
     assert text.index("chosen:\n") < text.index("It is") < text.index("rejected:\n")
-    learned = [piece for kind, piece in found.samples[0].pieces if kind == "learned"]
-    assert len(learned) == 2
-    assert all(piece.endswith("<|im_end|>") for piece in learned)
+    trained = [(kind, piece) for kind, piece in found.samples[0].pieces if kind != "read"]
+    assert [kind for kind, _ in trained] == ["learned", "rejected"]
+    assert all(piece.endswith("<|im_end|>") for _, piece in trained)
     own = found.clients["hospital-0"]
     # bytes are tokens, and so is each of the four marks
     sizes = [sum(len(t) for t in (r["prompt"], max(r["chosen"], r["rejected"], key=len)))

@@ -45,9 +45,11 @@ def join_again(trial: Trial, *clients: Machine, environment: dict[str, str] | No
     trial.wait_until_connected(*clients)
 
 
-def up_again(server: Machine, environment: dict[str, str] | None = None) -> None:
+def up_again(
+    server: Machine, environment: dict[str, str] | None = None, *, folder: str = "consortium"
+) -> None:
     (server.home / "server up.log").unlink()
-    server.start("silotune server up", environment)
+    server.start(f"silotune server up --folder {folder}", environment)
     wait_for("the gate", lambda: "fingerprint" in server.said("server up"))
 
 
@@ -113,27 +115,33 @@ def test_a_new_authority_in_the_middle_of_a_run(trial, two):
     trial.server.do("silotune audit-log verify consortium")
 
 
-def test_a_backup_is_restored_at_its_path(trial, two):
-    """At another path, a stopped run did not go on: the folders of runs name it."""
+@pytest.mark.parametrize("place", ["consortium", "restored/consortium"])
+def test_a_backup_is_restored(trial, two, place):
+    """At another path, too: the folders of runs said where their consortium had been."""
     server = trial.server
     run = trial.submit("rounds=6")
     trial.wait_for_round(run, 2)
     server.do("silotune server stop")
     trial.wait_until(run, "stopped")
     server.end("server up")
-    place, archive = server.home / "consortium", server.home / "consortium-backup.tar.gz"
+    here, there, archive = (server.home / n for n in ("consortium", place, "backup.tar.gz"))
     with tarfile.open(archive, "w:gz") as made:
-        made.add(place, place.name)
-    shutil.rmtree(place)
+        made.add(here, here.name)
+    shutil.rmtree(here)
     with tarfile.open(archive) as kept:
-        kept.extractall(server.home, filter="data")
-    server.do("silotune audit-log verify consortium")
-    up_again(server)
-    server.do(f"silotune server submit --again {run.name}")
+        kept.extractall(there.parent, filter="data")
+    server.do(f"silotune audit-log verify {place}")
+    up_again(server, folder=place)
+    server.do(f"silotune server submit --again {run.name} --folder {place}")
+    run = there / "runs" / run.name
     trial.wait_until(run, "done")
     assert sorted(trained(run)) == list(range(1, 7))
     for client in two:
         assert 6 in rounds_with(run, client.name)
+    server.end("server up")
+    there.rename(here)
+    up_again(server)
+    trial.wait_until_connected(*two)
 
 
 def newer(folder: Path) -> dict[str, str]:
@@ -145,27 +153,29 @@ def newer(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def test_one_side_is_upgraded_before_the_other_in_the_middle_of_a_run(trial, two, tmp_path):
-    north, south = two
-    later = newer(tmp_path)
-    run = trial.submit("rounds=24")
+def test_a_client_is_upgraded_before_the_server_in_the_middle_of_a_run(trial, two, tmp_path):
+    north, later = two[0], newer(tmp_path)
+    run = trial.submit("rounds=14")
     trial.wait_for_round(run, 2)
     join_again(trial, north, environment=later)
-    found = north.try_("silotune client doctor north-kit.toml", later).stdout
-    note(found)
     trial.wait_until(run, "done")
-    assert rounds_with(run, "north")[-1] == 24
+    assert rounds_with(run, "north")[-1] == 14
     assert "9.0.0" in trial.server.do("silotune server status")
-    # now the server, in the middle of another run
-    run = trial.submit("rounds=24")
+    found = north.try_("silotune client doctor north-kit.toml", later).stdout
+    assert "FAIL  version" in found
+    note(found)
+
+
+def test_the_server_is_upgraded_before_a_client_in_the_middle_of_a_run(trial, two, tmp_path):
+    south, later = two[1], newer(tmp_path)
+    run = trial.submit("rounds=8")
     trial.wait_for_round(run, 2)
     trial.server.end("server up")
-    before = max(trained(run))
-    assert before < 24
+    assert max(trained(run)) < 8
     up_again(trial.server, later)
     trial.wait_until(run, "done")
-    assert sorted(trained(run)) == list(range(1, 25))
-    assert 24 in rounds_with(run, "south"), "which is still the older one"
+    assert sorted(trained(run)) == list(range(1, 9))
+    assert 8 in rounds_with(run, "south"), "which is still the older one"
     # a client that lists versions takes no part any more
     own = south.home / "south" / "client.toml"
     text = own.read_text()

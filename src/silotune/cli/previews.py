@@ -24,10 +24,25 @@ BAR = 40
 """Length of the longest bar, in characters."""
 MAX_LABELS = 6
 """Number of labels that get a column."""
-STYLES: "dict[Kind, str]" = {"read": "", "learned": "bold green", "cut": "dim strike"}
-MARKS: "dict[Kind, tuple[str, str]]" = {"read": ("", ""), "learned": ("⟦", "⟧"), "cut": ("⟨", "⟩")}
+STYLES: "dict[Kind, str]" = {
+    "read": "",
+    "learned": "bold green",
+    "rejected": "bold red",
+    "cut": "dim strike",
+}
+MARKS: "dict[Kind, tuple[str, str]]" = {
+    "read": ("", ""),
+    "learned": ("⟦", "⟧"),
+    "rejected": ("⟪", "⟫"),
+    "cut": ("⟨", "⟩"),
+}
 """Used instead of colours if there are none."""
-LEGEND: "tuple[tuple[Kind, str], ...]" = (("learned", "learned"), ("read", " "), ("cut", "cut off"))
+LEGEND: "dict[Kind, str]" = {
+    "learned": "learned",
+    "rejected": "made less likely",
+    "cut": "cut off",
+}
+"""What every kind of text but the one that is only read is called."""
 DUPLICATES = (
     (
         "num_repeated",
@@ -160,8 +175,17 @@ def _print_sample(sample: "Sample", max_length: int) -> None:
     cut = f", truncated at {max_length}" if sample.num_tokens > max_length else ""
     tokens = counted(sample.num_tokens, "token")
     print_line(f"\n{sample.client}, train row {sample.row}: {tokens}{cut}")
-    _print_pieces(LEGEND if any(kind == "cut" for kind, _ in sample.pieces) else LEGEND[:1])
-    _print_pieces(sample.pieces)
+    _print_text(sample.pieces)
+
+
+def _print_text(pieces: "Sequence[tuple[Kind, str]]") -> None:
+    """A row's text behind a legend of what is marked in it."""
+    found = {kind for kind, _ in pieces} | {"learned"}
+    legend: list[tuple[Kind, str]] = []
+    for kind in (kind for kind in LEGEND if kind in found):
+        legend += [("read", " "), (kind, LEGEND[kind])]
+    _print_pieces(legend[1:])
+    _print_pieces(pieces)
 
 
 def _print_pieces(pieces: "Sequence[tuple[Kind, str]]") -> None:
@@ -189,8 +213,7 @@ def print_new(made: "silotune.NewRecipe") -> None:
     for found in made.samples:
         tokens = f": {counted(found.num_tokens, 'token')}" if found.num_tokens else ""
         print_line(f"\n{found.client}, train row {found.row}{tokens}")
-        _print_pieces(LEGEND[:1])
-        _print_pieces(found.pieces)
+        _print_text(found.pieces)
     print_line(f"\nread the recipe, then: silotune data {shlex.quote(str(made.path))}")
 
 

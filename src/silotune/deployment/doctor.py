@@ -203,7 +203,8 @@ def _versions(joined: Joined, notice: Notice) -> Finding:
     if notice.version == VERSION:
         return Finding("version", "ok", f"{notice.version}, the same as on the server")
     text = f"{VERSION} here, {notice.version} on the server"
-    return Finding("version", "FAIL", text, f"pip install silotune=={notice.version}")
+    fix = "Upgrade the older of the two, as docs/how-to/maintain.md says."
+    return Finding("version", "FAIL", text, fix)
 
 
 def _disk(joined: Joined) -> Finding:

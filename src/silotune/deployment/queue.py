@@ -19,7 +19,7 @@ from silotune.deployment.supervisor import Note, Supervisor
 from silotune.federation.approval import consent_sha256
 from silotune.federation.client_recipe import LOCATIONS
 from silotune.federation.operator_log import record
-from silotune.federation.roster import CHOSEN
+from silotune.federation.roster import CHOSEN, ORDERS
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe, parse, to_toml
 from silotune.recipes.schema import RunConfig
@@ -27,7 +27,7 @@ from silotune.recipes.sections import RuntimeConfig
 from silotune.runtime.flower.submit import travelling
 from silotune.workflows.check import check
 
-ORDERS, LOG = "server.json", "job.log"
+LOG = "job.log"
 WAITING, RUNNING, STOPPED, FAILED, DONE = "waiting", "running", "stopped", "failed", "done"
 STOPPING = "stopping"
 TRIES = 5

@@ -8,15 +8,21 @@ it before each round.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from silotune.core.atomic_files import write_json
 from silotune.core.reading_back import read_object
 from silotune.core.safe_text import visible
 
+if TYPE_CHECKING:
+    from silotune.recipes.schema import RunConfig
+
 ABOUT = "consortium.toml"
 MEMBERS = Path("engine") / "members.json"
 VERSIONS = "versions.json"
 """Beside MEMBERS: what each client said of its installed silotune."""
+ORDERS = "server.json"
+"""File of a run folder in a consortium: what the server should do with the run."""
 CHOSEN = "chosen-clients.json"
 """File of a run folder: the names of a consortium's clients that the run is for, if not all."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
@@ -50,6 +56,19 @@ def check_client_name(name: str) -> str:
 def is_consortium(place: Path) -> bool:
     """Whether a folder belongs to a consortium."""
     return (place / ABOUT).is_file()
+
+
+def at_home(folder: Path, run: "RunConfig") -> "RunConfig":
+    """A consortium's run with its consortium where it is now: both may have been moved.
+
+    Args:
+        folder: The run's, in its consortium's `runs`, or any other run's.
+        run: What its recipe says, where `data.path` is the consortium's path at its submission.
+    """
+    home = folder.absolute().parent.parent
+    if not (folder / ORDERS).is_file() or not is_consortium(home):
+        return run
+    return run.model_copy(update={"data": run.data.model_copy(update={"path": str(home)})})
 
 
 def names_in(place: Path) -> Sequence[str]:

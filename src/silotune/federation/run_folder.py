@@ -40,6 +40,7 @@ from silotune.federation.extended import with_extensions
 from silotune.federation.kept_updates import UPDATES, drop_updates, keep_spool, wait_for_disk
 from silotune.federation.metrics import Row, choosing_losses
 from silotune.federation.recipe_origin import origin_line
+from silotune.federation.roster import at_home
 from silotune.federation.spool import Spool, rounds_in
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
@@ -120,7 +121,7 @@ class RunFolder:
         fix = f"Restore it, or start a new {cls.KIND} with the changed recipe."
         check_listed(path, cls.RECIPE, fix=fix)
         run = parse(read_toml(recipe, fix=fix), name=str(recipe))
-        return cls(path, with_extensions(path, run))
+        return cls(path, at_home(path, with_extensions(path, run)))
 
     def has_begun(self) -> bool:
         """Whether any round has left an update, metrics or a checkpoint."""

@@ -76,8 +76,9 @@ class ClientPreview:
     """None without validation rows."""
 
 
-Kind = Literal["read", "learned", "cut"]
-"""What happens to a piece of text: only read, learned, or cut off at `train.max_length`."""
+Kind = Literal["read", "learned", "rejected", "cut"]
+"""What happens to a piece of text: only read, learned, made less likely than a pair's other answer,
+or cut off at `train.max_length`."""
 
 
 @dataclass(frozen=True)
@@ -299,17 +300,20 @@ def sample(
         if is_pair(row):
             pieces.append(("read", f"{name}:\n"))
         end = one.starts[max_length] if len(one.ids) > max_length else len(one.text)
-        pieces += _pieces(one.text, one.spans, end)
+        trained = "rejected" if is_pair(row) and name == "rejected" else "learned"
+        pieces += _pieces(one.text, one.spans, end, trained)
     return Sample(client, number, max(len(one.ids) for one in sequences), tuple(pieces))
 
 
-def _pieces(text: str, spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[Kind, str], ...]:
-    """Split a text at the edges of its learned spans, and at `end`, where reading stops."""
+def _pieces(
+    text: str, spans: Sequence[tuple[int, int]], end: int, trained: Kind
+) -> tuple[tuple[Kind, str], ...]:
+    """Split a text at the edges of its trained spans, and at `end`, where reading stops."""
 
     def kind(at: int) -> Kind:
         if at >= end:
             return "cut"
-        return "learned" if any(start <= at < stop for start, stop in spans) else "read"
+        return trained if any(start <= at < stop for start, stop in spans) else "read"
 
     edges = sorted({0, end, len(text), *(edge for span in spans for edge in span if edge < end)})
     return tuple((kind(a), text[a:b]) for a, b in pairwise(edges))

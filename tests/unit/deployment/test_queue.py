@@ -1,6 +1,7 @@
 """A submitted recipe means the same in the folder where the engine runs."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -8,8 +9,9 @@ from typer.testing import CliRunner
 from silotune.cli import app
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.notice import write_notice
-from silotune.deployment.queue import chosen_clients, for_real_clients
+from silotune.deployment.queue import chosen_clients, find_run, for_real_clients, recipe_sha256
 from silotune.deployment.status import runs_now
+from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import parse
 from tests.conftest import write_jsonl
 
@@ -93,3 +95,17 @@ def test_the_hash_of_a_submitted_recipe_is_said(three):
     last = [done.stderr.splitlines()[0] for done in (said, again, other)]
     assert last[0].startswith("clients know the recipe by its SHA-256: ")
     assert last[0] == last[1] != last[2]
+
+
+def test_a_copy_of_a_consortium_runs_on_its_own(three, tmp_path):
+    """A restored backup handed its stopped runs to the folder that they had been submitted in."""
+    typed("server", "submit", "hospitals")
+    here = find_run(three, None)
+    before = recipe_sha256(here)
+    other = tmp_path / "restored" / "consortium"
+    shutil.copytree(three, other)
+    for _ in range(2):  # with the first folder beside it, and after it is gone
+        there = find_run(other, here.name)
+        assert RunFolder.open(there).run.data.path == str(other)
+        assert recipe_sha256(there) == before, "clients have agreed to this one"
+        shutil.rmtree(three, ignore_errors=True)
