@@ -13,6 +13,7 @@ from threading import Event, Thread
 from typing import Any, cast
 
 import psutil
+import torch
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -79,7 +80,10 @@ def run_app(
     given = " ".join(f"{k}={v if isinstance(v, int) else repr(v)}" for k, v in config.items())
     federation = f"num-supernodes={nodes} client-resources-num-cpus={cores_each}"
     command = ["flwr", "run", str(app), "--run-config", given, "--stream"]
-    command += ["--federation-config", f"{federation} init-args-num-cpus={os.cpu_count() or 1}"]
+    federation += f" init-args-num-cpus={os.cpu_count() or 1}"
+    if torch.cuda.is_available():  # one actor has all of it, as it has all processors
+        federation += " client-resources-num-gpus=1.0 init-args-num-gpus=1"
+    command += ["--federation-config", federation]
     with Memory(home) as memory, (home / "log").open("w") as log:
         try:
             subprocess.run(command, env=environment(home), stdout=log, stderr=log, check=False)

@@ -102,6 +102,20 @@ ANSWERS: dict[str, Any] = {
     "compare": {"tune": {"lr": [1e-3, 3e-3, 1e-2], "server_lr": [1.0, 3.0]}},
 }
 """Generated answers: a training takes minutes on a laptop's processor, so it is a short one."""
+SENTIMENT = Rows(
+    train="sst2/train.jsonl",
+    held_out="sst2/dev.jsonl",
+    owner="",
+    owners=(1, 2, 3, 4),
+    cuts={"alike": {"kind": "iid", "num_clients": 4}},
+    length={20: (12, 2), 50: (8, 5), 120: (4, 12)},
+    recipe=_merged(
+        TYPES.recipe,
+        {"data": {"text": "sentence", "label": "label"}, "compare": {"group": None}},
+    ),
+    metric="accuracy",
+    sign=1,
+)
 INSTITUTES = Rows(
     train="medquad_mini/train.jsonl",
     held_out="medquad_mini/eval.jsonl",
@@ -141,7 +155,13 @@ ALPACA = Rows(
     metric="loss",
     sign=-1,
 )
-SETS = {"types": TYPES, "institutes": INSTITUTES, "hospitals": HOSPITALS, "alpaca": ALPACA}
+SETS = {
+    "types": TYPES,
+    "sentiment": SENTIMENT,
+    "institutes": INSTITUTES,
+    "hospitals": HOSPITALS,
+    "alpaca": ALPACA,
+}
 COMMON: dict[str, Any] = {
     "train": {"batch_size": 8, "schedule": "cosine"},
     "data": {"validation_fraction": 0.2},
@@ -233,7 +253,8 @@ def _write_rows(of: Rows, place: Path, n: int) -> dict[str, str]:
     _write(paths["path"], kept)
     if of.held_out:
         paths["eval_path"] = place / "held-out.jsonl"
-        _write(paths["eval_path"], [r for r in _read(of.held_out) if r[of.owner] in of.owners])
+        held = [r for r in _read(of.held_out) if not of.owner or r[of.owner] in of.owners]
+        _write(paths["eval_path"], held)
     return {key: str(path) for key, path in paths.items()}
 
 

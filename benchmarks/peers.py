@@ -126,7 +126,7 @@ def flowertune(folder: Path, work: Work, *, tuned: bool) -> Turn:
         "dropout": 0.075,
         "seed": work.seed,
         "tuned": tuned,
-        "bfloat16": torch.cpu._is_avx512_bf16_supported(),
+        "bfloat16": torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),
     }
     path, home = folder / "job.json", folder / "flwr"
     path.write_text(json.dumps(job))

@@ -13,7 +13,6 @@ A case is clients x rows x tokens; 20x1x16-96 draws every row's length between 1
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from silotune.core.algorithm import LocalContext, LocalRule
 from silotune.core.wording import human_bytes
 from silotune.models.adapters import trained_parameters
+from silotune.models.devices import peak_memory_bytes
 from silotune.models.loading import LoadedModel, read_adapter, write_adapter
 from silotune.runtime.groups import MOST_CLIENTS
 from silotune.training.local_step import OwnTraining
@@ -38,6 +38,7 @@ from silotune.training.together import MOST_TOKENS, train_together
 
 CASES = ("20x1x32", "20x1x16-96", "20x1x128", "5x1x32", "5x4x32", "5x4x128", "2x1x32")
 CURVE = (8, 16, 32, 64, 128, 256, 512, 1024)
+OF_BASE = ("layers", "width", "rank", "dtype", "device")
 RULE = LocalRule()
 
 
@@ -68,7 +69,8 @@ def build(options: argparse.Namespace) -> LoadedModel:
     for p in parameters.values():
         p.data = p.data.float()
     model.eval()
-    return LoadedModel(model, None, torch.device("cpu"), dtype, parameters, kind="lora")
+    device = torch.device(options.device)
+    return LoadedModel(model.to(device), None, device, dtype, parameters, kind="lora")
 
 
 def clients_of(case: str, loaded: LoadedModel, steps: int) -> list[OwnTraining]:
@@ -132,6 +134,8 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
     """Wall and processor seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -178,7 +182,7 @@ def memory(case: str, options: argparse.Namespace) -> None:
     """Peak memory of each way, in a process of its own."""
     found: dict[str, int] = {}
     for name in WAYS:
-        more = [f"--{key}={getattr(options, key)}" for key in ("layers", "width", "rank", "dtype")]
+        more = [f"--{key}={getattr(options, key)}" for key in OF_BASE]
         command = [sys.executable, __file__, "--cases", case, "--only", name, *more]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
@@ -194,6 +198,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -211,11 +216,11 @@ def main() -> None:
     if options.only:
         case = options.cases[0]
         WAYS[options.only](loaded, clients_of(case, loaded, options.steps), TrainConfig())
-        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        print(peak_memory_bytes())
         return
     print(
         f"{options.layers} layers of width {options.width}, rank {options.rank}, {options.dtype}, "
-        f"{options.threads} threads, torch {torch.__version__}"
+        f"{options.device}, {options.threads} threads, torch {torch.__version__}"
     )
     if options.curve:
         curve(loaded, options)

@@ -11,6 +11,7 @@ from silotune.federation.client_data import Worker
 from silotune.federation.first_adapter import FILE
 from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.recipe_model import load_for
+from silotune.models.start import read_start
 from silotune.recipes.parse import load_recipe
 from silotune.recipes.sections import usable_threads
 from silotune.runtime import wire
@@ -56,6 +57,32 @@ def test_engines_give_the_same_adapter_and_scores_and_send_as_much(recipe, tmp_p
     there = silotune.run(recipe, [*keys, f"runtime.name={engine}", *cpus], out=tmp_path / "there")
     for key in ("adapter_sha256", "scores", "bytes_down", "bytes_up"):
         assert there.summary.get(key) == here.summary.get(key), key
+
+
+@pytest.mark.engine
+@pytest.mark.slow  # runtime/flower/test_secure_sums.py has real clients with masks in every run
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["secure_sum.kind=masks", "secure_sum.range=0.25", "secure_sum.min_cohort=3"],
+        ["privacy.unit=record", "privacy.noise_multiplier=1e-9", "privacy.delta=1e-2"],
+    ],
+    ids=["masks", "record-level privacy"],
+)
+def test_protected_updates_of_real_clients_begin_at_the_start(recipe, tmp_path, keys):
+    four = write_jsonl(tmp_path / "four.jsonl", pairs(num_clients=4))
+    keys = [*keys, "rounds=1", "evaluate.every=0", f"data.path={four}"]
+    there = silotune.run(recipe, [*keys, "runtime.name=flower"], out=tmp_path / "there")
+    assert sum(row["event"] == "train" for row in there.metrics) == 4
+    if keys[0].startswith("secure_sum"):
+        here = silotune.run(recipe, [*keys, "secure_sum.simulate=true"], out=tmp_path / "here")
+        assert there.summary["adapter_sha256"] == here.summary["adapter_sha256"]
+    start = read_start(load_recipe(recipe).adapter.start)
+    after = there.adapter()
+    assert after.keys() == start.keys()
+    for name, before in start.items():
+        assert 0 < (after[name] - before).abs().max() < 0.1, f"{name} began elsewhere"
 
 
 def test_a_plan_counts_the_start_for_the_client_that_comes_later(recipe, tmp_path):

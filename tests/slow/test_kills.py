@@ -58,7 +58,7 @@ def test_a_killed_process_does_not_end_the_run(place, kind):
     words, whose = VICTIMS[kind]
     last = LONGER.get(kind, ROUNDS)
     run = place.submit(f"rounds={last}", "sampling.timeout_s=120", "train.local_steps=4")
-    place.wait_for("a first round", lambda: 1 in trained(run))
+    place.wait_for("a first round", lambda: 1 in trained(run), 400)
     began = time.monotonic()
     found: list[psutil.Process] = []
 
@@ -67,7 +67,7 @@ def test_a_killed_process_does_not_end_the_run(place, kind):
             found.append(process)
         return bool(found)
 
-    place.wait_for(kind, there, 30)
+    place.wait_for(kind, there, 90)
     os.kill(found[0].pid, signal.SIGKILL)
     place.wait_until_done(run, 600)
     took = time.monotonic() - began

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -42,7 +43,7 @@ def train(message: Message, context: Context) -> Message:
             max_length=job.max_length,
             gradient_checkpointing=not job.tuned,
             bf16=False,  # the default of the version that was published; here the base decides
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             seed=job.seed,
             logging_steps=10,
             save_strategy="no",
