@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROUNDS = 4
 LONGER = {"SuperNode": 25}
 """The engine counts a killed one as present for a minute, during which others continue."""
+FORK = "multiprocessing.forkserver of multiprocessing.forkserver"
+"""A fork has the command line of the process that it was forked from."""
 # what to kill: words of its command line, and whether it is the server's or a client's
 VICTIMS = {
     "SuperLink": ("silotune.runtime.flower.superlink", "up"),
@@ -25,7 +27,8 @@ VICTIMS = {
     "the run's job": ("run --resume", "up"),
     "SuperNode": ("flower.supernode", CLIENTS[0]),
     "client's gate": ("caddy", CLIENTS[0]),
-    "client app": ("flwr-clientapp", CLIENTS[0]),
+    "fork server": ("multiprocessing.forkserver", CLIENTS[0]),
+    "client app": (FORK, CLIENTS[0]),
     "resident worker": ("silotune.runtime.flower.resident_worker", CLIENTS[0]),
 }
 
@@ -44,9 +47,15 @@ def place(tmp_path_factory, tiny_model):
 
 def victim(place: Place, words: str, whose: str) -> psutil.Process | None:
     """A descendant of the server's or a client's process, found by its command line."""
+    of, _, above = words.partition(" of ")
     for process in psutil.Process(place.processes[whose].pid).children(recursive=True):
         try:
-            if words in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+            parent = process.parent()
+            if (
+                of in " ".join(process.cmdline())
+                and process.status() != psutil.STATUS_ZOMBIE
+                and (not above or (parent and above in " ".join(parent.cmdline())))
+            ):
                 return process
         except psutil.Error:
             continue

@@ -13,10 +13,11 @@ the versions of Flower that it was read against, and only if these functions are
 
 import hashlib
 import inspect
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from flwr.app import Error, Message
@@ -50,6 +51,7 @@ ARGUMENTS = {
     STORE: ("self", "fab"),
 }
 """Flower's functions that matter here, and the arguments that they had when they were read."""
+EXECUTOR = "flower-superexec"
 REFUSED = "This client runs only the bundle of its own silotune."
 """All that the server is told."""
 Tell = Callable[[Mapping[str, Any], int, str], None]
@@ -85,6 +87,20 @@ def pin(
     pull, insert = getattr(module, PULL), getattr(module, INSERT)
     setattr(module, PULL, _checked_pull(pull, insert, tell))
     setattr(state, STORE, _checked_store(getattr(state, STORE)))
+
+
+def start_own_executor(module: ModuleType = start_client_internal) -> None:
+    """Make this process's SuperNode start our executor (superexec.py) instead of Flower's program.
+
+    Args:
+        module: Flower's main loop of a SuperNode.
+    """
+
+    def start(argv: Sequence[str]) -> None:
+        own = (sys.executable, "-m", "silotune.runtime.flower.superexec")
+        subprocess.Popen([*own, *argv[1:]] if argv[0] == EXECUTOR else argv)
+
+    module.subprocess = SimpleNamespace(Popen=start)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _changed(what: str) -> EngineError:
@@ -189,6 +205,7 @@ def main() -> None:
         pin(tell)
     except EngineError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    start_own_executor()
     flower_supernode()
 
 
