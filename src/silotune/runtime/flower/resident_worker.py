@@ -1,6 +1,6 @@
 """A client's resident worker: keeps model and tokens between the messages of a deployment.
 
-Flower starts a new process for every message; loading a model in each would cost more than most
+Flower has a new process for every message; loading a model in each would cost more than most
 rounds. So that process asks this one, over a socket in a folder that only its own user can enter.
 Plain bytes travel, and nothing is pickled. The worker ends after it has been idle for a while. Its
 error texts go to the log in the client's state folder.
