@@ -64,6 +64,10 @@ def test_private_noise_is_added_at_the_server_of_an_engine_too(recipe, tmp_path)
     assert there.summary["privacy"] == here.summary["privacy"]
 
 
+ENGINE_WORDS = ("/silotune-", "flower-", "flwr-", "silotune.runtime.flower", "flwr.supernode")
+"""Private folders, Flower's programs, ours, and the fork servers of clients."""
+
+
 def engine_processes() -> list[psutil.Process]:
     """The processes of an engine, found by its private folder or by Flower's programs."""
     found = []
@@ -73,11 +77,7 @@ def engine_processes() -> list[psutil.Process]:
             dead = process.status() == psutil.STATUS_ZOMBIE
         except psutil.Error:
             continue
-        if (
-            not dead
-            and process.pid not in BEFORE
-            and any(word in line for word in ("/silotune-", "flower-", "flwr-"))
-        ):
+        if not dead and process.pid not in BEFORE and any(word in line for word in ENGINE_WORDS):
             found.append(process)
     return found
 
