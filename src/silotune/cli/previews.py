@@ -180,10 +180,11 @@ def _print_sample(sample: "Sample", max_length: int) -> None:
 
 def _print_text(pieces: "Sequence[tuple[Kind, str]]") -> None:
     """A row's text behind a legend of what is marked in it."""
-    found = {kind for kind, _ in pieces} | {"learned"}
     legend: list[tuple[Kind, str]] = []
-    for kind in (kind for kind in LEGEND if kind in found):
-        legend += [("read", " "), (kind, LEGEND[kind])]
+    for kind, word in LEGEND.items():
+        if kind == "learned" or any(own == kind for own, _ in pieces):
+            legend.append(("read", " "))
+            legend.append((kind, word))
     _print_pieces(legend[1:])
     _print_pieces(pieces)
 
