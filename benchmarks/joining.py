@@ -52,12 +52,13 @@ class Rows:
     """1 if more is better."""
 
 
-def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a recipe over sections; the last value of a key counts."""
     found: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
             both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-            found[key] = _merged(found[key], value) if both else value
+            found[key] = merged(found[key], value) if both else value
     return found
 
 
@@ -109,7 +110,7 @@ SENTIMENT = Rows(
     owners=(1, 2, 3, 4),
     cuts={"alike": {"kind": "iid", "num_clients": 4}},
     length={20: (12, 2), 50: (8, 5), 120: (4, 12)},
-    recipe=_merged(
+    recipe=merged(
         TYPES.recipe,
         {"data": {"text": "sentence", "label": "label"}, "compare": {"group": None}},
     ),
@@ -123,7 +124,7 @@ INSTITUTES = Rows(
     owners=("GARD", "GHR", "NIDDK", "NINDS"),
     cuts={"alike": {"kind": "iid", "num_clients": 4}, "by source": {"by": "source"}},
     length={20: (5, 2), 50: (10, 2)},
-    recipe=_merged(ANSWERS, {"compare": {"group": "focus"}}),
+    recipe=merged(ANSWERS, {"compare": {"group": "focus"}}),
     metric="loss",
     sign=-1,
 )
@@ -145,7 +146,7 @@ ALPACA = Rows(
     owners=(1, 2, 3, 4),
     cuts={"alike": {"kind": "iid", "num_clients": 4}},
     length={20: (5, 2), 50: (10, 2)},
-    recipe=_merged(
+    recipe=merged(
         ANSWERS,
         {
             "data": {"prompt": "{instruction}\n{input}", "completion": "{output}"},
@@ -237,32 +238,34 @@ def recipe_of(of: Rows, n: int, cut: str, place: Path) -> dict[str, Any]:
         "train": {"local_steps": steps},
         "finish": {"local_steps": steps},
     }
-    return _merged(COMMON, of.recipe, own)
+    return merged(COMMON, of.recipe, own)
 
 
 def _write_rows(of: Rows, place: Path, n: int) -> dict[str, str]:
     """Paths of at most n rows of every owner; fewer rows are always among more rows."""
     place.mkdir(parents=True, exist_ok=True)
     kept: list[Row] = []
-    rows = sorted(_read(of.train), key=_place)
+    rows = sorted(read_rows(of.train), key=_place)
     if not of.owner:
         kept = rows[: n * len(of.owners)]
     for owner in of.owners if of.owner else ():
         kept += [row for row in rows if row[of.owner] == owner][:n]
     paths = {"path": place / f"rows-{n}.jsonl"}
-    _write(paths["path"], kept)
+    write_rows(paths["path"], kept)
     if of.held_out:
         paths["eval_path"] = place / "held-out.jsonl"
-        held = [r for r in _read(of.held_out) if not of.owner or r[of.owner] in of.owners]
-        _write(paths["eval_path"], held)
+        held = [r for r in read_rows(of.held_out) if not of.owner or r[of.owner] in of.owners]
+        write_rows(paths["eval_path"], held)
     return {key: str(path) for key, path in paths.items()}
 
 
-def _read(name: str) -> "list[Row]":
+def read_rows(name: str) -> "list[Row]":
+    """Rows of a file of the data beside the repository."""
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
-def _write(path: Path, rows: "list[Row]") -> None:
+def write_rows(path: Path, rows: "list[Row]") -> None:
+    """Write JSON lines, whole or not at all."""
     # written beside and renamed, because another cell may be reading it
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

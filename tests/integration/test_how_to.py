@@ -1,5 +1,6 @@
 """The how-to pages are followed word for word, on a copy of the source."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+import silotune
+from silotune.cli import app
+from silotune.core.tree import sha256
+from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 HOUSE = Path(__file__).parents[2]
 PAGE = HOUSE / "docs" / "how-to" / "add-an-algorithm.md"
@@ -77,3 +84,26 @@ def test_the_commands_of_the_page_know_the_new_algorithm(house):
                    "algorithm.momentum=1.5")  # fmt: skip
     assert wrong.returncode == 2
     assert "algorithm.momentum" in wrong.stderr
+
+
+def test_a_real_client_goes_on_alone_from_the_result(tiny_model, tmp_path, monkeypatch):
+    """docs/own-steps.md, with the rank of the tiny model's adapter in place of the page's."""
+    recipe = write_tiny_recipe(tmp_path, tiny_model)
+    together = silotune.run(recipe, ["rounds=1"], out=tmp_path / "together")
+    shutil.copytree(together.path / "adapter", tmp_path / "adapter")
+    (tmp_path / "base").symlink_to(tiny_model)
+    rows = hospital_rows(num_clients=1, per_client=16)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    text = (HOUSE / "docs" / "own-steps.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```toml\n# own\.toml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (words,) = re.findall(r"^silotune (run own\.toml .*)$", text, re.MULTILINE)
+    own = block.replace("rank = 16", "rank = 2").replace("alpha = 32", "alpha = 4")
+    assert own != block
+    (tmp_path / "own.toml").write_text(own, encoding="utf-8")
+    keys = ["train.max_length=128", 'adapter.targets=["q_proj","v_proj"]', "runtime.threads=1"]
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*words.split(), *keys])
+    assert result.exit_code == 0, result.output
+    about = json.loads((tmp_path / "runs/own/provenance.json").read_text())["start"]
+    assert about["sha256"] == sha256(together.adapter())
+    assert len(json.loads((tmp_path / "runs/own/summary.json").read_text())["clients"]) == 1
