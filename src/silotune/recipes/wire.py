@@ -16,7 +16,7 @@ def of_the_wire(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             "wire.up",
             f"'{cfg.up}' cannot be used with secure sums: masked changes add up as integers of 32 "
-            "bits, and nothing shorter",
+            'bits, and nothing shorter; set wire.up = "float32"',
         )
     if cfg.block is not None and both <= {"float32", "bf16"}:
         yield "wire.block", "only has an effect with int8, int4, sign or topk"
