@@ -77,7 +77,7 @@ TYPES = Rows(
             "num_clients": 4,
         },
     },
-    length={20: (12, 2), 50: (8, 5), 120: (4, 12), 500: (2, 50)},
+    length={20: (12, 2), 50: (8, 5), 120: (4, 12), 500: (4, 12)},
     recipe={
         "task": "classify",
         "model": {"name": "minilm-l6"},
