@@ -27,7 +27,8 @@ from deployment import SHORT, of_small, quiet, rows_of, small_base
 from silotune.core.types import Update
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.join import OWN, init, take_kit
-from silotune.deployment.queue import FAILED, STOPPED, state_of, submit
+from silotune.deployment.orders import FAILED, STOPPED, state_of
+from silotune.deployment.queue import submit
 from silotune.deployment.rehearse import clients_of, consortium_of, follow
 from silotune.federation.client_config import load_client_config
 from silotune.federation.run_folder import RunFolder

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 import silotune
 from silotune.algorithms import ALGORITHMS
 from silotune.core.errors import ConfigError, Declined
+from silotune.core.processors import usable_threads
 from silotune.core.tree import layout_of, sha256
 from silotune.federation.client_config import ClientConfig
 from silotune.federation.client_recipe import own_recipe
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe
-from silotune.recipes.sections import usable_threads
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 PLAIN_SGD = ["train.optimizer=sgd", "train.clip_norm=0", "train.lr=0.5"]

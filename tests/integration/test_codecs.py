@@ -5,9 +5,9 @@ import pytest
 import silotune
 from silotune.compression.changes import CODECS
 from silotune.core.errors import ConfigError
+from silotune.core.processors import usable_threads
 from silotune.federation.progress import Progress
 from silotune.recipes.parse import load_recipe
-from silotune.recipes.sections import usable_threads
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 

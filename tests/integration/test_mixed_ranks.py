@@ -10,13 +10,13 @@ import silotune
 from silotune.algorithms import ALGORITHMS
 from silotune.core.errors import ConfigError, Declined
 from silotune.core.lora import is_beside, joined
+from silotune.core.processors import usable_threads
 from silotune.core.tree import sha256, size_bytes
 from silotune.federation.client_config import ClientConfig
 from silotune.federation.client_recipe import own_recipe
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe
-from silotune.recipes.sections import usable_threads
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 MIXED = [name for name, (cfg, _) in ALGORITHMS.items() if cfg.facts.mixed_ranks]

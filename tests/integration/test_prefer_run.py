@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import silotune
 from silotune.cli import app
 from silotune.core.errors import ConfigError, DataError
-from silotune.recipes.sections import usable_threads
+from silotune.core.processors import usable_threads
 from silotune.workflows.compare.statistics import score_table
 from tests.conftest import write_jsonl, write_tiny_recipe
 from tests.forked import run_forked

@@ -4,6 +4,7 @@ import pytest
 import tomli_w
 
 import silotune
+from silotune.core.processors import usable_threads
 from silotune.core.tree import sha256
 from silotune.core.types import Broadcast, Failure, Update
 from silotune.federation.client import take_part
@@ -13,7 +14,6 @@ from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.recipe_model import load_for
 from silotune.models.start import read_start
 from silotune.recipes.parse import load_recipe
-from silotune.recipes.sections import usable_threads
 from silotune.runtime import wire
 from silotune.runtime.flower.strategy import algorithm_of
 from silotune.runtime.flower.submit import travelling

@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 
 import silotune
-from silotune.recipes.sections import usable_threads
+from silotune.core.processors import usable_threads
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"

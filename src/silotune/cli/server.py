@@ -181,7 +181,8 @@ def log(
 ) -> None:
     """Print the output of a run."""
     with errors_as_exit_codes():
-        from silotune.deployment.queue import LOG, RUNNING, WAITING, find_run, state_of
+        from silotune.deployment.orders import RUNNING, WAITING, find_run, state_of
+        from silotune.deployment.queue import LOG
 
         path, at = find_run(folder, run), 0
         while True:
@@ -204,7 +205,8 @@ def stop(run: AnyRun = None, folder: Folder = HERE) -> None:
     `submit --again` resumes it.
     """
     with errors_as_exit_codes():
-        from silotune.deployment.queue import find_run, stop
+        from silotune.deployment.orders import find_run
+        from silotune.deployment.queue import stop
 
         name = stop(folder, find_run(folder, run).name).name
         print_line(f"stopping {name}; resume it with: silotune server submit --again {name}")

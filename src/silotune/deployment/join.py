@@ -19,6 +19,7 @@ from pathlib import Path
 
 from silotune.core.atomic_files import make_folder, write_atomically, write_json
 from silotune.core.errors import ConfigError, SilotuneError
+from silotune.core.processors import usable_threads
 from silotune.data.reading import read_all, usual_columns
 from silotune.deployment.client_status import (
     Activity,
@@ -53,9 +54,9 @@ from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.federation.client_config import ClientConfig, load_client_config
 from silotune.federation.operator_log import record, record_new_key
 from silotune.federation.outbound_log import OWN
-from silotune.recipes.sections import usable_threads
 from silotune.runtime.flower.engine import free_port, private_folder
-from silotune.runtime.flower.submit import NODE, engine_environment
+from silotune.runtime.flower.engine_command import engine_environment
+from silotune.runtime.flower.submit import NODE
 
 KEY, REQUEST, KIT = "key.pem", "request.toml", "kit.toml"
 NEW_KEY = "new-key.pem"

@@ -9,7 +9,7 @@ from typing import Any
 from silotune.core.errors import SilotuneError
 from silotune.core.wording import counted, human_bytes, human_seconds
 from silotune.deployment.consortium.folder import Consortium
-from silotune.deployment.queue import FAILED, RUNNING, WAITING, find_run
+from silotune.deployment.orders import FAILED, RUNNING, WAITING, find_run
 from silotune.deployment.status import clients_of, is_up, runs_now, version_words, waiting_words
 from silotune.results.live_page import Now, Part
 from silotune.results.live_run import WatchedRun

@@ -16,8 +16,9 @@ from typing import Any
 from silotune.core.atomic_files import make_folder, write_json
 from silotune.deployment.consortium.gate import NOTICE, host_of
 from silotune.deployment.consortium.kit import Kit
+from silotune.deployment.orders import DONE, runs_of, state_of
 from silotune.deployment.outbound_proxy import proxy_for
-from silotune.deployment.queue import DONE, chosen_clients, runs_of, state_of
+from silotune.deployment.queue import chosen_clients
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.submit import travelling

@@ -7,19 +7,29 @@ with it) and job.log (the run's output). A run that fails is retried from what i
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from silotune.core.atomic_files import free_place, write_json
+from silotune.core.atomic_files import free_place
 from silotune.core.errors import ConfigError
-from silotune.core.reading_back import read_object
 from silotune.deployment.consortium.folder import Consortium
+from silotune.deployment.orders import (
+    DONE,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    STOPPING,
+    WAITING,
+    find_run,
+    runs_of,
+    state_of,
+    write_state,
+)
 from silotune.deployment.supervisor import Note, Supervisor
 from silotune.federation.approval import consent_sha256
 from silotune.federation.client_recipe import LOCATIONS
 from silotune.federation.operator_log import record
-from silotune.federation.roster import CHOSEN, ORDERS
+from silotune.federation.roster import CHOSEN
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import load_recipe, parse, to_toml
 from silotune.recipes.schema import RunConfig
@@ -28,8 +38,6 @@ from silotune.runtime.flower.submit import travelling
 from silotune.workflows.check import check
 
 LOG = "job.log"
-WAITING, RUNNING, STOPPED, FAILED, DONE = "waiting", "running", "stopped", "failed", "done"
-STOPPING = "stopping"
 TRIES = 5
 """How often a run is retried without finishing another round."""
 REST_S = 10.0
@@ -79,7 +87,7 @@ def submit(
         made.write_json(CHOSEN, sorted(set(clients)))
     sha256 = consent_sha256(travelling(made.run))
     record(folder, "submit", run=made.path.name, recipe_sha256=sha256, clients=clients or "all")
-    _write(made.path, WAITING)
+    write_state(made.path, WAITING)
     return made.path
 
 
@@ -118,10 +126,10 @@ def resubmit(folder: Path, name: str) -> Path:
     """
     path = find_run(folder, name)
     RunFolder.open(path)  # a folder that cannot be used is not queued
-    if _read(path)["state"] == DONE:
+    if state_of(path)["state"] == DONE:
         raise ConfigError(f"{path} is done: there is nothing left to do.")
     record(folder, "submit again", run=path.name)
-    _write(path, WAITING)
+    write_state(path, WAITING)
     return path
 
 
@@ -132,42 +140,12 @@ def stop(folder: Path, name: str) -> Path:
         ConfigError: There is no such run, or it is not running.
     """
     path = find_run(folder, name)
-    state = _read(path)["state"]
+    state = state_of(path)["state"]
     if state in (DONE, FAILED, STOPPED):
         raise ConfigError(f"{path.name} is not running: it is {state}.")
     record(folder, "stop", run=path.name)
-    _write(path, STOPPING if state == RUNNING else STOPPED)
+    write_state(path, STOPPING if state == RUNNING else STOPPED)
     return path
-
-
-def runs_of(folder: Path) -> Mapping[str, Path]:
-    """All runs of a consortium by name, oldest first."""
-    return {p.name: p for p in sorted((folder / "runs").iterdir()) if (p / ORDERS).is_file()}
-
-
-def find_run(folder: Path, name: str | None) -> Path:
-    """A run by its name or a part of it; the latest when None.
-
-    Raises:
-        ConfigError: There is none, or more than one.
-    """
-    found = runs_of(folder)
-    if name is None and found:
-        return list(found.values())[-1]
-    # an exact match wins: of two runs made in the same second, one name contains the other
-    if name is not None and name in found:
-        return found[name]
-    fit = [path for own, path in found.items() if name is not None and name in own]
-    if len(fit) != 1:
-        known = ", ".join(found) or "none"
-        how_many = f"{len(fit)} runs match" if fit else "no run matches"
-        raise ConfigError(f"{how_many} '{name or ''}'.\n  Runs: {known}.")
-    return fit[0]
-
-
-def state_of(path: Path) -> dict[str, Any]:
-    """What the server is doing with a run: state, why, tries."""
-    return _read(path)
 
 
 class Queue:
@@ -179,21 +157,21 @@ class Queue:
         self._now: Path | None = None
         self._due: dict[str, float] = {}
         for path in runs_of(folder).values():
-            state = _read(path)["state"]
+            state = state_of(path)["state"]
             if state in (RUNNING, STOPPING):
-                _write(path, WAITING if state == RUNNING else STOPPED)
+                write_state(path, WAITING if state == RUNNING else STOPPED)
 
     def tend(self, supervisor: Supervisor) -> None:
         """Start the next job, or stop the one that should stop."""
         if self._now is not None:
-            if _read(self._now)["state"] == STOPPING:
+            if state_of(self._now)["state"] == STOPPING:
                 supervisor.tell("job")
             return
         now = time.monotonic()
         for path in runs_of(self._folder).values():
-            if _read(path)["state"] == WAITING and self._due.get(path.name, 0) <= now:
+            if state_of(path)["state"] == WAITING and self._due.get(path.name, 0) <= now:
                 self._now = path
-                _write(path, RUNNING, tries=_read(path)["tries"], round_=_round(path))
+                write_state(path, RUNNING, tries=state_of(path)["tries"], round_=_round(path))
                 command = [sys.executable, "-m", "silotune", "run", "--resume", str(path)]
                 supervisor.start_once("job", command, log=path / LOG)
                 self._note(f"{path.name} is running")
@@ -203,20 +181,20 @@ class Queue:
         """Decide what happens to the run whose job has ended."""
         assert self._now is not None
         path, self._now = self._now, None
-        before = _read(path)
+        before = state_of(path)
         tries = 0 if _round(path) > before["round"] else before["tries"] + 1
         why = f"its job ended with exit status {code}; see {path / LOG}"
         if code == 0:
-            _write(path, DONE)
+            write_state(path, DONE)
         elif before["state"] == STOPPING:
-            _write(path, STOPPED, why="as requested")
+            write_state(path, STOPPED, why="as requested")
         elif code == ConfigError.exit_code or tries >= TRIES:
-            _write(path, FAILED, why=why, tries=tries)
+            write_state(path, FAILED, why=why, tries=tries)
         else:
             rest = REST_S * 2 ** max(0, tries - 1)
             self._due[path.name] = time.monotonic() + rest
-            _write(path, WAITING, why=f"{why}; next try in {rest:g} s", tries=tries)
-        after = _read(path)
+            write_state(path, WAITING, why=f"{why}; next try in {rest:g} s", tries=tries)
+        after = state_of(path)
         self._note(f"{path.name}: {after['state']}{': ' if after['why'] else ''}{after['why']}")
 
 
@@ -224,11 +202,3 @@ def _round(path: Path) -> int:
     """The last round that was finished."""
     rounds = [row["round"] for row in RunFolder.open(path).metrics() if row["event"] == "round"]
     return max(rounds, default=0)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_object(path / ORDERS, fix=f"Restore it from a copy, or remove {path}.")
-
-
-def _write(path: Path, state: str, *, why: str = "", tries: int = 0, round_: int = 0) -> None:
-    write_json(path / ORDERS, {"state": state, "why": why, "tries": tries, "round": round_})

@@ -20,7 +20,8 @@ from silotune.deployment.consortium.caddy import find_caddy
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.consortium.gate import LOOPBACK
 from silotune.deployment.join import init
-from silotune.deployment.queue import DONE, FAILED, LOG, STOPPED, state_of, submit
+from silotune.deployment.orders import DONE, FAILED, STOPPED, state_of
+from silotune.deployment.queue import LOG, submit
 from silotune.deployment.supervisor import Note
 from silotune.federation.progress import Progress
 from silotune.federation.roster import NAME
@@ -30,8 +31,8 @@ from silotune.recipes.parse import load_recipe
 from silotune.recipes.schema import RunConfig
 from silotune.results.run import Run
 from silotune.runtime.flower.engine import free_port, private_folder
+from silotune.runtime.flower.engine_command import engine_environment
 from silotune.runtime.flower.kept_processes import Kept
-from silotune.runtime.flower.submit import engine_environment
 from silotune.runtime.identity import add_roster
 from silotune.workflows.check import check
 from silotune.workflows.folders import place_for

@@ -17,6 +17,7 @@ from typing import Any
 
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import EngineError
+from silotune.core.processors import usable_threads
 from silotune.core.reading_back import read_object
 from silotune.deployment.consortium.caddy import gate_command
 from silotune.deployment.consortium.certificates import (
@@ -30,9 +31,8 @@ from silotune.deployment.notice import write_notice
 from silotune.deployment.queue import Queue
 from silotune.deployment.supervisor import Note, Supervisor, only_one
 from silotune.federation.roster import MEMBERS, write_members
-from silotune.recipes.sections import usable_threads
 from silotune.runtime.flower.engine import START_S, free_port, private_folder, write_connection
-from silotune.runtime.flower.submit import CONNECTION, engine_environment, flwr
+from silotune.runtime.flower.engine_command import CONNECTION, engine_environment, flwr
 
 TICK_S = 0.5
 """Seconds between two looks at who has come, gone, or ended."""

@@ -5,18 +5,20 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from silotune.core.installed import code_sha256, version
+from silotune.core.processors import usable_threads
 from silotune.core.wording import human_bytes
 from silotune.deployment.consortium.folder import Consortium
-from silotune.deployment.queue import runs_of, state_of
-from silotune.federation.metrics import Row
+from silotune.deployment.orders import runs_of, state_of
 from silotune.federation.roster import CHOSEN, MEMBERS, Roster, versions_seen
-from silotune.federation.run_folder import RunFolder
-from silotune.recipes.sections import usable_threads
+from silotune.federation.run_record import RunRecord
+from silotune.runtime.flower.engine_command import CONNECTION, engine_environment, flwr
 from silotune.runtime.flower.server_reports import PROGRESS
-from silotune.runtime.flower.submit import CONNECTION, engine_environment, flwr
+
+if TYPE_CHECKING:
+    from silotune.federation.metrics import Row
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -124,11 +126,12 @@ def _online(engine: Path) -> dict[str, dict[str, Any]]:
 
 
 def _run(path: Path, engine: Path, away: Sequence[str]) -> dict[str, Any]:
-    folder = RunFolder.open(path)
+    folder = RunRecord(path)
+    rounds = folder.rounds()
     rows = folder.metrics()
     done = [row for row in rows if row["event"] == "round"]
     now = state_of(path)
-    left = folder.run.rounds - len(done)
+    left = rounds - len(done)
     waiting, consent = _waiting(engine / "runs" / folder.run_id() / PROGRESS)
     if waiting is None:  # before the first round, a run waits for clients to connect
         only = folder.read_json(CHOSEN)
@@ -139,7 +142,7 @@ def _run(path: Path, engine: Path, away: Sequence[str]) -> dict[str, Any]:
         "state": now["state"],
         "why": now["why"],
         "round": len(done),
-        "rounds": folder.run.rounds,
+        "rounds": rounds,
         "bytes": sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows),
         "seconds_left": _seconds_left(done, left) if now["state"] == "running" else None,
         "waiting_for": waiting if now["state"] == "running" else [],
@@ -155,7 +158,7 @@ def waiting_words(run: Mapping[str, Any]) -> str:
     return "; ".join([*said, f"consent of {', '.join(consent)}"] if consent else said)
 
 
-def _seconds_left(done: list[Row], left: int) -> float | None:
+def _seconds_left(done: "list[Row]", left: int) -> float | None:
     """Estimate, from the median of the last rounds; None before the first."""
     return left * statistics.median(row["seconds"] for row in done[-5:]) if done else None
 

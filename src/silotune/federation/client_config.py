@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from silotune.core.errors import ConfigError
+from silotune.core.processors import usable_threads
 from silotune.core.toml_file import read_table
 from silotune.core.types import Config
 from silotune.data.chat_templates import TEMPLATES
@@ -16,7 +17,6 @@ from silotune.data.config import DataConfig
 from silotune.federation.own_sums import OwnSumsConfig
 from silotune.federation.roster import check_client_name, is_consortium
 from silotune.models.quantization import Quantization
-from silotune.recipes.sections import usable_threads
 
 
 class LimitsConfig(Config):

@@ -9,38 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from silotune.core.checksums import check_listed
-from silotune.core.errors import RunFolderError
-from silotune.core.reading_back import read_json
+from silotune.federation.run_record import EXTENDED, extensions
 from silotune.recipes.parse import with_overrides
 from silotune.recipes.schema import RunConfig
-
-FILE = "extended.json"
-FIX = "Restore it from a copy of the folder, or start a new run."
-
-
-def extensions(folder: Path) -> list[dict[str, Any]]:
-    """The run's extensions, oldest first.
-
-    Returns:
-        Of each: `date`; `after_round`, the round that was done last; `before` and `after`, the
-        dotted keys that changed and their values.
-
-    Raises:
-        RunFolderError: The file is damaged.
-    """
-    path = folder / FILE
-    check_listed(folder, FILE, fix=FIX)
-    if not path.exists():
-        return []
-    found = read_json(path, fix=FIX)
-    try:
-        for one in found:
-            _ = str(one["date"]), int(one["after_round"]), int(one["before"]["rounds"])
-            _ = [f"{key}={value}" for key, value in one["after"].items()]
-    except (TypeError, LookupError, AttributeError, ValueError):
-        raise RunFolderError(f"{path} holds no list of extensions.\n  {FIX}") from None
-    return found
 
 
 def with_extensions(folder: Path, run: RunConfig) -> RunConfig:
@@ -52,7 +23,7 @@ def with_extensions(folder: Path, run: RunConfig) -> RunConfig:
     """
     for one in extensions(folder):
         keys = [f"{key}={value}" for key, value in one["after"].items()]
-        run = with_overrides(run, keys, name=str(folder / FILE))
+        run = with_overrides(run, keys, name=str(folder / EXTENDED))
     return run
 
 

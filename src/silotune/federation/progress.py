@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from silotune.core.types import Failure, Update
-from silotune.federation.metrics import Row
 
 if TYPE_CHECKING:
+    from silotune.federation.metrics import Row
     from silotune.federation.progress_lines import PlainProgress
 
 
@@ -53,7 +53,7 @@ class Progress:
     def client_failed(self, failure: Failure) -> None:
         """A client did not deliver a usable update."""
 
-    def end_round(self, round_: int, rows: Sequence[Row]) -> None:
+    def end_round(self, round_: int, rows: "Sequence[Row]") -> None:
         """A round was recorded."""
 
     def begin_scoring(self, clients: Sequence[str]) -> None:
@@ -127,7 +127,7 @@ class Both(Progress):
         for each in self.both:
             each.client_failed(failure)
 
-    def end_round(self, round_: int, rows: Sequence[Row]) -> None:
+    def end_round(self, round_: int, rows: "Sequence[Row]") -> None:
         """Pass it on to both."""
         for each in self.both:
             each.end_round(round_, rows)

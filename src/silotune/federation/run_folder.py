@@ -9,7 +9,6 @@ folder's list (core/checksums.py). docs/quickstart.md has a map.
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
@@ -25,15 +24,13 @@ from silotune.core.atomic_files import (
     owner_only,
     remove_folder,
     save_tensors,
-    write_atomically,
     write_json,
     write_rows,
     writing,
 )
 from silotune.core.checksums import FILE as CHECKSUMS
-from silotune.core.checksums import check_listed, list_files, listed, take_off
+from silotune.core.checksums import list_files, listed, take_off
 from silotune.core.errors import DiskError, RunFolderError
-from silotune.core.reading_back import parse_json, read_json, read_text, read_toml
 from silotune.core.types import ServerState
 from silotune.federation.client_memory import folder_name
 from silotune.federation.extended import with_extensions
@@ -41,25 +38,17 @@ from silotune.federation.kept_updates import UPDATES, drop_updates, keep_spool, 
 from silotune.federation.metrics import Row, choosing_losses
 from silotune.federation.recipe_origin import origin_line
 from silotune.federation.roster import at_home
+from silotune.federation.run_record import RunRecord
 from silotune.federation.spool import Spool, rounds_in
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
 
 
-class RunFolder:
+class RunFolder(RunRecord):
     """One run on disk."""
 
-    RECIPE = "recipe.toml"
-    """The file that marks a folder as a run folder."""
-    KIND = "run"
-    COMMAND = "silotune run"
-    RESULT = "summary.json"
-    """The file that marks it as finished."""
-    MADE_AGAIN = ("summary.json", "split.json", "samples.json", "adapter/")
-    """What a resume writes again from the last checkpoint, if there is no `RESULT`."""
-
     def __init__(self, path: Path, run: RunConfig) -> None:
-        self.path = path
+        super().__init__(path)
         self.run = run
         self.lock_fd: int | None = None
         """Set while the folder is locked. A process that inherits it holds the lock too."""
@@ -102,38 +91,13 @@ class RunFolder:
             RunFolderError: It is not a run folder, its recipe has changed since it was written, or
                 an earlier version of silotune wrote it.
         """
-        recipe = path / cls.RECIPE
-        if not recipe.is_file():
-            why = f"it has no {cls.RECIPE}" if path.is_dir() else "there is no such folder"
-            raise RunFolderError(
-                f"{path} is not a {cls.KIND} folder: {why}.\n"
-                f"  Give the folder that a {cls.KIND} printed, for example "
-                "runs/2026-01-31-120000-demo."
-            )
-        if cls.RECIPE not in listed(path):
-            files = f"{cls.RECIPE} $(ls -d *.json *.jsonl adapter/* 2>/dev/null)"
-            raise RunFolderError(
-                f"{path} has no SHA-256 of its {cls.RECIPE}: an earlier version of silotune wrote "
-                f"it, or {CHECKSUMS} is damaged.\n  Restore {CHECKSUMS} from a copy. If nothing in "
-                "a finished folder has changed since, write it:\n"
-                f"  cd {path} && sha256sum {files} > {CHECKSUMS}"
-            )
-        fix = f"Restore it, or start a new {cls.KIND} with the changed recipe."
-        check_listed(path, cls.RECIPE, fix=fix)
-        run = parse(read_toml(recipe, fix=fix), name=str(recipe))
+        run = parse(cls.recipe_table(path), name=str(path / cls.RECIPE))
         return cls(path, at_home(path, with_extensions(path, run)))
 
     def has_begun(self) -> bool:
         """Whether any round has left an update, metrics or a checkpoint."""
         begun = any((self.path / n).exists() for n in ("spool", "metrics.jsonl"))
         return begun or any(round_ > 0 for round_ in self._checkpoints())
-
-    def run_id(self) -> str:
-        """A unique identifier of this run. A resume does not change it."""
-        path = self.path / "run-id"
-        if not path.exists():
-            write_atomically(path, secrets.token_hex(16).encode())
-        return read_text(path, fix="Remove it and resume: the engine then sees a new run.")
 
     def remove(self) -> None:
         """Delete the folder and everything in it."""
@@ -254,36 +218,6 @@ class RunFolder:
 
     # --- metrics
 
-    @property
-    def _metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    def metrics(self) -> list[Row]:
-        """All rows written so far. A half-written last line is skipped: its round is repeated.
-
-        Raises:
-            RunFolderError: The file is damaged.
-        """
-        path = self._metrics_path
-        if (self.path / self.RESULT).exists():  # before, it grows
-            self._check("metrics.jsonl")
-        if not path.exists():
-            return []
-        rows: list[Row] = []
-        lines = read_text(path, fix=self._fix("metrics.jsonl")).splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = parse_json(line)
-                _ = int(row["round"]), str(row["event"])
-                rows.append(row)
-            except (ValueError, LookupError, TypeError) as error:
-                if number < len(lines) or line.endswith("\n"):  # not truncated by a kill
-                    raise RunFolderError(
-                        f"{path}, line {number}: this is not a row of metrics.\n"
-                        f"  {self._fix('metrics.jsonl')}"
-                    ) from error
-        return rows
-
     def _metrics_so_far(self) -> dict[str, str]:
         """How long metrics.jsonl is, and its SHA-256: a checkpoint holds both."""
         written = self._metrics_path.read_bytes() if self._metrics_path.exists() else b""
@@ -331,18 +265,6 @@ class RunFolder:
 
     # --- results
 
-    def read_json(self, name: str) -> Any:
-        """The contents of a JSON file in the folder, or None if it does not exist yet.
-
-        Raises:
-            RunFolderError: It is damaged, or it was written and is gone.
-        """
-        path = self.path / name
-        if not path.exists() and (name == self.RESULT or name not in listed(self.path)):
-            return None
-        self._check(name)
-        return read_json(path, fix=self._fix(name))
-
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file in the folder, and list its SHA-256."""
         take_off(self.path, name)
@@ -375,18 +297,6 @@ class RunFolder:
         """List the files that grow during a run, once it is done."""
         names = ("metrics.jsonl", "privacy.jsonl", "budget.json", "run-id")
         list_files(self.path, [name for name in names if (self.path / name).is_file()])
-
-    def _check(self, name: str) -> None:
-        check_listed(self.path, name, fix=self._fix(name))
-
-    def _fix(self, name: str) -> str:
-        """How to fix a damaged file."""
-        if f"{name}/".startswith(self.MADE_AGAIN):
-            result = self.path / self.RESULT
-            return f"Remove {result} and resume, to have it written again: " + (
-                f"{self.COMMAND} --resume {self.path}"
-            )
-        return f"Restore it from a copy of the folder, or start a new {self.KIND}."
 
 
 def _open_lock(path: Path) -> IO[str]:

@@ -1,12 +1,12 @@
 """Sections of a recipe that configure parts of higher rank than the recipe."""
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from silotune.core.processors import usable_threads
 from silotune.core.types import Config
 from silotune.recipes.algorithm import AnyAlgorithmConfig
 
@@ -116,13 +116,6 @@ class FinishConfig(Config):
         if len(set(given)) < len(given) or not all(0 <= share <= 1 for share in given):
             raise ValueError("should be different numbers from 0 to 1")
         return given
-
-
-def usable_threads() -> int:
-    """Number of processors that this process may use, which may be fewer in a container."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class RuntimeConfig(Config):

@@ -13,6 +13,7 @@ from silotune.core.errors import RunFolderError, SilotuneError, first_line
 from silotune.core.public_call import public
 from silotune.core.reading_back import read_json, read_object, read_rows, read_toml
 from silotune.core.safe_text import folder_name
+from silotune.federation.run_record import EXTENDED
 
 
 class Kind(NamedTuple):
@@ -151,7 +152,7 @@ def _under_way(path: Path, recipe: Mapping[str, Any], kind: str) -> str:
     file = path / "metrics.jsonl"
     rows = read_rows(file, fix=FIX) if file.is_file() else []
     done = max((row["round"] for row in rows if row["event"] == "round"), default=0)
-    longer = path / "extended.json"  # federation/extended.py, which would cost torch
+    longer = path / EXTENDED
     rounds = (
         read_json(longer, fix=FIX)[-1]["after"]["rounds"] if longer.is_file() else recipe["rounds"]
     )

@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from silotune.privacy.secure_sum.masks import library
+from silotune.core.primitives import library
 
 
 def fingerprint(key: Any) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 
 from silotune.core.atomic_files import write_atomically, write_json
 from silotune.core.errors import ConfigError, Declined
+from silotune.core.primitives import library
 from silotune.core.reading_back import read_object
 from silotune.federation.client_config import ClientConfig
-from silotune.privacy.secure_sum.masks import library
 from silotune.privacy.secure_sum.member import Sign, Verify
 from silotune.runtime.fingerprint import digest, fingerprint
 

@@ -12,23 +12,6 @@ import numpy as np
 from silotune.core.errors import UpdateError
 
 HEADER_BYTES = 8
-MOST_BYTES = 2**21
-"""Most bytes of numbers that travel in one request (Flower's default is 5 MB)."""
-LEAST_BYTES, MOST_PARTS = 2**19, 64
-
-
-def part_bytes(size: int) -> int:
-    """Bytes of numbers that travel in one request of a message.
-
-    Flower gives up on a request after 30 s without an answer and sends it again, so a part that a
-    link cannot pass in that time never arrives. 512 KB pass at 140 kbit/s. Each part is a request
-    at every place that a message passes; a message with more than 64 such parts has larger ones,
-    up to 2 MB, which pass at 0.6 Mbit/s: over a slower link it would take most of an hour anyway.
-
-    Args:
-        size: Bytes of the message's numbers.
-    """
-    return min(MOST_BYTES, max(LEAST_BYTES, -(-size // MOST_PARTS)))
 
 
 def no_values() -> np.ndarray:

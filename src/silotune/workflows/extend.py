@@ -10,8 +10,9 @@ from pathlib import Path
 
 from silotune.core.checksums import take_off
 from silotune.core.errors import ConfigError
-from silotune.federation.extended import FILE, extension, extensions
+from silotune.federation.extended import extension
 from silotune.federation.run_folder import RunFolder
+from silotune.federation.run_record import EXTENDED, extensions
 from silotune.recipes.parse import with_overrides
 from silotune.recipes.schema import RunConfig
 from silotune.workflows.check import Checked, check
@@ -63,7 +64,7 @@ def extend(folder: RunFolder, longer: RunConfig) -> RunFolder:
     for name in (folder.RESULT, PLAN):
         take_off(folder.path, name)
         (folder.path / name).unlink(missing_ok=True)
-    folder.write_json(FILE, [*extensions(folder.path), entry])
+    folder.write_json(EXTENDED, [*extensions(folder.path), entry])
     return RunFolder(folder.path, longer)
 
 

@@ -17,12 +17,12 @@ from silotune.core.types import AdapterState, ServerState
 from silotune.core.wording import counted
 from silotune.data.client_rows import ClientRows
 from silotune.federation.budget import read_spent
-from silotune.federation.extended import extensions
 from silotune.federation.own_steps import personal
 from silotune.federation.privacy_statement import statement
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for
 from silotune.federation.run_folder import RunFolder
+from silotune.federation.run_record import extensions
 from silotune.models.loading import (
     LoadedModel,
     base_only,

@@ -12,7 +12,8 @@ from silotune.core.errors import ConfigError, EngineError
 from silotune.deployment import queue, supervisor
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.join import init
-from silotune.deployment.queue import Queue, find_run, resubmit, runs_of, state_of, stop, submit
+from silotune.deployment.orders import find_run, runs_of, state_of
+from silotune.deployment.queue import Queue, resubmit, stop, submit
 from silotune.deployment.supervisor import Supervisor, only_one
 from silotune.recipes.parse import load_recipe
 from tests.conftest import write_tiny_recipe

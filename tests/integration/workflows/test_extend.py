@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 import silotune
 from silotune.core.errors import ConfigError, RunFolderError
-from silotune.federation.extended import FILE, extensions
-from silotune.federation.own_steps import FILE as OWN
+from silotune.federation.own_steps import EXTENDED as OWN
 from silotune.federation.run_folder import RunFolder
+from silotune.federation.run_record import EXTENDED, extensions
 from silotune.recipes.parse import load_recipe, with_overrides
 from silotune.workflows import extend
 from tests.conftest import write_tiny_recipe
@@ -199,6 +199,6 @@ def test_a_last_round_that_must_not_choose_is_refused(recipe, tmp_path):
 @pytest.mark.parametrize("text", ["7", "[3]", '[{"date": "x"}]', "{"])
 def test_a_damaged_list_of_extensions_is_one_error(recipe, tmp_path, text):
     folder = RunFolder.create(tmp_path / "run", load_recipe(recipe))
-    (folder.path / FILE).write_text(text)
-    with pytest.raises(RunFolderError, match=FILE):
+    (folder.path / EXTENDED).write_text(text)
+    with pytest.raises(RunFolderError, match=EXTENDED):
         RunFolder.open(folder.path)

@@ -7,7 +7,11 @@ import sys
 import pytest
 
 from silotune.algorithms import ALGORITHMS
+from silotune.deployment.consortium.folder import Consortium
+from silotune.deployment.orders import WAITING, write_state
+from silotune.federation.run_folder import RunFolder
 from silotune.recipes.algorithm import ALGORITHM_CONFIGS
+from silotune.recipes.parse import parse
 
 HEAVY = {"torch", "transformers", "peft", "numpy", "datasets", "flwr"}
 
@@ -40,6 +44,25 @@ for more in ([], ["--json"]):
 found = CliRunner().invoke(app, ["client", "outbound", {str(tmp_path / "other")!r}])
 assert found.exit_code == 2, found.output
 assert "client.toml cannot be read" in found.output, found.output
+"""
+    assert loaded_by(code) == set()
+
+
+def test_the_status_of_a_server_loads_nothing_heavy(tmp_path):
+    folder = tmp_path / "fl"
+    Consortium.create(folder, name="hospitals", address="fl.example.org")
+    (folder / "runs").mkdir(exist_ok=True)
+    run = RunFolder.create(folder / "runs" / "first", parse({"rounds": 7, "data": {"path": "x"}}))
+    write_state(run.path, WAITING)
+    run.append_metrics([{"event": "round", "round": 1, "seconds": 2.0, "bytes_up": 70}])
+    code = f"""
+from typer.testing import CliRunner
+from silotune.cli import app
+for more in ([], ["--json"]):
+    found = CliRunner().invoke(app, ["server", "status", "--folder", {str(folder)!r}, *more])
+    assert found.exit_code == 0, found.output
+    assert "waiting" in found.output and "first" in found.output, found.output
+    assert "1/7" in found.output or '"rounds": 7' in found.output, found.output
 """
     assert loaded_by(code) == set()
 

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from silotune.cli import app
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.notice import write_notice
-from silotune.deployment.queue import chosen_clients, find_run, for_real_clients, recipe_sha256
+from silotune.deployment.orders import find_run
+from silotune.deployment.queue import chosen_clients, for_real_clients, recipe_sha256
 from silotune.deployment.status import runs_now
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import parse

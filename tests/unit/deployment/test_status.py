@@ -9,7 +9,7 @@ from silotune.core.installed import code_sha256, version
 from silotune.deployment import status as module
 from silotune.deployment.consortium.folder import Consortium
 from silotune.deployment.join import init
-from silotune.deployment.queue import RUNNING
+from silotune.deployment.orders import RUNNING
 from silotune.deployment.status import status_tables
 from silotune.federation.roster import MEMBERS, ORDERS, Roster
 from silotune.federation.run_folder import RunFolder

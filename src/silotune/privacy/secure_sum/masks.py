@@ -6,12 +6,11 @@ cryptography. Every key is used for one round and one purpose.
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from silotune.core.errors import ConfigError
+from silotune.core.primitives import library
 from silotune.privacy.secure_sum.ring import Words
 
 VERSION = b"silotune secure sum 1"
@@ -96,18 +95,3 @@ def reveal(key: bytes, hidden: bytes, about: bytes) -> bytes | None:
         )
     except invalid:
         return None
-
-
-def library(name: str) -> Any:
-    """A module of cryptography.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    try:
-        return import_module(f"cryptography.{name}")
-    except ImportError as error:
-        raise ConfigError(
-            "[secure_sum] needs cryptography, which is not installed.\n"
-            "  Install it: make env EXTRAS=secure"
-        ) from error

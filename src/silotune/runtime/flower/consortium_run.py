@@ -13,8 +13,9 @@ from silotune.federation.progress import Progress
 from silotune.federation.roster import MEMBERS
 from silotune.runtime.flower import engine as flower_engine
 from silotune.runtime.flower.engine import LOG, measured_from
+from silotune.runtime.flower.engine_command import CONNECTION, engine_environment
 from silotune.runtime.flower.server_reports import OUTCOME, PROGRESS, Follower
-from silotune.runtime.flower.submit import CONNECTION, Link, engine_environment
+from silotune.runtime.flower.submit import Link
 from silotune.runtime.job import Job, Measured
 
 SUBMITTED = "submitted.json"

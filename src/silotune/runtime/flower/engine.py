@@ -26,9 +26,10 @@ from silotune.federation.client_config import is_client_folder, load_client_conf
 from silotune.federation.simulated_clients import write_client_configs
 from silotune.models.sources import resolve
 from silotune.recipes.schema import RunConfig
+from silotune.runtime.flower.engine_command import CONNECTION, engine_environment
 from silotune.runtime.flower.kept_processes import KEEPER, Kept
 from silotune.runtime.flower.process_keeper import MARK
-from silotune.runtime.flower.submit import CONNECTION, NODE, Link, engine_environment
+from silotune.runtime.flower.submit import NODE, Link
 from silotune.runtime.identity import add_throwaways
 from silotune.runtime.job import Job, Measured
 

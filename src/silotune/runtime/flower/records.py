@@ -15,7 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 
 from silotune.core.errors import UpdateError
-from silotune.runtime.payload import Parcel, part_bytes, read_text
+from silotune.runtime.parts import part_bytes
+from silotune.runtime.payload import Parcel, read_text
 
 ABOUT, VALUES = "about", "values"
 PLAIN = "silotune.bytes"

@@ -9,15 +9,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from silotune.core import errors
 from silotune.core.atomic_files import write_json
 from silotune.core.errors import EngineError, SilotuneError
 from silotune.core.reading_back import parse_object, read_object
 from silotune.core.types import Failure, Update
-from silotune.federation.metrics import Row
 from silotune.federation.progress import Progress
+
+if TYPE_CHECKING:
+    from silotune.federation.metrics import Row
 
 PROGRESS, OUTCOME = "progress.jsonl", "outcome.json"
 CLOCK_S = 60.0
@@ -80,7 +82,7 @@ class FileProgress(Progress):
         """Pass it on."""
         self._say("client_failed", **vars(failure))
 
-    def end_round(self, round_: int, rows: Sequence[Row]) -> None:
+    def end_round(self, round_: int, rows: "Sequence[Row]") -> None:
         """Pass it on."""
         self._say("end_round", round_=round_, rows=list(rows))
 

@@ -8,17 +8,14 @@ the folder that the server app finds through its environment.
 import json
 import os
 import re
-import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from silotune.core.atomic_files import owner_only, write_json
+from silotune.core.atomic_files import write_json
 from silotune.core.errors import EngineError
 from silotune.core.installed import version
 from silotune.data.files import EXAMPLES, locate
@@ -30,54 +27,17 @@ from silotune.models.sources import SOURCES
 from silotune.models.start import TOLD, hash_of_start
 from silotune.recipes.schema import RunConfig
 from silotune.runtime.flower.bundle import project_file
-from silotune.runtime.flower.kept_processes import program
+from silotune.runtime.flower.engine_command import CONNECTION, RUNS, flwr
 from silotune.runtime.flower.server_reports import OUTCOME, Follower, read_outcome
 from silotune.runtime.job import Job
-from silotune.runtime.payload import MOST_BYTES
 from silotune.training.server_training import DistillConfig, ServerConfig
 
 SUBMIT_S = 120.0
 """Seconds the server app has to start."""
-RUNS = "SILOTUNE_RUNS"
-"""Environment variable of the server app: the folder with one folder per run, named by its id."""
 SETTINGS = "settings.json"
-CONNECTION = "engine"
-"""The SuperLink's name in Flower's own configuration."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN = "each client's own"
 NODE = (sys.executable, "-m", "silotune.runtime.flower.supernode")
 """A client's SuperNode, which starts no bundle but ours."""
-
-
-def engine_environment(home: Path, *, private: Path, runs: Path, threads: int) -> dict[str, str]:
-    """The caller's environment, set so that Flower sends nothing home and installs nothing.
-
-    Args:
-        home: Flower's own folder.
-        private: Folder for sockets and other short-lived files.
-        runs: See `RUNS`.
-        threads: CPU threads of each process.
-    """
-    asked = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK]
-    no_proxy = ",".join(filter(None, asked))
-    own = {
-        # otherwise a proxy for outgoing traffic would be asked for this machine's own ports too
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
-        # Flower starts its own programs by name
-        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        # one at a time: over a slow link, two at once would each take twice as long
-        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(MOST_BYTES),
-        "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
-        "TMPDIR": str(private),
-        "OMP_NUM_THREADS": str(threads),
-        RUNS: str(runs),
-    }
-    return {**os.environ, **own}
 
 
 class Link:
@@ -158,26 +118,6 @@ class Link:
             f"{what}.\n  See the engine's log: {self.job.folder.path / 'engine.log'}\n"
             "  Finished rounds are kept: resume the run to continue."
         )
-
-
-def flwr(words: "tuple[str, ...]", *, environment: Mapping[str, str], log: Path) -> dict[str, Any]:
-    """Run one of Flower's commands and read its answer as JSON; empty if it is not JSON."""
-    done = subprocess.run(
-        [program("flwr"), *words],
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    with open(log, "a", encoding="utf-8", opener=owner_only) as file:
-        file.write(done.stderr)
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        with open(log, "a", encoding="utf-8", opener=owner_only) as file:
-            file.write(done.stdout)
-        return {}
-    return answer if isinstance(answer, dict) else {}
 
 
 # --- what is sent, and what is not ----------------------------------------------------------------

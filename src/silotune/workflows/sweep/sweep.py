@@ -16,12 +16,12 @@ from pydantic import Field
 
 from silotune.core.atomic_files import write_atomically, write_rows, written_rows
 from silotune.core.errors import ConfigError, RunFolderError
+from silotune.core.processors import usable_threads
 from silotune.core.public_call import as_path, public
 from silotune.federation.metrics import held_out_losses
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import usable_threads
 from silotune.recipes.sweep_grid import read_axes
 from silotune.results.frames import frame, value_of
 from silotune.results.paper import TableKind, check_kinds, write_charts, write_tables

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from silotune.core.errors import ConfigError, SilotuneError
+from silotune.core.processors import usable_threads
 from silotune.core.wording import counted, human_bytes
 from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.models.devices import available_memory_bytes, pick_device
 from silotune.recipes.parse import load_recipe, with_overrides
 from silotune.recipes.schema import RunConfig
-from silotune.recipes.sections import SweepConfig, usable_threads
+from silotune.recipes.sections import SweepConfig
 from silotune.recipes.sweep_grid import Axis, Range, combinations, is_swept, read_axes, split_keys
 from silotune.workflows.check import check
 from silotune.workflows.plan.plan import plan

@@ -27,10 +27,11 @@ from silotune.recipes.parse import parse
 from silotune.runtime.flower import engine as flower_engine
 from silotune.runtime.flower import kept_processes, submit
 from silotune.runtime.flower.engine import _Engine, check_installed, private_folder
+from silotune.runtime.flower.engine_command import RUNS
 from silotune.runtime.flower.kept_processes import KEEPER
 from silotune.runtime.flower.process_keeper import MARK
 from silotune.runtime.flower.server_reports import FileProgress, write_outcome
-from silotune.runtime.flower.submit import OWN, RUNS, SETTINGS, travelling
+from silotune.runtime.flower.submit import OWN, SETTINGS, travelling
 from silotune.runtime.job import Job
 from tests.conftest import changed, hospital_rows, write_jsonl
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import silotune
-from silotune.recipes.sections import usable_threads
+from silotune.core.processors import usable_threads
 from silotune.runtime.identity import THROWAWAY
 from tests.conftest import hospital_rows, write_jsonl, write_tiny_recipe
 

@@ -9,7 +9,7 @@ from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from sqlalchemy import text
 
-from silotune.runtime.flower.submit import engine_environment
+from silotune.runtime.flower.engine_command import engine_environment
 from silotune.runtime.flower.superlink import BUSY_MS, wait_longer
 from silotune.runtime.payload import MOST_BYTES
 

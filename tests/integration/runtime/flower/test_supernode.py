@@ -36,8 +36,9 @@ from silotune.federation.operator_log import BUNDLE_REFUSED, entries, verify
 from silotune.runtime.flower import supernode
 from silotune.runtime.flower.bundle import FAB_ID, FAB_VERSION, PROJECT, TOLD, project_file
 from silotune.runtime.flower.engine import free_port, write_connection
+from silotune.runtime.flower.engine_command import CONNECTION, engine_environment
 from silotune.runtime.flower.kept_processes import program
-from silotune.runtime.flower.submit import CONNECTION, NODE, engine_environment
+from silotune.runtime.flower.submit import NODE
 from tests.unit.runtime.flower.test_bundle import other_component, table, zipped
 
 MARKS = 'from pathlib import Path\nimport os\nPath(os.environ["MARK"]).write_text("it ran")\n'
