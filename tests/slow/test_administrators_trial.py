@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from silotune.runtime.payload import MOST_BYTES
+from silotune.runtime.parts import MOST_BYTES
 from tests.conftest import build_tiny_model, hospital_rows, write_jsonl, write_tiny_recipe
 from tests.integration.test_deployment import trained
 from tests.slow.network import Machine, Network, carry, fill, missed, rounds_with, usable, wait_for

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import silotune
 from silotune.core.errors import ConfigError, RunFolderError
-from silotune.federation.own_steps import EXTENDED as OWN
+from silotune.federation.own_steps import FILE as OWN
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.run_record import EXTENDED, extensions
 from silotune.recipes.parse import load_recipe, with_overrides

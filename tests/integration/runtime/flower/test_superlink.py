@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from silotune.runtime.flower.engine_command import engine_environment
 from silotune.runtime.flower.superlink import BUSY_MS, wait_longer
-from silotune.runtime.payload import MOST_BYTES
+from silotune.runtime.parts import MOST_BYTES
 
 
 def pragmas(path) -> dict[str, str]:
