@@ -289,10 +289,16 @@ def _table(of: Rows, found: "list[Cell]", metric: str) -> Iterator[str]:
         apart = _difference(result["split"])
         cells = [cell["cut"], "" if apart is None else f"{apart:.2f}", str(cell["rows"])]
         cells += [f"{means[arm]['mean']:.3f}" for arm in ("base", "local", "federated")]
-        for own in _gains(result, metric).values():
-            cells.append(f"{own['mean']:+.3f} ({own['low']:+.3f} to {own['high']:+.3f})")
+        cells += [_interval(own) for own in _gains(result, metric).values()]
         cells += [str(words[word]) for word in ("gained", "lost")]
         yield "| " + " | ".join(cells) + " |"
+
+
+def _interval(own: Mapping[str, float | None]) -> str:
+    low, high = own["low"], own["high"]
+    if low is None or high is None:  # a client holds out a single row
+        return f"{own['mean']:+.3f} (no interval)"
+    return f"{own['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _gains(result: Mapping[str, Any], metric: str) -> "dict[str, dict[str, float]]":
@@ -328,10 +334,15 @@ def _draw(of: Rows, found: "list[Cell]") -> str:
         shown: Legend = {}
         ax.axhline(0, linewidth=0.8, color=PALETTE[-1])
         for n, cut in enumerate(of.cuts):
-            own = [cell for cell in found if cell["cut"] == cut]
-            gains = [_gains(cell["result"], of.metric)["federated"] for cell in own]
+            gain_of = [
+                (cell["rows"], gain)
+                for cell in found
+                if cell["cut"] == cut
+                and (gain := _gains(cell["result"], of.metric)["federated"])["high"] is not None
+            ]
+            gains = [gain for _, gain in gain_of]
             # a little apart, so that no interval hides another
-            places = [cell["rows"] * (1 + 0.04 * n) for cell in own]
+            places = [rows * (1 + 0.04 * n) for rows, _ in gain_of]
             means = [of.sign * gain["mean"] for gain in gains]
             reach = [abs(gain["high"] - gain["low"]) / 2 for gain in gains]
             drawn = ax.errorbar(

@@ -23,7 +23,7 @@ TRACKERS_MIB = {
     "flowertune-medical": "41612.50",
     "flowertune-code": "41612.50",
     "flowertune-finance": "104031.25",
-    "hospitals": "88.62",
+    "hospitals": "55.39",
 }
 ON_THE_HUB = [n for n in silotune.shipped_recipes() if "/" in load_recipe(n).data.path]
 

@@ -57,7 +57,9 @@ def published(tmp_path_factory):
         ("flowertune", "open_llama_3b", [], 10_649_600, "16255.08"),
         ("blueprint", "open_llama_3b", [], 10_649_600, "16255.08"),
         ("flowertune", "open_llama_7b", [], 16_777_216, "25606.25"),
-        ("hospitals", "smollm2_135m", [], 460_800, "88.62"),
+        ("hospitals", "smollm2_135m", ["wire.up=float32"], 460_800, "88.62"),
+        # up: 460,800 bytes and a scale of 2 bytes for every 256 of them, in two tensors
+        ("hospitals", "smollm2_135m", [], 460_800, "55.39"),
     ],
 )
 def test_a_plan_counts_what_flowertunes_tracker_counted(
@@ -92,9 +94,9 @@ def test_what_metrics_count_is_values_alone_and_scores_too(published):
 
 
 def test_a_plan_ends_where_the_budget_ends_the_run(published):
-    name, one = f"model.name={published('smollm2_135m')}", 460_800 * 4
+    name, one, up = f"model.name={published('smollm2_135m')}", 460_800 * 4, 464_400
     # no first adapter comes down; evaluate.every is 5: only the base (with round 1) and the end
-    three = (5 + 10 + 10) * one + 5 * one
+    three = 3 * 5 * up + (2 * 5 + 5) * one
     found = silotune.plan("hospitals", [name, f"budget.bytes={three}"], measured=False)
     assert (found.traffic.rounds, found.traffic.total) == (3, three)
     assert "budget.bytes ends the run after round 3 of 5" in found.notes
