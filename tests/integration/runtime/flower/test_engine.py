@@ -25,7 +25,7 @@ from silotune.federation.progress import Progress
 from silotune.federation.run_folder import RunFolder
 from silotune.recipes.parse import parse
 from silotune.runtime.flower import engine as flower_engine
-from silotune.runtime.flower import kept_processes, submit
+from silotune.runtime.flower import engine_command, kept_processes, submit
 from silotune.runtime.flower.engine import _Engine, check_installed, private_folder
 from silotune.runtime.flower.engine_command import RUNS
 from silotune.runtime.flower.kept_processes import KEEPER
@@ -431,7 +431,7 @@ def test_a_run_that_flower_does_not_accept_is_an_engine_error(job, tmp_path, mon
 def test_what_flwr_says_besides_json_goes_to_the_log(job, tmp_path, monkeypatch, said):
     engine = engine_of(job(), tmp_path)
     program = script(tmp_path, f"import sys; print({said!r}); print('hints', file=sys.stderr)")
-    monkeypatch.setattr(submit, "program", lambda name: program)
+    monkeypatch.setattr(engine_command, "program", lambda name: program)
     assert engine._flwr("run") == {}
     assert "hints" in engine.log.read_text()
 
