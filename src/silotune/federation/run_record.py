@@ -69,8 +69,8 @@ class RunRecord:
         Raises:
             RunFolderError: As in `recipe_table`, or the list of extensions is damaged.
         """
-        longer = extensions(self.path)
-        return int((longer[-1]["after"] if longer else self.recipe_table(self.path))["rounds"])
+        written, longer = self.recipe_table(self.path), extensions(self.path)
+        return int((longer[-1]["after"] if longer else written)["rounds"])
 
     def run_id(self) -> str:
         """A unique identifier of this run. A resume does not change it."""
