@@ -1,11 +1,13 @@
-"""Through FlowerTune's structure and through silotune, the same work: `make bench-peers`.
+"""Through FlowerTune's structure, NVFlare and silotune, the same work: `make bench-peers`.
 
 FlowerTune's structure is a Flower app around TRL's SFTTrainer and PEFT (benchmarks/flowertune),
 once as published (float32, activations computed again, the base loaded for every message) and once
-tuned (bfloat16 where the processor has it, activations kept, the base kept). All systems train the
-same base on the same rows, clients, cohorts, steps, batches and lengths, with one command each as a
-user types it. The turns alternate, each with a seed of its own. A plain PyTorch loop that belongs
-to neither scores the adapters.
+tuned (bfloat16 where the processor has it, activations kept, the base kept). NVFlare's simulator
+runs the tuned form through its Client API (benchmarks/flare), in an environment of its own that is
+made when it is first needed; where its package cannot be installed, it is left out. All systems
+train the same base on the same rows, clients, cohorts, steps, batches and lengths, with one command
+each as a user types it. The turns alternate, each with a seed of its own. A plain PyTorch loop that
+belongs to none of them scores the adapters.
 
     python benchmarks/peers.py [--turns 3] [--rounds 3] [--base NAME] [--out DIR] [key=value ...]
 
@@ -19,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +42,7 @@ from silotune.models.sources import resolve
 from silotune.recipes.sections import SamplingConfig
 
 APP = Path(__file__).parent / "flowertune"
+FLARE, NVFLARE = Path(__file__).parent / "flare", "nvflare==2.9.0"
 PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n### Instruction:\n{question}\n### Response: "
@@ -73,7 +77,7 @@ class Turn:
     steady: float
     """Median seconds of a round after the first."""
     training: float
-    """Seconds inside the training loops of all clients."""
+    """Seconds in which a client was inside its training loop."""
     memory: int
     """Peak of the proportional set sizes of all its processes."""
     sent: int
@@ -108,8 +112,8 @@ def cohorts(work: Work) -> list[list[str]]:
     return [sample(names, asked, gen) for gen in gens]
 
 
-def flowertune(folder: Path, work: Work, *, tuned: bool) -> Turn:
-    """FlowerTune's structure in Flower's simulation, one actor with all processors."""
+def _job(folder: Path, work: Work, *, tuned: bool) -> Path:
+    """What the apps beside silotune read."""
     job = {
         "base": str(resolve(work.base)),
         "rows": str(work.rows),
@@ -128,18 +132,64 @@ def flowertune(folder: Path, work: Work, *, tuned: bool) -> Turn:
         "tuned": tuned,
         "bfloat16": torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),
     }
-    path, home = folder / "job.json", folder / "flwr"
+    path = folder / "job.json"
     path.write_text(json.dumps(job))
-    began = time.time()
-    cores = os.cpu_count() or 1
-    peak = run_app(APP, {"job": str(path)}, home=home, nodes=CLIENTS, cores_each=cores)
-    took = time.time() - began
+    return path
+
+
+def _turn(system: str, folder: Path, work: Work, took: float, peak: int, *, log: Path) -> Turn:
+    """What an app has told in its folder."""
     if not (folder / "told.json").is_file():
-        sys.exit(f"Flower's run ended without a result; its output is in {home / 'log'}")
+        sys.exit(f"{system} ended without a result; its output is in {log}")
     told = json.loads((folder / "told.json").read_text())
     steady = statistics.median(b - a for a, b in pairwise(told["times"][1:]))
-    system = "FlowerTune, tuned" if tuned else "FlowerTune, as published"
     return Turn(system, work.seed, took, steady, told["training"], peak, told["bytes"])
+
+
+def flowertune(folder: Path, work: Work, *, tuned: bool) -> Turn:
+    """FlowerTune's structure in Flower's simulation, one actor with all processors."""
+    path, home, cores = _job(folder, work, tuned=tuned), folder / "flwr", os.cpu_count() or 1
+    began = time.time()
+    peak = run_app(APP, {"job": str(path)}, home=home, nodes=CLIENTS, cores_each=cores)
+    took = time.time() - began
+    system = "FlowerTune, tuned" if tuned else "FlowerTune, as published"
+    return _turn(system, folder, work, took, peak, log=home / "log")
+
+
+def nvflare(folder: Path, work: Work, *, python: Path) -> Turn:
+    """The tuned form in NVFlare's simulator, one process for each client of a round."""
+    path, home, log = _job(folder, work, tuned=True), folder / "home", folder / "log"
+    own = {
+        "PYTHONPATH": f"{FLARE}{os.pathsep}{APP}",
+        # more threads than processors make its three processes wait for each other
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ASKED)),
+    }
+    began = time.time()
+    with Memory(home) as memory, log.open("w") as output:
+        subprocess.run(
+            [str(python), str(FLARE / "job.py"), str(path)],
+            env=environment(home) | own,
+            stdout=output,
+            stderr=output,
+            check=False,
+        )
+        took = time.time() - began
+    return _turn("NVFlare, tuned", folder, work, took, memory.peak, log=log)
+
+
+def nvflare_python(place: Path) -> Path | None:
+    """An environment with NVFlare, and everything else from this one; None without its package."""
+    python = place / "bin" / "python"
+    if not (place / "ready").is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", NVFLARE]
+        if subprocess.run(install, check=False).returncode:
+            return None
+        ours = sysconfig.get_paths()["purelib"]
+        (found,) = place.glob("lib/python*/site-packages")
+        (found / "beside.pth").write_text(f"{ours}\n")
+        (place / "ready").touch()
+    return python
 
 
 def ours(folder: Path, work: Work) -> Turn:
@@ -202,20 +252,30 @@ samples = 0
     return Turn("silotune", work.seed, took, steady, training, memory.peak, sent)
 
 
-def held_out_loss(work: Work, adapter: Path) -> float:
+def scored(place: Path, base: str, held_out: Path, length: int) -> Turn:
+    """A finished turn with the held-out loss of its adapter, computed once."""
+    path = place / "turn.json"
+    turn = Turn(**json.loads(path.read_text()))
+    if not turn.loss:
+        turn = replace(turn, loss=held_out_loss(base, place / "adapter", held_out, length))
+        path.write_text(json.dumps(asdict(turn)))
+    return turn
+
+
+def held_out_loss(name: str, adapter: Path, held_out: Path, length: int) -> float:
     """Nats per answer token, by a plain loop over one row at a time, in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = str(resolve(work.base))
+    base = str(resolve(name))
     tokenizer = cast(Any, AutoTokenizer.from_pretrained(base))
     model = cast(Any, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     total, num = 0.0, 0
-    for row in map(json.loads, work.held_out.read_text().splitlines()):
+    for row in map(json.loads, held_out.read_text().splitlines()):
         prompt: list[int] = tokenizer(row["prompt"])["input_ids"]
         answer: list[int] = tokenizer(row["completion"] + tokenizer.eos_token)["input_ids"]
-        ids = torch.tensor([(prompt + answer)[: work.length]])
+        ids = torch.tensor([(prompt + answer)[:length]])
         with torch.inference_mode():
             scores = model(ids).logits[0, len(prompt) - 1 : -1].float()
         wanted = ids[0, len(prompt) :]
@@ -227,6 +287,7 @@ def held_out_loss(work: Work, adapter: Path) -> float:
 SYSTEMS: dict[str, Callable[[Path, Work], Turn]] = {
     "published": partial(flowertune, tuned=False),
     "tuned": partial(flowertune, tuned=True),
+    "nvflare": partial(nvflare, python=Path()),
     "silotune": ours,
 }
 
@@ -276,29 +337,34 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_rows("train.jsonl", out / "rows.jsonl")
     write_rows("eval.jsonl", out / "held_out.jsonl")
-    turns: list[Turn] = []
+    systems, names = dict(SYSTEMS), list(args.systems)
+    if "nvflare" in names:
+        python = nvflare_python(out / "nvflare")
+        if python is None:
+            print(f"{NVFLARE} cannot be installed here, so it is left out", flush=True)
+            names.remove("nvflare")
+        else:
+            systems["nvflare"] = partial(nvflare, python=python)
+    places: list[Path] = []
     for turn in range(args.turns):
-        order = args.systems[turn % len(args.systems) :] + args.systems[: turn % len(args.systems)]
-        for name in order:
-            folder = out / f"{turn}-{name}"
-            if (folder / "turn.json").is_file():
-                turns.append(Turn(**json.loads((folder / "turn.json").read_text())))
-                continue
-            folder.mkdir()
-            work = Work(
-                args.base,
-                out / "rows.jsonl",
-                out / "held_out.jsonl",
-                args.rounds,
-                args.length,
-                17 + turn,
-                args.overrides,
-            )
-            done = SYSTEMS[name](folder, work)
-            done = replace(done, loss=held_out_loss(work, folder / "adapter"))
-            (folder / "turn.json").write_text(json.dumps(asdict(done)))
-            print(json.dumps(asdict(done)), flush=True)
-            turns.append(done)
+        work = Work(
+            args.base,
+            out / "rows.jsonl",
+            out / "held_out.jsonl",
+            args.rounds,
+            args.length,
+            17 + turn,
+            args.overrides,
+        )
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            places.append(folder := out / f"{turn}-{name}")
+            if not (folder / "turn.json").is_file():
+                folder.mkdir()
+                done = systems[name](folder, work)
+                (folder / "turn.json").write_text(json.dumps(asdict(done)))
+                print(json.dumps(asdict(done)), flush=True)
+    print("measured; other work may run now, while the adapters are scored", flush=True)
+    turns = [scored(place, args.base, out / "held_out.jsonl", args.length) for place in places]
     turns.sort(key=lambda t: [t.system != "silotune", t.system])
     print(
         f"{args.base}, {CLIENTS} clients, {ASKED} a round, {args.rounds} rounds, {STEPS} steps of "

@@ -173,6 +173,7 @@ ELSEWHERE = {
     "runtime.threads": "below: it may change the last bits only",
     "runtime.name": "test_runtimes",
     "runtime.together": "test_groups",
+    "runtime.client_processes": "test_team",
     "runtime.client_cpus": "test_runtimes, test_engine",
     "runtime.client_gpus": "test_engine: there is no GPU here",
     "runtime.ray_address": "test_ray_cluster, in the slow tier",

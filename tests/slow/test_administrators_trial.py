@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from silotune.runtime.parts import MOST_BYTES
+from silotune.runtime.parts import LEAST_BYTES, MOST_BYTES
 from tests.conftest import build_tiny_model, hospital_rows, write_jsonl, write_tiny_recipe
 from tests.integration.test_deployment import trained
 from tests.slow.network import Machine, Network, carry, fill, missed, rounds_with, usable, wait_for
@@ -289,9 +289,15 @@ def over_a_slow_link(trial, north, kbit, keys):
 
 
 def test_an_int4_adapter_passes_over_a_very_slow_link(trial, two):
-    """2.4 MB from the client at 256 kbit/s, in parts of 512 KB: a part of 2 MB never would."""
+    """2.4 MB from the client at 256 kbit/s, in parts of 512 KB."""
     keys = 'adapter.rank=40000 adapter.alpha=40000 wire.up="int4"'
     assert over_a_slow_link(trial, two[0], 256, keys) > MOST_BYTES
+
+
+def test_a_part_that_takes_more_than_half_a_minute_passes(trial, two):
+    """0.6 MB at 64 kbit/s: a part of 512 KB takes 65 s, and Flower would give up after 30."""
+    keys = 'adapter.rank=10000 adapter.alpha=10000 wire.up="int4"'
+    assert over_a_slow_link(trial, two[0], 64, keys) > LEAST_BYTES
 
 
 def test_a_long_local_training_triggers_no_timeout(trial, two):

@@ -106,6 +106,7 @@ min_count = 5                 # nothing sent is about fewer rows; not a budget: 
 [runtime]
 # device = "cpu"              # auto, cpu, cuda or mps
 # threads = 4
+# client_processes = 2        # train on two GPUs; without GPUs, on half of the threads each
 # idle_s = 900                # seconds without a message until the base model is unloaded
 
 # [secure_sum]                # only sums over several clients can be read, see docs/secure-sums.md

@@ -24,7 +24,7 @@ from silotune.federation.mixed_ranks import check_rank
 from silotune.models.allocator import release_if_grown
 from silotune.models.loading import read_adapter, untrained, write_adapter
 from silotune.recipes.schema import RunConfig
-from silotune.training.local_step import OPTIMIZER, LocalResult, OwnTraining
+from silotune.training.local_step import OPTIMIZER, LocalResult, OwnTraining, backward
 from silotune.training.loop import (
     build_batches,
     num_rows,
@@ -278,31 +278,37 @@ def _draw_steps(
 
 def _train(worker: Worker, begun: Begun) -> LocalResult:
     """Train the loaded adapter on the round's rows, under its protection."""
-    own = own_training(worker, begun)
-    return train(
-        worker.loaded,
-        own.steps,
-        own_loss(worker.run.train.loss, worker.task),
-        worker.run.train,
-        worker.algorithm.local,
-        own.context,
-        round_=begun.broadcast.round,
-        lr=own.lr,
-        seed=own.seed,
-        guard=begun.protection.guard(),
-        must_be_finite=own.must_be_finite,
-        kept=own.kept,
-        tell=own.tell,
-    )
+    own, team = own_training(worker, begun), worker.team
+    shared = contextlib.nullcontext() if team is None else team.training(begun.start)
+    with shared:
+        return train(
+            worker.loaded,
+            own.steps,
+            own_loss(worker.run.train.loss, worker.task),
+            worker.run.train,
+            worker.algorithm.local,
+            own.context,
+            round_=begun.broadcast.round,
+            lr=own.lr,
+            seed=own.seed,
+            guard=begun.protection.guard(),
+            must_be_finite=own.must_be_finite,
+            kept=own.kept,
+            tell=own.tell,
+            gradient=backward if team is None else team.backward,
+        )
 
 
 def own_training(worker: Worker, begun: Begun) -> OwnTraining:
     """What is this client's own in the training of the round."""
     run, progress, total = worker.run, worker.progress, len(begun.steps)
     name, task = begun.data.name, own_loss(run.train.loss, worker.task)
+    parts = 1 if worker.team is None else worker.team.size
     progress.client_steps(name, 0, total, 0)
     return OwnTraining(
-        steps=build_batches(begun.steps, begun.data.examples, task, packed=run.train.packing),
+        steps=build_batches(
+            begun.steps, begun.data.examples, task, packed=run.train.packing, parts=parts
+        ),
         context=begun.context,
         lr=begun.lr,
         seed=derive(run.seed, "dropout", name, begun.broadcast.round),

@@ -103,6 +103,10 @@ class OwnRuntimeConfig(Config):
     """auto: the first of cuda, mps and cpu that is available."""
     threads: int = Field(default_factory=usable_threads, ge=1, le=1024)
     """Number of CPU threads."""
+    client_processes: int = Field(default=1, ge=1, le=64)
+    """How many processes train, each with a copy of the base and its share of every step's rows:
+    one for each GPU. On processors, `threads` are divided among them. Not with privacy.unit =
+    "record"."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Data type of the base model on this machine. Absent: the recipe's. Updates are always sent as
     float32."""

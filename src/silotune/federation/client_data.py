@@ -11,6 +11,7 @@ from functools import cached_property
 from silotune.core.algorithm import Algorithm
 from silotune.federation.client_privacy import Ledger
 from silotune.federation.progress import Progress
+from silotune.federation.team import Team
 from silotune.models.loading import LoadedModel
 from silotune.recipes.schema import RunConfig
 from silotune.training.tasks.base import Batch, Example, Task
@@ -36,6 +37,9 @@ class Worker:
 
     keeps_optimizer: bool = False
     """Whether a client's optimizer goes on from round to round, as in one long training."""
+
+    team: Team | None = None
+    """The other processes that train with this one, if the recipe asks for them."""
 
     @property
     def counts_all(self) -> bool:

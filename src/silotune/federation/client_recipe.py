@@ -139,11 +139,20 @@ def own_recipe(run: RunConfig, own: ClientConfig) -> RunConfig:
                 f"runtime.dtype = '{own.runtime.dtype}' cannot represent the small steps of "
                 "adapter.kind = 'full'"
             )
+    if run.privacy.unit == "record" and own.runtime.client_processes > 1:
+        refused.append(
+            "privacy.unit = 'record' needs one process; set runtime.client_processes = 1 of this "
+            "client, or remove it"
+        )
     if refused:
         why = "\n  ".join(refused)
         raise Declined(f"client '{own.name}' does not take part:\n  {why}")
     # nothing from the recipe: how the server waits for clients does not concern this process
-    machine = RuntimeConfig(device=own.runtime.device, threads=own.runtime.threads)
+    machine = RuntimeConfig(
+        device=own.runtime.device,
+        threads=own.runtime.threads,
+        client_processes=own.runtime.client_processes,
+    )
     mine = {
         "name": own.model,
         "dtype": own.runtime.dtype,

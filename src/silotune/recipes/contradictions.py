@@ -12,7 +12,7 @@ from silotune.recipes.personal import kept_by, what_is_kept
 from silotune.recipes.preferences import of_preferences
 from silotune.recipes.schema import RunConfig
 from silotune.recipes.secure_sums import of_secure_sums
-from silotune.recipes.together import of_clients_together
+from silotune.recipes.together import of_shared_work
 from silotune.recipes.wire import of_the_wire
 
 MAX_ROWS_UNDER_PRIVACY = (
@@ -53,7 +53,7 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _of_privacy(run)
     yield from of_secure_sums(run)
     yield from of_the_wire(run)
-    yield from of_clients_together(run)
+    yield from of_shared_work(run)
 
 
 def _of_an_early_stop(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -135,6 +135,11 @@ class RuntimeConfig(Config):
     adapter and optimizer. Results differ from 1, which trains one after another, in the last bits
     only. auto: as many as pays off where a client's pass has few tokens, by a measured rule, or
     one after another where that cannot be done, with the reason."""
+    client_processes: int = Field(default=1, ge=1, le=64)
+    """in-process: how many processes train one client, each with a copy of the base and its share
+    of every step's rows: one for each GPU. On processors, `threads` are divided among them. The
+    result differs from that of one process in the last bits, and with adapter.dropout in the masks.
+    A real client sets its own number in its client.toml."""
     client_cpus: int | None = Field(default=None, ge=1)
     """flower-simulation: processors that Ray reserves per running client; `threads` if absent."""
     client_gpus: float | None = Field(default=None, ge=0)
@@ -150,12 +155,11 @@ class RuntimeConfig(Config):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Every contradiction, as (key, reason)."""
         mine = {
-            "in-process": ("together",),
+            "in-process": ("together", "client_processes"),
             "flower-simulation": ("client_cpus", "client_gpus", "ray_address", "join_timeout_s"),
             "flower": ("host", "join_timeout_s"),
         }
-        own = ("together", "client_cpus", "client_gpus", "ray_address", "host", "join_timeout_s")
-        for key in own:
+        for key in sorted({key for keys in mine.values() for key in keys}):
             moved = getattr(self, key) != RuntimeConfig.model_fields[key].default
             if moved and key not in mine.get(self.name, ()):
                 where = " or ".join(f"'{name}'" for name, keys in mine.items() if key in keys)

@@ -1,12 +1,18 @@
-"""What a recipe may ask of clients that are trained in one batch, `runtime.together`."""
+"""What a recipe may ask of clients that share a batch, or of processes that share a client."""
 
 from collections.abc import Iterator
 
 from silotune.recipes.schema import RunConfig
 
 
-def of_clients_together(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """What cannot be done together, as (key, reason), if the recipe asks for a number of clients.
+def of_shared_work(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """What cannot be done together, as (key, reason)."""
+    yield from _of_clients_together(run)
+    yield from _of_one_client(run)
+
+
+def _of_clients_together(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """As above, if the recipe asks for a number of clients in one batch.
 
     With "auto", such clients are trained one after another instead.
     """
@@ -14,6 +20,24 @@ def of_clients_together(run: RunConfig) -> Iterator[tuple[str, str]]:
         return
     for what, why in obstacles(run):
         yield "runtime.together", f"cannot be used with {what}: {why}"
+
+
+def _of_one_client(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """As above, when several processes train one client."""
+    if run.runtime.client_processes == 1:
+        return
+    if run.runtime.together != 1:
+        yield (
+            "runtime.client_processes",
+            f"cannot be used with runtime.together = {run.runtime.together}: one trains a client "
+            "on several processes, the other several clients on one",
+        )
+    if run.privacy.unit == "record":
+        yield (
+            "runtime.client_processes",
+            "cannot be used with privacy.unit = 'record': the gradient of every row is clipped, "
+            "and noise is added once, in one process",
+        )
 
 
 def obstacles(run: RunConfig) -> Iterator[tuple[str, str]]:

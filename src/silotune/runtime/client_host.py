@@ -41,6 +41,7 @@ from silotune.federation.prepared_rows import prepare_client
 from silotune.federation.progress import Progress
 from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.federation.secure_sum import CUT, num_numbers
+from silotune.federation.team import Team
 from silotune.models.allocator import release_memory
 from silotune.models.base import folder_of_base
 from silotune.models.devices import peak_memory_bytes
@@ -102,8 +103,9 @@ class Station:
         loaded = load_for(run)
         algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
         task = build_task(run.task, run.data.labels, run.prefer)
+        team = Team(run) if run.runtime.client_processes > 1 else None
         self.worker = Worker(
-            loaded, task, run, algorithm, place.ledger, place.quiet, place.progress
+            *(loaded, task, run, algorithm, place.ledger, place.quiet, place.progress), team=team
         )
         self.base_sha256 = content_hash(folder_of_base(run.model))
         first = algorithm.begin(read_adapter(loaded))
@@ -111,6 +113,11 @@ class Station:
         keeps = place.holds_adapters and is_made_by_clients(run, algorithm)
         self._first = first if keeps else None
         self.data: dict[str, ClientData] = {}
+
+    def close(self) -> None:
+        """End the processes that train with this one, if there are any."""
+        if self.worker.team is not None:
+            self.worker.team.close()
 
     def answer(self, kind: str, client: str, parcel: Parcel) -> Parcel:
         """Do what a message asks for. Raises whatever goes wrong; see `guarded`."""

@@ -33,6 +33,7 @@ from silotune.federation.rounds import run_rounds
 from silotune.federation.run_folder import RunFolder
 from silotune.federation.secure_sum import num_numbers, summed
 from silotune.federation.server_scores import open_server_side
+from silotune.federation.team import Team, team_of
 from silotune.federation.together import ROWS, UNUSABLE, Asked, failed, take_part_together
 from silotune.models.allocator import release_memory
 from silotune.models.devices import peak_memory_bytes
@@ -45,7 +46,12 @@ from silotune.training.tasks import build_task
 
 
 def drive(job: Job) -> Measured:
-    """Run a job's rounds in this process."""
+    """Run a job's rounds in this process, and in its helpers if the recipe asks for any."""
+    with team_of(job.run) as team:
+        return _drive(job, team)
+
+
+def _drive(job: Job, team: Team | None) -> Measured:
     assert job.loaded is not None, "this runtime trains on the model it is given"
     torch.set_num_threads(job.run.runtime.threads)  # the base may be another recipe's, shared
     run = job.run
@@ -55,7 +61,7 @@ def drive(job: Job) -> Measured:
     # where [privacy] needs these numbers, all rows count, so no token is needed for them
     num_rows = {name: own.num_rows["num_train"] for name, own in data.items()}
     algorithm = with_client_ranks(with_privacy(plain, run, job.folder, num_rows), run)
-    worker = replace(unguarded, algorithm=algorithm, progress=job.progress)
+    worker = replace(unguarded, algorithm=algorithm, progress=job.progress, team=team)
     sums, algorithm = _hidden(run, list(data), algorithm)
     if sums is not None:
         job.folder.spool(job.state.round + 1).remove()  # hidden with keys that are gone

@@ -48,6 +48,12 @@ class Deployed:
         self._quiet = False
         self._told: set[tuple[object, ...]] = set()
 
+    def close(self) -> None:
+        """Free the model, and end the processes that train with this one."""
+        if self._station is not None:
+            self._station.close()
+        self._station = None
+
     def answer(self, asked: Parcel) -> Parcel:
         """Answer one message. Reads the client's configuration again: its present limits apply."""
         about, began = asked.about, time.monotonic()
@@ -125,7 +131,7 @@ class Deployed:
         run = read_recipe(recipe)
         self._quiet = is_quiet(run, own)
         if self._station is None or self._now != (recipe, run_id, own):
-            self._station = None  # frees the old model before the new one is loaded
+            self.close()  # frees the old model before the new one is loaded
             self.live.wait(f"loading {run.model.name}")
             if not run_id.isalnum():
                 raise Declined("the run's id must consist of letters and digits")

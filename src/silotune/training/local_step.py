@@ -112,9 +112,21 @@ def backward(
     learning: Mapping[str, nn.Parameter],
     guard: RowGuard | None,
     totals: Totals,
+    *,
+    num_terms: int | None = None,
 ) -> None:
-    """Run a step's forward and backward passes; its gradient is left at the trained tensors."""
-    step_targets = sum(batch.num_terms for batch in batches)
+    """Run a step's forward and backward passes; its gradient is left at the trained tensors.
+
+    Args:
+        loaded: The model.
+        batches: The step's, or this process's share of them.
+        task: Computes the loss.
+        learning: The trained tensors, by name.
+        guard: As in `train`.
+        totals: Where the step is counted.
+        num_terms: What the loss of the whole step is a mean over, if these are not all its batches.
+    """
+    step_targets = sum(batch.num_terms for batch in batches) if num_terms is None else num_terms
     for batch in batches:
         num_rows = batch.ids.shape[0]
         with contextlib.nullcontext() if guard is None else guard.dropout(num_rows):

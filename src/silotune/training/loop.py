@@ -35,6 +35,10 @@ from silotune.training.local_step import (
 )
 from silotune.training.tasks.base import Batch, Example, Task
 
+Gradient = Callable[
+    [LoadedModel, Sequence[Batch], Task, Mapping[str, nn.Parameter], RowGuard | None, Totals], None
+]
+"""Runs a step's forward and backward passes, as `backward` does."""
 Compat = Literal["late-schedule", "same-samples", "no-end-token"]
 
 
@@ -213,11 +217,22 @@ def build_batches(
     task: Task,
     *,
     packed: bool = False,
+    parts: int = 1,
 ) -> Iterator[list[Batch]]:
-    """The planned steps as tensors, made only when they are needed."""
+    """The planned steps as tensors, made only when they are needed.
+
+    Args:
+        steps: The rows of each forward batch of each step.
+        examples: What the rows are.
+        task: Joins them.
+        packed: Whether rows are concatenated instead of padded.
+        parts: Into how many batches each one is split, if it has as many rows. Rows are dealt out
+            in turn, so that each part has long and short ones.
+    """
     join = task.pack if packed and task.pack is not None else task.collate
     for step in steps:
-        yield [join([examples[row] for row in batch]) for batch in step]
+        dealt = [batch[n::parts] for batch in step for n in range(min(parts, len(batch)))]
+        yield [join([examples[row] for row in part]) for part in dealt]
 
 
 def train(
@@ -235,6 +250,7 @@ def train(
     must_be_finite: bool = True,
     kept: Mapping[str, Mapping[str, Tensor]] | None = None,
     tell: Callable[[int, int], None] | None = None,
+    gradient: Gradient = backward,
 ) -> LocalResult:
     """Train the model in place, one optimizer step per element of `steps`.
 
@@ -256,6 +272,7 @@ def train(
         kept: The optimizer's memory from an earlier training, empty at the first; None for an
             optimizer that begins again. With it, only the first training has a warm-up.
         tell: Told the steps and the tokens so far, after every step; the device may be behind.
+        gradient: Leaves a step's gradient at the trained tensors; by default in this process.
 
     Raises:
         UpdateError: The loss became NaN or infinite.
@@ -271,7 +288,7 @@ def train(
     totals = Totals.zero(loaded.device)
     with training_mode(loaded, seed, guard):
         for batches in steps:
-            backward(loaded, batches, task, learning, guard, totals)
+            gradient(loaded, batches, task, learning, guard, totals)
             apply_rule(rule, learning, context, totals)
             if cfg.clip_norm > 0 and guard is None:
                 nn.utils.clip_grad_norm_(learning.values(), cfg.clip_norm)

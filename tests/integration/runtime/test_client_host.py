@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 
 from silotune.core.atomic_files import load_tensors, save_tensors
 from silotune.core.errors import (
@@ -489,6 +490,27 @@ def test_a_deployed_client_keeps_its_model_while_nothing_changes(run, own, base)
     assert num_base_loads() == loads + 2, "another run keeps its memory elsewhere"
     kept = own().parent / "state" / "runs"
     assert [p.name for p in sorted(kept.iterdir())] == ["a1"]
+
+
+def test_a_client_trains_on_its_own_number_of_processes(run, own, base, tmp_path):
+    """Its client.toml decides, not the recipe; with record-level privacy it declines."""
+    whole = run.model_copy(update={"adapter": run.adapter.model_copy(update={"dropout": 0.0})})
+    path = own()
+    one = answered(Deployed(path), train(whole, 1, base[1]))
+    table = tomllib.loads(path.read_text())
+    table["runtime"] |= {"client_processes": 2, "threads": 2}
+    table["state"] = "elsewhere"
+    path.write_text(tomli_w.dumps(table), encoding="utf-8")
+    client = Deployed(path)
+    try:
+        two = answered(client, train(whole, 1, base[1]))
+    finally:
+        client.close()
+    assert one.delta.keys() == two.delta.keys()
+    for name, value in one.delta.items():
+        torch.testing.assert_close(two.delta[name], value, rtol=0, atol=1e-5)
+    asked = message(private(run, RECORD), "query")
+    assert "runtime.client_processes = 1" in refusal(client, asked).place
 
 
 @pytest.mark.parametrize("stored", [False, True])

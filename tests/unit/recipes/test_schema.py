@@ -492,6 +492,7 @@ OTHER: dict[str, tuple[str, list[str]]] = {
     "runtime.threads": ("31", []),
     "runtime.name": ("flower", []),
     "runtime.together": ("5", []),
+    "runtime.client_processes": ("2", []),
     "runtime.client_cpus": ("3", ["runtime.name=flower-simulation"]),
     "runtime.client_gpus": ("0.25", ["runtime.name=flower-simulation"]),
     "runtime.ray_address": ("10.0.0.1:6379", ["runtime.name=flower-simulation"]),

@@ -32,8 +32,8 @@ MOST_BYTES = 8 * 1024 * 1024
 engine reads a request before it looks at its signature, and keeps the memory."""
 FEW_BYTES = 256 * 1024
 """Most bytes of any other request: numbers, names, hashes and signatures."""
-READ_S = "120s"
-"""How long a request's body may take: 8 MB pass at 0.6 Mbit/s."""
+READ_S = "300s"
+"""How long a request's body may take: a part of 2 MB passes at 64 kbit/s."""
 
 
 def server_gate(

@@ -27,6 +27,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
 from flwr.supercore.version import package_version
 from flwr.supernode import start_client_internal
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from silotune.core.errors import EngineError, SilotuneError
@@ -51,6 +52,11 @@ ARGUMENTS = {
     STORE: ("self", "fab"),
 }
 """Flower's functions that matter here, and the arguments that they had when they were read."""
+LEAST_S = 30.0
+"""Flower's own limit of a request, which holds for small ones."""
+SLOWEST = 8_000
+"""Bytes per second at which a large request still passes: 64 kbit/s. The server's gate allows as
+much, see `gate.READ_S`."""
 EXECUTOR = "flower-superexec"
 REFUSED = "This client runs only the bundle of its own silotune."
 """All that the server is told."""
@@ -101,6 +107,25 @@ def start_own_executor(module: ModuleType = start_client_internal) -> None:
         subprocess.Popen([*own, *argv[1:]] if argv[0] == EXECUTOR else argv)
 
     module.subprocess = SimpleNamespace(Popen=start)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def be_patient(client: type = FleetHttpClient) -> None:
+    """Make this process's SuperNode wait longer for the answer to a larger request.
+
+    Flower gives up on any request after 30 s and sends it again. Over a slow link, a large part of
+    a message would never arrive, and it cannot be cut smaller once its message has been named.
+
+    Args:
+        client: Flower's connection from a SuperNode to its server.
+    """
+    send = client._unary_unary
+
+    def patient(self: Any, *, request: Any, timeout: float | None = None, **more: Any) -> Any:
+        if timeout is None:
+            timeout = max(LEAST_S, request.ByteSize() / SLOWEST)
+        return send(self, request=request, timeout=timeout, **more)
+
+    client._unary_unary = patient
 
 
 def _changed(what: str) -> EngineError:
@@ -206,6 +231,7 @@ def main() -> None:
     except EngineError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     start_own_executor()
+    be_patient()
     flower_supernode()
 
 

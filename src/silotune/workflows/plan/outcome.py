@@ -153,7 +153,8 @@ def _pair(predicted: float, actual: float) -> dict[str, float]:
 
 
 def _why_no_time(run: RunConfig) -> str | None:
-    if run.runtime.name != "in-process" or run.runtime.together != 1:
+    usual = (run.runtime.name, run.runtime.together, run.runtime.client_processes)
+    if usual != ("in-process", 1, 1):
         return "the prediction is for clients that train one after another in one process"
     if run.server.work != "none":
         return "the prediction does not include the server's own training"

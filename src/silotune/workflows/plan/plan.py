@@ -147,6 +147,11 @@ def _plan(run: RunConfig, progress: Progress, *, measured: bool, limits: Limits 
         notes.append(
             "the seconds are for one client after another: runtime.together may take fewer"
         )
+    if (num := run.runtime.client_processes) > 1:
+        notes.append(
+            f"memory and seconds are for one process: runtime.client_processes = {num} need up to "
+            f"{num} times the memory, and less time"
+        )
     if run.evaluate.server_path is not None:
         notes.append("the numbers do not include the server's own scores (evaluate.server_path)")
     batch = found.batch if found is not None else widest_batch(run)

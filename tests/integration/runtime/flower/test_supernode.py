@@ -5,19 +5,23 @@ Flower's own functions do everything here; only the network is left out, except 
 
 import contextlib
 import hashlib
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -26,6 +30,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.superexec.dependency_installer import _get_project_dependencies
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal as loop
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
@@ -385,3 +390,41 @@ def _end(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+# --- patience ------------------------------------------------------------------------------------
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Answers two seconds after it has read a request, as a slow link makes it seem."""
+
+    def do_POST(self) -> None:
+        """Read all of it, wait, answer with an empty message."""
+        self.rfile.read(int(self.headers["content-length"]))
+        time.sleep(2)
+        with contextlib.suppress(BrokenPipeError):
+            self.send_response(200)
+            self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+class OwnClient(FleetHttpClient):
+    """Flower's connection, so that what is changed here stays in this test."""
+
+
+def test_a_client_waits_for_an_answer_in_proportion_to_the_request(monkeypatch):
+    monkeypatch.setattr(supernode, "LEAST_S", 1.0)
+    supernode.be_patient(OwnClient)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        client = OwnClient(f"http://127.0.0.1:{server.server_port}")
+        large = PushObjectRequest(object_content=bytes(10 * supernode.SLOWEST))
+        assert client.PushObject(large) == PushObjectResponse()
+        with pytest.raises(httpx.ReadTimeout):
+            client.PushObject(PushObjectRequest(object_content=b"small"))
+    finally:
+        server.shutdown()
+        server.server_close()
