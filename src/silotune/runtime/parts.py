@@ -8,10 +8,10 @@ LEAST_BYTES, MOST_PARTS = 2**19, 64
 def part_bytes(size: int) -> int:
     """Bytes of numbers that travel in one request of a message.
 
-    What has arrived is not sent again after an interruption, so parts are small. Each of them is a
-    request at every place that a message passes, so a message with more than 64 such parts has
-    larger ones. A client waits for the answer to a request in proportion to its size, down to 64
-    kbit/s (`supernode.be_patient`), so any part passes over any link that is not slower.
+    A part that a link cannot pass within three minutes never arrives, see `supernode.be_patient`:
+    512 KB pass at 32 kbit/s. Each part is a request at every place that a message passes; a message
+    with more than 64 such parts has larger ones, up to 2 MB, which pass at 100 kbit/s: over a
+    slower link it would take most of an hour anyway.
 
     Args:
         size: Bytes of the message's numbers.

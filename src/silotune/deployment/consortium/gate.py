@@ -32,8 +32,9 @@ MOST_BYTES = 8 * 1024 * 1024
 engine reads a request before it looks at its signature, and keeps the memory."""
 FEW_BYTES = 256 * 1024
 """Most bytes of any other request: numbers, names, hashes and signatures."""
-READ_S = "300s"
-"""How long a request's body may take: a part of 2 MB passes at 64 kbit/s."""
+READ_S = "180s"
+"""How long a request's body may take. Flower's server forgets a message that it has a part of when
+no other part has arrived for as long."""
 
 
 def server_gate(

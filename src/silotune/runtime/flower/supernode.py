@@ -54,9 +54,9 @@ ARGUMENTS = {
 """Flower's functions that matter here, and the arguments that they had when they were read."""
 LEAST_S = 30.0
 """Flower's own limit of a request, which holds for small ones."""
-SLOWEST = 8_000
-"""Bytes per second at which a large request still passes: 64 kbit/s. The server's gate allows as
-much, see `gate.READ_S`."""
+SLOWEST = 3_500
+"""Bytes per second at which a part of 512 KB is still waited for, a little less than 32 kbit/s. It
+takes two and a half minutes; after three, Flower's server forgets what it has of a message."""
 EXECUTOR = "flower-superexec"
 REFUSED = "This client runs only the bundle of its own silotune."
 """All that the server is told."""
