@@ -1,6 +1,6 @@
 """What opposed preferences cost, and what helps: half of the clients have their pairs swapped.
 
-    python benchmarks/preferences.py [PAIRS] [--model NAME] [--clients 4] [--rounds 6] [--seeds 3]
+    python benchmarks/preferences.py [PAIRS] [--model NAME] [--clients 4] [--rounds 6] [--out DIR]
 
 PAIRS is a JSONL file with pairs as lists of messages; without it, made-up pairs are used, in which
 every chosen answer begins alike and every rejected one, too. The rows are dealt out in turn; then
@@ -8,12 +8,12 @@ every second client's pairs are swapped, in its train and held-out rows alike: w
 prefer, it rejects. Compared are the base, each client alone, FedAvg, a robust rule (the median),
 factors B kept by each client (FedSA-LoRA), and all rows in one place. Without --model, a random
 model of 2 layers is trained on bytes: its numbers show the mechanism, not the quality of any model.
+An interrupted comparison goes on, a finished one is read again.
 """
 
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import silotune
@@ -31,10 +31,12 @@ targets = ["q_proj", "v_proj"]
 [data]
 path = "{data}"
 [train]
-batch_size = 8
+batch_size = {batch}
 local_steps = {steps}
 lr = {lr}
 max_length = {length}
+[evaluate]
+every = {rounds}
 [runtime]
 device = "cpu"
 threads = 1
@@ -43,6 +45,7 @@ page = false
 [compare]
 seeds = {seeds}
 tune = false
+every = {rounds}
 algorithms = [{{ name = "median" }}, {{ name = "fedsa_lora" }}]
 """
 
@@ -79,6 +82,11 @@ def num_characters(row: dict) -> int:
     return prompt + max(chosen, rejected)
 
 
+def bounds(score: dict | None) -> dict | None:
+    """A mean with its interval; None where there is none, such as a base's preferences."""
+    return score and {key: score[key] for key in ("mean", "low", "high")}
+
+
 def main() -> None:
     """Write the clients' files and a recipe, run it once, and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -92,32 +100,38 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=330, help="longest pair that is used")
     parser.add_argument("--rows", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("runs/preferences"))
     args = parser.parse_args()
     every = made_up(args.rows)
     if args.pairs is not None:
         every = [json.loads(line) for line in args.pairs.read_text("utf-8").splitlines()]
     pairs = [row for row in every if num_characters(row) <= args.characters][: args.rows]
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        (place / "rows").mkdir()
+    place: Path = args.out.resolve()
+    recipe = place / "recipe.toml"
+    if not recipe.is_file():
+        (place / "rows").mkdir(parents=True, exist_ok=True)
         deal(pairs, place / "rows", args.clients)
         if args.model is None:
             sys.path.insert(0, str(Path(__file__).parents[1]))
             from tests.conftest import build_tiny_model
 
             args.model = build_tiny_model(place / "model", width=64)
-        (place / "recipe.toml").write_text(
-            RECIPE.format(data=place / "rows", **vars(args)), encoding="utf-8"
-        )
-        done = silotune.run(place / "recipe.toml", out=place / "run")
-        sys.stdout.write(json.dumps({"conflict": done.summary.get("conflict")}) + "\n")
-        found = silotune.compare(place / "recipe.toml", out=place / "compared").result
+        recipe.write_text(RECIPE.format(data=place / "rows", **vars(args)), encoding="utf-8")
+    run, compared = place / "run", place / "compared"
+    done = silotune.run(resume=run) if run.exists() else silotune.run(recipe, out=run)
+    sys.stdout.write(json.dumps({"conflict": done.summary.get("conflict")}) + "\n")
+    sys.stdout.flush()
+    if compared.exists():
+        found = silotune.compare(resume=compared).result
+    else:
+        found = silotune.compare(recipe, out=compared).result
     for metric in ("loss", "preference_accuracy", "reward_margin"):
-        means = {
-            arm: {k: score[k] for k in ("mean", "low", "high")}
-            for arm, score in found["overall"]["scores"][metric].items()
-        }
-        sys.stdout.write(json.dumps({metric: means}) + "\n")
+        overall = found["overall"]
+        means = {arm: bounds(score) for arm, score in overall["scores"][metric].items()}
+        # "against" is FedAvg minus the arm
+        apart = {arm: bounds(score) for arm, score in overall["against"][metric].items()}
+        sys.stdout.write(json.dumps({metric: means, "FedAvg minus": apart}) + "\n")
     sys.stdout.write(json.dumps({"worse_off": found["worse_off"]}) + "\n")
 
 
