@@ -10,13 +10,14 @@ processors and NCCL between GPUs (Li et al. 2020, arXiv:2006.15704, section 2.2,
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.convert_parameters import parameters_to_vector, vector_to_parameters
 
+from silotune.core.atomic_files import write_atomically
 from silotune.core.errors import ModelError, SilotuneError
 from silotune.core.types import AdapterState
+from silotune.core.wording import counted
 from silotune.federation.recipe_model import load_for
 from silotune.models.devices import pick_device
 from silotune.models.loading import LoadedModel, write_adapter
@@ -39,6 +42,7 @@ from silotune.training.tasks.base import Batch, Task
 
 PATIENCE = timedelta(days=30)
 """How long a helper waits for its next step: rounds of real clients may be days apart."""
+RECIPE, READY = "recipe.json", "ready-"
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -70,31 +74,32 @@ class Team:
             ModelError: There are fewer GPUs than processes, or a helper could not load the base.
         """
         self.size, self._threads = run.runtime.client_processes, _threads_each(run)
-        is_cuda = pick_device(run.runtime.device).type == "cuda"
-        if is_cuda and torch.cuda.device_count() < self.size:
+        device = pick_device(run.runtime.device).type
+        num_devices = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, self.size)
+        if num_devices < self.size:
             raise ModelError(
-                f"runtime.client_processes = {self.size}, but {torch.cuda.device_count()} GPUs are "
-                "visible.\n  Each process needs its own GPU; lower it, or set runtime.device = "
+                f"runtime.client_processes = {self.size}, but {counted(num_devices, 'GPU')} can be "
+                "used.\n  Each process needs one of its own: lower it, or set runtime.device = "
                 "'cpu'."
             )
         self._scratch = tempfile.TemporaryDirectory(prefix="silotune-team-")
-        meeting = str(Path(self._scratch.name, "meeting"))
-        context, recipe = get_context("spawn"), run.model_dump_json(serialize_as_any=True)
-        lines, self._helpers = list[Any](), list[Any]()
-        for place in range(1, self.size):
-            here, there = context.Pipe()
-            helper = context.Process(target=help_with, args=(recipe, place, meeting, there))
-            helper.daemon = True
-            helper.start()
-            there.close()
-            lines.append(here)
-            self._helpers.append(helper)
+        place = Path(self._scratch.name)
+        (place / RECIPE).write_text(run.model_dump_json(serialize_as_any=True), encoding="utf-8")
+        # not multiprocessing, which would run a script that calls this a second time
+        self._helpers = [
+            subprocess.Popen(
+                [sys.executable, "-m", "silotune.federation.team", str(n), str(place)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+            )
+            for n in range(1, self.size)
+        ]
         try:
-            for line in lines:
-                _check_ready(line)
+            for n, helper in enumerate(self._helpers, 1):
+                _wait_for(helper, place / f"{READY}{n}")
             with _failing("could not be reached"):
-                _meet(meeting, 0, self.size, is_cuda=is_cuda)
-        except SilotuneError:
+                _meet(place, 0, self.size, is_cuda=device == "cuda")
+        except BaseException:
             self.close()
             raise
 
@@ -156,8 +161,8 @@ class Team:
         if dist.is_initialized():
             dist.destroy_process_group()
         for helper in self._helpers:
-            helper.terminate()
-            helper.join()
+            helper.kill()  # it holds nothing
+            helper.communicate()
         self._helpers.clear()
         self._scratch.cleanup()
 
@@ -175,35 +180,42 @@ def team_of(run: RunConfig) -> Iterator[Team | None]:
         team.close()
 
 
-def help_with(recipe: str, place: int, meeting: str, line: Connection) -> None:
+def help_with(number: int, place: Path) -> None:
     """A helper's whole life: load the base, then follow orders until nobody gives any.
 
     Args:
-        recipe: As JSON.
-        place: 1 for the first helper.
-        meeting: A file that only these processes share.
-        line: Told once whether the base is there: nothing, or what went wrong.
+        number: 1 for the first helper.
+        place: A folder that only these processes share, with the recipe. The helper leaves a file
+            there once the base is loaded: empty, or with what went wrong.
     """
-    run = RunConfig.model_validate_json(recipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the client's own process, which ends this
+    threading.Thread(target=_end_with_the_client, daemon=True).start()
+    ready = place / f"{READY}{number}"
+    run = RunConfig.model_validate_json((place / RECIPE).read_bytes())
     is_cuda = pick_device(run.runtime.device).type == "cuda"
     if is_cuda:
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(number)
     try:
         loaded = load_for(run)
         task = own_loss(run.train.loss, build_task(run.task, run.data.labels, run.prefer))
     except SilotuneError as error:
-        line.send(str(error))
+        write_atomically(ready, str(error).encode())
         return
     torch.set_num_threads(_threads_each(run))
     loaded.model.train()
-    line.send("")
+    write_atomically(ready, b"")
+    _meet(place, number, run.runtime.client_processes, is_cuda=is_cuda)
     with contextlib.suppress(RuntimeError):  # the client's own process has ended
-        _meet(meeting, place, run.runtime.client_processes, is_cuda=is_cuda)
         while True:
             told: list[Any] = [None]
             dist.scatter_object_list(told, None, src=0)
             _follow(told[0], loaded, task)
+
+
+def _end_with_the_client() -> None:
+    """Its end closes this pipe, however it came about."""
+    sys.stdin.buffer.read()
+    os._exit(0)
 
 
 def _follow(order: Order, loaded: LoadedModel, task: Task) -> None:
@@ -242,26 +254,30 @@ def _threads_each(run: RunConfig) -> int:
     return max(1, run.runtime.threads // run.runtime.client_processes)
 
 
-def _meet(meeting: str, place: int, size: int, *, is_cuda: bool) -> None:
+def _meet(place: Path, number: int, size: int, *, is_cuda: bool) -> None:
     """Join the group of a client's processes, which listen on this machine only."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-        init_method=f"file://{meeting}",
-        rank=place,
+        init_method=f"file://{place / 'meeting'}",
+        rank=number,
         world_size=size,
         timeout=PATIENCE,
     )
 
 
-def _check_ready(line: Connection) -> None:
-    try:
-        problem = line.recv()
-    except EOFError:
-        problem = "its process ended; was there enough memory for another copy of the base?"
-    if problem:
-        raise ModelError(f"a helper of runtime.client_processes did not start: {problem}")
+def _wait_for(helper: "subprocess.Popen[bytes]", ready: Path) -> None:
+    while not ready.is_file():
+        if helper.poll() is not None:
+            raise _not_started("its process ended; was there enough memory for another base?")
+        time.sleep(0.05)
+    if problem := ready.read_text(encoding="utf-8"):
+        raise _not_started(problem)
+
+
+def _not_started(why: str) -> ModelError:
+    return ModelError(f"a helper of runtime.client_processes did not start: {why}")
 
 
 @contextlib.contextmanager
@@ -274,3 +290,9 @@ def _failing(how: str) -> Iterator[None]:
             f"a helper process of runtime.client_processes {how}: {error}\n  Is there enough "
             "memory for one copy of the base per process?"
         ) from error
+
+
+if __name__ == "__main__":
+    from silotune.federation import team  # orders name this module, and not __main__
+
+    team.help_with(int(sys.argv[1]), Path(sys.argv[2]))

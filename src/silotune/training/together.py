@@ -32,7 +32,7 @@ from silotune.training.tasks.base import Batch, Task
 
 PASS_TOKENS = 24
 """What one forward and backward pass costs a CPU besides its tokens, in tokens: measured 28 with
-benchmarks/together.py --curve, and 16 to 31 elsewhere (docs/performance.md)."""
+benchmarks/together.py --curve, and 16 to 31 elsewhere (docs/measurements.md)."""
 MOST_TOKENS = 256
 """Tokens of a pass up to which joining was faster wherever it was measured on a CPU. In float32 it
 still was with 512, in bfloat16 it was not."""

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,7 +86,7 @@ def test_a_helper_that_ends_is_an_error_and_not_a_wait(recipe):
     try:
         (helper,) = team._helpers
         os.kill(helper.pid, signal.SIGKILL)
-        helper.join()
+        helper.wait()
         began = time.monotonic()
         with pytest.raises(ModelError, match=r"a helper .*ended.*\n  Is there enough memory"):
             begin_twice(team, adapter)
@@ -97,6 +100,29 @@ def begin_twice(team, adapter):
     for _ in range(2):
         with team.training(adapter):
             pass
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_runs_once_and_its_helper_ends_with_it(recipe, tmp_path):
+    """Python's own multiprocessing would run such a script a second time."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from silotune.federation.team import Team\n"
+        "from silotune.recipes.parse import load_recipe\n"
+        "print('begun', flush=True)\n"
+        f"team = Team(load_recipe({str(recipe)!r}, {TWO!r}))\n"
+        "print(team._helpers[0].pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, check=False, text=True)
+    begun, pid = done.stdout.split()
+    assert begun == "begun"
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(int(pid)):
+        assert time.monotonic() < deadline, "the helper outlives the process that it helps"
+        time.sleep(0.1)
 
 
 def test_a_helper_that_cannot_load_says_why(recipe, tmp_path, tiny_model):

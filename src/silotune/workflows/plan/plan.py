@@ -38,7 +38,7 @@ from silotune.workflows.plan.traffic import Traffic, traffic
 
 CHECKPOINTING = 1.2
 """Time of a step that recomputes activations, relative to one that does not
-(docs/performance.md)."""
+(docs/measurements.md)."""
 
 
 @dataclass(frozen=True)
