@@ -2,10 +2,10 @@
 
 Question types of MedQuAD, nine sources as clients, MiniLM (read from ../shared next to the
 repository if they are there). Compares, under the protocol of `silotune compare`, FedAvg in float32
-with Fed-SB whose messages are int8 both ways: rates and server steps of both are chosen on
-validation rows, five seeds decide. Then it runs the small one once as its own people would, and
-prints all bytes that it sent, both ways, and the differences. An interrupted comparison goes on, a
-finished one is read again.
+with two runs below a megabyte: Fed-SB whose messages are int8 both ways, and FedAvg with half the
+rank and int4 both ways. Every arm's rate and server step are chosen on validation rows, five seeds
+decide. Then each is run once as its own people would, and all bytes that it sent, both ways, and
+the differences are printed. An interrupted comparison goes on, a finished one is read again.
 """
 
 import argparse
@@ -18,9 +18,12 @@ from joining import DATA, TYPES
 import silotune
 from silotune.recipes.parse import parse
 
-SMALL: dict[str, Any] = {
-    "algorithm": {"name": "fed_sb"},
-    "wire": {"up": "int8", "down": "int8"},
+ARMS: dict[str, dict[str, Any]] = {
+    "fed_sb": {"algorithm": {"name": "fed_sb"}, "wire": {"up": "int8", "down": "int8"}},
+    "rank 4": {
+        "adapter": {**TYPES.recipe["adapter"], "rank": 4, "alpha": 8},
+        "wire": {"up": "int4", "down": "int4"},
+    },
 }
 RECIPE: dict[str, Any] = {
     "seed": 17,
@@ -42,7 +45,7 @@ RECIPE: dict[str, Any] = {
         "seeds": 5,
         "every": 3,
         "centralized": False,
-        "arms": {"small": SMALL},
+        "arms": ARMS,
     },
 }
 
@@ -60,21 +63,21 @@ def main() -> None:
         found = silotune.compare(resume=place).result
     else:
         found = silotune.compare(parse(RECIPE), args.overrides, out=place).result
-    for arm in ("federated", "federated: small"):
-        chosen, small = found["chosen"][arm], arm.endswith("small")
-        place = args.out / ("small" if small else "float32")
-        run = whole_run(SMALL if small else {}, chosen, place)
+    for name, own in {"float32": {}, **ARMS}.items():
+        arm = "federated" if name == "float32" else f"federated: {name}"
+        run = whole_run(own, found["chosen"][arm], args.out / name)
         sent = run.summary["bytes_up"] + run.summary["bytes_down"]
-        score = found["overall"]["scores"]["accuracy"][arm]
-        print(f"{arm}, {chosen}: {sent:,} bytes in a whole run, all clients, both ways")
-        print(f"  accuracy {score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})")
-    for metric in ("accuracy", "loss"):
-        # "against" is float32 minus the other
-        own = found["overall"]["against"][metric]["federated: small"]
-        print(
-            f"{metric}, small - float32: {-own['mean']:+.4f} "
-            f"({-own['high']:+.4f} to {-own['low']:+.4f})"
-        )
+        print(f"{name}, {found['chosen'][arm]}: {sent:,} bytes in a whole run, all clients")
+        for metric in ("accuracy", "loss"):
+            score = found["overall"]["scores"][metric][arm]
+            print(f"  {metric} {score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})")
+            if arm != "federated":
+                # "against" is float32 minus the other
+                apart = found["overall"]["against"][metric][arm]
+                print(
+                    f"  {metric}, minus float32's: {-apart['mean']:+.4f} "
+                    f"({-apart['high']:+.4f} to {-apart['low']:+.4f})"
+                )
 
 
 def whole_run(own: dict[str, Any], chosen: dict[str, Any], place: Path) -> silotune.Run:
