@@ -70,6 +70,10 @@ def planted(monkeypatch, module: str, old: str, new: str) -> None:
         for user in [m for key, m in sys.modules.items() if key.startswith("silotune")]:
             if vars(user).get(name) is now:
                 monkeypatch.setattr(user, name, changed)
+            for function in filter(inspect.isfunction, vars(user).values()):
+                for key, value in (function.__kwdefaults__ or {}).items():
+                    if value is now:  # a default, which was looked up when the module was read
+                        monkeypatch.setitem(function.__kwdefaults__, key, changed)
 
 
 # --- whole clients, noise at the server -----------------------------------------------------------
