@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from flower_run import environment
 
 from silotune.core.wording import human_bytes
 from silotune.deployment.queue import submit
@@ -58,6 +59,7 @@ def main() -> None:
     args = options.parse_args()
     here = Path(__file__).parent
     # so that all find the apps, and start them
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as in `make`
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here / "unchecked"), before])
     with tempfile.TemporaryDirectory() as scratch:
@@ -138,9 +140,9 @@ def engine_rounds(folder: Path, num_rounds: int, *, app: str) -> list[float]:
     text = app_of("noop_server:app").replace(OURS, NOOP)
     told = f"clients = {CLIENTS}\nrounds = {num_rounds}\nout = {json.dumps(str(out))}\n"
     (place / "pyproject.toml").write_text(text + told, encoding="utf-8")
-    environment = {**os.environ, "FLWR_HOME": str(engine / "flwr")}
     words = ["run", str(place), "engine", "--format", "json"]
-    subprocess.run([program("flwr"), *words], env=environment, check=True, capture_output=True)
+    own = environment(engine / "flwr")
+    subprocess.run([program("flwr"), *words], env=own, check=True, capture_output=True)
     while not out.exists():
         time.sleep(0.5)
     return json.loads(out.read_text(encoding="utf-8"))

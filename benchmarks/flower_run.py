@@ -17,8 +17,13 @@ import torch
 
 
 def environment(home: Path) -> dict[str, str]:
-    """That of a run with this home folder; nothing is asked of a network."""
-    return os.environ | {
+    """That of a run with this home folder; nothing is asked of a network.
+
+    With PYTHONDONTWRITEBYTECODE every process would compile all modules anew, which costs those
+    most that start most processes.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

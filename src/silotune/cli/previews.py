@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BAR = 40
 """Length of the longest bar, in characters."""
+MAX_CLIENTS = 40
+"""Number of clients that get a line."""
 MAX_LABELS = 6
 """Number of labels that get a column."""
 STYLES: "dict[Kind, str]" = {
@@ -79,8 +81,9 @@ DUPLICATES = (
 
 def print_preview(found: "Preview") -> None:
     """Print split, lengths, duplicates and samples, and what may be surprising."""
-    _print_split(found)
-    _print_lengths(found)
+    shown = _shown(found.clients)
+    _print_split(found, shown)
+    _print_lengths(found, shown)
     _print_duplicates(found.clients)
     for sample in found.samples:
         _print_sample(sample, found.run.train.max_length)
@@ -90,17 +93,29 @@ def print_preview(found: "Preview") -> None:
     print_line("no mistakes found")
 
 
-def _print_split(found: "Preview") -> None:
+def _shown(clients: "Mapping[str, ClientPreview]") -> "Mapping[str, ClientPreview]":
+    """Those that get a line: all, or the ones with the most and with the fewest train rows."""
+    by_size = sorted(clients, key=lambda name: -clients[name].num_train)
+    chosen = {*by_size[: MAX_CLIENTS // 2], *by_size[-(MAX_CLIENTS // 2) :]}
+    return clients if len(clients) <= MAX_CLIENTS else {n: clients[n] for n in sorted(chosen)}
+
+
+def _print_split(found: "Preview", shown: "Mapping[str, ClientPreview]") -> None:
     server = f"; {counted(found.num_server, 'row')} at the server" if found.num_server else ""
     if found.num_server_test:
         server += f"; {counted(found.num_server_test, 'row')} in the server's test set"
     print_line(f"{counted(len(found.clients), 'client')}: {found.split}{server}")
+    if len(shown) < len(found.clients):
+        print_line(
+            f"{len(shown)} of them are listed, with the most and the fewest train rows; "
+            "--json has all"
+        )
     validation = "▒ validation, " if _have_validation(found.clients) else ""
     print_line(f"\nrows (█ train, {validation}░ held out)\n")
-    _print_bars(found.clients)
+    _print_bars(shown)
     if any(own.labels for own in found.clients.values()):
         print_line("\nlabels of the train rows\n")
-        print_table(_label_table(found.clients))
+        print_table(_label_table(shown))
 
 
 def _have_validation(clients: "Mapping[str, ClientPreview]") -> bool:
@@ -138,7 +153,7 @@ def _label_table(clients: "Mapping[str, ClientPreview]") -> list[tuple[str, ...]
     return lines
 
 
-def _print_lengths(found: "Preview") -> None:
+def _print_lengths(found: "Preview", shown: "Mapping[str, ClientPreview]") -> None:
     limit = found.run.train.max_length
     print_line(f"\ntrain rows in tokens, and the effect of train.max_length = {limit}\n")
     tokens = ("tokens: median", "95 %", "longest")
@@ -151,7 +166,7 @@ def _print_lengths(found: "Preview") -> None:
     lines: list[tuple[str, ...]] = [
         ("client", *numbers, *tokens, "truncated", "no answer left", "learned")
     ]
-    for name, own in found.clients.items():
+    for name, own in shown.items():
         part = own.train
         share = "-" if part.trained_share is None else f"{part.trained_share:.0%}"
         quantiles = (f"{part.tokens[key]:.0f}" for key in ("p50", "p95", "max"))

@@ -90,7 +90,9 @@ def _check_text(text: str) -> None:
         return found
 
     try:
-        _check_answer(lambda talk, ask: render_within_limits(lambda: rendered(talk, ask=ask)))
+        _check_answer(
+            lambda talk, ask: render_within_limits(lambda: rendered(talk, ask=ask), template=text)
+        )
     except (TemplateLimitError, ConfigError):
         raise
     except Exception as error:  # a template is a program and can fail in any way

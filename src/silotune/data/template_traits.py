@@ -282,7 +282,8 @@ def _apply(tokenizer: Any, messages: Conversation, *, ask: bool, **more: Any) ->
         return render_within_limits(
             lambda: tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=ask, **more
-            )
+            ),
+            template=template_of(tokenizer),
         )
     except TemplateLimitError:
         raise

@@ -1,11 +1,13 @@
 """A chat template from a server ends within seconds, in any thread, and writes no endless text."""
 
+import signal
 import threading
 import time
 
 import pytest
 
 from silotune.core.errors import ConfigError
+from silotune.data import template_limits
 from silotune.data.chat_templates import TEMPLATES, render, resolve_template
 from silotune.data.template_limits import (
     MAX_CHARACTERS,
@@ -122,7 +124,87 @@ def test_a_long_conversation_is_within_the_limits():
 
 def test_an_endless_text_is_refused():
     with pytest.raises(TemplateLimitError, match="becomes 4000001 characters"):
-        render_within_limits(lambda: "x" * (MAX_CHARACTERS + 1))
+        render_within_limits(lambda: "x" * (MAX_CHARACTERS + 1), template="x")
+
+
+# --- a moment without counting --------------------------------------------------------------------
+
+HIDDEN = CHATML + (
+    "{% if messages[0]['content'] == 'now' %}" + loops("range(99999)") + "{% endif %}"
+)
+"""Does no harm until a row asks for it."""
+ORDINARY = ({"role": "user", "content": "later"}, {"role": "assistant", "content": "yes"})
+NOW = ({"role": "user", "content": "now"}, {"role": "assistant", "content": "yes"})
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """An entry for each rendering that was counted."""
+    found, counting = [], template_limits._counting
+    monkeypatch.setattr(template_limits, "_COUNTED", set())
+    monkeypatch.setattr(
+        template_limits, "_counting", lambda render: found.append(1) or counting(render)
+    )
+    return found
+
+
+def test_a_template_is_counted_once_and_again_when_it_takes_long(counted):
+    tokenizer = build_tokenizer(HIDDEN)
+    first, second = (render(tokenizer, ORDINARY, ask=False) for _ in range(2))
+    assert first == second
+    assert len(counted) == 1
+    for _ in range(3):
+        assert stops(lambda: render(tokenizer, NOW, ask=False)) < 10
+    assert len(counted) == 4
+    assert render(tokenizer, ORDINARY, ask=False) == first
+    assert len(counted) == 4
+
+
+def test_what_takes_longer_than_a_moment_is_rendered_all_the_same(counted):
+    long = ({"role": "user", "content": "a " * 500}, ORDINARY[1]) * 2_000
+    tokenizer = build_tokenizer(CHATML)
+    render(tokenizer, ORDINARY, ask=False)
+    assert render(tokenizer, long, ask=False).count("yes") == 2_000
+    assert len(counted) == 2
+
+
+def test_in_another_thread_every_rendering_is_counted(counted):
+    tokenizer = build_tokenizer(HIDDEN)
+    render(tokenizer, ORDINARY, ask=False)
+    found = []
+
+    def work() -> None:
+        render(tokenizer, ORDINARY, ask=False)
+        found.append(stops(lambda: render(tokenizer, NOW, ask=False)))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found
+    assert len(counted) == 3
+
+
+def test_a_signal_that_somebody_else_uses_is_left_alone(counted):
+    tokenizer, heard = build_tokenizer(HIDDEN), []
+    before = signal.signal(signal.SIGVTALRM, lambda *_: heard.append(1))
+    try:
+        render(tokenizer, ORDINARY, ask=False)  # which looks at the template, too
+        counted.clear()
+        render(tokenizer, ORDINARY, ask=False)
+        stops(lambda: render(tokenizer, NOW, ask=False))
+        assert len(counted) == 2
+        assert not heard
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def test_a_signal_that_comes_late_ends_nothing(counted):
+    tokenizer = build_tokenizer(CHATML)
+    for _ in range(2):
+        render(tokenizer, ORDINARY, ask=False)
+    assert len(counted) == 1
+    signal.raise_signal(signal.SIGVTALRM)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_a_debugger_or_a_coverage_tool_goes_on_as_before():

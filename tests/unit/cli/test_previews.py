@@ -63,6 +63,20 @@ def test_a_preview_counts_in_whole_sentences(capsys, count, server, said):
     assert lines[-2:] == ["warning: look here", "no mistakes found"]
 
 
+@pytest.mark.parametrize("num", [40, 41, 1000])
+def test_a_preview_of_many_clients_lists_those_with_the_most_and_the_fewest_rows(capsys, num):
+    found = preview_of(1)
+    clients = {
+        f"client-{n:04}": replace(found.clients["north"], num_train=n + 1) for n in range(num)
+    }
+    print_preview(replace(found, clients=clients))
+    out = capsys.readouterr().out
+    shown = [name for name in clients if name in out.partition("duplicates")[0]]
+    assert len(shown) == 40
+    assert shown == [*clients][:20] + [*clients][-20:]
+    assert ("40 of them are listed" in out) == (num > 40)
+
+
 def plan_of(num: int) -> Plan:
     """A plan of `num` rounds and clients, and of batches of `num` rows."""
     return Plan(
