@@ -2,13 +2,13 @@
 
     python benchmarks/preferences.py [PAIRS] [--model NAME] [--clients 4] [--rounds 6] [--out DIR]
 
-PAIRS is a JSONL file with pairs as lists of messages; without it, made-up pairs are used, in which
-every chosen answer begins alike and every rejected one, too. The rows are dealt out in turn; then
-every second client's pairs are swapped, in its train and held-out rows alike: what the others
-prefer, it rejects. Compared are the base, each client alone, FedAvg, a robust rule (the median),
-factors B kept by each client (FedSA-LoRA), and all rows in one place. Without --model, a random
-model of 2 layers is trained on bytes: its numbers show the mechanism, not the quality of any model.
-An interrupted comparison goes on, a finished one is read again.
+PAIRS is a JSONL file with pairs as texts or lists of messages; without it, made-up pairs are used,
+in which every chosen answer begins alike and every rejected one, too. The rows are dealt out in
+turn; then every second client's pairs are swapped, in its train and held-out rows alike: what the
+others prefer, it rejects. Compared are the base, each client alone, FedAvg, a robust rule (the
+median), factors B kept by each client (FedSA-LoRA), and all rows in one place. Without --model, a
+random model of 2 layers is trained on bytes: its numbers show the mechanism, not the quality of any
+model. An interrupted comparison goes on, a finished one is read again.
 """
 
 import argparse
@@ -76,7 +76,9 @@ def made_up(count: int) -> list[dict]:
 def num_characters(row: dict) -> int:
     """Bytes of the prompt and the longer answer: tokens of the random model."""
     prompt, chosen, rejected = (
-        sum(len(turn["content"].encode()) for turn in row[part])
+        len(own.encode())
+        if isinstance(own := row[part], str)
+        else sum(len(turn["content"].encode()) for turn in own)
         for part in ("prompt", "chosen", "rejected")
     )
     return prompt + max(chosen, rejected)
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("runs/preferences"))
+    parser.add_argument("--no-compare", action="store_true", help="one run of FedAvg, no more")
     args = parser.parse_args()
     every = made_up(args.rows)
     if args.pairs is not None:
@@ -122,6 +125,8 @@ def main() -> None:
     done = silotune.run(resume=run) if run.exists() else silotune.run(recipe, out=run)
     sys.stdout.write(json.dumps({"conflict": done.summary.get("conflict")}) + "\n")
     sys.stdout.flush()
+    if args.no_compare:
+        return
     if compared.exists():
         found = silotune.compare(resume=compared).result
     else:
