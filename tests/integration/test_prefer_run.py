@@ -2,6 +2,8 @@
 
 import json
 import signal
+import time
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +12,9 @@ import silotune
 from silotune.cli import app
 from silotune.core.errors import ConfigError, DataError
 from silotune.core.processors import usable_threads
+from silotune.recipes.parse import load_recipe
 from silotune.workflows.compare.statistics import score_table
+from silotune.workflows.plan import measure
 from tests.conftest import write_jsonl, write_tiny_recipe
 from tests.forked import run_forked
 from tests.integration.kill_at import POINTS, run_and_die
@@ -57,6 +61,28 @@ def test_the_base_is_its_own_reference_and_the_result_prefers_the_chosen_answers
     assert done.summary["overall"]["federated_loss"] < done.summary["overall"]["base_loss"]
     trained = [row for row in done.metrics if row["event"] == "train"]
     assert all(row["num_targets"] == 2 * 2 for row in trained), "two steps of two pairs"
+
+
+def test_a_plan_asks_the_reference_about_a_few_pairs_and_counts_them_all(recipe, monkeypatch):
+    """Regression: a plan took as long as the passes over all pairs, minutes on a busy machine."""
+    asked, build = [], measure.build_task
+
+    def counting(*args):
+        task = build(*args)
+
+        def reference(loaded, batch):
+            asked.append(batch.num_terms)
+            time.sleep(0.25)
+            return task.reference(loaded, batch)
+
+        return replace(task, reference=reference)
+
+    monkeypatch.setattr(measure, "build_task", counting)
+    run = load_recipe(recipe, ["train.batch_size=2"])
+    found = measure._measure(run, time.perf_counter())
+    assert asked == [2, 2]
+    num_pairs = len(pairs())
+    assert found.seconds_start > 0.25 * num_pairs / 2 * 0.7, "the passes that a run makes"
 
 
 def test_what_people_read_speaks_of_pairs(done):

@@ -15,6 +15,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from silotune.federation.recipe_model import load_for, local_tensors
 from silotune.federation.sampling import cohort_size
 from silotune.models.allocator import release_memory
 from silotune.models.devices import peak_memory_bytes
-from silotune.models.loading import read_adapter, write_adapter
+from silotune.models.loading import LoadedModel, read_adapter, write_adapter
 from silotune.models.sources import SOURCES, is_ready, resolve
 from silotune.recipes.parse import parse, to_toml
 from silotune.recipes.schema import RunConfig
@@ -40,6 +41,7 @@ from silotune.runtime.groups import plan_groups
 from silotune.training.local_step import OwnTraining
 from silotune.training.loop import num_rows, plan_steps, stream
 from silotune.training.own_functions import own_loss
+from silotune.training.references import with_references
 from silotune.training.tasks import build_task
 from silotune.training.tasks.base import Batch, Example, Task
 from silotune.training.together import train_together
@@ -75,7 +77,8 @@ class Measurement:
     num_shapes: int
     """Number of batch shapes that the run will train on."""
     seconds_start: float
-    """Time until the first step: importing libraries, loading the model, tokenizing rows."""
+    """Time until the first step: importing libraries, loading the model, tokenizing rows, and of
+    pairs, what the reference says about them."""
     seconds_per_token: float
     """Training time on known shapes, per token including padding."""
     seconds_building: float
@@ -151,9 +154,9 @@ def _measure(run: RunConfig, began: float) -> Measurement:
     loaded = load_for(run)
     task = build_task(run.task, run.data.labels, run.prefer)
     algorithm = keep_local(algorithm_of(run.algorithm), local_tensors(run, loaded))
-    worker = Worker(loaded, task, run, algorithm)
+    worker = Worker(loaded, _with_a_quick_reference(task), run, algorithm)
     clients, surprises = measured_clients(run, worker)
-    start = time.perf_counter() - began
+    start = time.perf_counter() - began + _seconds_of_references(task, loaded, clients, run)
     rounds = [list(_batches(run, clients, r)) for r in _positions(run, clients)]
     ordered = sorted(
         (batch for own in rounds for batch in own), key=lambda batch: _num_tokens(batch, run)
@@ -173,6 +176,40 @@ def _measure(run: RunConfig, began: float) -> Measurement:
         },
         surprises=surprises or (),
     )
+
+
+def _with_a_quick_reference(task: Task) -> Task:
+    """The same task; what the reference says about a pair, a pass over every row, is made up."""
+    if task.reference is None:
+        return task
+    return replace(task, reference=lambda _, batch: torch.zeros(batch.num_terms, 2))
+
+
+def _seconds_of_references(
+    task: Task, loaded: LoadedModel, clients: Mapping[str, ClientData], run: RunConfig
+) -> float:
+    """How long the reference's passes over all pairs will take, by one over pairs of middle length.
+
+    Args:
+        task: With its own reference.
+        loaded: The base.
+        clients: Their rows as tokens.
+        run: The recipe.
+    """
+    if task.reference is None:
+        return 0.0
+    every = sorted(
+        (e for own in clients.values() for e in own.examples), key=attrgetter("num_positions")
+    )
+    middle, size = len(every) // 2, run.train.batch_size
+    some = every[max(0, middle - size // 2) :][:size]
+    with_references(some, task, loaded, batch_size=size)  # chooses kernels
+    began = time.perf_counter()
+    with_references(some, task, loaded, batch_size=size)
+    took = time.perf_counter() - began
+    scored = (batch for own in clients.values() for batch in own.scored.batches)
+    num = sum(e.num_positions for e in every) + sum(batch.ids.numel() for batch in scored)
+    return took * num / sum(e.num_positions for e in some)
 
 
 class _Probe:
