@@ -1,8 +1,9 @@
 """Claims of papers, tried: `python benchmarks/algorithms.py [--setting skewed] [--only fedex ...]`.
 
 Runs `silotune compare` with one arm per algorithm on the question types of MedQuAD: nine institutes
-as clients, or the same rows cut by type, or institutes with adapters of several ranks. Every arm,
-the federated average included, tries the same number of settings on validation rows. Rows are read
+as clients, or the same rows cut by type, or institutes with adapters of several ranks, or with
+single rows protected by noise. Every arm, the federated average included, tries the same number of
+settings on validation rows. Rows are read
 from ../shared next to the repository, if they are there. An interrupted comparison goes on, a
 finished one is read again. Prints each algorithm minus the federated average, and what that says of
 its claim; the papers are those of docs/papers.md.
@@ -11,7 +12,7 @@ its claim; the papers are those of docs/papers.md.
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ MIXED: dict[str, tuple[str, Changes]] = {
     )
     for name in ("hetlora", "flexlora", "flora")
 }
+PRIVATE: dict[str, tuple[str, Changes]] = {
+    # the noise on two factors is multiplied, so one factor at a time is said to suffer less
+    name: (BETTER, {"algorithm": {"name": name}})
+    for name in ("ffa_lora", "rolora", "fedsvd", "fed_sb")
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class Setting:
     cut: str
     rank: int
     claims: Mapping[str, tuple[str, Changes]]
+    more: Changes = field(default_factory=dict)
+    """Sections of the recipe of all arms."""
 
 
 SETTINGS = {
@@ -96,6 +104,13 @@ SETTINGS = {
     "skewed": Setting("few types each", 4, CLAIMS),
     # the federated average needs one rank: the one that the weakest client can train
     "ranks": Setting("by source", 1, MIXED),
+    "private": Setting(
+        "by source",
+        4,
+        PRIVATE,
+        # seeded noise protects nobody: the rows are public, and a comparison must be repeatable
+        {"privacy": {"unit": "record", "target_epsilon": 8, "delta": 1e-3, "noise": "seeded"}},
+    ),
 }
 
 
@@ -124,7 +139,8 @@ def recipe_with(
     setting: Setting, claims: Mapping[str, tuple[str, Changes]], place: Path
 ) -> dict[str, Any]:
     """The comparison's recipe: the federated average, and an arm per claim."""
-    own = {
+    own: dict[str, Any] = {
+        **setting.more,
         "adapter": {"rank": setting.rank, "alpha": 2 * setting.rank},
         "compare": {
             "seeds": 5,
