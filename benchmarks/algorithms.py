@@ -3,10 +3,9 @@
 Runs `silotune compare` with one arm per algorithm on the question types of MedQuAD: nine institutes
 as clients, or the same rows cut by type, or institutes with adapters of several ranks, or with
 single rows protected by noise. Every arm, the federated average included, tries the same number of
-settings on validation rows. Rows are read
-from ../shared next to the repository, if they are there. An interrupted comparison goes on, a
-finished one is read again. Prints each algorithm minus the federated average, and what that says of
-its claim; the papers are those of docs/papers.md.
+settings on validation rows. Rows are read from ../shared next to the repository, if they are there.
+An interrupted comparison goes on, a finished one is read again. Prints each algorithm minus the
+federated average, and what that says of its claim; the papers are those of docs/papers.md.
 """
 
 import argparse

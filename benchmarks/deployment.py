@@ -58,8 +58,8 @@ def main() -> None:
     options.add_argument("--only", choices=("rounds", "large"))
     args = options.parse_args()
     here = Path(__file__).parent
-    # so that all find the apps, and start them
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as in `make`
+    # so that all find the apps, and start them
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here / "unchecked"), before])
     with tempfile.TemporaryDirectory() as scratch:

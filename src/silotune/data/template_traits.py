@@ -283,7 +283,7 @@ def _apply(tokenizer: Any, messages: Conversation, *, ask: bool, **more: Any) ->
             lambda: tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=ask, **more
             ),
-            template=template_of(tokenizer),
+            template=more.get("chat_template") or template_of(tokenizer),
         )
     except TemplateLimitError:
         raise

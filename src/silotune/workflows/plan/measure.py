@@ -190,6 +190,8 @@ def _seconds_of_references(
 ) -> float:
     """How long the reference's passes over all pairs will take, by one over pairs of middle length.
 
+    Clients that are never asked have no pass over their train pairs.
+
     Args:
         task: With its own reference.
         loaded: The base.
@@ -198,8 +200,9 @@ def _seconds_of_references(
     """
     if task.reference is None:
         return 0.0
+    asked = {name for cohort in cohorts(run, list(clients)) for name in cohort}
     every = sorted(
-        (e for own in clients.values() for e in own.examples), key=attrgetter("num_positions")
+        (e for name in asked for e in clients[name].examples), key=attrgetter("num_positions")
     )
     middle, size = len(every) // 2, run.train.batch_size
     some = every[max(0, middle - size // 2) :][:size]
